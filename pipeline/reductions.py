@@ -1,0 +1,70 @@
+"""Reductions: what of a stage's output is kept.
+
+| reduction | of tokens [N, L, C] | of a map [N, C, H, W] | of a vector [N, C] |
+|---|---|---|---|
+| none (whole) | [N, L, C] | [N, C, H, W] | [N, C] |
+| `tokens`     | the same as whole | – | – |
+| `map`        | patch tokens on their grid [N, C, H, W] | the same as whole | – |
+| `cls`        | the class token [N, C] | – | – |
+| `mean`       | mean of the patch tokens [N, C] | – | – |
+| `pool`       | – | mean over H and W [N, C] | – |
+| `grid7`      | patch tokens, averaged to [N, C, 7, 7] | averaged to [N, C, 7, 7] | – |
+
+Averages are taken in float32 whatever the run's precision.
+"""
+
+import math
+
+from torch import Tensor, nn
+
+from pipeline.backbones import Stage
+
+WHOLE = {"tokens": "tokens", "map": "map"}
+ALLOWED = {
+    "tokens": ("tokens", "cls", "mean", "grid7", "map"),
+    "map": ("map", "pool", "grid7"),
+    "vector": (),
+}
+
+
+def canonical_reduction(stage: Stage, reduction: str) -> str:
+    """The one name of a reduction: "" where it keeps the whole output.
+
+    Raises:
+        ValueError: The stage's output cannot be reduced so; the message lists what it allows.
+    """
+    if not reduction or WHOLE.get(stage.form) == reduction:
+        return ""
+    if reduction not in ALLOWED[stage.form]:
+        allowed = ", ".join(ALLOWED[stage.form]) or "none: it is one vector a frame"
+        raise ValueError(
+            f"{stage.name}:{reduction}: the stage gives a {stage.form}, whose reductions are {allowed}"
+        )
+    return reduction
+
+
+def reduce(x: Tensor, stage: Stage, reduction: str) -> Tensor:
+    """Apply a canonical reduction to the stage's output. Shapes in the module's table."""
+    match reduction:
+        case "":
+            return x
+        case "cls":
+            return x[:, 0]
+        case "mean":
+            return x[:, stage.prefix :].float().mean(dim=1)
+        case "pool":
+            return x.float().mean(dim=(2, 3))
+        case "map":
+            return _grid(x, stage.prefix)
+        case "grid7":
+            grid = _grid(x, stage.prefix) if stage.form == "tokens" else x
+            return nn.functional.adaptive_avg_pool2d(grid.float(), 7)
+    raise ValueError(f"no reduction {reduction!r}")
+
+
+def _grid(x_NLC: Tensor, prefix: int) -> Tensor:
+    patches = x_NLC[:, prefix:]
+    side = math.isqrt(patches.shape[1])
+    if side * side != patches.shape[1]:
+        raise ValueError(f"{patches.shape[1]} patch tokens form no square grid")
+    return patches.transpose(1, 2).reshape(len(x_NLC), -1, side, side)

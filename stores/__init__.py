@@ -1,0 +1,1 @@
+"""Stores: bytes on disk. Knows clips, features and fingerprints; numpy in and out."""

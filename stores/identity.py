@@ -1,0 +1,51 @@
+"""Identity: a specification's canonical JSON and its digest. Equal meaning, equal bytes."""
+
+import hashlib
+import json
+import math
+from typing import Any
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces.
+
+    Only what JSON says exactly: dicts with string keys, lists, strings, booleans, None, integers
+    and finite floats. Tuples count as lists; an integral float is written as a float, so that 1
+    and 1.0 differ.
+
+    Raises:
+        TypeError: Anything else (a numpy scalar, a set, a NaN), named by its place.
+
+    >>> canonical({"b": (1, 2.5), "a": None})
+    b'{"a":null,"b":[1,2.5]}'
+    """
+    _check(value, "$")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical form, as 64 hexadecimal digits.
+
+    >>> digest({"frames": 8})[:12]
+    '98d992ecb8c9'
+    """
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def _check(value: Any, place: str) -> None:
+    if value is None or type(value) in (bool, int, str):
+        return
+    if type(value) is float:
+        if math.isfinite(value):
+            return
+    elif type(value) is dict:
+        for key, inner in value.items():
+            if type(key) is not str:
+                raise TypeError(f"{place}: the key {key!r} is no string")
+            _check(inner, f"{place}.{key}")
+        return
+    elif type(value) in (list, tuple):
+        for i, inner in enumerate(value):
+            _check(inner, f"{place}[{i}]")
+        return
+    raise TypeError(f"{place}: {value!r} ({type(value).__name__}) has no exact JSON form")
