@@ -5,11 +5,27 @@ Light to import: a decoder's child process needs it.
 
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 SAMPLINGS = ("tsn", "tsn_random", "uniform_fps", "dense")
 DTYPES = ("float16", "float32", "bfloat16")
+INTERPOLATIONS = ("bicubic", "bilinear")
+RESIZE_MODES = ("shortest", "squash")
 DECODERS = ("auto", "pyav", "decord", "torchcodec")
+WEIGHT_FILES = (".safetensors", ".pt", ".pth")
+
+
+def store_name(name: str) -> str:
+    """What a store calls the backbone NETWORK:WEIGHTS: a weight file by its stem, a tag as it is.
+
+    >>> store_name("resnet18:/data/resnet18-imagenet1k.safetensors"), store_name("ViT-B-16:openai")
+    ('resnet18:resnet18-imagenet1k', 'ViT-B-16:openai')
+    """
+    network, _, weights = name.partition(":")
+    if weights.lower().endswith(WEIGHT_FILES):
+        weights = PurePath(weights).stem
+    return f"{network}:{weights}"
 
 
 @dataclass(frozen=True)
@@ -24,6 +40,19 @@ class Picture:
     resize: int = 224
     interpolation: str = "bicubic"  # or "bilinear"
     resize_mode: str = "shortest"  # or "squash"
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in INTERPOLATIONS or self.resize_mode not in RESIZE_MODES:
+            raise ValueError(
+                f"no picture with interpolation={self.interpolation!r}, resize_mode="
+                f"{self.resize_mode!r}; choose from {', '.join(INTERPOLATIONS)} and "
+                f"{', '.join(RESIZE_MODES)}"
+            )
+        if self.size < 1 or (self.resize_mode == "shortest" and self.resize < self.size):
+            raise ValueError(
+                f"a {self.size} x {self.size} picture cannot be cut out of a frame whose shorter "
+                f"side is {self.resize}: resize must be at least size, and size at least 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -76,3 +105,97 @@ class FrameSet:
     def identity(self) -> dict[str, Any]:
         """The JSON form that enters the frames' key."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """What features a store is to hold. Everything here decides values; paths and workers do not.
+
+    Attributes:
+        backbones: NAME:TAG each, such as "ViT-B-16:openai".
+        keep: Features to keep: STAGE or STAGE:REDUCTION, of every backbone that has the stage.
+            Empty: each backbone's last vector.
+        views: How many views of each clip: 0 the plain one, others seeded variations.
+        precision: Of the networks' parameters and activations.
+        dtype: Of the features on disk.
+        text: Also keep text features of the class prompts, for backbones with a text tower.
+    """
+
+    backbones: tuple[str, ...]
+    keep: tuple[str, ...] = ()
+    frames: int = 8
+    sampling: str = "tsn"
+    fps: float = 0.0
+    stride: int = 0
+    views: int = 1
+    flip: bool = False
+    random_crop: bool = False
+    decoder: str = "auto"
+    precision: str = "float32"
+    dtype: str = "float16"
+    text: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.backbones:
+            raise ValueError("no backbone asked for; name one, such as --backbone ViT-B-16:openai")
+        for name, value in (("precision", self.precision), ("dtype", self.dtype)):
+            if value not in DTYPES:
+                raise ValueError(f"no {name} {value!r}; choose from {', '.join(DTYPES)}")
+        if self.views < 1:
+            raise ValueError(f"views={self.views}: at least the plain view is needed")
+        varies = self.flip or self.random_crop or self.sampling == "tsn_random"
+        if self.views > 1 and not (varies or self.sampling == "dense"):
+            raise ValueError(
+                f"views={self.views} would be {self.views} times the same frames: add --flip, "
+                "--random-crop or --sampling tsn_random"
+            )
+        if self.views == 1 and (self.flip or self.random_crop):
+            raise ValueError("flip and random_crop vary views 1 and up; ask for --views 2 or more")
+        self.frame_sets(Picture())
+
+    def frame_sets(self, picture: Picture) -> tuple[FrameSet, ...]:
+        """The frame set of each view, as pictures of one kind. View 0 is never varied."""
+        return tuple(
+            FrameSet(
+                frames=self.frames,
+                sampling=self.sampling,
+                fps=self.fps,
+                stride=self.stride,
+                view=view,
+                flip=self.flip and view > 0,
+                random_crop=self.random_crop and view > 0,
+                decoder=self.decoder,
+                picture=picture,
+            )
+            for view in range(self.views)
+        )
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a build runs. Nothing here decides a value.
+
+    Attributes:
+        device: `auto`, `cpu` or `cuda`.
+        workers: Worker processes; 0 chooses by cores.
+        scheduler: Address of a running Dask scheduler; "" for a cluster of the build's own.
+        serial: No cluster: one block after the other in this process, for debugging.
+        deadline_seconds: For the decoding of one file.
+        retry: Try quarantined clips again although their bytes have not changed.
+    """
+
+    device: str = "auto"
+    workers: int = 0
+    scheduler: str = ""
+    serial: bool = False
+    deadline_seconds: float = 120.0
+    retry: bool = False
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"no device {self.device!r}; choose from auto, cpu, cuda")
+        if self.workers < 0 or not self.deadline_seconds > 0:
+            raise ValueError(
+                f"workers={self.workers}, deadline_seconds={self.deadline_seconds}: workers must "
+                "be 0 (choose by cores) or more, the deadline above 0"
+            )

@@ -1,1 +1,214 @@
-"""Stores: bytes on disk. Knows clips, features and fingerprints; numpy in and out."""
+"""Stores: bytes on disk. Knows clips, features and fingerprints; numpy in and out.
+
+A store is a folder: a Zarr v3 group that any Zarr library opens, and beside it `clips.parquet`,
+a row per clip. `FeatureStore` is how to read one; the pipeline's build is how to make one.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pandas as pd
+
+from stores import atomic, clips, lock
+from stores.columns import FEATURES, group_json
+from stores.feature import Feature, FeatureDataset
+
+__all__ = ["Feature", "FeatureDataset", "FeatureStore", "NotAStore", "SpecMismatch"]
+
+FORMAT = 1
+
+
+class NotAStore(ValueError):
+    """The folder holds no store that this version can read."""
+
+
+class SpecMismatch(ValueError):
+    """What was asked for is not what the store holds, or more than one thing it holds."""
+
+
+class FeatureStore:
+    """Features of a data set's clips, by backbone and stage.
+
+    >>> FeatureStore.open("no/such.zarr")
+    Traceback (most recent call last):
+    stores.NotAStore: no/such.zarr: no such folder; `strata build DATASET --store ...` makes one
+    """
+
+    def __init__(self, path: Path, attributes: Mapping[str, Any]) -> None:
+        self.path, self.attributes = path, dict(attributes)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "FeatureStore":
+        """Open a store to read it.
+
+        Raises:
+            NotAStore: There is none, or a newer version made it; the message says which.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise NotAStore(
+                f"{path}: no such folder; `strata build DATASET --store ...` makes one"
+            )
+        return cls(folder, _attributes(folder))
+
+    @classmethod
+    def create(cls, path: str | Path) -> "FeatureStore":
+        """Open a store to build it, and make it first where the folder is new or empty.
+
+        Raises:
+            NotAStore: The folder holds something else, or a newer version's store.
+        """
+        folder = Path(path)
+        if folder.exists() and not folder.is_dir():
+            raise NotAStore(f"{path} is a file; a store is a folder: give a new path")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "zarr.json").exists():
+            cls.refuse_strangers(folder)
+            store = cls(folder, {"format": FORMAT})
+            store.set_attributes({})
+            return store
+        return cls(folder, _attributes(folder))
+
+    @staticmethod
+    def refuse_strangers(folder: Path) -> None:
+        """Refuse a folder that is no store and holds somebody's files.
+
+        Raises:
+            NotAStore: It names some of what the folder holds.
+        """
+        # A build killed in its first moments leaves these, and no zarr.json.
+        ours = {lock.FILE, atomic.TEMPORARY}
+        strange = sorted(p.name for p in folder.iterdir() if p.name not in ours)
+        if strange:
+            raise NotAStore(
+                f"{folder} is no store: it has no zarr.json and holds {', '.join(strange[:5])}"
+                f"{', ...' if len(strange) > 5 else ''}. Give a new or empty folder."
+            )
+
+    def __repr__(self) -> str:
+        return f"<FeatureStore {self.path}: {len(self.clips)} clips, {len(self.features())} features>"
+
+    @cached_property
+    def clips(self) -> pd.DataFrame:
+        """The table of clips, indexed by row id; see `stores.clips.COLUMNS`."""
+        return clips.read(self.path)
+
+    def features(self) -> list[Feature]:
+        """Every column of the store, by backbone, stage and fingerprint."""
+        return [
+            Feature(path, backbone, name, self.clips)
+            for backbone, name, path in sorted(self._columns())
+        ]
+
+    def feature(self, backbone: str, name: str, fingerprint: str = "") -> Feature:
+        """One column.
+
+        Args:
+            backbone: As given to `--backbone` (a weight file may be given by its path), or the
+                bare network name where one matches.
+            name: As given to `--keep`: a stage, or stage:reduction.
+            fingerprint: The beginning of the column's, where several match (other frames, say).
+
+        Raises:
+            SpecMismatch: No column matches, or several do; the message lists them, and how
+                those that match differ.
+        """
+        columns = sorted(self._columns())
+        wanted = weights_by_stem(backbone)
+        found = [
+            column
+            for column in columns
+            if (wanted == column[0] or (":" not in backbone and column[0].startswith(f"{wanted}:")))
+            and name in (column[1], *_whole(column[1]))
+            and column[2].name.startswith(fingerprint[:16])
+        ]
+        if len(found) == 1:
+            return Feature(found[0][2], found[0][0], found[0][1], self.clips)
+        asked = f"{backbone} {name}" + (f" {fingerprint}" if fingerprint else "")
+        if not found:
+            held = "\n".join(f"  {b} {n} {p.name}" for b, n, p in columns) or "  no feature at all"
+            raise SpecMismatch(f"{self.path} has no {asked}; it holds\n{held}")
+        features = [Feature(path, b, n, self.clips) for b, n, path in found]
+        raise SpecMismatch(
+            f"{len(found)} columns of {self.path} are {asked}; give `fingerprint=` as well:\n"
+            + "\n".join(differences(features))
+        )
+
+    def set_attributes(self, changes: Mapping[str, Any]) -> None:
+        """Change the store's own attributes (where the data set lies, its classes)."""
+        self.attributes |= changes
+        text = group_json({"strata": self.attributes})
+        file = self.path / "zarr.json"
+        if not file.exists() or file.read_bytes() != text:
+            atomic.write(self.path, file, text)
+
+    def _columns(self) -> Iterator[tuple[str, str, Path]]:
+        root = self.path / FEATURES
+        for metadata in root.glob("*/*/*/zarr.json"):
+            path = metadata.parent
+            if not path.name.endswith(".done"):
+                backbone, name = (unquote(part) for part in path.relative_to(root).parts[:2])
+                yield backbone, name, path
+
+
+def weights_by_stem(backbone: str) -> str:
+    """A backbone's name in the store: a weight file counts by its stem, not by where it lies.
+
+    >>> weights_by_stem("resnet18:/data/weights/rn18.safetensors")
+    'resnet18:rn18'
+    >>> weights_by_stem("ViT-B-16:openai")
+    'ViT-B-16:openai'
+    """
+    network, colon, weights = backbone.partition(":")
+    if weights.endswith((".safetensors", ".pt", ".pth")):
+        weights = Path(weights).stem
+    return f"{network}{colon}{weights}"
+
+
+def differences(features: list[Feature]) -> list[str]:
+    """One line a feature, with the entries of its specification that differ among them."""
+    flat = [dict(_flatten(feature.spec)) for feature in features]
+    keys = sorted({key for one in flat for key in one})
+    differing = [k for k in keys if len({json.dumps(one.get(k)) for one in flat}) > 1]
+    telling = [k for k in differing if "parameters" not in k and k != "fingerprint"] or differing
+    return [
+        f"  {feature.path.name}: " + ", ".join(f"{k}={one.get(k)}" for k in telling[:8])
+        for feature, one in zip(features, flat, strict=True)
+    ]
+
+
+def _flatten(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{place}.{key}" if place else key)
+    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        for i, inner in enumerate(value):
+            yield from _flatten(inner, f"{place}.{i}")
+    else:
+        yield place, value
+
+
+def _attributes(folder: Path) -> dict[str, Any]:
+    try:
+        root = json.loads((folder / "zarr.json").read_bytes())
+        ours = root["attributes"]["strata"]
+        version = ours["format"]
+    except FileNotFoundError:
+        raise NotAStore(f"{folder} is no store: it has no zarr.json") from None
+    except (ValueError, KeyError, TypeError):
+        raise NotAStore(f"{folder} is no store: its zarr.json was not written by Strata") from None
+    if not isinstance(version, int) or version > FORMAT:
+        raise NotAStore(
+            f"{folder} has format {version}, this version reads up to {FORMAT}; nothing was "
+            "changed. Install a newer Strata to use it."
+        )
+    return dict(ours)
+
+
+def _whole(name: str) -> tuple[str, str]:
+    """A whole output may also be asked for by its form."""
+    return (f"{name}:tokens", f"{name}:map") if ":" not in name else ("", "")

@@ -1,0 +1,342 @@
+"""Blocks: the work of a build in pieces, and the two functions that do one piece.
+
+`decode` opens each file of a block once, in child processes, for everything asked of it.
+`forward` runs the networks over the pictures and stages the cells. Both are plain functions of
+their arguments, run by a worker process or, with `--serial`, by the builder itself.
+"""
+
+import functools
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.columns import Output, Pass, frames_key
+from pipeline.decoders import Decoded, Failure, Request, Stretch
+from stores import staging
+from stores.staging import StagedBlock
+
+
+@dataclass(frozen=True)
+class ClipWork:
+    """One clip to compute.
+
+    Attributes:
+        rows: Of the table: all clips with these bytes and this stretch.
+        key: Their row key, 16 bytes.
+        needs: (pass, output) numbers of the cells to make.
+    """
+
+    rows: tuple[int, ...]
+    key: bytes
+    start_seconds: float | None
+    end_seconds: float | None
+    needs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class FileWork:
+    """One file to open, and the clips of it to compute. Size and time are those it was hashed at."""
+
+    path: str
+    size_bytes: int
+    mtime_ns: int
+    clips: tuple[ClipWork, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some files: what one task handles, and what a kill may cost."""
+
+    number: int
+    files: tuple[FileWork, ...]
+
+    @property
+    def clips(self) -> list[ClipWork]:
+        return [clip for file in self.files for clip in file.clips]
+
+    def clips_of(self, pass_number: int) -> int:
+        return sum(any(p == pass_number for p, _ in clip.needs) for clip in self.clips)
+
+    def halves(self) -> "list[Block]":
+        """Two blocks of half the files; a block of one file stays whole."""
+        middle = len(self.files) // 2
+        parts = (self.files[:middle], self.files[middle:]) if middle else (self.files,)
+        return [Block(self.number, part) for part in parts]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every block of a build has in common.
+
+    Attributes:
+        store: The store's folder, as the workers see it.
+        children: Decoding processes a worker.
+        deadline_seconds: For the decoding of one file.
+    """
+
+    store: Path
+    passes: tuple[Pass, ...]
+    children: int
+    deadline_seconds: float
+
+
+@dataclass(frozen=True)
+class DecodedBlock:
+    """A block's pictures: for each clip, by pass number, uint8 [T, S, S, 3]; or why there are none."""
+
+    block: Block
+    clips: tuple["Decoded | Failure", ...] = field(repr=False)
+    places: tuple[dict[int, int], ...] = field(repr=False)  # a clip's frame set, by pass
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a block.
+
+    Attributes:
+        facts: For every clip, JSON: rows, key, and either the facts of its video or its failure.
+        staged: By column fingerprint, the staged file's name and its rows.
+        seconds: Spent, by part: decode, forward, write.
+    """
+
+    block: Block
+    facts: list[dict[str, Any]]
+    staged: dict[str, tuple[str, list[int]]]
+    seconds: dict[str, float]
+
+
+def decode(job: Job, block: Block) -> DecodedBlock:
+    """Decode a block's files, each once, in this process's decoding children."""
+    began = time.perf_counter()
+    pool = _decode_pool(job.children, job.deadline_seconds)
+    waiting = []
+    for file in block.files:
+        wanted = sorted({p for clip in file.clips for p, _ in clip.needs})
+        frame_sets = list(dict.fromkeys(job.passes[p].frame_set for p in wanted))
+        request = Request(
+            file.path,
+            tuple(Stretch(c.start_seconds, c.end_seconds, c.key.hex()) for c in file.clips),
+            tuple(frame_sets),
+        )
+        places = {p: frame_sets.index(job.passes[p].frame_set) for p in wanted}
+        waiting.append((file, places, pool.submit(request)))
+    clips: list[Decoded | Failure] = []
+    all_places = []
+    for file, places, future in waiting:
+        answers = future.result()
+        if _changed(file):
+            answers = [Failure("changed", "the file changed while it was read; build again")
+                       for _ in file.clips]  # fmt: skip
+        clips += answers
+        all_places += [places] * len(file.clips)
+    return DecodedBlock(block, tuple(clips), tuple(all_places), time.perf_counter() - began)
+
+
+def forward(job: Job, decoded: DecodedBlock) -> Report:
+    """Run every pass over a block's pictures and stage the cells.
+
+    Raises:
+        OSError: The store cannot be written (disk full, read-only).
+        NetworkDiffers: This process builds another network than the plan was made with.
+    """
+    seconds = {"decode": decoded.seconds, "forward": 0.0, "write": 0.0}
+    works = decoded.block.clips
+    failures = {i: clip for i, clip in enumerate(decoded.clips) if isinstance(clip, Failure)}
+    ready: list[tuple[str, StagedBlock]] = []
+    for number, one in enumerate(job.passes):
+        wanted = {
+            i: {c for p, c in work.needs if p == number}
+            for i, work in enumerate(works)
+            if i not in failures and any(p == number for p, _ in work.needs)
+        }
+        if not wanted:
+            continue
+        began = time.perf_counter()
+        pictures = [_pictures(decoded, i, number) for i in wanted]
+        outputs = tuple(sorted(set().union(*wanted.values())))
+        with _ONE_FORWARD:
+            batches = list(run_pass(one, outputs, pictures))
+        seconds["forward"] += time.perf_counter() - began
+        for c in outputs:
+            cells = np.concatenate([batch[c] for batch in batches])
+            chosen: list[tuple[int, int]] = []  # row, and its place among the cells
+            for place, (i, needed) in enumerate(wanted.items()):
+                if c in needed and _finite(cells[place], one.outputs[c].spec.dtype):
+                    chosen += [(row, place) for row in works[i].rows]
+                elif c in needed:
+                    failures[i] = _overflow(one.outputs[c])
+            if chosen:
+                ready.append((one.outputs[c].spec.fingerprint, _staged(chosen, cells, works)))
+    facts = [_fact(work, failures.get(i) or decoded.clips[i]) for i, work in enumerate(works)]
+    began = time.perf_counter()
+    # Facts go first: a cell found staged by the next build must not lack what goes with it.
+    staging.put_facts(job.store, facts)
+    staged = {
+        fingerprint: (staging.put(job.store, fingerprint, block).name, block.rows.tolist())
+        for fingerprint, block in ready
+    }
+    seconds["write"] += time.perf_counter() - began
+    return Report(decoded.block, facts, staged, seconds)
+
+
+def run_pass(
+    one: Pass, outputs: tuple[int, ...], pictures: list[np.ndarray]
+) -> Iterator[dict[int, np.ndarray]]:
+    """Cells of some outputs of a pass, a batch of clips at a time.
+
+    Every batch has `execution.batch_clips` clips, the last one padded with black, so that a
+    cell's bits do not depend on how many clips came with it.
+
+    Args:
+        outputs: Numbers of the pass's outputs to give.
+        pictures: uint8 [T, S, S, 3] each.
+
+    Yields:
+        By output number, stored bits [clips of the batch, *cell].
+    """
+    import torch
+
+    from pipeline.reductions import reduce
+
+    execution = one.execution
+    backbone = _backbone(one.backbone, one.precision, execution.device)
+    _check(one, backbone)
+    if execution.threads and torch.get_num_threads() != execution.threads:
+        torch.set_num_threads(execution.threads)
+    chosen = {c: one.outputs[c] for c in outputs}
+    keep = {output.stage for output in chosen.values()}
+    size = execution.batch_clips
+    for start in range(0, len(pictures), size):
+        batch = pictures[start : start + size]
+        padded = np.zeros((size, *batch[0].shape), np.uint8)
+        padded[: len(batch)] = batch
+        with torch.inference_mode():
+            x = torch.from_numpy(padded.reshape(-1, *padded.shape[2:])).to(execution.device)
+            features = backbone.run(x, keep)
+            yield {
+                c: _bits(
+                    reduce(features[output.stage], backbone.stage(output.stage), output.reduction),
+                    output, size,
+                )[: len(batch)]
+                for c, output in chosen.items()
+            }  # fmt: skip
+
+
+class NetworkDiffers(RuntimeError):
+    """A worker's network is not the one the plan was made with."""
+
+
+# Two forwards at once on one worker would share its cores, and each would be slower.
+_ONE_FORWARD = threading.Lock()
+
+
+@functools.cache
+def _decode_pool(children: int, deadline_seconds: float) -> Any:
+    from pipeline.decoders._pool import DecodePool
+
+    return DecodePool(children, deadline_seconds)
+
+
+@functools.cache
+def _backbone(name: str, precision: str, device: str) -> Any:
+    import torch
+
+    from pipeline import backbones
+
+    backbone = backbones.load(name, getattr(torch, precision))
+    for stage in backbone.stages:
+        stage.module.to(device)
+    return backbone
+
+
+@functools.cache
+def _checked(name: str, precision: str, device: str, frames: str) -> dict[str, str]:
+    keys: dict[str, str] = _backbone(name, precision, device).keys(frames)
+    return keys
+
+
+def _check(one: Pass, backbone: Any) -> None:
+    own = _checked(
+        one.backbone, one.precision, one.execution.device, frames_key(one.frame_set)
+    )
+    for stage, key in one.stage_keys.items():
+        if own[stage] != key:
+            raise NetworkDiffers(
+                f"{one.backbone}: a worker's network differs from the builder's from stage {stage} "
+                "on. Give every machine the same weights and the same versions, and build again."
+            )
+
+
+def _pictures(decoded: DecodedBlock, clip: int, pass_number: int) -> np.ndarray:
+    answer = decoded.clips[clip]
+    assert isinstance(answer, Decoded)
+    return answer.frames[decoded.places[clip][pass_number]]
+
+
+def _bits(x: Any, output: Output, clips: int) -> np.ndarray:
+    """A batch's feature [clips * T, ...] as stored bits [clips, T, ...]."""
+    import torch
+
+    x = x.to(getattr(torch, output.spec.dtype)).contiguous().cpu()
+    if output.spec.dtype == "bfloat16":
+        x = x.view(torch.uint16)
+    bits: np.ndarray = x.numpy().reshape(clips, *output.spec.cell)
+    return bits
+
+
+def _staged(chosen: list[tuple[int, int]], cells: np.ndarray, works: list[ClipWork]) -> StagedBlock:
+    key_of = {row: work.key for work in works for row in work.rows}
+    chosen = sorted(chosen)
+    keys = b"".join(key_of[row] for row, _ in chosen)
+    return StagedBlock(
+        np.array([row for row, _ in chosen], np.int64),
+        np.frombuffer(keys, np.uint8).reshape(len(chosen), -1),
+        cells[[place for _, place in chosen]],
+    )
+
+
+def _overflow(output: Output) -> Failure:
+    spec = output.spec
+    return Failure(
+        "not_finite",
+        f"{spec.feature} of {spec.backbone} ({spec.short}) leaves the range of {spec.dtype}; "
+        "keep it with --dtype float32 or bfloat16",
+    )
+
+
+def _finite(cell: np.ndarray, dtype: str) -> bool:
+    if dtype == "bfloat16":
+        return bool(((cell & 0x7F80) != 0x7F80).all())
+    return bool(np.isfinite(cell).all())
+
+
+def _changed(file: FileWork) -> bool:
+    from stores.clips import size_and_mtime
+
+    try:
+        return size_and_mtime(Path(file.path)) != (file.size_bytes, file.mtime_ns)
+    except OSError:
+        return os.path.exists(file.path)
+
+
+def _fact(work: ClipWork, answer: Decoded | Failure) -> dict[str, Any]:
+    fact: dict[str, Any] = {"rows": list(work.rows), "key": work.key.hex()}
+    if isinstance(answer, Failure):
+        return fact | {"reason": answer.reason, "detail": answer.detail}
+    known = answer.facts
+    return fact | {
+        "num_frames": known.num_frames,
+        "num_frames_claimed": known.num_frames_claimed,
+        "fps": known.fps,
+        "width": known.width,
+        "height": known.height,
+        "decoder": known.decoder,
+        "detail": known.warning,
+    }

@@ -1,0 +1,474 @@
+"""Build: a data set's features into a store. Also plan, which says what a build would do.
+
+One operation whatever the occasion (a first build, a crash, new or replaced videos, another
+backbone): list the clips, compare keys, decode and compute what is missing, write, mark done.
+"""
+
+import errno
+import json
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pipeline import backbones as networks
+from pipeline import layouts, prompts
+from pipeline.assemble import Assembler
+from pipeline.backbones import Backbone
+from pipeline.blocks import Block, Job, Report
+from pipeline.columns import passes
+from pipeline.execute import Events, Lost, execute, local_workers
+from pipeline.layouts import Listing
+from pipeline.plan import Plan, make_plan
+from pipeline.probe import Estimate, probe
+from pipeline.progress import Watch, size
+from pipeline.scan import Scan, scan
+from pipeline.spec import BuildSpec, Runtime
+from stores import FeatureStore, atomic, clips, lock, staging, text
+
+LOGS = "logs"
+_FACTS = ("num_frames", "num_frames_claimed", "fps", "width", "height", "decoder")
+
+
+class DiskTooSmall(OSError):
+    """The store's disk has not the room that the plan needs."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before any work: the listing, the table, the networks, the plan."""
+
+    listing: Listing
+    scan: Scan
+    backbones: dict[str, Backbone]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did.
+
+    Attributes:
+        store: Its folder.
+        said: What the listing took the data set for.
+        clips: Rows of the present listing, by status.
+        new, changed, gone: Clips, against the build before.
+        hashed: Files whose bytes were read for their digest.
+        decoded: Files decoded.
+        computed: Clips computed.
+        adopted: Cells that an unfinished build had left staged.
+        copied: Cells taken from another row with the same bytes.
+        quarantined: Rows of the table that failed, in this build or an earlier one.
+        seconds: In all, and by part (decode, forward, write: summed over workers).
+        file_bytes: Size of the columns' files.
+    """
+
+    store: Path
+    said: str
+    clips: dict[str, int]
+    new: int
+    changed: int
+    gone: int
+    hashed: int
+    decoded: int
+    computed: int
+    frames: int
+    adopted: int
+    copied: int
+    quarantined: pd.DataFrame
+    seconds: dict[str, float]
+    file_bytes: int
+
+
+def build(
+    dataset: str | Path,
+    store: str | Path,
+    spec: BuildSpec,
+    *,
+    layout: str = "auto",
+    split: str | None = None,
+    runtime: Runtime | None = None,
+    watch: Watch | None = None,
+) -> BuildReport:
+    """Compute whatever features of a data set a store lacks.
+
+    Args:
+        dataset: Directory of the videos.
+        store: Folder of the store; made where it does not exist.
+        spec: Which features.
+        layout: How the directory is laid out; `auto` recognises it.
+        split: Which of the data set's official splits.
+        runtime: Device, workers, deadline.
+        watch: Told how it goes; silent by default.
+
+    Returns:
+        What was done. Clips that could not be decoded are in `quarantined`; they end nothing.
+
+    Raises:
+        ValueError: The request cannot be met (unknown layout, stage, network; other data set).
+        StoreLocked: Another process builds this store.
+        OSError: The store cannot be written or its disk is too small. What was finished is kept.
+    """
+    runtime, watch = runtime or Runtime(), watch or Watch()
+    began = time.perf_counter()
+    root, path = Path(dataset), Path(store)
+    ready = None
+    if not (path / "zarr.json").exists():
+        # A request that cannot be met leaves nothing behind, so it is looked at first.
+        if path.is_dir():
+            FeatureStore.refuse_strangers(path)
+        ready = prepare(root, path, None, spec, layout, split, runtime, watch)
+        check_disk(ready.plan, path)
+    opened = FeatureStore.create(path)
+    with lock.held(path):
+        atomic.clear_temporary(path)
+        if ready is None or len(opened.clips):
+            ready = prepare(root, path, opened, spec, layout, split, runtime, watch)
+            check_disk(ready.plan, path)
+        table, plan = ready.scan.table, ready.plan
+        _record(opened, ready, root)
+        clips.write(opened.path, table)
+        done = _carry_out(opened, plan, runtime, watch)
+        _settle(table, plan, ready.scan.rows)
+        clips.write(opened.path, table)
+        staging.drop(opened.path, staging.facts_files(opened.path))
+        if spec.text:
+            for backbone in ready.backbones.values():
+                keep_text(opened.path, backbone, ready.listing.classes, watch)
+        done.seconds["all"] = time.perf_counter() - began
+        if plan.decodes or ready.scan.new or ready.scan.changed:
+            _log(opened.path, spec, runtime, done)
+        atomic.clear_temporary(opened.path)
+    listed = table.loc[ready.scan.rows]
+    return BuildReport(
+        store=opened.path,
+        said=ready.listing.said,
+        clips=dict(Counter(listed["status"])),
+        new=ready.scan.new,
+        changed=ready.scan.changed,
+        gone=ready.scan.gone,
+        hashed=ready.scan.hashed,
+        decoded=plan.decodes,
+        computed=plan.clips,
+        frames=done.frames,
+        adopted=sum(len(column.staged) for column in plan.all_columns),
+        copied=sum(len(column.copied) for column in plan.all_columns),
+        quarantined=listed[listed["status"] == "quarantined"],
+        seconds=done.seconds,
+        file_bytes=plan.file_bytes,
+    )
+
+
+def plan(
+    dataset: str | Path,
+    store: str | Path,
+    spec: BuildSpec,
+    *,
+    layout: str = "auto",
+    split: str | None = None,
+    runtime: Runtime | None = None,
+    watch: Watch | None = None,
+    estimate: bool = True,
+) -> tuple[Plan, Estimate | None]:
+    """What `build` with the same arguments would do. Writes nothing.
+
+    Returns:
+        The plan, and the time it will take by a short probe of this machine (None where nothing
+        is to be computed or `estimate` is False).
+
+    Raises:
+        ValueError: As `build`.
+    """
+    runtime, watch, path = runtime or Runtime(), watch or Watch(), Path(store)
+    opened = FeatureStore.open(path) if (path / "zarr.json").exists() else None
+    if opened is None and path.is_dir():
+        FeatureStore.refuse_strangers(path)
+    ready = prepare(Path(dataset), path, opened, spec, layout, split, runtime, watch)
+    if not estimate or not ready.plan.blocks:
+        return ready.plan, None
+    return ready.plan, probe(ready.plan, job_of(ready.plan, path, runtime), runtime, watch)
+
+
+def prepare(
+    root: Path,
+    store: Path,
+    opened: FeatureStore | None,
+    spec: BuildSpec,
+    layout: str,
+    split: str | None,
+    runtime: Runtime,
+    watch: Watch,
+) -> Prepared:
+    """List, build the networks for their keys, scan, and plan. Writes nothing."""
+    listing = layouts.read(root, layout, split)
+    watch.said(listing.said)
+    precision = getattr(torch, spec.precision)
+    chosen = {name: networks.load(name, precision) for name in dict.fromkeys(spec.backbones)}
+    asked = passes(spec, chosen, opened, _device(runtime))
+    old = opened.clips if opened else clips.empty()
+    base = root if root.is_dir() else root.parent
+    found = scan(old, listing, base, runtime.retry)
+    _take_known_facts(old, found.table)
+    if not runtime.retry:
+        _take_facts(found.table, staging.all_facts(store))
+    plan = make_plan(store, found.table, found.rows, base, asked)
+    return Prepared(listing, found, chosen, plan)
+
+
+def job_of(plan: Plan, store: Path, runtime: Runtime) -> Job:
+    """What the blocks of a plan have in common."""
+    threads = max((one.execution.threads for one in plan.passes), default=1)
+    workers = local_workers(threads, runtime.workers)
+    children = max(1, (os.cpu_count() or 1) // workers)
+    return Job(store.absolute(), plan.passes, children, runtime.deadline_seconds)
+
+
+def needed_bytes(plan: Plan) -> int:
+    """Free disk that carrying out a plan takes.
+
+    Beside the cells themselves: the shard being replaced, and staged cells that wait for theirs.
+    """
+    total = 0
+    for column in plan.all_columns:
+        spec = column.output.spec
+        cells = column.missing * spec.cell_bytes
+        total += cells + 2 * min(cells, spec.shard_clips * spec.cell_bytes)
+    return total
+
+
+def free_bytes(store: Path) -> int:
+    """Free bytes of the disk that the store is on, or will be."""
+    place = next(folder for folder in (store, *store.absolute().parents) if folder.is_dir())
+    return shutil.disk_usage(place).free
+
+
+def check_disk(plan: Plan, store: Path) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        DiskTooSmall: It names what is needed, what is free, and the largest columns.
+    """
+    need, free = needed_bytes(plan), free_bytes(store)
+    if need <= free:
+        return
+    weights = [(c.missing * c.output.spec.cell_bytes, c.output.spec) for c in plan.all_columns]
+    largest = sorted(weights, key=lambda pair: -pair[0])[:3]
+    names = ", ".join(f"--keep {spec.feature} ({size(amount)})" for amount, spec in largest)
+    raise DiskTooSmall(
+        errno.ENOSPC,
+        f"the plan needs {size(need)} on the disk of {store} and {size(free)} are free. Drop a "
+        f"feature, the largest being {names}; or give a store on a larger disk",
+    )
+
+
+def keep_text(store: Path, backbone: Backbone, classes: Iterable[str], watch: Watch) -> None:
+    """Keep the text features of the classes' prompts, for a backbone that has a text tower."""
+    names = list(classes)
+    if backbone.text is None or not names:
+        return
+    key = {
+        "code": prompts.CODE,
+        "templates": list(prompts.TEMPLATES),
+        "text": backbone.text.identity(),
+    }
+    held = text.held(store, backbone.name, key)
+    missing = [name for name in names if name not in held]
+    if not missing:
+        return
+    watch.said(f"text features of {len(missing)} classes for {backbone.name}")
+    made = prompts.class_features(backbone.text, missing).numpy()
+    held |= dict(zip(missing, made, strict=True))
+    values = np.stack([held[name] for name in names])
+    text.write(store, backbone.name, key, text.TextFeatures(tuple(names), values))
+
+
+@dataclass
+class _Done:
+    frames: int
+    seconds: dict[str, float]
+
+
+def _carry_out(opened: FeatureStore, plan: Plan, runtime: Runtime, watch: Watch) -> _Done:
+    """Compute and write whatever the plan lacks; keep the table's facts up to date in memory."""
+    store, table = opened.path, plan.table
+    assemblers = {
+        column.output.spec.fingerprint: Assembler(store, column, len(table))
+        for column in plan.all_columns
+    }
+    for column in plan.all_columns:
+        assemblers[column.output.spec.fingerprint].begin(column.copied, plan.keys)
+    done = _Done(0, dict.fromkeys(("decode", "forward", "write"), 0.0))
+    frames_a_clip = sum(one.frame_set.frames for one in plan.passes)
+
+    def decoded(block: Block) -> None:
+        watch.advance("decode", len(block.clips), len(block.clips) * frames_a_clip)
+
+    def write() -> None:
+        began = time.perf_counter()
+        watch.advance("write", sum(one.write_ready() for one in assemblers.values()))
+        done.seconds["write"] += time.perf_counter() - began
+
+    if plan.blocks:
+        events = Events(decoded, watch.said)
+        job = job_of(plan, store, runtime)
+        cells = sum(column.missing for column in plan.all_columns)
+        totals = {"decode": (plan.clips, "clips"), "forward": (plan.clips, "clips"),
+                  "write": (cells, "cells")}  # fmt: skip
+        with watch.bars(**totals), _explained(store):
+            write()
+            for answer in execute(job, list(plan.blocks), runtime, events):
+                facts = _take_report(answer, assemblers, store)
+                _take_facts(table, facts)
+                good = sum("num_frames" in fact for fact in facts)
+                done.frames += good * frames_a_clip
+                if isinstance(answer, Report):
+                    for part, seconds in answer.seconds.items():
+                        done.seconds[part] += seconds
+                watch.advance("forward", len(facts), good * frames_a_clip)
+                write()
+    with _explained(store):
+        write()
+    return done
+
+
+def _take_report(
+    answer: Report | Lost, assemblers: dict[str, Assembler], store: Path
+) -> list[dict[str, Any]]:
+    if isinstance(answer, Lost):
+        reason = {"reason": answer.failure.reason, "detail": answer.failure.detail}
+        facts = [{"rows": list(c.rows), "key": c.key.hex(), **reason} for c in answer.block.clips]
+        staging.put_facts(store, facts)
+    else:
+        facts = answer.facts
+        for fingerprint, (name, rows) in answer.staged.items():
+            folder = store / staging.FOLDER / fingerprint
+            assemblers[fingerprint].staged(folder / name, rows)
+    over = [row for clip in answer.block.clips for row in clip.rows]
+    for assembler in assemblers.values():
+        assembler.given_up(over)
+    return facts
+
+
+def _take_facts(table: pd.DataFrame, facts: Iterable[dict[str, Any]]) -> None:
+    """Enter what was learnt of clips into the table, where it is about their present bytes."""
+    for fact in facts:
+        for row in fact["rows"]:
+            if row >= len(table):
+                continue
+            key = clips.row_key(*table.loc[row, ["digest", "start_seconds", "end_seconds"]])
+            if key.hex() != fact["key"]:
+                continue
+            if "reason" in fact:
+                changes = {"status": "quarantined", "reason": fact["reason"]}
+            else:
+                changes = {"status": "pending", "reason": ""}
+                changes |= {name: fact[name] for name in _FACTS}
+            for name, value in (changes | {"detail": fact["detail"]}).items():
+                table.at[row, name] = value
+
+
+def _take_known_facts(old: pd.DataFrame, table: pd.DataFrame) -> None:
+    """A clip whose bytes the store met under another name needs no decoding to be described."""
+    lacking = table.index[(table["num_frames"] == 0) & (table["digest"] != "")]
+    if not len(lacking) or not len(old):
+        return
+    known = {
+        key.tobytes(): row
+        for key, row in zip(clips.row_keys(old), old.index, strict=True)
+        if old.at[row, "num_frames"] > 0
+    }
+    for row, key in zip(lacking, clips.row_keys(table.loc[lacking]), strict=True):
+        holder = known.get(key.tobytes())
+        if holder is not None:
+            for name in (*_FACTS, "detail"):
+                table.at[row, name] = old.at[holder, name]
+
+
+def _settle(table: pd.DataFrame, plan: Plan, rows: np.ndarray) -> None:
+    """Say of every listed clip whether all that was asked of it is there; note equal bytes."""
+    complete = np.ones(len(table), bool)
+    for column in plan.all_columns:
+        complete &= (column.column.done(len(table)) == plan.keys).all(axis=1)
+    complete &= plan.keys.any(axis=1)
+    first: dict[bytes, int] = {}
+    for row in sorted(rows.tolist()):
+        if table.at[row, "status"] == "quarantined":
+            continue
+        table.at[row, "status"] = "ready" if complete[row] else "pending"
+        same = first.setdefault(plan.keys[row].tobytes(), row)
+        noted = str(table.at[row, "detail"])
+        if same != row and "same bytes as" not in noted:
+            note = f"same bytes as row {same}, {table.at[same, 'path']}"
+            table.at[row, "detail"] = f"{noted}; {note}" if noted else note
+
+
+def _record(opened: FeatureStore, ready: Prepared, root: Path) -> None:
+    """Note in the store where its data set and weights lie, for `verify` and for people."""
+    asked = {
+        backbone.name: weights_in_full(name) for name, backbone in ready.backbones.items()
+    }
+    opened.set_attributes(
+        {
+            "dataset": str(root.resolve()),
+            "layout": ready.listing.layout,
+            "classes": list(ready.listing.classes),
+            "backbones": opened.attributes.get("backbones", {}) | asked,
+        }
+    )
+
+
+def weights_in_full(backbone: str) -> str:
+    """The backbone's name with a weight file's whole path, to be found from any folder."""
+    network, colon, weights = backbone.partition(":")
+    file = Path(weights)
+    return f"{network}:{file.resolve()}" if colon and file.is_file() else backbone
+
+
+def _log(store: Path, spec: BuildSpec, runtime: Runtime, done: _Done) -> None:
+    """A line of history, the only thing in a store that knows the time and the machine."""
+    packages = ("torch", "torchvision", "open_clip_torch", "timm", "av", "zarr", "numpy")
+    record = {
+        "ended": time.strftime("%F %T%z"),
+        "machine": f"{platform.node()} {platform.machine()} {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in packages},
+        "spec": asdict(spec),
+        "runtime": asdict(runtime),
+        "frames": done.frames,
+        "seconds": {name: round(value, 3) for name, value in done.seconds.items()},
+    }
+    name = f"build-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.json"
+    atomic.write(store, store / LOGS / name, json.dumps(record, indent=1).encode())
+
+
+@contextmanager
+def _explained(store: Path) -> Any:
+    """Turn a full or refusing disk into an error that says what is kept and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                error.errno,
+                f"the disk of {store} is full. Everything finished is kept: make room "
+                f"({size(shutil.disk_usage(store).free)} are free) and run the same command again",
+            ) from error
+        raise
+
+
+def _device(runtime: Runtime) -> str:
+    if runtime.device != "auto":
+        if runtime.device == "cuda" and not runtime.scheduler and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
+        return runtime.device
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,310 @@
+"""The command line. Light to import: each command loads what it needs.
+
+Exit codes: 0 done, 1 done with quarantined clips or a failed check, 2 not done (the request or its
+surroundings were wrong; the message says what and what to do), 130 interrupted.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.spec import BuildSpec, Runtime
+
+app = typer.Typer(
+    name="strata",
+    help="A layered feature store for video: decode once, run frozen networks once, keep every layer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Dataset = Annotated[Path, typer.Argument(help="Directory of labelled videos, or a list (CSV/TSV).")]
+StoreOption = Annotated[Path, typer.Option("--store", "-s", help="Folder of the feature store.")]
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the feature store.")]
+Layout = Annotated[str, typer.Option(help="How DATASET is laid out; auto recognises it.")]
+Split = Annotated[str | None, typer.Option(help="Which official split, where there are several.")]
+Backbones = Annotated[
+    list[str] | None,
+    typer.Option("--backbone", help="NAME:TAG, NAME:/path/weights.safetensors or NAME:random-SEED."),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(help="STAGE or STAGE:REDUCTION to keep (tokens cls mean grid7 map pool). "
+                      "Default: each network's final vector."),
+]  # fmt: skip
+Frames = Annotated[int, typer.Option(help="Frames a clip.")]
+Sampling = Annotated[str, typer.Option(help="tsn, tsn_random, uniform_fps or dense.")]
+Fps = Annotated[float, typer.Option(help="For uniform_fps: frames a second.")]
+Stride = Annotated[int, typer.Option(help="For dense: step in frames.")]
+Views = Annotated[int, typer.Option(help="Views of each clip; the first is the plain one.")]
+Flip = Annotated[bool, typer.Option("--flip", help="Mirror half of the views after the first.")]
+RandomCrop = Annotated[
+    bool, typer.Option("--random-crop", help="Crop the views after the first at random.")
+]
+Dtype = Annotated[str, typer.Option(help="On disk: float16, float32 or bfloat16.")]
+Precision = Annotated[
+    str, typer.Option(help="Of the networks: float32, bfloat16 (about 4 x faster) or float16.")
+]
+DecoderOption = Annotated[str, typer.Option(help="auto (PyAV), pyav, decord or torchcodec.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Workers = Annotated[int, typer.Option(help="Worker processes; 0 chooses by cores.")]
+Scheduler = Annotated[str, typer.Option(help="tcp://HOST:PORT of a running Dask scheduler.")]
+Serial = Annotated[bool, typer.Option("--serial", help="No cluster; for debugging.")]
+Retry = Annotated[bool, typer.Option("--retry", help="Try quarantined clips again.")]
+Deadline = Annotated[float, typer.Option(help="Seconds that decoding one file may take.")]
+Text = Annotated[bool, typer.Option(help="Also keep text features of the class prompts (CLIP).")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+@app.command()
+def build(
+    dataset: Dataset,
+    store: StoreOption,
+    backbone: Backbones = None,
+    keep: Keep = None,
+    layout: Layout = "auto",
+    split: Split = None,
+    frames: Frames = 8,
+    sampling: Sampling = "tsn",
+    fps: Fps = 0.0,
+    stride: Stride = 0,
+    views: Views = 1,
+    flip: Flip = False,
+    random_crop: RandomCrop = False,
+    dtype: Dtype = "float16",
+    precision: Precision = "float32",
+    decoder: DecoderOption = "auto",
+    text: Text = True,
+    device: Device = "auto",
+    workers: Workers = 0,
+    scheduler: Scheduler = "",
+    serial: Serial = False,
+    deadline: Deadline = 120.0,
+    retry: Retry = False,
+    as_json: Json = False,
+) -> None:
+    """Compute whatever features of DATASET the store lacks.
+
+    Safe to stop at any moment and to run again: only what is missing is computed.
+
+    Example: strata build videos/ --store ucf101.zarr --backbone ViT-B-16:openai --keep proj
+    --keep blocks.10.mlp:cls
+    """
+    from pipeline.build import build as run
+    from pipeline.progress import Watch, for_this_output
+    from pipeline.show import report_facts, report_summary
+
+    spec = _spec(backbone, keep, frames, sampling, fps, stride, views, flip, random_crop, decoder,
+                 precision, dtype, text)  # fmt: skip
+    runtime = _runtime(device, workers, scheduler, serial, deadline, retry)
+    watch = Watch() if as_json else for_this_output()
+    report = run(dataset, store, spec, layout=layout, split=split, runtime=runtime, watch=watch)
+    if as_json:
+        _print_json(report_facts(report))
+    else:
+        print(report_summary(report))
+    raise typer.Exit(1 if len(report.quarantined) else 0)
+
+
+@app.command()
+def plan(
+    dataset: Dataset,
+    store: StoreOption,
+    backbone: Backbones = None,
+    keep: Keep = None,
+    layout: Layout = "auto",
+    split: Split = None,
+    frames: Frames = 8,
+    sampling: Sampling = "tsn",
+    fps: Fps = 0.0,
+    stride: Stride = 0,
+    views: Views = 1,
+    flip: Flip = False,
+    random_crop: RandomCrop = False,
+    dtype: Dtype = "float16",
+    precision: Precision = "float32",
+    decoder: DecoderOption = "auto",
+    text: Text = True,
+    device: Device = "auto",
+    workers: Workers = 0,
+    scheduler: Scheduler = "",
+    serial: Serial = False,
+    deadline: Deadline = 120.0,
+    retry: Retry = False,
+    as_json: Json = False,
+    estimate: Annotated[bool, typer.Option(help="Probe this machine for the time.")] = True,
+) -> None:
+    """Say what `build` with the same options would do. Writes nothing.
+
+    Example: strata plan videos/ --store ucf101.zarr --backbone ViT-B-16:openai --keep proj
+    """
+    from pipeline.build import plan as run
+    from pipeline.progress import Watch, for_this_output
+    from pipeline.show import plan_facts, plan_summary
+
+    spec = _spec(backbone, keep, frames, sampling, fps, stride, views, flip, random_crop, decoder,
+                 precision, dtype, text)  # fmt: skip
+    runtime = _runtime(device, workers, scheduler, serial, deadline, retry)
+    watch = Watch() if as_json else for_this_output()
+    made, seconds = run(dataset, store, spec, layout=layout, split=split, runtime=runtime,
+                        watch=watch, estimate=estimate)  # fmt: skip
+    if as_json:
+        _print_json(plan_facts(made, seconds, store))
+    else:
+        print(plan_summary(made, seconds, store))
+
+
+@app.command()
+def info(store: StoreArgument, as_json: Json = False) -> None:
+    """Say what a store holds.
+
+    Example: strata info ucf101.zarr
+    """
+    from pipeline.show import store_facts, store_summary
+    from stores import FeatureStore
+
+    opened = FeatureStore.open(store)
+    if as_json:
+        _print_json(store_facts(opened))
+    else:
+        print(store_summary(opened))
+
+
+@app.command()
+def failures(store: StoreArgument, as_json: Json = False) -> None:
+    """List quarantined clips and why. Exit code 1 where there are any.
+
+    Example: strata failures ucf101.zarr
+    """
+    from pipeline.show import failure_lines
+    from stores import FeatureStore
+
+    table = FeatureStore.open(store).clips
+    failed = table[table["status"] == "quarantined"]
+    if as_json:
+        columns = ["path", "start_seconds", "end_seconds", "label", "split", "reason", "detail"]
+        _print_json(json.loads(failed[columns].reset_index().to_json(orient="records")))
+    else:
+        print(failure_lines(failed) or "no clip is quarantined")
+    raise typer.Exit(1 if len(failed) else 0)
+
+
+@app.command()
+def verify(
+    store: StoreArgument,
+    dataset: Annotated[
+        Path | None, typer.Option(help="Where the videos lie, if not where they were.")
+    ] = None,
+    backbone: Annotated[
+        list[str] | None,
+        typer.Option(help="Weights to load for the network of that name, if not as they were."),
+    ] = None,
+    sample: Annotated[int, typer.Option(help="Clips to compute again from their videos.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Read every chunk's checksum and compute a sample of cells again. Exit code 1 on a finding.
+
+    Example: strata verify ucf101.zarr --sample 16
+    """
+    from dataclasses import asdict
+
+    from pipeline.progress import Watch, for_this_output
+    from pipeline.verify import verify as run
+    from stores import weights_by_stem
+
+    given = {weights_by_stem(name): name for name in backbone or []}
+    watch = Watch() if as_json else for_this_output()
+    result = run(store, dataset=dataset, backbones=given, sample=sample, seed=seed, watch=watch)
+    if as_json:
+        _print_json(asdict(result))
+    else:
+        print(f"{result.chunks} cells read, checksums verified")
+        print(f"{result.equal + result.close} cells computed again: {result.equal} equal to the "
+              f"bit, {result.close} within rounding")  # fmt: skip
+        for finding in result.findings:
+            where = "  ".join(part for part in (finding.column, finding.shard, finding.clip) if part)
+            print(f"BAD {where}: {finding.problem}")
+        print("nothing differs" if not result.findings else f"{len(result.findings)} findings")
+    raise typer.Exit(1 if result.findings else 0)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the videos and the store.")] = Path("demo"),
+    backbone: Backbones = None,
+    precision: Precision = "float32",
+    clips_per_class: Annotated[int, typer.Option(help="Videos to make of each class.")] = 20,
+) -> None:
+    """Make a small data set of real videos, build a store of it, learn its classes task by task.
+
+    Needs no network: unless --backbone names weights, the networks are small and random.
+
+    Example: strata demo --out demo
+    """
+    from pipeline.demo import run
+    from pipeline.progress import for_this_output
+
+    run(out, backbone, precision, clips_per_class, for_this_output())
+
+
+def main() -> None:
+    """Run the command line; errors are sentences unless --debug asks for more."""
+    debug = "--debug" in sys.argv[1:]
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    try:
+        sys.exit(app(args=arguments, standalone_mode=False, prog_name="strata") or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        _complain(error)
+        sys.exit(2)
+
+
+def _complain(error: Exception) -> None:
+    if hasattr(error, "format_message"):  # the option parser's own: usage and what was wrong
+        error.show()
+        return
+    expected = isinstance(error, ValueError | OSError | LookupError | RuntimeError)
+    text = str(error.strerror if isinstance(error, OSError) and error.strerror else error)
+    if isinstance(error, OSError) and error.filename:
+        text += f": {error.filename}"
+    kind = "error" if expected else f"unexpected {type(error).__name__} (--debug shows where)"
+    print(f"strata: {kind}: {text}", file=sys.stderr)
+
+
+def _spec(
+    backbone: list[str] | None, keep: list[str] | None, frames: int, sampling: str, fps: float,
+    stride: int, views: int, flip: bool, random_crop: bool, decoder: str, precision: str,
+    dtype: str, text: bool,
+) -> "BuildSpec":  # fmt: skip
+    from pipeline.spec import BuildSpec
+
+    return BuildSpec(
+        tuple(backbone or ()), tuple(keep or ()), frames, sampling, fps, stride, views, flip,
+        random_crop, decoder, precision, dtype, text,
+    )  # fmt: skip
+
+
+def _runtime(
+    device: str, workers: int, scheduler: str, serial: bool, deadline: float, retry: bool
+) -> "Runtime":
+    from pipeline.spec import Runtime
+
+    return Runtime(device, workers, scheduler, serial, deadline, retry)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Execution: blocks onto workers, and what to do when a worker dies.
+
+Dask appears here alone. A cluster of the build's own has CPU workers that decode and, without a
+GPU, also run the forward; each GPU has a worker of its own next to them. At most `AHEAD` blocks a
+forward worker are in flight, which bounds memory by the number of blocks, not of clips.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.blocks import Block, Job, Report, decode, forward
+from pipeline.decoders import Failure
+from pipeline.spec import Runtime
+
+AHEAD = 3
+FORWARD, GPU = "FORWARD", "GPU"
+
+
+@dataclass(frozen=True)
+class Events:
+    """What a person watching is told."""
+
+    decoded: Callable[[Block], None] = lambda block: None
+    said: Callable[[str], None] = lambda line: None
+
+
+@dataclass
+class Lost:
+    """A block of one clip's file that killed every worker it was given to."""
+
+    block: Block
+    failure: Failure = field(
+        default_factory=lambda: Failure("crashed", "the process computing it died, also alone")
+    )
+
+
+class NoSuchWorker(RuntimeError):
+    """The cluster has no worker that may do the work; it would wait for ever."""
+
+
+def execute(job: Job, blocks: list[Block], runtime: Runtime, events: Events) -> Iterator[Report | Lost]:
+    """Run blocks and yield what became of each, in any order.
+
+    A worker that dies costs its block another try and nothing else. A block that keeps killing
+    workers is halved and its parts run one at a time; only a file that kills its worker with
+    nothing else running is given up, as `Lost`.
+
+    Raises:
+        NoSuchWorker: No worker of the cluster offers what the work needs.
+    """
+    if runtime.serial:
+        for block in blocks:
+            decoded = decode(job, block)
+            events.decoded(block)
+            yield forward(job, decoded)
+        return
+    device = "cuda" if any(one.execution.device == "cuda" for one in job.passes) else "cpu"
+    with _client(job, runtime, device, events) as client:
+        suspects: list[Block] = []
+        yield from _run(client, job, blocks, device, events, AHEAD * _slots(client, device), suspects)
+        while suspects:
+            block = suspects.pop(0)
+            again: list[Block] = []
+            yield from _run(client, job, [block], device, events, 1, again)
+            if again and len(block.files) == 1:
+                yield Lost(block)
+            elif again:
+                events.said(f"block {block.number} killed its worker; trying its halves alone")
+                suspects += block.halves()
+
+
+def local_workers(job_threads: int, workers: int) -> int:
+    """CPU workers of a cluster of the build's own: as asked, else as many forwards as fit."""
+    return workers or max(1, (os.cpu_count() or 1) // max(1, job_threads))
+
+
+def _run(
+    client: Any,
+    job: Job,
+    blocks: list[Block],
+    device: str,
+    events: Events,
+    in_flight: int,
+    suspects: list[Block],
+) -> Iterator[Report]:
+    from distributed import KilledWorker, as_completed
+
+    resources = {GPU: 1} if device == "cuda" else {FORWARD: 1}
+    waiting = iter(blocks)
+    decodes: dict[str, Block] = {}
+    forwards: dict[str, tuple[Block, Any]] = {}
+    done = as_completed()
+
+    def submit() -> None:
+        block = next(waiting, None)
+        if block is None:
+            return
+        pictures = client.submit(decode, job, block, pure=False, priority=-block.number)
+        report = client.submit(
+            forward, job, pictures, pure=False, resources=resources, priority=-block.number
+        )
+        decodes[pictures.key], forwards[report.key] = block, (block, pictures)
+        done.add(pictures)
+        done.add(report)
+
+    for _ in range(in_flight):
+        submit()
+    for future in done:
+        if future.key in decodes:
+            if future.status == "finished":
+                events.decoded(decodes[future.key])
+            del decodes[future.key]
+            continue
+        block, _ = forwards.pop(future.key)
+        submit()
+        error = future.exception()
+        if error is None:
+            yield future.result()
+        elif isinstance(error, KilledWorker):
+            suspects.append(block)
+        else:
+            raise error
+
+
+@contextlib.contextmanager
+def _client(job: Job, runtime: Runtime, device: str, events: Events) -> Iterator[Any]:
+    import dask
+    from distributed import Client
+
+    with contextlib.ExitStack() as stack:
+        if runtime.scheduler:
+            client = stack.enter_context(Client(runtime.scheduler))
+        else:
+            # Workers have decoding children, which a daemonic process may not.
+            stack.enter_context(dask.config.set({"distributed.worker.daemon": False}))
+            cluster = stack.enter_context(_local_cluster(job, runtime, device))
+            client = stack.enter_context(Client(cluster))
+        _require(client, device, runtime.scheduler)
+        events.said(f"Dask dashboard: {client.dashboard_link}")
+        yield client
+
+
+def _local_cluster(job: Job, runtime: Runtime, device: str) -> Any:
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    threads = max((one.execution.threads for one in job.passes), default=1)
+    options: dict[str, Any] = {
+        "nthreads": 2,
+        "memory_limit": 0,
+        "dashboard_address": None,
+        "silence_logs": 40,
+    }
+    cpu = options | ({} if device == "cuda" else {"resources": {FORWARD: 1}})
+    workers = {
+        f"cpu-{i}": {"cls": Nanny, "options": cpu}
+        for i in range(local_workers(threads, runtime.workers))
+    }
+    if device == "cuda":
+        import torch
+
+        for i in range(torch.cuda.device_count()):
+            environment = {"CUDA_VISIBLE_DEVICES": str(i)}
+            gpu = options | {"resources": {GPU: 1}, "env": environment}
+            workers[f"gpu-{i}"] = {"cls": Nanny, "options": gpu}
+    scheduler = {"cls": Scheduler, "options": {"dashboard_address": "127.0.0.1:0",
+                                               "host": "127.0.0.1"}}  # fmt: skip
+    return SpecCluster(scheduler=scheduler, workers=workers, silence_logs=40)
+
+
+def _require(client: Any, device: str, address: str) -> None:
+    """Refuse what would wait in silence: no worker with the resource, or none that may fork."""
+    need = GPU if device == "cuda" else FORWARD
+    client.wait_for_workers(1, timeout=60)
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    if not any(need in worker["resources"] for worker in workers.values()):
+        raise NoSuchWorker(
+            f"none of the {len(workers)} workers of {address or 'the cluster'} offers {need}. Start "
+            f"workers with `DASK_DISTRIBUTED__WORKER__DAEMON=False dask worker {address} "
+            f'--nthreads 2 --resources "{need}=1"`'
+        )
+    daemons = [name for name, daemon in client.run(_is_daemon).items() if daemon]
+    if daemons:
+        raise NoSuchWorker(
+            f"workers {', '.join(daemons)} are daemonic and may not start the processes that decode. "
+            "Start them with DASK_DISTRIBUTED__WORKER__DAEMON=False in their environment"
+        )
+
+
+def _is_daemon() -> bool:
+    import multiprocessing
+
+    return multiprocessing.current_process().daemon
+
+
+def _slots(client: Any, device: str) -> int:
+    need = GPU if device == "cuda" else FORWARD
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return max(1, sum(need in worker["resources"] for worker in workers))

@@ -1,0 +1,157 @@
+"""What a person sees while work goes on: bars in a terminal or notebook, lines in a log."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+LINE_SECONDS = 10.0
+
+
+class Watch:
+    """Says nothing. What the pipeline reports to; the variants below show it.
+
+    A bar has a name ("decode"), a total and a unit ("clips"); `advance` moves it on.
+    """
+
+    def said(self, line: str) -> None:
+        """One sentence about what is going on."""
+
+    @contextmanager
+    def bars(self, **totals: tuple[int, str]) -> Iterator[None]:
+        """Show a bar for each name while the block runs: `bars(decode=(1494, "clips"))`."""
+        yield
+
+    def advance(self, name: str, count: int, frames: int = 0) -> None:
+        """Move a bar on by `count`; `frames` are counted beside it."""
+
+
+@dataclass
+class _Bar:
+    total: int
+    unit: str
+    done: int = 0
+    frames: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def rate(self) -> str:
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        text = f"{self.done / seconds:.1f} {self.unit}/s"
+        return text + (f", {self.frames / seconds:.1f} frames/s" if self.frames else "")
+
+    def seconds_left(self) -> float | None:
+        if not self.done:
+            return None
+        return (time.monotonic() - self.began) / self.done * (self.total - self.done)
+
+
+class Lines(Watch):
+    """Plain lines, for a log: each bar at most every ten seconds, and when it is full."""
+
+    def __init__(self, out: TextIO | None = None, every_seconds: float = LINE_SECONDS) -> None:
+        self.out, self.every_seconds = out or sys.stderr, every_seconds
+        self._bars: dict[str, _Bar] = {}
+        self._last: dict[str, float] = {}
+
+    def said(self, line: str) -> None:
+        print(line, file=self.out, flush=True)
+
+    @contextmanager
+    def bars(self, **totals: tuple[int, str]) -> Iterator[None]:
+        self._bars = {name: _Bar(total, unit) for name, (total, unit) in totals.items()}
+        self._last = dict.fromkeys(totals, time.monotonic())
+        yield
+        self._bars = {}
+
+    def advance(self, name: str, count: int, frames: int = 0) -> None:
+        bar = self._bars.get(name)
+        if bar is None:
+            return
+        bar.done, bar.frames = bar.done + count, bar.frames + frames
+        now = time.monotonic()
+        if bar.done < bar.total and now - self._last[name] < self.every_seconds:
+            return
+        self._last[name] = now
+        left = bar.seconds_left()
+        rest = f", {clock(left)} left" if left and bar.done < bar.total else ""
+        self.said(f"{name}: {bar.done}/{bar.total} {bar.unit}, {bar.rate()}{rest}")
+
+
+class Bars(Watch):
+    """Live bars with rates and time left, in a terminal or in Jupyter."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
+        self._progress: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._bars: dict[str, _Bar] = {}
+
+    def said(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False)
+
+    @contextmanager
+    def bars(self, **totals: tuple[int, str]) -> Iterator[None]:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description:>8}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console) as progress:
+            self._progress = progress
+            for name, (total, unit) in totals.items():
+                self._bars[name] = _Bar(total, unit)
+                self._tasks[name] = progress.add_task(name, total=total, unit=unit, rate="")
+            try:
+                yield
+            finally:
+                self._progress, self._tasks, self._bars = None, {}, {}
+
+    def advance(self, name: str, count: int, frames: int = 0) -> None:
+        if name not in self._tasks:
+            return
+        bar = self._bars[name]
+        bar.done, bar.frames = bar.done + count, bar.frames + frames
+        self._progress.update(self._tasks[name], advance=count, rate=bar.rate())
+
+
+def for_this_output() -> Watch:
+    """Bars where a terminal or a notebook shows them, else lines."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return Bars() if console.is_terminal or console.is_jupyter else Lines()
+
+
+def clock(seconds: float) -> str:
+    """Seconds for a person.
+
+    >>> clock(42.4), clock(75), clock(7322)
+    ('42 s', '1 min 15 s', '2 h 02 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for a person, in powers of ten.
+
+    >>> size(999), size(2_420_736), size(23e9)
+    ('999 B', '2.42 MB', '23 GB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"

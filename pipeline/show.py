@@ -1,0 +1,213 @@
+"""Facts and summaries: what commands print, as JSON for programs and as text for people."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.build import BuildReport, free_bytes, needed_bytes
+from pipeline.plan import ColumnPlan, Plan
+from pipeline.probe import Estimate
+from pipeline.progress import clock, size
+from stores import FeatureStore
+
+STATUS_ORDER = ("ready", "pending", "quarantined")
+
+
+def report_facts(report: BuildReport) -> dict[str, Any]:
+    """A build's report as JSON."""
+    quarantined = report.quarantined[["path", "reason", "detail"]]
+    return {
+        "store": str(report.store),
+        "dataset": report.said,
+        "clips": report.clips,
+        "new": report.new,
+        "changed": report.changed,
+        "gone": report.gone,
+        "files_hashed": report.hashed,
+        "files_decoded": report.decoded,
+        "clips_computed": report.computed,
+        "frames_computed": report.frames,
+        "cells_adopted": report.adopted,
+        "cells_copied": report.copied,
+        "quarantined": quarantined.reset_index().to_dict("records"),
+        "file_bytes": report.file_bytes,
+        "seconds": {name: round(value, 3) for name, value in report.seconds.items()},
+    }
+
+
+def report_summary(report: BuildReport) -> str:
+    """A build's report for a person."""
+    seconds = report.seconds
+    lines = [
+        f"{report.store}: "
+        + ", ".join(f"{report.clips[s]} clips {s}" for s in STATUS_ORDER if report.clips.get(s))
+    ]
+    news = {"new": report.new, "with changed bytes": report.changed, "gone": report.gone}
+    if any(news.values()):
+        lines.append("  against the last build: " + ", ".join(
+            f"{count} {what}" for what, count in news.items() if count))  # fmt: skip
+    if report.decoded:
+        rate = report.frames / max(seconds["all"], 1e-9)
+        lines.append(
+            f"  decoded {report.decoded} files, computed {report.computed} clips "
+            f"({report.frames} frames) in {clock(seconds['all'])}, {rate:.1f} frames/s"
+        )
+        parts = ", ".join(f"{part} {seconds[part]:.1f} s" for part in ("decode", "forward", "write"))
+        lines.append(f"  where the time went (summed over workers): {parts}")
+    else:
+        lines.append(f"  nothing to decode, nothing to compute ({seconds['all']:.1f} s)")
+    if report.adopted:
+        lines.append(f"  {report.adopted} cells taken over from a build that did not end")
+    if report.copied:
+        lines.append(f"  {report.copied} cells copied from clips with the same bytes")
+    lines.append(f"  features weigh {size(report.file_bytes)}")
+    if len(report.quarantined):
+        lines += ["quarantined:", failure_lines(report.quarantined)]
+    return "\n".join(lines)
+
+
+def plan_facts(made: Plan, seconds: Estimate | None, store: Path) -> dict[str, Any]:
+    """A plan as JSON."""
+    columns = []
+    for number, (one, plans) in enumerate(zip(made.passes, made.columns, strict=True)):
+        for column in plans:
+            spec = column.output.spec
+            columns.append(
+                {
+                    "backbone": spec.backbone,
+                    "feature": spec.feature,
+                    "view": one.frame_set.view,
+                    "fingerprint": spec.fingerprint,
+                    "shape": [len(made.table), *spec.cell],
+                    "dtype": spec.dtype,
+                    "valid": int(column.valid.sum()),
+                    "stale": int(column.stale.sum()),
+                    "missing": column.missing,
+                    "from": _sources(column),
+                    "batches": made.batches(number) if column.compute.any() else 0,
+                    "block_calls": _calls(made, number) if column.compute.any() else 0,
+                    "bytes": spec.file_bytes(column.after),
+                    "shards": int(np.unique(np.flatnonzero(column.after) // spec.shard_clips).size),
+                }
+            )
+    return {
+        "clips": len(made.table),
+        "decodes": made.decodes,
+        "clips_to_compute": made.clips,
+        "block_calls": sum(_calls(made, i) for i in range(len(made.passes))),
+        "bytes": made.file_bytes,
+        "bytes_to_write": made.file_bytes - made.held_bytes,
+        "bytes_needed": needed_bytes(made),
+        "bytes_free": free_bytes(store),
+        "seconds": None if seconds is None else round(seconds.seconds, 1),
+        "columns": columns,
+    }
+
+
+def plan_summary(made: Plan, seconds: Estimate | None, store: Path) -> str:
+    """A plan for a person."""
+    facts = plan_facts(made, seconds, store)
+    lines = [f"{facts['clips']} clips; columns of {store}:"]
+    for c in facts["columns"]:
+        view = f" view {c['view']}" if c["view"] else ""
+        sources = ", ".join(f"{count} from {source}" for source, count in c["from"].items())
+        lines.append(
+            f"  {c['backbone']}  {c['feature']}{view}  {tuple(c['shape'][1:])} {c['dtype']}: "
+            f"{c['valid']} valid, {c['stale']} stale, {c['missing']} missing"
+            + (f" ({sources})" if sources else "")
+            + f"; {size(c['bytes'])} in {c['shards']} shard{'s' * (c['shards'] != 1)}"
+        )
+    lines.append(
+        f"to do: {facts['decodes']} files to decode, {facts['clips_to_compute']} clips to compute, "
+        f"{facts['block_calls']} block calls"
+    )
+    lines.append(
+        f"disk: {size(facts['bytes_to_write'])} to write, {size(facts['bytes'])} in all; "
+        f"{size(facts['bytes_free'])} free"
+    )
+    if facts["bytes_needed"] > facts["bytes_free"]:
+        lines.append(f"  NOT ENOUGH: {size(facts['bytes_needed'])} are needed while it runs")
+    if seconds is not None:
+        lines.append(f"time: about {clock(seconds.seconds)} on this machine")
+    elif not made.blocks:
+        lines.append("time: nothing is to be computed")
+    return "\n".join(lines)
+
+
+def store_facts(opened: FeatureStore) -> dict[str, Any]:
+    """What a store holds, as JSON."""
+    table = opened.clips
+    features = [
+        {
+            "backbone": feature.backbone,
+            "feature": feature.name,
+            "fingerprint": feature.fingerprint,
+            "view": feature.spec["frames"]["view"],
+            "shape": list(feature.shape),
+            "dtype": feature.dtype,
+            "valid": int(feature.valid.sum()),
+            "bytes": _folder_bytes(feature.path) + _folder_bytes(Path(f"{feature.path}.done")),
+        }
+        for feature in opened.features()
+    ]
+    return {
+        "store": str(opened.path),
+        "dataset": opened.attributes.get("dataset"),
+        "layout": opened.attributes.get("layout"),
+        "clips": len(table),
+        "status": {s: int((table["status"] == s).sum()) for s in STATUS_ORDER},
+        "splits": {str(k): int(v) for k, v in table["split"].value_counts().sort_index().items()},
+        "classes": opened.attributes.get("classes", []),
+        "features": features,
+        "bytes": _folder_bytes(opened.path),
+    }
+
+
+def store_summary(opened: FeatureStore) -> str:
+    """What a store holds, for a person."""
+    facts = store_facts(opened)
+    status = ", ".join(f"{count} {name}" for name, count in facts["status"].items() if count)
+    splits = ", ".join(f"{count} {name or 'of no split'}" for name, count in facts["splits"].items())
+    lines = [
+        f"{facts['store']}: {facts['clips']} clips ({status}; {splits}) "
+        f"of {len(facts['classes'])} classes, {size(facts['bytes'])}",
+        f"  from {facts['dataset']} ({facts['layout']})",
+    ]
+    for f in facts["features"]:
+        view = f" view {f['view']}" if f["view"] else ""
+        lines.append(
+            f"  {f['backbone']}  {f['feature']}{view}  {tuple(f['shape'])} {f['dtype']}  "
+            f"{f['valid']} valid  {size(f['bytes'])}  {f['fingerprint'][:16]}"
+        )
+    return "\n".join(lines)
+
+
+def failure_lines(failed: pd.DataFrame) -> str:
+    """A line a clip: row, path, why."""
+    return "\n".join(
+        f"  row {row}  {clip['path']}  {clip['reason']}: {clip['detail']}"
+        for row, clip in failed.iterrows()
+    )
+
+
+def _sources(column: ColumnPlan) -> dict[str, int]:
+    counts = {
+        "the video": int(column.compute.sum()),
+        "a clip with the same bytes": len(column.copied),
+        "a build that did not end": len(column.staged),
+    }
+    return {source: count for source, count in counts.items() if count}
+
+
+def _calls(made: Plan, number: int) -> int:
+    """Stage calls of a pass: batches times the stages down to the deepest one kept."""
+    one = made.passes[number]
+    names = list(one.stage_keys)
+    deepest = max(names.index(output.stage) for output in one.outputs)
+    return made.batches(number) * (deepest + 1)
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

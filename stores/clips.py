@@ -1,0 +1,152 @@
+"""The table of clips: a row per clip, its id stable for the life of the store.
+
+Columns: see COLUMNS. `digest` names the bytes (of the file, or of a folder's frames in order);
+with the interval it gives the row key. `reason` is empty unless the row is quarantined;
+`detail` is a sentence for a person: why a clip failed, or what was odd about one that did not.
+"""
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stores import atomic
+from stores.identity import digest
+
+FILE = "clips.parquet"
+KEY_BYTES = 16
+
+COLUMNS: dict[str, str] = {
+    "path": "str",
+    "start_seconds": "float64",
+    "end_seconds": "float64",
+    "label": "str",
+    "split": "str",
+    "digest": "str",
+    "size_bytes": "int64",
+    "mtime_ns": "int64",
+    "num_frames": "int64",
+    "num_frames_claimed": "int64",
+    "fps": "float64",
+    "width": "int64",
+    "height": "int64",
+    "decoder": "str",
+    "status": "str",
+    "reason": "str",
+    "detail": "str",
+}
+STATUSES = ("ready", "pending", "quarantined")
+
+
+def empty() -> pd.DataFrame:
+    """A table without rows, every column of its type."""
+    frame = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in COLUMNS.items()})
+    return frame.rename_axis(index="row")
+
+
+def blank(path: str, label: str, split: str) -> dict[str, object]:
+    """A new clip's row: pending, nothing known of its video."""
+    row: dict[str, object] = {name: "" if kind == "str" else 0 for name, kind in COLUMNS.items()}
+    whole = {"start_seconds": np.nan, "end_seconds": np.nan, "fps": np.nan}
+    return row | whole | {"path": path, "label": label, "split": split, "status": "pending"}
+
+
+def read(store: Path) -> pd.DataFrame:
+    """The store's table, indexed by `row`."""
+    file = store / FILE
+    if not file.exists():
+        return empty()
+    return pq.read_table(file).to_pandas().set_index("row").astype(COLUMNS)
+
+
+def encode(table: pd.DataFrame) -> bytes:
+    """The table as Parquet. Equal tables give equal bytes."""
+    buffer = io.BytesIO()
+    arrow = pa.Table.from_pandas(table.astype(COLUMNS).reset_index(), preserve_index=False)
+    # pandas' own metadata names library versions; the columns' types say all that matters.
+    pq.write_table(arrow.replace_schema_metadata(None), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def write(store: Path, table: pd.DataFrame) -> None:
+    """Put the table on disk, atomically, if it differs from what is there."""
+    data = encode(table)
+    file = store / FILE
+    if not (file.exists() and file.read_bytes() == data):
+        atomic.write(store, file, data)
+
+
+def row_key(content: str, start_seconds: float, end_seconds: float) -> bytes:
+    """The row key: which bytes, and which stretch of them. 16 bytes, never all zero.
+
+    Args:
+        content: Digest of the bytes; "" (unknown, the file is missing) has no key.
+        start_seconds: NaN for the beginning.
+        end_seconds: NaN for the end.
+    """
+    if not content:
+        return bytes(KEY_BYTES)
+    interval = [None if np.isnan(t) else float(t) for t in (start_seconds, end_seconds)]
+    return bytes.fromhex(digest({"content": content, "interval": interval}))[:KEY_BYTES]
+
+
+def row_keys(table: pd.DataFrame) -> np.ndarray:
+    """Row keys of every clip: uint8 [clips, 16]; zeros where the content is unknown."""
+    keys = [
+        row_key(content, start, end)
+        for content, start, end in zip(
+            table["digest"], table["start_seconds"], table["end_seconds"], strict=True
+        )
+    ]
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(len(table), KEY_BYTES)
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, or of a folder's visible files in natural order of their names.
+
+    A folder's names order its frames and do not otherwise count.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    if path.is_dir():
+        total = hashlib.sha256(b"folder")
+        for file in folder_files(path):
+            total.update(bytes.fromhex(content_digest(file)))
+        return total.hexdigest()
+    with open(path, "rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """A folder's visible files, `2.jpg` before `10.jpg`."""
+    files = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+    return sorted(files, key=lambda p: _natural(p.name))
+
+
+def size_and_mtime(path: Path) -> tuple[int, int]:
+    """Bytes and the time of the last change in nanoseconds; of a folder, total and latest."""
+    if path.is_dir():
+        stats = [file.stat() for file in folder_files(path)]
+        times = [s.st_mtime_ns for s in stats] + [path.stat().st_mtime_ns]
+        return sum(s.st_size for s in stats), max(times)
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    parts: list[tuple[int, int, str]] = []
+    digits = ""
+    for char in name + "\0":
+        if char.isascii() and char.isdigit():
+            digits += char
+            continue
+        if digits:
+            parts.append((0, int(digits), digits))
+            digits = ""
+        parts.append((1, 0, char))
+    return parts

@@ -1,0 +1,266 @@
+"""Columns: a Zarr array of features and, beside it, the row keys its cells were made with.
+
+`features/<backbone>/<stage>[:<reduction>]/<short fingerprint>` has shape (clips, T, ...), a chunk
+per clip, shards of whole clips; `<short fingerprint>.done` has shape (clips, 16): row r holds the
+row key that cell r was made with, or zeros. A cell is valid while that equals the clip's row key.
+
+Bytes are encoded by zarr-python into memory and placed by `atomic.write`, a whole file at a time.
+The order of writes keeps a cell from ever being valid under a key it was not made with: rows about
+to be overwritten lose their mark, then the shard is replaced, then the new marks are set.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+from zarr.storage import LocalStore, MemoryStore
+
+from stores import atomic
+from stores.clips import KEY_BYTES
+
+FEATURES = "features"
+SHARD_BYTES = 64 << 20
+DONE_ROWS = 4096
+CRC_BYTES = 4
+INDEX_ENTRY_BYTES = 16
+# bfloat16 is no Zarr type: its bits are kept as uint16, and an attribute says so.
+STORED = {"float16": "float16", "float32": "float32", "bfloat16": "uint16"}
+MISSING = {"float16": np.nan, "float32": np.nan, "bfloat16": 0x7FC0}
+
+
+@dataclass(frozen=True)
+class ColumnSpec:
+    """What a column is: where it lies, what each cell is, and everything that decides its values.
+
+    Attributes:
+        backbone: The backbone's name in the store, such as "ViT-B-16:openai".
+        feature: Stage, or stage:reduction.
+        fingerprint: 64 hexadecimal digits; the first 16 name the array.
+        cell: Shape of one clip's feature, T first.
+        dtype: float16, float32 or bfloat16.
+        attributes: JSON kept with the array: the whole specification.
+    """
+
+    backbone: str
+    feature: str
+    fingerprint: str
+    cell: tuple[int, ...]
+    dtype: str
+    attributes: Mapping[str, Any]
+
+    @property
+    def short(self) -> str:
+        return self.fingerprint[:16]
+
+    @property
+    def cell_bytes(self) -> int:
+        return int(np.prod(self.cell)) * np.dtype(STORED[self.dtype]).itemsize
+
+    @property
+    def shard_clips(self) -> int:
+        """Clips a shard: the power of two that fills 64 MB. Depends on the cell's size alone."""
+        clips = 1
+        while clips * self.cell_bytes < SHARD_BYTES:
+            clips *= 2
+        return clips
+
+    def group(self, store: Path) -> Path:
+        return store / FEATURES / node_name(self.backbone) / node_name(self.feature)
+
+    def file_bytes(self, present: np.ndarray) -> int:
+        """Size of the column's files when `present` (bool [clips]) says which cells exist."""
+        clips = len(present)
+        shards = [present[a : a + self.shard_clips] for a in range(0, clips, self.shard_clips)]
+        index = INDEX_ENTRY_BYTES * self.shard_clips + CRC_BYTES
+        values = sum(index for s in shards if s.any())
+        values += int(present.sum()) * (self.cell_bytes + CRC_BYTES)
+        blocks = -(-clips // DONE_ROWS)
+        done = blocks * (DONE_ROWS * KEY_BYTES + CRC_BYTES)
+        return values + done + len(_values_json(self, clips)) + len(_done_json(clips))
+
+
+class Column:
+    """One column of a store on local disk, for its builder. Readers use `Feature`."""
+
+    def __init__(self, store: Path, spec: ColumnSpec) -> None:
+        self.store, self.spec = store, spec
+        self.path = spec.group(store) / spec.short
+        self.done_path = spec.group(store) / f"{spec.short}.done"
+
+    def create(self, clips: int) -> None:
+        """Make the column, or lengthen it to `clips` rows; metadata alone, no cell changes."""
+        for parent in reversed(self.path.relative_to(self.store).parents[:-1]):
+            marker = self.store / parent / "zarr.json"
+            if not marker.exists():
+                atomic.write(self.store, marker, group_json({}))
+        for folder, text in (
+            (self.done_path, _done_json(clips)),
+            (self.path, _values_json(self.spec, clips)),
+        ):
+            file = folder / "zarr.json"
+            if not file.exists() or file.read_bytes() != text:
+                atomic.write(self.store, file, text)
+        self.__dict__.pop("_values", None)
+
+    def done(self, clips: int) -> np.ndarray:
+        """Row keys of the cells: uint8 [clips, 16], zeros where there is none."""
+        keys = np.zeros((clips, KEY_BYTES), np.uint8)
+        if (self.done_path / "zarr.json").exists():
+            held = np.asarray(_open(self.done_path)[:])
+            keys[: min(clips, len(held))] = held[:clips]
+        return keys
+
+    def read_cells(self, rows: np.ndarray) -> np.ndarray:
+        """Stored bits of `rows` (increasing int64 [n]): [n, *cell], checksums verified."""
+        out = np.empty((len(rows), *self.spec.cell), STORED[self.spec.dtype])
+        for a, b in runs(rows):
+            out[a:b] = self._values[int(rows[a]) : int(rows[b - 1]) + 1]
+        return out
+
+    def shard_file(self, shard: int) -> Path:
+        return self.path.joinpath("c", str(shard), *["0"] * len(self.spec.cell))
+
+    def write_shard(self, shard: int, rows: np.ndarray, cells: np.ndarray, keys: np.ndarray,
+                    clips: int) -> None:  # fmt: skip
+        """Replace cells of one shard and mark them done. The rest of the shard stays.
+
+        Args:
+            shard: Which; it covers rows [shard * shard_clips, (shard + 1) * shard_clips).
+            rows: Increasing int64 [n], all within the shard.
+            cells: Stored bits [n, *cell].
+            keys: Row keys, uint8 [n, 16].
+            clips: Rows of the column (see `create`).
+        """
+        first = shard * self.spec.shard_clips
+        done = self.done(clips)
+        replaced = done[rows].any(axis=1) & (done[rows] != keys).any(axis=1)
+        if replaced.any():
+            done[rows[replaced]] = 0
+            self._write_done(done)
+        held = np.flatnonzero(done[first : first + self.spec.shard_clips].any(axis=1)) + first
+        kept = np.setdiff1d(held, rows)
+        all_rows = np.concatenate([kept, rows])
+        block = np.full(
+            (int(all_rows.max()) - first + 1, *self.spec.cell),
+            MISSING[self.spec.dtype],
+            STORED[self.spec.dtype],
+        )
+        if len(kept):
+            block[kept - first] = self.read_cells(kept)
+        block[rows - first] = cells
+        atomic.write(self.store, self.shard_file(shard), _encode(self.spec, block))
+        done[rows] = keys
+        self._write_done(done)
+
+    def _write_done(self, done: np.ndarray) -> None:
+        for start in range(0, len(done), DONE_ROWS):
+            block = np.zeros((DONE_ROWS, KEY_BYTES), np.uint8)
+            part = done[start : start + DONE_ROWS]
+            block[: len(part)] = part
+            file = self.done_path / "c" / str(start // DONE_ROWS) / "0"
+            data = _encode_done(block)
+            if not file.exists() or file.read_bytes() != data:
+                atomic.write(self.store, file, data)
+
+    @cached_property
+    def _values(self) -> zarr.Array[Any]:
+        return _open(self.path)
+
+
+def node_name(name: str) -> str:
+    """A backbone's or feature's name as one Zarr node: no slash, no leading dot or underscore.
+
+    >>> node_name("ViT-B-16:openai"), node_name("hf-hub:a/b")
+    ('ViT-B-16:openai', 'hf-hub:a%2Fb')
+    """
+    quoted = name.replace("%", "%25").replace("/", "%2F")
+    return f"%{ord(quoted[0]):02X}{quoted[1:]}" if quoted[:1] in (".", "_") else quoted
+
+
+def group_json(attributes: Mapping[str, Any]) -> bytes:
+    """`zarr.json` of a group."""
+    text = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+    return json.dumps(text, indent=2, ensure_ascii=False).encode()
+
+
+def runs(rows: np.ndarray) -> list[tuple[int, int]]:
+    """Slices [a, b) of increasing `rows` that are runs of consecutive numbers.
+
+    >>> runs(np.array([3, 4, 7]))
+    [(0, 2), (2, 3)]
+    """
+    if not len(rows):
+        return []
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    edges = [0, *breaks.tolist(), len(rows)]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def _open(path: Path) -> "zarr.Array[Any]":
+    return zarr.open_array(LocalStore(path, read_only=True), mode="r", zarr_format=3)
+
+
+def _values(spec: ColumnSpec, clips: int, memory: dict[str, Any]) -> "zarr.Array[Any]":
+    axes = ["clip", "frame", *(f"{spec.feature}.{i}" for i in range(len(spec.cell) - 1))]
+    return zarr.create_array(
+        MemoryStore(memory),
+        shape=(clips, *spec.cell),
+        dtype=STORED[spec.dtype],
+        chunks=(1, *spec.cell),
+        shards=(spec.shard_clips, *spec.cell),
+        filters=None,
+        compressors=[Crc32cCodec()],
+        fill_value=MISSING[spec.dtype],
+        attributes={"dtype": spec.dtype, "fingerprint": spec.fingerprint, **spec.attributes},
+        dimension_names=axes,
+        # A clip without a feature has no chunk, and reads as not-a-number; a real chunk always
+        # holds numbers (the build refuses others), so none is taken for missing.
+        config={"write_empty_chunks": False},
+    )
+
+
+def _done(clips: int, memory: dict[str, Any]) -> "zarr.Array[Any]":
+    return zarr.create_array(
+        MemoryStore(memory),
+        shape=(clips, KEY_BYTES),
+        dtype="uint8",
+        chunks=(DONE_ROWS, KEY_BYTES),
+        filters=None,
+        compressors=[Crc32cCodec()],
+        fill_value=0,
+        dimension_names=["clip", "key_byte"],
+        config={"write_empty_chunks": True},
+    )
+
+
+def _values_json(spec: ColumnSpec, clips: int) -> bytes:
+    memory: dict[str, Any] = {}
+    _values(spec, clips, memory)
+    return bytes(memory["zarr.json"].to_bytes())
+
+
+def _done_json(clips: int) -> bytes:
+    memory: dict[str, Any] = {}
+    _done(clips, memory)
+    return bytes(memory["zarr.json"].to_bytes())
+
+
+def _encode(spec: ColumnSpec, block: np.ndarray) -> bytes:
+    """One shard's bytes, from its cells [up to shard_clips, *cell]."""
+    memory: dict[str, Any] = {}
+    _values(spec, spec.shard_clips, memory)[: len(block)] = block
+    (data,) = (value for key, value in memory.items() if key.startswith("c/"))
+    return bytes(data.to_bytes())
+
+
+def _encode_done(block: np.ndarray) -> bytes:
+    memory: dict[str, Any] = {}
+    _done(DONE_ROWS, memory)[:] = block
+    (data,) = (value for key, value in memory.items() if key.startswith("c/"))
+    return bytes(data.to_bytes())

@@ -1,0 +1,161 @@
+"""Reading a feature: rows in, numpy out; a cell that is not valid is refused, never made up."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import zarr
+
+from stores.clips import row_keys
+from stores.columns import runs
+
+if TYPE_CHECKING:
+    import dask.array
+
+
+class Feature:
+    """One column of a store: the feature of every clip at one stage of one backbone.
+
+    Attributes:
+        backbone: "ViT-B-16:openai".
+        name: Stage, or stage:reduction.
+        path: Of the Zarr array.
+    """
+
+    def __init__(self, path: Path, backbone: str, name: str, clips: pd.DataFrame) -> None:
+        self.path, self.backbone, self.name = path, backbone, name
+        self._clips = clips
+        self._array: zarr.Array[Any] = zarr.open_array(str(path), mode="r", zarr_format=3)
+
+    def __repr__(self) -> str:
+        return f"<Feature {self.backbone} {self.name} {self.shape} {self.dtype} {self.path.name}>"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(clips, T, ...)."""
+        return self._array.shape
+
+    @property
+    def dtype(self) -> str:
+        """Of the values on disk: float16, float32 or bfloat16 (which `read` widens to float32)."""
+        return str(self._array.attrs["dtype"])
+
+    @property
+    def fingerprint(self) -> str:
+        """The column key, 64 hexadecimal digits."""
+        return str(self._array.attrs["fingerprint"])
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        """Everything that decides the values: frames, stages, reduction, precision."""
+        return dict(self._array.attrs.asdict())
+
+    @cached_property
+    def valid(self) -> np.ndarray:
+        """bool [clips]: whether the cell was made from the clip's present bytes."""
+        done = np.asarray(zarr.open_array(f"{self.path}.done", mode="r", zarr_format=3)[:])
+        keys = row_keys(self._clips)
+        valid = np.zeros(len(keys), bool)
+        length = min(len(keys), len(done))
+        valid[:length] = (done[:length] == keys[:length]).all(axis=1)
+        return valid & keys.any(axis=1)
+
+    def read(self, rows: Sequence[int] | np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Features of some clips.
+
+        Args:
+            rows: Row ids of the table of clips, in any order, or a slice of them.
+
+        Returns:
+            A new array (len(rows), T, ...) of `dtype`; bfloat16 comes as float32, exactly.
+
+        Raises:
+            IndexError: A row is outside the table.
+            LookupError: A row has no valid feature; the message says why.
+        """
+        wanted = np.arange(len(self._clips))[rows] if isinstance(rows, slice) else np.asarray(rows)
+        wanted = wanted.astype(np.int64).reshape(-1)
+        if len(wanted) and not (0 <= wanted.min() and wanted.max() < len(self._clips)):
+            raise IndexError(
+                f"rows {wanted.min()} to {wanted.max()} asked of a table of {len(self._clips)} clips"
+            )
+        absent = wanted[~self.valid[wanted]]
+        if len(absent):
+            raise LookupError(self._absence(absent))
+        distinct, places = np.unique(wanted, return_inverse=True)
+        cells = self.bits(distinct)
+        return self.values(cells if len(distinct) == len(wanted) and (places[:-1] < places[1:]).all()
+                           else cells[places])  # fmt: skip
+
+    def bits(self, rows: np.ndarray) -> np.ndarray:
+        """Cells as stored (bfloat16 as uint16), valid or not. `rows` increase; checksums verified."""
+        out = np.empty((len(rows), *self.shape[1:]), self._array.dtype)
+        # Runs of neighbours, a slice each: fancy indexing in Zarr is two orders slower.
+        for a, b in runs(rows):
+            out[a:b] = self._array[int(rows[a]) : int(rows[b - 1]) + 1]
+        return out
+
+    def values(self, bits: np.ndarray) -> np.ndarray:
+        """Stored bits as numbers."""
+        return _widen(bits) if self.dtype == "bfloat16" else bits
+
+    def shard_of(self, row: int) -> str:
+        """The file that holds a row's cell, relative to the store."""
+        clips = (self._array.shards or self._array.chunks)[0]
+        parts = [str(row // clips), *["0"] * (len(self.shape) - 1)]
+        return "/".join([*self.path.parts[-4:], "c", *parts])
+
+    def to_dask(self) -> "dask.array.Array":
+        """The whole column as a dask array, a chunk a shard. Cells that are missing are NaN."""
+        import dask.array
+
+        array = dask.array.from_zarr(self._array, chunks=self._array.shards or self._array.chunks)
+        return array.map_blocks(_widen, dtype=np.float32) if self.dtype == "bfloat16" else array
+
+    def dataset(self, rows: Sequence[int] | np.ndarray | None = None) -> "FeatureDataset":
+        """A map-style data set (for `torch.utils.data.DataLoader`) of (feature, label) pairs.
+
+        Args:
+            rows: Row ids; every valid row by default.
+        """
+        chosen = np.flatnonzero(self.valid) if rows is None else np.asarray(rows, np.int64)
+        labels = sorted(self._clips["label"].unique())
+        numbers = self._clips["label"].map({label: i for i, label in enumerate(labels)})
+        return FeatureDataset(self, chosen, numbers.to_numpy()[chosen], labels)
+
+    def _absence(self, rows: np.ndarray) -> str:
+        row = int(rows[0])
+        clip = self._clips.loc[row]
+        why = f"{clip['status']}: {clip['reason'] or 'not computed yet'} {clip['detail']}".strip()
+        return (
+            f"{len(rows)} of the rows have no valid {self.name} of {self.backbone}; the first is row "
+            f"{row} ({clip['path']}; {why}). Ask for valid rows (`np.flatnonzero(feature.valid)`), "
+            "or build the store again."
+        )
+
+
+class FeatureDataset:
+    """Map-style: item i is (feature [T, ...], class number). `labels[number]` is its name."""
+
+    def __init__(
+        self, feature: Feature, rows: np.ndarray, numbers: np.ndarray, labels: list[str]
+    ) -> None:
+        self.feature, self.rows, self.numbers, self.labels = feature, rows, numbers, labels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, item: int) -> tuple[np.ndarray, int]:
+        return self.feature.read([self.rows[item]])[0], int(self.numbers[item])
+
+    def __getitems__(self, items: list[int]) -> list[tuple[np.ndarray, int]]:
+        cells = self.feature.read(self.rows[items])
+        return [(cell, int(self.numbers[i])) for cell, i in zip(cells, items, strict=True)]
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits (uint16) as float32, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
