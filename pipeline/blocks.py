@@ -41,7 +41,7 @@ class ClipWork:
 
 @dataclass(frozen=True)
 class FileWork:
-    """One file to open, and the clips of it to compute. Size and time are those it was hashed at."""
+    """One file to open, and the clips of it to compute. Size and time are as it was hashed."""
 
     path: str
     size_bytes: int
@@ -88,7 +88,7 @@ class Job:
 
 @dataclass(frozen=True)
 class DecodedBlock:
-    """A block's pictures: for each clip, by pass number, uint8 [T, S, S, 3]; or why there are none."""
+    """A block's pictures, uint8 [T, S, S, 3] by clip and pass; or why a clip has none."""
 
     block: Block
     clips: tuple["Decoded | Failure", ...] = field(repr=False)
@@ -263,9 +263,7 @@ def _checked(name: str, precision: str, device: str, frames: str) -> dict[str, s
 
 
 def _check(one: Pass, backbone: Any) -> None:
-    own = _checked(
-        one.backbone, one.precision, one.execution.device, frames_key(one.frame_set)
-    )
+    own = _checked(one.backbone, one.precision, one.execution.device, frames_key(one.frame_set))
     for stage, key in one.stage_keys.items():
         if own[stage] != key:
             raise NetworkDiffers(

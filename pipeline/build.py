@@ -217,7 +217,7 @@ def prepare(
     chosen = {name: networks.load(name, precision) for name in dict.fromkeys(spec.backbones)}
     asked = passes(spec, chosen, opened, _device(runtime))
     old = opened.clips if opened else clips.empty()
-    base = root if root.is_dir() else root.parent
+    base = listing.root
     found = scan(old, listing, base, runtime.retry)
     _take_known_facts(old, found.table)
     if not runtime.retry:
@@ -415,9 +415,7 @@ def _settle(table: pd.DataFrame, plan: Plan, rows: np.ndarray) -> None:
 
 def _record(opened: FeatureStore, ready: Prepared, root: Path) -> None:
     """Note in the store where its data set and weights lie, for `verify` and for people."""
-    asked = {
-        backbone.name: weights_in_full(name) for name, backbone in ready.backbones.items()
-    }
+    asked = {backbone.name: weights_in_full(name) for name, backbone in ready.backbones.items()}
     opened.set_attributes(
         {
             "dataset": str(root.resolve()),

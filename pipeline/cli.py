@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="strata",
-    help="A layered feature store for video: decode once, run frozen networks once, keep every layer.",
+    help="A layered feature store for video: decode once, run frozen networks once, keep layers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,12 +25,16 @@ app = typer.Typer(
 
 Dataset = Annotated[Path, typer.Argument(help="Directory of labelled videos, or a list (CSV/TSV).")]
 StoreOption = Annotated[Path, typer.Option("--store", "-s", help="Folder of the feature store.")]
-StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the feature store.")]
+StoreArgument = Annotated[
+    Path, typer.Argument(metavar="STORE", help="Folder of the feature store.")
+]
 Layout = Annotated[str, typer.Option(help="How DATASET is laid out; auto recognises it.")]
 Split = Annotated[str | None, typer.Option(help="Which official split, where there are several.")]
 Backbones = Annotated[
     list[str] | None,
-    typer.Option("--backbone", help="NAME:TAG, NAME:/path/weights.safetensors or NAME:random-SEED."),
+    typer.Option(
+        "--backbone", help="NAME:TAG, NAME:/path/weights.safetensors or NAME:random-SEED."
+    ),
 ]
 Keep = Annotated[
     list[str] | None,
@@ -216,9 +220,9 @@ def verify(
 
     from pipeline.progress import Watch, for_this_output
     from pipeline.verify import verify as run
-    from stores import weights_by_stem
+    from stores.identity import store_name
 
-    given = {weights_by_stem(name): name for name in backbone or []}
+    given = {store_name(name): name for name in backbone or []}
     watch = Watch() if as_json else for_this_output()
     result = run(store, dataset=dataset, backbones=given, sample=sample, seed=seed, watch=watch)
     if as_json:
@@ -228,7 +232,9 @@ def verify(
         print(f"{result.equal + result.close} cells computed again: {result.equal} equal to the "
               f"bit, {result.close} within rounding")  # fmt: skip
         for finding in result.findings:
-            where = "  ".join(part for part in (finding.column, finding.shard, finding.clip) if part)
+            where = "  ".join(
+                part for part in (finding.column, finding.shard, finding.clip) if part
+            )
             print(f"BAD {where}: {finding.problem}")
         print("nothing differs" if not result.findings else f"{len(result.findings)} findings")
     raise typer.Exit(1 if result.findings else 0)
@@ -270,8 +276,9 @@ def main() -> None:
 
 
 def _complain(error: Exception) -> None:
-    if hasattr(error, "format_message"):  # the option parser's own: usage and what was wrong
-        error.show()
+    show = getattr(error, "show", None)
+    if show is not None:  # the option parser's own: usage, and what was wrong with it
+        show()
         return
     expected = isinstance(error, ValueError | OSError | LookupError | RuntimeError)
     text = str(error.strerror if isinstance(error, OSError) and error.strerror else error)

@@ -115,7 +115,9 @@ def keep_of_each(
         having = {n: b for n, b in backbones.items() if stage_name in b.stage_names}
         if not having:
             lists = "\n".join(f"  {n}: {', '.join(b.stage_names)}" for n, b in backbones.items())
-            raise ValueError(f"--keep {asked}: no backbone has a stage {stage_name!r}; stages are\n{lists}")
+            raise ValueError(
+                f"--keep {asked}: no backbone has a stage {stage_name!r}; stages are\n{lists}"
+            )
         for name, backbone in having.items():
             stage = backbone.stage(stage_name)
             canonical = canonical_reduction(stage, reduction)
@@ -123,8 +125,8 @@ def keep_of_each(
     for name, backbone in backbones.items():
         if keep and not chosen[name]:
             raise ValueError(
-                f"nothing to keep of {name}: none of {', '.join(keep)} is a stage of it. Its stages "
-                f"are {', '.join(backbone.stage_names)}"
+                f"nothing to keep of {name}: none of {', '.join(keep)} is a stage of it. Its "
+                f"stages are {', '.join(backbone.stage_names)}"
             )
         if not keep:
             last = [stage for stage in backbone.stages if stage.form == "vector"][-1]
@@ -171,7 +173,9 @@ def _output(
         execution, cell = new_execution(frame_set, device), cell_shape(backbone, stage, reduction)
         cell = (frame_set.frames, *cell)
         attributes["execution"] = asdict(execution)
-    return Output(replace(draft, cell=cell, attributes=attributes), stage.name, reduction), execution
+    return Output(
+        replace(draft, cell=cell, attributes=attributes), stage.name, reduction
+    ), execution
 
 
 def new_execution(frame_set: FrameSet, device: str) -> Execution:

@@ -41,7 +41,9 @@ class NoSuchWorker(RuntimeError):
     """The cluster has no worker that may do the work; it would wait for ever."""
 
 
-def execute(job: Job, blocks: list[Block], runtime: Runtime, events: Events) -> Iterator[Report | Lost]:
+def execute(
+    job: Job, blocks: list[Block], runtime: Runtime, events: Events
+) -> Iterator[Report | Lost]:
     """Run blocks and yield what became of each, in any order.
 
     A worker that dies costs its block another try and nothing else. A block that keeps killing
@@ -60,7 +62,9 @@ def execute(job: Job, blocks: list[Block], runtime: Runtime, events: Events) -> 
     device = "cuda" if any(one.execution.device == "cuda" for one in job.passes) else "cpu"
     with _client(job, runtime, device, events) as client:
         suspects: list[Block] = []
-        yield from _run(client, job, blocks, device, events, AHEAD * _slots(client, device), suspects)
+        yield from _run(
+            client, job, blocks, device, events, AHEAD * _slots(client, device), suspects
+        )
         while suspects:
             block = suspects.pop(0)
             again: list[Block] = []
@@ -177,15 +181,15 @@ def _require(client: Any, device: str, address: str) -> None:
     workers = client.scheduler_info(n_workers=-1)["workers"]
     if not any(need in worker["resources"] for worker in workers.values()):
         raise NoSuchWorker(
-            f"none of the {len(workers)} workers of {address or 'the cluster'} offers {need}. Start "
-            f"workers with `DASK_DISTRIBUTED__WORKER__DAEMON=False dask worker {address} "
+            f"none of the {len(workers)} workers of {address or 'the cluster'} offers {need}. "
+            f"Start workers with `DASK_DISTRIBUTED__WORKER__DAEMON=False dask worker {address} "
             f'--nthreads 2 --resources "{need}=1"`'
         )
     daemons = [name for name, daemon in client.run(_is_daemon).items() if daemon]
     if daemons:
         raise NoSuchWorker(
-            f"workers {', '.join(daemons)} are daemonic and may not start the processes that decode. "
-            "Start them with DASK_DISTRIBUTED__WORKER__DAEMON=False in their environment"
+            f"workers {', '.join(daemons)} are daemonic and may not start the processes that "
+            "decode. Start them with DASK_DISTRIBUTED__WORKER__DAEMON=False in their environment"
         )
 
 

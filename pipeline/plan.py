@@ -52,7 +52,7 @@ class ColumnPlan:
     @property
     def after(self) -> np.ndarray:
         """Which cells the column's shards hold once the plan is carried out."""
-        held = self.marked | self.compute
+        held: np.ndarray = self.marked | self.compute
         held[[*self.staged, *self.copied]] = True
         return held
 
@@ -170,12 +170,12 @@ def _blocks(
     needs: dict[int, set[tuple[int, int]]] = {}
     for p, plans in enumerate(columns):
         for c, plan in enumerate(plans):
-            for row in np.flatnonzero(plan.compute):
-                needs.setdefault(int(row), set()).add((p, c))
+            for row in np.flatnonzero(plan.compute).tolist():
+                needs.setdefault(row, set()).add((p, c))
     # Clips with the same bytes and stretch are one piece of work, done at the first one's path.
     same: dict[bytes, list[int]] = {}
-    for row in sorted(needs):
-        same.setdefault(keys[row].tobytes(), []).append(row)
+    for needed in sorted(needs):
+        same.setdefault(keys[needed].tobytes(), []).append(needed)
     by_file: dict[str, list[ClipWork]] = {}
     for key, rows in same.items():
         first = table.loc[rows[0]]

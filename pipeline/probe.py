@@ -64,7 +64,7 @@ def probe(plan: Plan, job: Job, runtime: Runtime, watch: Watch) -> Estimate:
         began = time.perf_counter()
         list(run_pass(one, outputs, batch))
         load_seconds += time.perf_counter() - began
-        times = []
+        times: list[float] = []
         while sum(times) < FORWARD_SECONDS and len(times) < min(20, batches):
             began = time.perf_counter()
             list(run_pass(one, outputs, batch))
@@ -78,5 +78,3 @@ def probe(plan: Plan, job: Job, runtime: Runtime, watch: Watch) -> Estimate:
     together = decoding + computing if threads else max(decoding, computing)
     start = START_SECONDS + load_seconds if not runtime.serial else load_seconds
     return Estimate(decode_seconds, forward_seconds, load_seconds, together + start)
-
-

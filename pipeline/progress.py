@@ -67,7 +67,7 @@ class Lines(Watch):
 
     def advance(self, name: str, count: int, frames: int = 0) -> None:
         bar = self._bars.get(name)
-        if bar is None:
+        if bar is None or not count:
             return
         bar.done, bar.frames = bar.done + count, bar.frames + frames
         now = time.monotonic()

@@ -10,7 +10,8 @@
 | `pool`       | – | mean over H and W [N, C] | – |
 | `grid7`      | patch tokens, averaged to [N, C, 7, 7] | averaged to [N, C, 7, 7] | – |
 
-Averages are taken in float32 whatever the run's precision.
+Averages are taken, and given, in float32 whatever the run's precision. Where 7 does not divide a
+side, `grid7` takes windows that overlap by one, as adaptive average pooling does.
 """
 
 import math
@@ -38,13 +39,20 @@ def canonical_reduction(stage: Stage, reduction: str) -> str:
     if reduction not in ALLOWED[stage.form]:
         allowed = ", ".join(ALLOWED[stage.form]) or "none: it is one vector a frame"
         raise ValueError(
-            f"{stage.name}:{reduction}: the stage gives a {stage.form}, whose reductions are {allowed}"
+            f"{stage.name}:{reduction}: the stage gives a {stage.form}, "
+            f"whose reductions are {allowed}"
         )
+    if reduction == "cls" and stage.prefix < 1:
+        raise ValueError(f"{stage.name}:cls: the stage has no class token; keep its mean")
     return reduction
 
 
 def reduce(x: Tensor, stage: Stage, reduction: str) -> Tensor:
-    """Apply a canonical reduction to the stage's output. Shapes in the module's table."""
+    """Apply a canonical reduction to the stage's output. Shapes in the module's table.
+
+    Raises:
+        ValueError: Patch tokens that form no square grid, or a name that is no reduction.
+    """
     match reduction:
         case "":
             return x
@@ -59,7 +67,8 @@ def reduce(x: Tensor, stage: Stage, reduction: str) -> Tensor:
         case "grid7":
             grid = _grid(x, stage.prefix) if stage.form == "tokens" else x
             return nn.functional.adaptive_avg_pool2d(grid.float(), 7)
-    raise ValueError(f"no reduction {reduction!r}")
+    known = sorted({name for names in ALLOWED.values() for name in names})
+    raise ValueError(f"no reduction {reduction!r}; choose from {', '.join(known)}")
 
 
 def _grid(x_NLC: Tensor, prefix: int) -> Tensor:

@@ -139,9 +139,15 @@ def _look_at(path: Path, known: _File | None) -> _File:
         if not (path.is_file() or path.is_dir()):
             if path.exists():
                 return _File(reason="not_video", detail="neither a file nor a folder of frames")
-            return _File(reason="missing", detail="the data set lists it and the disk has no such file")
+            return _File(
+                reason="missing", detail="the data set lists it and the disk has no such file"
+            )
         size, mtime = clips.size_and_mtime(path)
-        if known is not None and known.digest and (size, mtime) == (known.size_bytes, known.mtime_ns):
+        if (
+            known is not None
+            and known.digest
+            and (size, mtime) == (known.size_bytes, known.mtime_ns)
+        ):
             return known
         return _File(clips.content_digest(path), size, mtime, hashed=True)
     except OSError as error:

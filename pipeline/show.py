@@ -54,7 +54,9 @@ def report_summary(report: BuildReport) -> str:
             f"  decoded {report.decoded} files, computed {report.computed} clips "
             f"({report.frames} frames) in {clock(seconds['all'])}, {rate:.1f} frames/s"
         )
-        parts = ", ".join(f"{part} {seconds[part]:.1f} s" for part in ("decode", "forward", "write"))
+        parts = ", ".join(
+            f"{part} {seconds[part]:.1f} s" for part in ("decode", "forward", "write")
+        )
         lines.append(f"  where the time went (summed over workers): {parts}")
     else:
         lines.append(f"  nothing to decode, nothing to compute ({seconds['all']:.1f} s)")
@@ -169,7 +171,9 @@ def store_summary(opened: FeatureStore) -> str:
     """What a store holds, for a person."""
     facts = store_facts(opened)
     status = ", ".join(f"{count} {name}" for name, count in facts["status"].items() if count)
-    splits = ", ".join(f"{count} {name or 'of no split'}" for name, count in facts["splits"].items())
+    splits = ", ".join(
+        f"{count} {name or 'of no split'}" for name, count in facts["splits"].items()
+    )
     lines = [
         f"{facts['store']}: {facts['clips']} clips ({status}; {splits}) "
         f"of {len(facts['classes'])} classes, {size(facts['bytes'])}",

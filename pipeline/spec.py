@@ -5,7 +5,6 @@ Light to import: a decoder's child process needs it.
 
 import math
 from dataclasses import asdict, dataclass, field
-from pathlib import PurePath
 from typing import Any
 
 SAMPLINGS = ("tsn", "tsn_random", "uniform_fps", "dense")
@@ -13,19 +12,6 @@ DTYPES = ("float16", "float32", "bfloat16")
 INTERPOLATIONS = ("bicubic", "bilinear")
 RESIZE_MODES = ("shortest", "squash")
 DECODERS = ("auto", "pyav", "decord", "torchcodec")
-WEIGHT_FILES = (".safetensors", ".pt", ".pth")
-
-
-def store_name(name: str) -> str:
-    """What a store calls the backbone NETWORK:WEIGHTS: a weight file by its stem, a tag as it is.
-
-    >>> store_name("resnet18:/data/resnet18-imagenet1k.safetensors"), store_name("ViT-B-16:openai")
-    ('resnet18:resnet18-imagenet1k', 'ViT-B-16:openai')
-    """
-    network, _, weights = name.partition(":")
-    if weights.lower().endswith(WEIGHT_FILES):
-        weights = PurePath(weights).stem
-    return f"{network}:{weights}"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
 import numpy as np
 
 from pipeline.blocks import Block, ClipWork, FileWork, Job, NetworkDiffers, decode, run_pass
@@ -82,7 +81,8 @@ def verify(
     if not sample or not features:
         return result
     root = Path(dataset or opened.attributes["dataset"])
-    if not root.exists():
+    root = root.parent if root.is_file() else root
+    if not root.is_dir():
         raise FileNotFoundError(
             f"the data set of {store} is not at {root}; say where it is with --dataset, or verify "
             "the checksums alone with --sample 0"
@@ -90,7 +90,7 @@ def verify(
     broken = {(finding.column, finding.clip) for finding in result.findings}
     for one, members in _passes(opened, features, backbones or {}):
         rows = _draw(members, sample, seed)
-        answers = _decode(opened, one, rows, root if root.is_dir() else root.parent, deadline_seconds)
+        answers = _decode(opened, one, rows, root, deadline_seconds)
         for row, answer in answers.items():
             clip = str(opened.clips.at[row, "path"])
             if isinstance(answer, Failure):
@@ -141,9 +141,9 @@ def _problem(feature: Feature, row: int) -> str:
 def _missing(feature: Feature, bits: np.ndarray) -> np.ndarray:
     """Which cells are the fill value throughout: no chunk was there."""
     flat = bits.reshape(len(bits), -1)
-    absent: np.ndarray = (
-        (flat == 0x7FC0) if feature.dtype == "bfloat16" else np.isnan(flat)
-    ).all(axis=1)
+    absent: np.ndarray = ((flat == 0x7FC0) if feature.dtype == "bfloat16" else np.isnan(flat)).all(
+        axis=1
+    )
     return absent
 
 
@@ -154,7 +154,12 @@ def _passes(
     groups: dict[str, list[Feature]] = {}
     for feature in features:
         spec = feature.spec
-        parts = [spec["backbone"], spec["frames"], spec["execution"], spec["stages"][0]["precision"]]
+        parts = [
+            spec["backbone"],
+            spec["frames"],
+            spec["execution"],
+            spec["stages"][0]["precision"],
+        ]
         groups.setdefault(digest(parts), []).append(feature)
     asked = opened.attributes.get("backbones", {})
     for members in groups.values():
@@ -190,7 +195,7 @@ def _decode(
     opened: FeatureStore, one: Pass, rows: np.ndarray, root: Path, deadline_seconds: float
 ) -> dict[int, Decoded | Failure]:
     answers: dict[int, Decoded | Failure] = {}
-    works = []
+    files: list[FileWork] = []
     keys = row_keys(opened.clips)
     for row in rows.tolist():
         clip = opened.clips.loc[row]
@@ -208,11 +213,11 @@ def _decode(
         interval = [None if np.isnan(t) else float(t)
                     for t in (clip["start_seconds"], clip["end_seconds"])]  # fmt: skip
         work = ClipWork((row,), keys[row].tobytes(), interval[0], interval[1], ((0, 0),))
-        works.append(FileWork(str(path), size, mtime, (work,)))
+        files.append(FileWork(str(path), size, mtime, (work,)))
     job = Job(opened.path, (one,), 1, deadline_seconds)
-    decoded = decode(job, Block(0, tuple(works)))
-    for work, answer in zip(works, decoded.clips, strict=True):
-        answers[work.clips[0].rows[0]] = answer
+    decoded = decode(job, Block(0, tuple(files)))
+    for file, answer in zip(files, decoded.clips, strict=True):
+        answers[file.clips[0].rows[0]] = answer
     return answers
 
 
@@ -233,5 +238,3 @@ def _compare(feature: Feature, row: int, clip: str, cell: np.ndarray, result: Ve
 
 def _label(feature: Feature) -> str:
     return f"{feature.backbone} {feature.name} {feature.path.name}"
-
-

@@ -16,6 +16,7 @@ import pandas as pd
 from stores import atomic, clips, lock
 from stores.columns import FEATURES, group_json
 from stores.feature import Feature, FeatureDataset
+from stores.identity import store_name
 
 __all__ = ["Feature", "FeatureDataset", "FeatureStore", "NotAStore", "SpecMismatch"]
 
@@ -50,9 +51,7 @@ class FeatureStore:
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise NotAStore(
-                f"{path}: no such folder; `strata build DATASET --store ...` makes one"
-            )
+            raise NotAStore(f"{path}: no such folder; `strata build DATASET --store ...` makes one")
         return cls(folder, _attributes(folder))
 
     @classmethod
@@ -90,7 +89,9 @@ class FeatureStore:
             )
 
     def __repr__(self) -> str:
-        return f"<FeatureStore {self.path}: {len(self.clips)} clips, {len(self.features())} features>"
+        return (
+            f"<FeatureStore {self.path}: {len(self.clips)} clips, {len(self.features())} features>"
+        )
 
     @cached_property
     def clips(self) -> pd.DataFrame:
@@ -118,11 +119,11 @@ class FeatureStore:
                 those that match differ.
         """
         columns = sorted(self._columns())
-        wanted = weights_by_stem(backbone)
+        wanted = store_name(backbone)
         found = [
             column
             for column in columns
-            if (wanted == column[0] or (":" not in backbone and column[0].startswith(f"{wanted}:")))
+            if (column[0] == wanted or column[0].partition(":")[0] == backbone)
             and name in (column[1], *_whole(column[1]))
             and column[2].name.startswith(fingerprint[:16])
         ]
@@ -153,20 +154,6 @@ class FeatureStore:
             if not path.name.endswith(".done"):
                 backbone, name = (unquote(part) for part in path.relative_to(root).parts[:2])
                 yield backbone, name, path
-
-
-def weights_by_stem(backbone: str) -> str:
-    """A backbone's name in the store: a weight file counts by its stem, not by where it lies.
-
-    >>> weights_by_stem("resnet18:/data/weights/rn18.safetensors")
-    'resnet18:rn18'
-    >>> weights_by_stem("ViT-B-16:openai")
-    'ViT-B-16:openai'
-    """
-    network, colon, weights = backbone.partition(":")
-    if weights.endswith((".safetensors", ".pt", ".pth")):
-        weights = Path(weights).stem
-    return f"{network}{colon}{weights}"
 
 
 def differences(features: list[Feature]) -> list[str]:

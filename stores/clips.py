@@ -118,8 +118,8 @@ def content_digest(path: Path) -> str:
         for file in folder_files(path):
             total.update(bytes.fromhex(content_digest(file)))
         return total.hexdigest()
-    with open(path, "rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open(path, "rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def folder_files(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from stores.clips import KEY_BYTES
 
 FEATURES = "features"
 SHARD_BYTES = 64 << 20
+MAX_SHARD_CLIPS = 16384
 DONE_ROWS = 4096
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16
@@ -66,7 +68,8 @@ class ColumnSpec:
     def shard_clips(self) -> int:
         """Clips a shard: the power of two that fills 64 MB. Depends on the cell's size alone."""
         clips = 1
-        while clips * self.cell_bytes < SHARD_BYTES:
+        # The index has 16 bytes a clip, present or not: without a limit it outweighs small cells.
+        while clips * self.cell_bytes < SHARD_BYTES and clips < MAX_SHARD_CLIPS:
             clips *= 2
         return clips
 
@@ -199,7 +202,7 @@ def runs(rows: np.ndarray) -> list[tuple[int, int]]:
         return []
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     edges = [0, *breaks.tolist(), len(rows)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def _open(path: Path) -> "zarr.Array[Any]":

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import math
+from pathlib import PurePath
 from typing import Any
+
+WEIGHT_FILES = (".safetensors", ".pt", ".pth")
 
 
 def canonical(value: Any) -> bytes:
@@ -30,6 +33,18 @@ def digest(value: Any) -> str:
     '98d992ecb8c9'
     """
     return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def store_name(name: str) -> str:
+    """What a store calls the backbone NETWORK:WEIGHTS: a weight file by its stem, a tag as it is.
+
+    >>> store_name("resnet18:/data/resnet18-imagenet1k.safetensors"), store_name("ViT-B-16:openai")
+    ('resnet18:resnet18-imagenet1k', 'ViT-B-16:openai')
+    """
+    network, _, weights = name.partition(":")
+    if weights.lower().endswith(WEIGHT_FILES):
+        weights = PurePath(weights).stem
+    return f"{network}:{weights}"
 
 
 def _check(value: Any, place: str) -> None:

@@ -56,14 +56,15 @@ def read(store: Path, backbone: str, classes: list[str]) -> TextFeatures:
         have = [backbone for backbone in _backbones(store)]
         raise LookupError(
             f"no text features of {backbone} for these {len(classes)} classes; the store has text "
-            f"of {', '.join(have) or 'no backbone'}. Build with a CLIP backbone and without --no-text."
+            f"of {', '.join(have) or 'no backbone'}. Build with a CLIP backbone and without "
+            "--no-text."
         )
     return TextFeatures(tuple(classes), np.stack([best[name] for name in classes]))
 
 
 def write(store: Path, backbone: str, key: Mapping[str, Any], features: TextFeatures) -> None:
-    """Keep a set of class features. Values first, metadata last: there is an array or there is none."""
-    attributes = {"key": dict(key), "classes": list(features.classes)}
+    """Keep a set of class features. Values come first, so there is a whole array or none."""
+    attributes: dict[str, Any] = {"key": dict(key), "classes": list(features.classes)}
     path = store / FOLDER / node_name(backbone) / digest(attributes)[:16]
     memory: dict[str, Any] = {}
     array = zarr.create_array(

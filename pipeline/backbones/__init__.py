@@ -3,19 +3,23 @@
 This file is the contract; every other module here is one family of networks, found by its file
 name. A family module has two functions:
 
-    recognises(network: str) -> bool
-        Whether the name ("ViT-B-16", "resnet18") is one of its own. Cheap: no model is built.
+    networks() -> Sequence[str]
+        Names of the networks it knows ("ViT-B-16", "resnet18"). Cheap: no library of networks is
+        imported for it.
     build(network: str, weights: str, precision: torch.dtype) -> Backbone
-        The network with its weights, in eval mode, without gradients, as a chain.
+        The network with its weights, in eval mode, without gradients, as a chain. `weights` is a
+        published tag, the path of a weight file or `random-SEED`; _weights.py reads all three.
 
 Shapes: N frames, S = size in pixels, L tokens (class token first), C channels, H x W a grid.
 A chain starts from uint8 pictures [N, S, S, 3] RGB; its first stage normalises them.
 """
 
+import difflib
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +27,8 @@ from torch import Tensor, nn
 from pipeline._variants import available, variant
 from pipeline.spec import Picture
 from stores.identity import digest
+
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class Stage:
             activation, mean and std...).
         form: Of the output: `tokens` [N, L, C] with `prefix` class tokens first, `map`
             [N, C, H, W], or `vector` [N, C].
-        token_wise: Each output token depends on the input token in its place alone.
+        token_wise: Each output token depends on the input token in its place alone. A vector made
+            of the class token alone counts as standing in that token's place.
         prefix: Class (and register) tokens before the patch tokens; `tokens` only.
     """
 
@@ -48,6 +55,11 @@ class Stage:
     form: str
     token_wise: bool = False
     prefix: int = 0
+
+    @cached_property
+    def parameters(self) -> str:
+        """Digest of the module's parameters and buffers, taken once: a stage is frozen."""
+        return parameter_digest(self.module)
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ class Backbone:
             "stage": stage.name,
             "code": stage.code,
             "options": dict(stage.options),
-            "parameters": parameter_digest(stage.module),
+            "parameters": stage.parameters,
             "precision": str(self.precision).removeprefix("torch."),
         }
 
@@ -111,12 +123,16 @@ class Backbone:
         """Run the chain as far as the last stage in `keep`.
 
         Args:
-            x: uint8 pictures [N, S, S, 3], or the output of stage `start`.
+            x: uint8 pictures [N, S, S, 3], or the output of stage `start` in any float type.
             keep: Names of stages whose output is wanted.
             start: The stage after which to begin; None for the pictures.
 
         Returns:
             The outputs by stage name, in the run's precision. They share no memory with `x`.
+
+        Raises:
+            ValueError: An unknown stage, one that comes before `start`, or pictures of another
+                size or type.
         """
         wanted = set(keep)
         names = self.stage_names
@@ -125,7 +141,8 @@ class Backbone:
         first = 0 if start is None else names.index(start) + 1
         early = [name for name in wanted if names.index(name) < first]
         if early:
-            raise ValueError(f"{', '.join(early)} come before the start, {start}")
+            raise ValueError(f"{', '.join(early)} come no later than the start, {start}")
+        x = self._pictures(x) if start is None else self._resumed(x, self.stage(start))
         outputs: dict[str, Tensor] = {}
         for stage in self.stages[first:]:
             if len(outputs) == len(wanted):
@@ -135,17 +152,35 @@ class Backbone:
                 outputs[stage.name] = x
         return outputs
 
+    def _pictures(self, x: Tensor) -> Tensor:
+        size = self.picture.size
+        if x.dtype != torch.uint8 or tuple(x.shape[1:]) != (size, size, 3):
+            raise ValueError(
+                f"{self.name} starts from uint8 pictures [N, {size}, {size}, 3], not from "
+                f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+            )
+        return x
 
-@dataclass(frozen=True)
-class TextTower:
+    def _resumed(self, x: Tensor, stage: Stage) -> Tensor:
+        # The last bits follow memory format and alignment, and what was stored comes back in any:
+        # a copy lies as the stage itself would have left it.
+        nhwc = self.channels_last and stage.form == "map"
+        form = torch.channels_last if nhwc else torch.contiguous_format
+        return x.to(self.precision, memory_format=form, copy=True)
+
+
+class TextTower(Protocol):
     """Class prompts to features, for networks that have a text encoder.
 
-    `encode(prompts)` gives float32 [len(prompts), D], L2-normalised; `identity` is JSON that
-    decides its values (parameters, context length, tokenizer).
+    Its parameters are loaded when first needed and always float32: building a backbone for its
+    pictures costs nothing of it.
     """
 
-    encode: Any
-    identity: Mapping[str, Any]
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """float32 [len(prompts), D], L2-normalised, in the space of the pictures' last vector."""
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the features of given prompts, as JSON."""
 
 
 def parameter_digest(module: nn.Module) -> str:
@@ -171,18 +206,24 @@ def load(name: str, precision: torch.dtype = torch.float32) -> Backbone:
         OSError: The weights cannot be had (no file, or no hub to ask).
     """
     network, _, weights = name.partition(":")
-    families = {family: variant("pipeline.backbones", family) for family in
-                available("pipeline.backbones")}
-    for module in families.values():
-        if module.recognises(network):
-            if not weights:
-                raise ValueError(
-                    f"backbone {name!r} names no weights; give NAME:TAG (a published tag), "
-                    f"NAME:/path/file.safetensors, or {network}:random-0 to try without"
-                )
-            built: Backbone = module.build(network, weights, precision)
-            return built
-    raise ValueError(
-        f"no family knows the network {network!r}; tried {', '.join(families)}. Names are those of "
-        "open_clip (ViT-B-16), torchvision (resnet18) and timm (vit_small_patch14_dinov2)"
-    )
+    families = {
+        family: variant("pipeline.backbones", family) for family in available("pipeline.backbones")
+    }
+    known = {one: module for module in families.values() for one in module.networks()}
+    if network not in known:
+        near = difflib.get_close_matches(network, known, n=4)
+        raise ValueError(
+            f"no family knows the network {network!r}"
+            + (f"; did you mean {' or '.join(near)}?" if near else ".")
+            + f" Asked were {', '.join(families)}; names are those of open_clip (ViT-B-16), "
+            "torchvision (resnet18) and timm (vit_small_patch14_dinov2)"
+        )
+    if not weights:
+        raise ValueError(
+            f"backbone {name!r} names no weights; give {network}:TAG (a published tag), "
+            f"{network}:/path/file.safetensors, or {network}:random-0 to try without"
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(f"no precision {precision}; choose from float32, bfloat16, float16")
+    built: Backbone = known[network].build(network, weights, precision)
+    return built

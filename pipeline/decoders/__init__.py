@@ -27,6 +27,7 @@ REASONS = (
     "crashed",  # the decoding process died
     "unreadable",  # the operating system refused (permissions, input/output error)
     "not_finite",  # decoded, but a feature overflowed the number format on disk
+    "changed",  # the file changed while the build read it; its next bytes are tried again
 )
 
 

@@ -1,0 +1,276 @@
+"""Where a network's parameters come from: a weight file, a seed, or a published tag.
+
+Every way ends in `fill`, which accepts a state of exactly the network's own names and shapes, or
+in a seeded construction. Nothing here falls back on anything else.
+"""
+
+import difflib
+import pickle
+import re
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stores.identity import WEIGHT_FILES
+
+CONNECT_SECONDS = 5.0
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+
+
+def is_file(weights: str) -> bool:
+    """Whether the weights of a NAME:WEIGHTS are a file, by how they are written.
+
+    Raises:
+        ValueError: They are written as a path, but not to a kind of file that is read.
+    """
+    if weights.lower().endswith(WEIGHT_FILES):
+        return True
+    if "/" in weights or "\\" in weights:
+        raise ValueError(f"weights {weights!r}: a weight file ends in {', '.join(WEIGHT_FILES)}")
+    return False
+
+
+def seed_of(weights: str) -> int | None:
+    """The seed of `random-SEED`, or None where the weights are something else.
+
+    >>> seed_of("random-7"), seed_of("openai")
+    (7, None)
+
+    Raises:
+        ValueError: Random weights without a plain decimal seed.
+    """
+    if not weights.startswith("random") or is_file(weights):
+        return None
+    match = re.fullmatch(r"random-(0|[1-9][0-9]{0,17})", weights)
+    if match is None:
+        raise ValueError(f"weights {weights!r}: random ones name their seed, as in random-0")
+    return int(match[1])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from a seeded CPU generator inside, and leave the caller's generators as they were."""
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: that one reseeds the generators of every GPU as well.
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def construct(
+    make: Callable[[], nn.Module], weights: str, state: Mapping[str, Tensor] | None, name: str
+) -> nn.Module:
+    """Make a network and give it its parameters.
+
+    Args:
+        make: Constructs the network; draws its parameters from torch's default generator.
+        weights: As asked for; where they are `random-SEED`, the parameters drawn stay.
+        state: All other weights, under the network's own names.
+        name: For messages.
+
+    Raises:
+        ValueError: The state does not fit the network.
+    """
+    seed = seed_of(weights)
+    if seed is not None:
+        with seeded(seed):
+            return make()
+    # Parameters about to be replaced are not drawn first: for a ViT-L that alone takes seconds.
+    with torch.device("meta"):
+        module = make()
+    fill(module, state or {}, name)
+    return module
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Put copies of `state` in the place of the module's parameters and buffers.
+
+    Raises:
+        ValueError: A name is missing or unexpected, or a shape or kind of number differs.
+    """
+    check(module.state_dict(), state, name)
+    # A file's tensors lie wherever its header ends, and the last bits of a matrix product were
+    # seen to follow the alignment of its operands; torch aligns what it allocates to 64 bytes.
+    aligned = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+    module.load_state_dict(aligned, strict=False, assign=True)
+
+
+def check(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
+    """Compare names, shapes and kinds of number, apart from batch norm's count of batches.
+
+    Raises:
+        ValueError: They differ; the message shows the first few of each difference.
+    """
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    differing = [
+        f"{key} ({_kind(state[key])}, not {_kind(own[key])})"
+        for key in own
+        if key in state and _kind(state[key]) != _kind(own[key])
+    ]
+    found = [
+        f"{what} {_first(keys)}"
+        for what, keys in (
+            ("missing:", missing),
+            ("unexpected:", unexpected),
+            ("of another shape:", differing),
+        )
+        if keys
+    ]
+    if found:
+        raise ValueError(
+            f"the weights do not fit {name}; {'; '.join(found)}. Check that the file was made for "
+            "this very network"
+        )
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """Read a weight file, out of the usual wrappers, onto the CPU. No code in it is run.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be read as names and tensors alone.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"no weight file {file}; give NETWORK:PATH with a path that exists")
+    held = _read_safetensors(file) if file.suffix.lower() == ".safetensors" else _read_pickle(file)
+    while isinstance(held, dict):
+        inner = next((held[key] for key in WRAPPERS if isinstance(held.get(key), dict)), None)
+        if inner is None:
+            break
+        held = inner
+    if not isinstance(held, dict) or not held:
+        raise ValueError(f"{file} holds a {type(held).__name__}, not a network's names and tensors")
+    odd = [str(key) for key, value in held.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise ValueError(f"{file} holds entries that are no tensors: {_first(odd)}")
+    if all(key.startswith("module.") for key in held):
+        held = {key.removeprefix("module."): value for key, value in held.items()}
+    return held
+
+
+def hub_file(repo: str, names: Iterable[str], name: str) -> Path:
+    """A file of a Hugging Face repository: from the local cache, else downloaded into it.
+
+    Args:
+        repo: `owner/name`.
+        names: File names to try, the best first.
+        name: NETWORK:TAG, for messages.
+
+    Raises:
+        OSError: The hub cannot be reached, or none of the files is there.
+    """
+    import huggingface_hub
+
+    candidates = list(names)
+    for file in candidates:
+        cached = huggingface_hub.try_to_load_from_cache(repo, file)
+        if isinstance(cached, str):
+            return Path(cached)
+    for file in candidates:
+        _reach(huggingface_hub.hf_hub_url(repo, file), name)
+        try:
+            return Path(huggingface_hub.hf_hub_download(repo, file))
+        except huggingface_hub.errors.LocalEntryNotFoundError as error:
+            raise _not_fetched(name, error) from error
+        except huggingface_hub.errors.EntryNotFoundError:
+            continue
+        except Exception as error:  # the client's own classes differ from release to release
+            raise _not_fetched(name, error) from error
+    raise OSError(f"{name}: {repo} holds none of {', '.join(candidates)}")
+
+
+def url_state(url: str, name: str) -> dict[str, Tensor]:
+    """The weight file at `url`, through torch.hub's cache and its check of the file's hash.
+
+    Raises:
+        OSError: The server cannot be reached, or what came is not the file.
+    """
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    file = folder / url.rsplit("/", 1)[-1]
+    if not file.is_file():
+        _reach(url, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        digits = re.search(r"-([0-9a-f]{8,})\.", file.name)
+        try:
+            torch.hub.download_url_to_file(
+                url, str(file), hash_prefix=digits[1] if digits else None, progress=False
+            )
+        except (OSError, RuntimeError) as error:
+            raise _not_fetched(name, error) from error
+    return read(file)
+
+
+def no_tag(network: str, weights: str, tags: Iterable[str]) -> ValueError:
+    """The error for weights that are no tag of the network."""
+    known = list(tags)
+    near = difflib.get_close_matches(weights, known, n=3)
+    return ValueError(
+        f"{network} has no weights {weights!r}"
+        + (f"; did you mean {' or '.join(near)}?" if near else ".")
+        + f" Published tags: {', '.join(known) or 'none'}. Or give a file, "
+        f"{network}:/path/file.safetensors"
+    )
+
+
+def _reach(url: str, name: str) -> None:
+    """Find out within seconds that nobody answers: the clients themselves try for minutes."""
+    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "strata"})
+    try:
+        urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        error.close()  # an answer, whichever; the client knows what to make of it
+    except OSError as error:
+        raise _not_fetched(name, error) from error
+
+
+def _not_fetched(name: str, error: Exception) -> OSError:
+    network = name.partition(":")[0]
+    return OSError(
+        f"{name}: the published weights could not be fetched ({error}). Connect and try again, "
+        f"or pass a weight file, {network}:/path/file.safetensors; {network}:random-0 is a seeded "
+        "random network to try things with"
+    )
+
+
+def _read_safetensors(file: Path) -> object:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+
+
+def _read_pickle(file: Path) -> object:
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(Path(entry).name == "constants.pkl" for entry in archive.namelist()):
+                raise ValueError(
+                    f"{file} is a TorchScript archive: a program beside its weights, which is not "
+                    "run. Save the weights alone, once: "
+                    "torch.save(torch.jit.load(PATH, 'cpu').state_dict(), 'weights.pt')"
+                )
+    try:
+        held: object = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{file} cannot be read as weights alone: {str(error).splitlines()[0]}"
+        ) from error
+    return held
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else ' integer'}"
+
+
+def _first(keys: list[str], count: int = 4) -> str:
+    more = f" and {len(keys) - count} more" if len(keys) > count else ""
+    return ", ".join(keys[:count]) + more

@@ -1,0 +1,119 @@
+"""ResNets of torchvision: `stem, layer1.0 ... layer4.n, pool`, and `fc` where there is one.
+
+Weights are torchvision's tags (IMAGENET1K_V1), files or seeds. Maps run in channels-last memory,
+which is faster on CPUs and GPUs alike. Pictures are those of the tag; of IMAGENET1K_V1 for files
+and seeds.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.backbones import Backbone, Stage, _weights
+from pipeline.backbones._vit import Normalise
+from pipeline.spec import Picture
+from stores.identity import store_name
+
+PICTURES_OF = "IMAGENET1K_V1"
+
+
+def networks() -> list[str]:
+    return ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+
+def build(network: str, weights: str, precision: torch.dtype) -> Backbone:
+    """The network as a chain of its residual blocks.
+
+    Raises:
+        ValueError: No such tag, or weights that do not fit.
+        OSError: The weights cannot be had.
+    """
+    from torchvision.models import get_model, get_model_weights
+
+    name = store_name(f"{network}:{weights}")
+    tags = {tag.name: tag for tag in get_model_weights(network)}
+    state = None if _weights.seed_of(weights) is not None else _state(network, weights, tags)
+    classes: int | None = 1000
+    if state is not None:
+        classes = len(state["fc.weight"]) if "fc.weight" in state else None
+
+    def make() -> nn.Module:
+        whole: nn.Module = get_model(network, weights=None, num_classes=classes or 1)
+        if classes is None:
+            whole.fc = nn.Identity()
+        return whole
+
+    whole = _weights.construct(make, weights, state, name)
+    preset = (tags.get(weights) or tags[PICTURES_OF]).transforms()
+    picture = Picture(
+        size=int(preset.crop_size[0]),
+        resize=int(preset.resize_size[0]),
+        interpolation=preset.interpolation.value,
+    )
+    chain = stages(whole, preset.mean, preset.std, precision)
+    return Backbone(name, network, chain, picture, precision, channels_last=True)
+
+
+def stages(
+    whole: Any, mean: list[float], std: list[float], dtype: torch.dtype
+) -> tuple[Stage, ...]:
+    """Cut a torchvision ResNet into stages. It is cast to `dtype`, frozen, and laid out anew."""
+    whole = whole.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    for module in whole.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            # Counts training batches; decides no value, and some files have none.
+            module.num_batches_tracked = None
+    stem = Stem(Normalise(mean, std, dtype, channels_last=True), whole)
+    options = {**stem.normalise.options(), "eps": float(whole.bn1.eps), **_MEMORY}
+    chain = [Stage("stem", stem, "resnet_stem/1", options, "map")]
+    for layer in ("layer1", "layer2", "layer3", "layer4"):
+        for i, block in enumerate(getattr(whole, layer)):
+            options = {
+                "block": type(block).__name__,
+                "stride": int(block.stride),
+                "eps": float(block.bn1.eps),
+                **_MEMORY,
+            }
+            chain.append(Stage(f"{layer}.{i}", block, "resnet_block/1", options, "map"))
+    chain.append(Stage("pool", Pool(), "resnet_pool/1", dict(_MEMORY), "vector"))
+    if not isinstance(whole.fc, nn.Identity):
+        chain.append(Stage("fc", whole.fc, "resnet_fc/1", {}, "vector"))
+    for stage in chain:
+        stage.module.eval()
+    return tuple(chain)
+
+
+_MEMORY = {"memory": "channels_last"}
+
+
+class Stem(nn.Module):
+    """uint8 pictures [N, S, S, 3] to a map [N, 64, S / 4, S / 4]."""
+
+    def __init__(self, normalise: Normalise, whole: Any) -> None:
+        super().__init__()
+        self.normalise = normalise
+        self.conv1 = whole.conv1
+        self.bn1 = whole.bn1
+        self.relu = whole.relu
+        self.maxpool = whole.maxpool
+
+    def forward(self, x_NSS3: Tensor) -> Tensor:
+        x = self.conv1(self.normalise(x_NSS3))
+        out: Tensor = self.maxpool(self.relu(self.bn1(x)))
+        return out
+
+
+class Pool(nn.Module):
+    """A map [N, C, H, W] to its mean over H and W [N, C]."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(x_NCHW, 1).flatten(1)
+
+
+def _state(network: str, weights: str, tags: dict[str, Any]) -> dict[str, Tensor]:
+    if _weights.is_file(weights):
+        return _weights.read(weights)
+    if weights not in tags:
+        raise _weights.no_tag(network, weights, tags)
+    return _weights.url_state(tags[weights].url, f"{network}:{weights}")

@@ -1,0 +1,254 @@
+"""Where the frames of a file are: proven by its packets, or else found by decoding all of it.
+
+`read` demuxes the file once. Its packets prove the frames where each, by its own bytes, is one
+whole shown picture with a time of its own, and the first is a clean start. Then a wanted frame
+costs the decoding of its group of pictures alone. Where anything is unclear (packed B-frames, edit
+lists, discarded or damaged packets, an unknown codec) the file is decoded from the start, which is
+slower and needs no proof.
+
+`pyav.pictures` compares what it decodes with the index, frame by frame, and raises `Contradicted`
+where the packets promised something else; the file is then read again with `proof=False`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import cast
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from pipeline.decoders._bitstream import Shape, reader
+from pipeline.decoders._stream import Undecodable, VideoPacket, decode, open_video
+
+# What is held in memory to spare a second pass over the file. Beyond it the second pass is made.
+KEPT_PACKET_BYTES = 64 << 20
+KEPT_FRAME_BYTES = 256 << 20
+
+# MPEG-4 "packed" streams put placeholders of 7 bytes or so where a frame came a packet early.
+PLACEHOLDER_BYTES = 8
+
+# Without any time in the file, and without a rate: what ffmpeg assumes.
+ASSUMED_FPS = 25.0
+
+
+class Contradicted(Exception):
+    """Decoding gave other frames than the packets had promised."""
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """The frames of a file in display order.
+
+    Attributes:
+        times_N: float64 [N], presentation times in seconds; the first is 0.
+        num_frames_claimed: What the header says, 0 where it says nothing.
+        fps: Average rate.
+        hazard: Why decord is not to be trusted with the file; "" where it is.
+        warning: What a person should know about a file that could be decoded; "" for nothing.
+        proven: The packets prove the frames: nothing has been decoded yet.
+        files: For a folder of frames, their paths; else empty.
+    """
+
+    times_N: np.ndarray
+    num_frames_claimed: int
+    fps: float
+    hazard: str = ""
+    warning: str = ""
+    proven: bool = True
+    files: tuple[str, ...] = ()
+    source: "Source | None" = field(default=None, repr=False)
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.times_N)
+
+
+@dataclass(eq=False)
+class Source:
+    """An open stream with what a decoder needs of it.
+
+    Attributes:
+        stream: Of `container`, which stays open with it.
+        ticks_N: int64 [N], the packets' presentation times in the stream's time base, sorted;
+            empty where they prove nothing.
+        starts: Display indices, increasing, of frames from which decoding may begin; such a
+            frame's packet stands at the same place in the file. Empty where nothing is proven.
+        packets: All packets, where they are few enough to be kept; else None.
+        frames: All decoded frames of an unproven file, where kept; else None.
+    """
+
+    path: str
+    container: InputContainer
+    stream: VideoStream
+    ticks_N: np.ndarray
+    starts: list[int]
+    packets: list[VideoPacket] | None
+    frames: list[av.VideoFrame] | None = None
+
+    def rewind(self, fresh: bool = False) -> Iterator[VideoPacket]:
+        """All packets in file order; read again if not kept, or if `fresh` asks for it.
+
+        Reading again opens the file anew, with a decoder that has seen nothing: take `stream`
+        afterwards. Demuxing from the start gives the same packets every time; a container's own
+        seeking may land elsewhere.
+        """
+        if self.packets is not None and not fresh:
+            return iter(self.packets)
+        self.container.close()
+        self.container, self.stream = open_video(self.path)
+        return _demux(self.container, self.stream)
+
+
+@dataclass
+class _Table:
+    """What the demuxer said, packet by packet, in file order."""
+
+    ticks: list[int | None] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)
+    keys: list[bool] = field(default_factory=list)
+    doubts: set[str] = field(default_factory=set)
+    hazards: set[str] = field(default_factory=set)
+    packets: list[VideoPacket] | None = field(default_factory=list)
+    end_seconds: float = 0.0
+    damage: str = ""
+
+
+def read(path: str, proof: bool = True) -> Index:
+    """Index the frames of the video file at `path`.
+
+    Args:
+        path: A regular file.
+        proof: False to decode all of it whatever the packets promise.
+
+    Raises:
+        Undecodable: The reasons of `open_video`; `corrupt` or `too_short` where no frame can be
+            decoded.
+    """
+    container, stream = open_video(path)
+    table = _tabulate(container, stream)
+    claimed = max(stream.frames, 0)
+    fps = float(stream.average_rate or stream.guessed_rate or 0) or ASSUMED_FPS
+    ticks, starts = _starts(table)
+    missing_seconds = _missing(container, table)
+    source = Source(path, container, stream, ticks, starts, table.packets)
+    proven = proof and bool(starts)
+    seconds = float(stream.time_base)
+    times_N = (ticks - ticks[0]) * seconds if proven else _decode_all(source, fps)
+    warning = _warning(table, claimed, len(times_N), missing_seconds)
+    hazard = ", ".join(sorted(table.hazards))
+    return Index(times_N, claimed, fps, hazard, warning, proven, source=source)
+
+
+def _demux(container: InputContainer, stream: VideoStream) -> Iterator[VideoPacket]:
+    """The stream's packets that hold something: empty ones only flush."""
+    for packet in container.demux(stream):
+        if packet.size:
+            yield packet
+
+
+def _tabulate(container: InputContainer, stream: VideoStream) -> _Table:
+    table, kept_bytes = _Table(), 0
+    context = stream.codec_context
+    shape = reader(context.codec.canonical_name, context.extradata or b"")
+    try:
+        for packet in container.demux():
+            if not packet.size:
+                continue
+            time = packet.pts if packet.pts is not None else packet.dts
+            if time is not None:
+                seconds = float((time + (packet.duration or 0)) * packet.time_base)
+                table.end_seconds = max(table.end_seconds, seconds)
+            if packet.stream_index != stream.index:
+                continue
+            if not table.ticks and not packet.is_keyframe:
+                table.hazards.add("the first packet is no key frame")
+            if packet.is_discard:
+                table.hazards.add("packets to be discarded")
+                table.doubts.add("discard")
+            if packet.pts is not None and packet.pts < 0:
+                table.hazards.add("times below 0")
+            if packet.size <= PLACEHOLDER_BYTES:
+                table.hazards.add("placeholder packets")
+            if packet.is_corrupt:
+                table.damage = table.damage or "a packet is damaged or cut off"
+            if table.ticks and packet.has_sidedata("new_extradata"):
+                table.doubts.add("parameters change")
+            table.ticks.append(packet.pts)
+            table.keys.append(packet.is_keyframe)
+            table.shapes.append(shape(bytes(packet)) if shape else Shape.UNCLEAR)
+            kept_bytes += packet.size
+            if kept_bytes > KEPT_PACKET_BYTES:
+                table.packets = None
+            if table.packets is not None:
+                table.packets.append(cast(VideoPacket, packet))
+    except av.error.FFmpegError as error:
+        table.damage = table.damage or f"reading ends early: {error.strerror}"
+    return table
+
+
+def _starts(table: _Table) -> tuple[np.ndarray, list[int]]:
+    """Sorted times of the frames and the clean starts among them; empty where nothing is proven."""
+    nothing: tuple[np.ndarray, list[int]] = np.empty(0, np.int64), []
+    ticks = [tick for tick in table.ticks if tick is not None]
+    if (
+        not ticks
+        or len(ticks) != len(table.ticks)
+        or table.doubts
+        or table.damage
+        or Shape.UNCLEAR in table.shapes
+    ):
+        return nothing
+    ticks_N = np.array(ticks, np.int64)
+    sorted_N = np.sort(ticks_N)
+    if (np.diff(sorted_N) == 0).any():
+        return nothing
+    # No picture may be shown before a start and stand behind it, or the other way round.
+    before_N = np.maximum.accumulate(ticks_N) == ticks_N
+    after_N = np.minimum.accumulate(ticks_N[::-1])[::-1] == ticks_N
+    clean_N = before_N & after_N & np.array(table.keys)
+    clean_N &= np.array(table.shapes) == Shape.START
+    starts = np.flatnonzero(clean_N).tolist()
+    return (sorted_N, starts) if starts and starts[0] == 0 else nothing
+
+
+def _decode_all(source: Source, fps: float) -> np.ndarray:
+    """Count the frames by decoding, and keep them if they are few; returns their times."""
+    ticks: list[int | None] = []
+    kept: list[av.VideoFrame] | None = []
+    kept_bytes = 0
+    packets = source.rewind()
+    for frame in decode(source.stream, packets):
+        ticks.append(frame.pts)
+        kept_bytes += sum(plane.buffer_size for plane in frame.planes)
+        if kept_bytes > KEPT_FRAME_BYTES:
+            kept = None
+        if kept is not None:
+            kept.append(frame)
+    source.frames = kept
+    if not ticks:
+        raise Undecodable("corrupt", "the video stream holds no frame that can be decoded")
+    known = [tick for tick in ticks if tick is not None]
+    if len(known) == len(ticks) and (np.diff(known) > 0).all():
+        return (np.array(known, np.int64) - known[0]) * float(source.stream.time_base)
+    # Some frames have no time, or times run backwards: display order is all that is known.
+    return np.arange(len(ticks)) / fps
+
+
+def _missing(container: InputContainer, table: _Table) -> float:
+    """Seconds that the header promises beyond the last packet of any stream."""
+    start = (container.start_time or 0) / av.time_base
+    return (container.duration or 0) / av.time_base - (table.end_seconds - start)
+
+
+def _warning(table: _Table, claimed: int, found: int, missing_seconds: float) -> str:
+    said = []
+    if claimed > found:
+        said.append(f"the header promises {claimed} frames, {found} could be decoded")
+    # Rounding, and a last frame's unknown length, are well under a second.
+    if not claimed and missing_seconds > 1.0:
+        said.append(f"the header promises {missing_seconds:.1f} seconds more than there are")
+    if table.damage:
+        said.append(table.damage)
+    return "; ".join(said)

@@ -1,0 +1,242 @@
+"""Decoding in child processes that can be killed: a deadline a file, a reason for each loss.
+
+A decoder may hang where no signal but SIGKILL reaches it, or take its process down. Each child
+therefore has a pebble pool of its own: a child that dies while it holds a lock or half a message
+takes nothing of its siblings' with it, and its pool is thrown away with it.
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+
+import pebble
+
+from pipeline.decoders import Decoded, Failure, Request
+from pipeline.decoders._child import decode
+
+Answers = list[Decoded | Failure]
+
+# At its default of 3 seconds pebble waits that long for a hung child to take SIGTERM.
+pebble.CONSTS.term_timeout = 0.1
+
+# Libraries leak; a fresh child every so often bounds what that adds up to.
+FILES_PER_CHILD = 1000
+
+# To start an interpreter and import av, on a machine that is busy.
+START_SECONDS = 120.0
+
+PR_SET_PDEATHSIG = 1
+
+
+class DecodePool:
+    """Children that decode files, one file at a time each.
+
+    Args:
+        children: How many files are decoded at once.
+        timeout_seconds: Wall-clock deadline for one file.
+
+    Raises:
+        RuntimeError: This process may not have children (a daemonic worker).
+    """
+
+    def __init__(self, children: int, timeout_seconds: float) -> None:
+        if children < 1 or not timeout_seconds > 0:
+            raise ValueError(f"{children=}, {timeout_seconds=}: both must be above 0")
+        if multiprocessing.current_process().daemon:
+            raise RuntimeError(
+                "this process is daemonic and may not start decoding children; start Dask workers "
+                "with the setting distributed.worker.daemon: False"
+            )
+        self.timeout_seconds = timeout_seconds
+        self._requests: queue.SimpleQueue[tuple[Request, Future[Answers]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        # A child is told to die with the thread that started it, so each has its keeper.
+        self._keepers = [
+            threading.Thread(target=self._keep, name=f"decode-{i}", daemon=True)
+            for i in range(children)
+        ]
+        for keeper in self._keepers:
+            keeper.start()
+
+    def submit(self, request: Request) -> "Future[Answers]":
+        """Queue a file; the future gives one answer per clip of the request.
+
+        A file that outlasts the deadline answers `timeout`, one whose child dies `crashed`.
+
+        Raises:
+            RuntimeError: The pool is closed.
+            ValueError: A policy's decoder is not installed.
+        """
+        for frame_set in request.frame_sets:
+            require(frame_set.decoder)
+        future: Future[Answers] = Future()
+        with self._lock:
+            if self._closed.is_set():
+                raise RuntimeError("the decoding pool is closed")
+            self._requests.put((request, future))
+        return future
+
+    def close(self) -> None:
+        """Kill all children. What is queued is cancelled, what is under way raises `PoolClosed`."""
+        with self._lock:
+            self._closed.set()
+            for _ in self._keepers:
+                self._requests.put(None)
+        for keeper in self._keepers:
+            keeper.join()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                entry = self._requests.get_nowait()
+                if entry is not None:
+                    entry[1].cancel()
+
+    def __enter__(self) -> "DecodePool":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _keep(self) -> None:
+        """Feed one child, and replace it when it is lost."""
+        child = _Child(self.timeout_seconds, self._closed)
+        while (entry := self._requests.get()) is not None:
+            request, future = entry
+            if self._closed.is_set() or not future.set_running_or_notify_cancel():
+                future.cancel()
+                continue
+            try:
+                answers = child.decode(request)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(answers)
+        child.kill()
+
+
+class PoolClosed(RuntimeError):
+    """The pool was closed while the file was being decoded."""
+
+
+class _Child:
+    """One child process, started when first needed and again after each loss."""
+
+    def __init__(self, timeout_seconds: float, closed: threading.Event) -> None:
+        self.timeout_seconds, self.closed = timeout_seconds, closed
+        self.pool: pebble.ProcessPool | None = None
+
+    def decode(self, request: Request) -> Answers:
+        for _ in range(2):
+            try:
+                return self._wait(
+                    self._start().schedule(decode, args=(request,), timeout=self.timeout_seconds)
+                )
+            except TimeoutError:
+                self.kill()
+                detail = f"not decoded within {self.timeout_seconds:g} seconds"
+                return [Failure("timeout", detail)] * len(request.clips)
+            except pebble.ProcessExpired as error:
+                self.kill()
+                detail = f"the decoding process {_end(error.exitcode)}"
+                return [Failure("crashed", detail)] * len(request.clips)
+            except BrokenProcessPool:
+                # The child was lost before it took the file up: the file is not to blame.
+                self.kill()
+        raise RuntimeError(
+            "decoding children end before they begin: a script that builds must do so under "
+            "`if __name__ == '__main__':`, and must be able to import pipeline.decoders"
+        )
+
+    def kill(self) -> None:
+        """End the child and forget its pool."""
+        pool, self.pool = self.pool, None
+        if pool is not None:
+            # pebble ends the child first, then waits for its own reader, which never returns if
+            # the child died halfway through a message.
+            ending = threading.Thread(target=_end_pool, args=(pool,), daemon=True)
+            ending.start()
+            ending.join(timeout=10)
+
+    def _start(self) -> pebble.ProcessPool:
+        if self.pool is None:
+            self.pool = pebble.ProcessPool(
+                max_workers=1,
+                max_tasks=FILES_PER_CHILD,
+                initializer=_begin,
+                initargs=(os.getpid(),),
+                # A fork would copy locks held by other threads of this process.
+                context=multiprocessing.get_context("spawn"),
+            )
+        return self.pool
+
+    def _wait(self, future: "pebble.ProcessFuture[Answers]") -> Answers:
+        # pebble's own clock starts when the child takes the file up. This one bounds all of it.
+        last_call = time.monotonic() + self.timeout_seconds + START_SECONDS
+        while not wait([future], timeout=0.25).done:
+            if self.closed.is_set():
+                raise PoolClosed("the decoding pool was closed while the file was decoded")
+            if time.monotonic() > last_call:
+                raise TimeoutError
+        answers: Answers = future.result()
+        return answers
+
+
+def _end_pool(pool: pebble.ProcessPool) -> None:
+    pool.stop()
+    pool.join()
+
+
+@functools.cache
+def require(policy: str) -> None:
+    """Check that the decoder of a policy is installed.
+
+    Raises:
+        ValueError: It is not; the message says what to do.
+    """
+    if policy in ("decord", "torchcodec") and importlib.util.find_spec(policy) is None:
+        raise ValueError(
+            f"decoder {policy!r} was asked for and is not installed here: pip install {policy}, "
+            "or leave the decoder at auto (PyAV)"
+        )
+
+
+def _begin(parent: int) -> None:
+    """In the child: be quiet, leave Ctrl-C to the parent, and die with it."""
+    import av.logging
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    av.logging.set_level(None)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _end(exitcode: int) -> str:
+    """How a process ended, in words.
+
+    >>> _end(-11), _end(3)
+    ('was ended by SIGSEGV', 'exited with code 3')
+    """
+    if exitcode < 0:
+        with contextlib.suppress(ValueError):
+            return f"was ended by {signal.Signals(-exitcode).name}"
+    return f"exited with code {exitcode}"

@@ -1,0 +1,192 @@
+"""The disk as layouts see it: which names are clips, in which order, and where they lie.
+
+Names that begin with a dot are never seen. Links are followed; a link back to a folder that it
+lies in is not entered, so a walk ends. A link to nothing counts as a file: it is named, and
+missing. Pipes and devices are no files: to open one could wait for ever.
+"""
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+# fmt: off
+VIDEO_SUFFIXES = frozenset((
+    ".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".m4v", ".wmv", ".flv", ".3gp",
+    ".ts", ".mts", ".m2ts", ".ogv",
+))
+# fmt: on
+FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
+LIST_SUFFIXES = frozenset({".csv", ".tsv"})
+
+
+def suffix(name: str) -> str:
+    """The extension in lower case, with its dot; "" without one."""
+    return os.path.splitext(name)[1].lower()
+
+
+def is_video(name: str) -> bool:
+    return suffix(name) in VIDEO_SUFFIXES
+
+
+def stem(name: str) -> str:
+    """The name without a video's extension; other dots are part of it.
+
+    >>> stem("v_Diving_g01_c01.avi"), stem("clip.v2")
+    ('v_Diving_g01_c01', 'clip.v2')
+    """
+    return os.path.splitext(name)[0] if is_video(name) else name
+
+
+def natural_key(path: str) -> tuple[Any, ...]:
+    """Sorts paths folder by folder, and numbers in names by their value.
+
+    >>> sorted(["b/1", "a/10.avi", "a/9.avi"], key=natural_key)
+    ['a/9.avi', 'a/10.avi', 'b/1']
+    """
+    pieces = [re.split(r"([0-9]+)", part) for part in path.split("/")]
+    # re.split puts the digits in the odd places, so that a number never meets a text.
+    valued = [[int(p) if i % 2 else p for i, p in enumerate(part)] for part in pieces]
+    return (valued, path)
+
+
+def scan(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of a folder's sub-folders and of its files, each sorted."""
+    folders, files = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            # os.path, not entry.is_dir(): the latter raises on a link to itself.
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                folders.append(entry.name)
+            elif os.path.isfile(entry.path) or not os.path.exists(entry.path):
+                files.append(entry.name)
+    return sorted(folders), sorted(files)
+
+
+def walk(
+    root: Path, folder: str = "", above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield (folder, its sub-folders, its files) for every folder, the upper ones first.
+
+    `folder` is relative to `root` and "" for the root itself. As with os.walk, names taken out of
+    the yielded list of sub-folders are not entered.
+    """
+    status = os.stat(root / folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    folders, files = scan(root / folder)
+    yield folder, folders, files
+    for name in folders:
+        yield from walk(root, join(folder, name), above | {here})
+
+
+def join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def clips_below(root: Path) -> Iterator[str]:
+    """Every video, and every folder with frames and no video, but the root; in the walk's order."""
+    for folder, _, files in walk(root):
+        videos = [name for name in files if is_video(name)]
+        yield from (join(folder, name) for name in videos)
+        if folder and not videos and any(suffix(name) in FRAME_SUFFIXES for name in files):
+            yield folder
+
+
+def near(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, its files) of the root, then of each folder directly in it: where lists lie."""
+    if not root.is_dir():
+        return
+    folders, files = scan(root)
+    yield "", files
+    for name in folders:
+        yield name, scan(root / name)[1]
+
+
+def describe(root: Path) -> str:
+    """What kinds of files a directory holds, commonest first."""
+    if not root.is_dir():
+        return f"one {root.suffix} file"
+    kinds = Counter(
+        suffix(name) or "without extension" for _, _, names in walk(root) for name in names
+    )
+    return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(8)) or "no file"
+
+
+class Shelf:
+    """Finds the clips that a list names, wherever below the root they lie.
+
+    A clip is known by its file name without the extension, so that files converted to another
+    container, or taken apart into a folder of frames, are found as well.
+
+    Args:
+        root: The dataset's directory. Walked once; a found folder of frames is not entered.
+        names: File names that `find` will be asked for.
+        ignore_case: Whether names that differ in case alone are the same.
+    """
+
+    def __init__(self, root: Path, names: Iterable[str], ignore_case: bool = False) -> None:
+        self._ignore_case = ignore_case
+        self._found: dict[str, list[str]] = {}
+        wanted = {self._key(name) for name in names}
+        for folder, folders, files in walk(root):
+            clips = [name for name in files if is_video(name) and self._key(name) in wanted]
+            frames = {
+                name
+                for name in folders
+                if self._key(name) in wanted and _holds_frames(root / folder / name)
+            }
+            folders[:] = [name for name in folders if name not in frames]
+            for name in (*clips, *frames):
+                self._found.setdefault(self._key(name), []).append(join(folder, name))
+
+    def find(
+        self, name: str, folders: Collection[str] = (), classes: Collection[str] = ()
+    ) -> str | None:
+        """The path of a clip, relative to the root; None where there is none.
+
+        Args:
+            name: Its file name.
+            folders: Names of folders it is likely to lie in, its class's for one. They are
+                compared, never opened.
+            classes: `folder_key` of every class: what lies in another class's folder is
+                another clip of that name.
+        """
+        own = {folder_key(folder) for folder in folders}
+        parents = {
+            path: [folder_key(part) for part in path.split("/")[:-1]]
+            for path in self._found.get(self._key(name), [])
+        }
+        for path, above in list(parents.items()):
+            if above and above[-1] in classes and above[-1] not in own:
+                del parents[path]
+
+        def rank(path: str) -> tuple[Any, ...]:
+            strange = PurePosixPath(path).name != name
+            return -len(own.intersection(parents[path])), strange, path.count("/"), path
+
+        return min(parents, key=rank, default=None)
+
+    def _key(self, name: str) -> str:
+        # A Mac's disk may hold letters and accents apart that a list holds composed.
+        key = unicodedata.normalize("NFC", stem(name))
+        return key.casefold() if self._ignore_case else key
+
+
+def folder_key(name: str) -> str:
+    """A folder's name as compared with a class: case aside, spaces as underscores."""
+    return unicodedata.normalize("NFC", name).casefold().replace(" ", "_")
+
+
+def _holds_frames(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(
+            suffix(entry.name) in FRAME_SUFFIXES and not entry.name.startswith(".")
+            for entry in entries
+        )

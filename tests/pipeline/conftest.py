@@ -1,0 +1,160 @@
+"""Videos whose every frame says its number, made with PyAV's own encoders."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+WIDTH, HEIGHT, FPS, BITS, BLOCK = 160, 96, 25, 8, 16
+
+
+def numbered(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+    """A picture [height, width, 3] that shows `number` as eight black or white blocks.
+
+    The lower half moves, so that every frame differs everywhere and B-frames pay.
+    """
+    picture = np.full((height, width, 3), 90, np.uint8)
+    for bit in range(BITS):
+        shade = 235 if number >> bit & 1 else 20
+        picture[:BLOCK, bit * BLOCK : (bit + 1) * BLOCK] = shade
+    across = (np.arange(width) * 3 + number * 5) % 256
+    picture[height // 2 :, :, 0] = across
+    picture[height // 2 :, :, 2] = 255 - across
+    return picture
+
+
+def number_of(picture: np.ndarray) -> int:
+    """The number that a decoded picture shows."""
+    middle = BLOCK // 2
+    return sum(
+        1 << bit
+        for bit in range(BITS)
+        if picture[4 : BLOCK - 4, bit * BLOCK + middle - 4 : bit * BLOCK + middle + 4].mean() > 128
+    )
+
+
+def encode(
+    path: Path,
+    codec: str,
+    frames: int = 60,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+    pix_fmt: str = "yuv420p",
+    ticks: list[int] | None = None,
+    rotation: int = 0,
+    sound_first: bool = False,
+    metadata: dict[str, str] | None = None,
+    **options: str,
+) -> Path:
+    """Write numbered frames. `ticks` are presentation times in 1/1000 s for a variable rate."""
+    with av.open(str(path), "w") as container:
+        container.metadata.update(metadata or {})
+        if sound_first:
+            sound = container.add_stream("aac", rate=16000, layout="mono")
+        stream = container.add_stream(codec, rate=FPS, options=options)
+        stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
+        if ticks:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        if rotation:
+            stream.set_display_rotation(rotation)
+        if sound_first:
+            samples = np.zeros((1, 16000 * 4), np.float32)
+            frame = av.AudioFrame.from_ndarray(samples, "fltp", "mono")
+            frame.sample_rate = 16000
+            container.mux(sound.encode(frame))
+            container.mux(sound.encode(None))
+        for number in range(frames):
+            frame = av.VideoFrame.from_ndarray(numbered(number, *size), "rgb24")
+            frame.pts = ticks[number] if ticks else number
+            frame.time_base = Fraction(1, 1000) if ticks else Fraction(1, FPS)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def cut_copy(source: Path, target: Path, start: int) -> Path:
+    """Copy packets so that playing begins at frame `start`, in the midst of a group of pictures.
+
+    What stands before it stays in the file, to be decoded and not shown: what `ffmpeg -ss` with
+    `-c copy` leaves.
+    """
+    with (
+        av.open(str(source)) as old,
+        av.open(str(target), "w", options={"avoid_negative_ts": "disabled"}) as new,
+    ):
+        stream = old.streams.video[0]
+        copy = new.add_stream_from_template(stream)
+        shift = round(start / FPS / stream.time_base)
+        for packet in old.demux(stream):
+            if packet.size:
+                packet.pts -= shift
+                packet.dts -= shift
+                packet.stream = copy
+                new.mux(packet)
+    return target
+
+
+@dataclass(frozen=True)
+class Video:
+    """A file, and the number that each of its frames shows."""
+
+    path: Path
+    numbers: list[int]
+
+
+X264 = {"g": "12", "bf": "2", "preset": "veryfast"}
+OPEN = {"x264-params": "open-gop=1:keyint=12:bframes=2:b-adapt=0", "preset": "veryfast"}
+UNEVEN = [n * 40 + 17 * (n % 3) + 300 * (n // 20) for n in range(60)]
+
+MADE: dict[str, tuple[str, dict]] = {
+    "h264.mp4": ("libx264", X264),
+    "h264_open.mp4": ("libx264", OPEN),
+    "h264_open.ts": ("libx264", OPEN),
+    "h264.mkv": ("libx264", X264),
+    "h264.avi": ("libx264", X264),
+    "uneven.mp4": ("libx264", {"ticks": UNEVEN, **X264}),
+    "uneven.mkv": ("libx264", {"ticks": UNEVEN, **X264}),
+    "sound_first.mp4": ("libx264", {"sound_first": True, **X264}),
+    "turned.mp4": ("libx264", {"rotation": 90, **X264}),
+    "full_range.mp4": ("libx264", {"pix_fmt": "yuvj420p", **X264}),
+    "ten_bit.mp4": ("libx264", {"pix_fmt": "yuv420p10le", **X264}),
+    "interlaced.ts": ("libx264", {"flags": "+ildct+ilme", "x264-params": "tff=1", **X264}),
+    "odd.mkv": ("libvpx-vp9", {"size": (161, 97), "g": "12", "deadline": "realtime"}),
+    "single.mp4": ("libx264", {"frames": 1, **X264}),
+    "mpeg4.avi": ("mpeg4", {"g": "12", "b": "2M"}),
+    "mpeg4_b.avi": ("mpeg4", {"g": "12", "bf": "2", "b": "2M"}),
+    "mpeg4_b.mp4": ("mpeg4", {"g": "12", "bf": "2", "b": "2M"}),
+    "mpeg2.mpg": ("mpeg2video", {"g": "12", "bf": "2", "b": "2M"}),
+    "hevc.mp4": ("libx265", {"x265-params": "log-level=none:keyint=12", "preset": "ultrafast"}),
+    "vp9.webm": ("libvpx-vp9", {"g": "12", "deadline": "realtime", "cpu-used": "8"}),
+    "vp8.webm": ("libvpx", {"g": "12", "deadline": "realtime", "cpu-used": "8"}),
+    "motion.avi": ("mjpeg", {"pix_fmt": "yuvj420p"}),
+    "sorenson.flv": ("flv", {"g": "12", "b": "2M"}),
+}
+
+
+# Tests are no package, so what they share comes as fixtures.
+@pytest.fixture(scope="session", name="number_of")
+def number_of_fixture():
+    return number_of
+
+
+@pytest.fixture(scope="session", name="encode")
+def encode_fixture():
+    return encode
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Video]:
+    """One small file of every kind that hides its frames in another way."""
+    folder = tmp_path_factory.mktemp("videos")
+    made = {}
+    for name, (codec, options) in MADE.items():
+        path = encode(folder / name, codec, **options)
+        made[name] = Video(path, list(range(options.get("frames", 60))))
+    for name in ("h264.mp4", "h264_open.mp4", "mpeg4_b.mp4"):
+        path = cut_copy(made[name].path, folder / f"cut_{name}", start=19)
+        made[path.name] = Video(path, list(range(19, 60)))
+    return made

@@ -1,0 +1,48 @@
+"""A small store, written without a pipeline: two columns of three clips, the last one missing."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from stores import FeatureStore, clips
+from stores.columns import Column, ColumnSpec
+
+T, D = 4, 3
+
+
+def values_of(row: int, dtype: str = "float16") -> np.ndarray:
+    """The cell of a row: numbers that float16 and bfloat16 both hold exactly."""
+    return np.arange(T * D, dtype=np.float32).reshape(T, D) + 16 * row
+
+
+def bits_of(row: int, dtype: str) -> np.ndarray:
+    values = values_of(row)
+    if dtype == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(dtype)
+
+
+@pytest.fixture(params=["float16", "float32", "bfloat16"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def store(tmp_path, dtype) -> FeatureStore:
+    opened = FeatureStore.create(tmp_path / "s.zarr")
+    rows = [clips.blank(f"a/{name}.mp4", label, "train") for name, label in
+            [("x", "wave"), ("y", "clap"), ("z", "wave")]]  # fmt: skip
+    for i, row in enumerate(rows[:2]):
+        row |= {"digest": f"{i}" * 64, "status": "ready"}
+    rows[2] |= {"status": "quarantined", "reason": "corrupt", "detail": "no frame decodes"}
+    table = pd.DataFrame(rows).astype(clips.COLUMNS).rename_axis(index="row")
+    clips.write(opened.path, table)
+    keys = clips.row_keys(table)
+    for backbone, fingerprint, frames in [("net:tag", "ab" * 32, 4), ("net:tag", "cd" * 32, 5)]:
+        attributes = {"frames": {"frames": frames, "view": 0}}
+        spec = ColumnSpec(backbone, "blocks.0:cls", fingerprint, (T, D), dtype, attributes)
+        column = Column(opened.path, spec)
+        column.create(3)
+        cells = np.stack([bits_of(row, dtype) for row in range(2)])
+        column.write_shard(0, np.arange(2), cells, keys[:2], 3)
+    return FeatureStore.open(opened.path)

@@ -1,0 +1,146 @@
+import json
+
+import numpy as np
+import pytest
+
+from stores import FeatureStore, NotAStore, SpecMismatch, clips
+
+
+def expected(rows):
+    cell = np.arange(12, dtype=np.float32).reshape(4, 3)
+    return np.stack([cell + 16 * row for row in rows])
+
+
+@pytest.fixture
+def feature(store):
+    return store.feature("net:tag", "blocks.0:cls", "ab")
+
+
+def test_rows_come_in_the_order_asked_for_repeats_included(feature, dtype):
+    rows = [1, 0, 1]
+    found = feature.read(rows)
+    assert found.dtype == ("float16" if dtype == "float16" else "float32")
+    np.testing.assert_array_equal(found, expected(rows))
+    np.testing.assert_array_equal(feature.read(np.array([0])), expected([0]))
+    np.testing.assert_array_equal(feature.read(slice(0, 2)), expected([0, 1]))
+    assert feature.read([]).shape == (0, 4, 3)
+
+
+def test_a_row_without_a_feature_is_refused_with_its_reason(feature):
+    assert feature.valid.tolist() == [True, True, False]
+    with pytest.raises(
+        LookupError, match=r"row 2 \(a/z.mp4; quarantined: corrupt no frame decodes\)"
+    ):
+        feature.read([0, 2])
+    with pytest.raises(LookupError):
+        feature.read()
+
+
+@pytest.mark.parametrize("row", [-1, 3])
+def test_a_row_outside_the_table_is_refused(feature, row):
+    with pytest.raises(IndexError, match="table of 3 clips"):
+        feature.read([row])
+
+
+def test_a_changed_clip_makes_its_cell_invalid_and_the_rest_stay(store):
+    table = store.clips.copy()
+    table.loc[0, "digest"] = "f" * 64
+    clips.write(store.path, table)
+    feature = FeatureStore.open(store.path).feature("net:tag", "blocks.0:cls", "ab")
+    assert feature.valid.tolist() == [False, True, False]
+
+
+def test_dask_and_torch_see_the_same_numbers(feature):
+    import torch
+
+    np.testing.assert_array_equal(feature.to_dask()[:2].compute(), expected([0, 1]))
+    dataset = feature.dataset()
+    assert (len(dataset), dataset.labels) == (2, ["clap", "wave"])
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2)
+    cells, numbers = next(iter(loader))
+    np.testing.assert_array_equal(cells.float().numpy(), expected([0, 1]))
+    assert numbers.tolist() == [1, 0]
+
+
+def test_a_feature_is_found_by_the_words_it_was_asked_for_with(store):
+    found = store.feature("net:/some/where/tag.safetensors", "blocks.0:cls", "ab")
+    assert found.fingerprint == "ab" * 32
+    assert store.feature("net", "blocks.0:cls", "cd").fingerprint == "cd" * 32
+
+
+def test_several_columns_that_fit_are_an_error_that_tells_them_apart(store):
+    with pytest.raises(
+        SpecMismatch, match=r"2 columns.*\n.*ab.*frames.frames=4\n.*cd.*frames.frames=5"
+    ):
+        store.feature("net:tag", "blocks.0:cls")
+
+
+def test_a_feature_that_is_not_there_is_an_error_that_lists_what_is(store):
+    with pytest.raises(SpecMismatch, match=r"no net:tag proj; it holds\n  net:tag blocks.0:cls ab"):
+        store.feature("net:tag", "proj")
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("all my work")
+    for call in (FeatureStore.open, FeatureStore.create):
+        with pytest.raises(NotAStore, match=r"no zarr\.json"):
+            call(tmp_path)
+    (tmp_path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
+    for call in (FeatureStore.open, FeatureStore.create):
+        with pytest.raises(NotAStore, match="not written by Strata"):
+            call(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.txt", "zarr.json"]
+
+
+def test_a_file_is_no_store(tmp_path):
+    file = tmp_path / "s.zarr"
+    file.write_text("")
+    with pytest.raises(NotAStore, match="is a file"):
+        FeatureStore.create(file)
+
+
+@pytest.mark.parametrize("call", [FeatureStore.open, FeatureStore.create])
+def test_a_newer_format_is_refused_and_unchanged(store, call):
+    file = store.path / "zarr.json"
+    root = json.loads(file.read_bytes())
+    root["attributes"]["strata"]["format"] = 2
+    file.write_text(json.dumps(root))
+    before = file.read_bytes()
+    with pytest.raises(NotAStore, match="format 2, this version reads up to 1"):
+        call(store.path)
+    assert file.read_bytes() == before
+
+
+def test_the_table_survives_a_round_trip_whatever_its_labels(tmp_path):
+    labels = ["a b", "naïve ‘quote’", "../x", 'q"uote', "新しい", "line\nbreak", ""]
+    rows = [clips.blank(f"{i}.mp4", label, "") for i, label in enumerate(labels)]
+    rows[1]["start_seconds"] = 0.1
+    import pandas as pd
+
+    table = pd.DataFrame(rows).astype(clips.COLUMNS).rename_axis(index="row")
+    clips.write(tmp_path, table)
+    pd.testing.assert_frame_equal(clips.read(tmp_path), table)
+    assert clips.encode(table) == clips.encode(clips.read(tmp_path))
+
+
+def test_the_row_key_is_the_bytes_and_the_stretch(tmp_path):
+    whole = clips.row_key("ab", np.nan, np.nan)
+    assert len(whole) == 16
+    others = {clips.row_key("ab", 0.0, np.nan), clips.row_key("ab", np.nan, 1.0),
+              clips.row_key("cd", np.nan, np.nan), whole}  # fmt: skip
+    assert len(others) == 4
+    assert clips.row_key("", np.nan, np.nan) == bytes(16)
+
+
+def test_a_folder_of_frames_is_named_by_its_frames_in_order(tmp_path):
+    def folder(name, files):
+        for file, text in files.items():
+            path = tmp_path / name / file
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        return clips.content_digest(tmp_path / name)
+
+    same = folder("a", {"2.jpg": "x", "10.jpg": "y"})
+    assert folder("b", {"3.jpg": "x", "4.jpg": "y", ".hidden": "z"}) == same
+    assert folder("c", {"2.jpg": "y", "10.jpg": "x"}) != same
+    assert folder("d", {"2.jpg": "xy"}) != same
