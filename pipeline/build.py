@@ -239,11 +239,10 @@ def needed_bytes(plan: Plan) -> int:
 
     Beside the cells themselves: the shard being replaced, and staged cells that wait for theirs.
     """
-    total = 0
+    total = plan.file_bytes - plan.held_bytes
     for column in plan.all_columns:
         spec = column.output.spec
-        cells = column.missing * spec.cell_bytes
-        total += cells + 2 * min(cells, spec.shard_clips * spec.cell_bytes)
+        total += 2 * min(column.missing, spec.shard_clips) * spec.cell_bytes
     return total
 
 

@@ -16,6 +16,9 @@ from pipeline.decoders import Failure
 from pipeline.spec import Runtime
 
 AHEAD = 3
+# Deaths of its worker that a block is forgiven before it is tried alone. At 0, whatever ran beside
+# the culprit would be blamed with it.
+ALLOWED_FAILURES = 1
 FORWARD, GPU = "FORWARD", "GPU"
 
 
@@ -139,7 +142,9 @@ def _client(job: Job, runtime: Runtime, device: str, events: Events) -> Iterator
             client = stack.enter_context(Client(runtime.scheduler))
         else:
             # Workers have decoding children, which a daemonic process may not.
-            stack.enter_context(dask.config.set({"distributed.worker.daemon": False}))
+            settings = {"worker.daemon": False, "scheduler.allowed-failures": ALLOWED_FAILURES}
+            settings = {f"distributed.{name}": value for name, value in settings.items()}
+            stack.enter_context(dask.config.set(settings))
             cluster = stack.enter_context(_local_cluster(job, runtime, device))
             client = stack.enter_context(Client(cluster))
         _require(client, device, runtime.scheduler)

@@ -80,7 +80,7 @@ def drop(store: Path, files: list[Path]) -> None:
     """Remove staged files, and the folders that this leaves empty."""
     for file in files:
         file.unlink(missing_ok=True)
-    for folder in {file.parent for file in files} | {store / FOLDER}:
+    for folder in (*{file.parent for file in files}, store / FOLDER):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
