@@ -11,7 +11,7 @@ import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -130,8 +130,9 @@ def build(
             FeatureStore.refuse_strangers(path)
         ready = prepare(root, path, None, spec, layout, split, runtime, watch)
         check_disk(ready.plan, path)
-    opened = FeatureStore.create(path)
-    with lock.held(path):
+    with _explained(path):
+        opened = FeatureStore.create(path)
+    with _explained(path), lock.held(path):
         atomic.clear_temporary(path)
         if ready is None or len(opened.clips):
             ready = prepare(root, path, opened, spec, layout, split, runtime, watch)
@@ -324,7 +325,7 @@ def _carry_out(opened: FeatureStore, plan: Plan, runtime: Runtime, watch: Watch)
         cells = sum(column.missing for column in plan.all_columns)
         totals = {"decode": (plan.clips, "clips"), "forward": (plan.clips, "clips"),
                   "write": (cells, "cells")}  # fmt: skip
-        with watch.bars(**totals), _explained(store):
+        with watch.bars(**totals):
             write()
             for answer in execute(job, list(plan.blocks), runtime, events):
                 facts = _take_report(answer, assemblers, store)
@@ -336,8 +337,7 @@ def _carry_out(opened: FeatureStore, plan: Plan, runtime: Runtime, watch: Watch)
                         done.seconds[part] += seconds
                 watch.advance("forward", len(facts), good * frames_a_clip)
                 write()
-    with _explained(store):
-        write()
+    write()
     return done
 
 
@@ -449,18 +449,24 @@ def _log(store: Path, spec: BuildSpec, runtime: Runtime, done: _Done) -> None:
 
 
 @contextmanager
-def _explained(store: Path) -> Any:
+def _explained(store: Path) -> Iterator[None]:
     """Turn a full or refusing disk into an error that says what is kept and what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                error.errno,
+            said = (
                 f"the disk of {store} is full. Everything finished is kept: make room "
-                f"({size(shutil.disk_usage(store).free)} are free) and run the same command again",
-            ) from error
-        raise
+                f"({size(free_bytes(store))} are free) and run the same command again"
+            )
+        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            said = (
+                f"{store} may not be written ({error.strerror}: {error.filename}). Nothing was "
+                "changed; reading it needs no permission to write"
+            )
+        else:
+            raise
+        raise OSError(error.errno, said) from error
 
 
 def _device(runtime: Runtime) -> str:

@@ -1,21 +1,23 @@
 """Facts and summaries: what commands print, as JSON for programs and as text for people."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from pipeline.build import BuildReport, free_bytes, needed_bytes
-from pipeline.plan import ColumnPlan, Plan
-from pipeline.probe import Estimate
 from pipeline.progress import clock, size
 from stores import FeatureStore
+
+if TYPE_CHECKING:  # torch, which describing a store has no use for
+    from pipeline.build import BuildReport
+    from pipeline.plan import ColumnPlan, Plan
+    from pipeline.probe import Estimate
 
 STATUS_ORDER = ("ready", "pending", "quarantined")
 
 
-def report_facts(report: BuildReport) -> dict[str, Any]:
+def report_facts(report: "BuildReport") -> dict[str, Any]:
     """A build's report as JSON."""
     quarantined = report.quarantined[["path", "reason", "detail"]]
     return {
@@ -37,7 +39,7 @@ def report_facts(report: BuildReport) -> dict[str, Any]:
     }
 
 
-def report_summary(report: BuildReport) -> str:
+def report_summary(report: "BuildReport") -> str:
     """A build's report for a person."""
     seconds = report.seconds
     lines = [
@@ -70,8 +72,10 @@ def report_summary(report: BuildReport) -> str:
     return "\n".join(lines)
 
 
-def plan_facts(made: Plan, seconds: Estimate | None, store: Path) -> dict[str, Any]:
+def plan_facts(made: "Plan", seconds: "Estimate | None", store: Path) -> dict[str, Any]:
     """A plan as JSON."""
+    from pipeline.build import free_bytes, needed_bytes
+
     columns = []
     for number, (one, plans) in enumerate(zip(made.passes, made.columns, strict=True)):
         for column in plans:
@@ -108,7 +112,7 @@ def plan_facts(made: Plan, seconds: Estimate | None, store: Path) -> dict[str, A
     }
 
 
-def plan_summary(made: Plan, seconds: Estimate | None, store: Path) -> str:
+def plan_summary(made: "Plan", seconds: "Estimate | None", store: Path) -> str:
     """A plan for a person."""
     facts = plan_facts(made, seconds, store)
     lines = [f"{facts['clips']} clips; columns of {store}:"]
@@ -196,7 +200,7 @@ def failure_lines(failed: pd.DataFrame) -> str:
     )
 
 
-def _sources(column: ColumnPlan) -> dict[str, int]:
+def _sources(column: "ColumnPlan") -> dict[str, int]:
     counts = {
         "the video": int(column.compute.sum()),
         "a clip with the same bytes": len(column.copied),
@@ -205,7 +209,7 @@ def _sources(column: ColumnPlan) -> dict[str, int]:
     return {source: count for source, count in counts.items() if count}
 
 
-def _calls(made: Plan, number: int) -> int:
+def _calls(made: "Plan", number: int) -> int:
     """Stage calls of a pass: batches times the stages down to the deepest one kept."""
     one = made.passes[number]
     names = list(one.stage_keys)

@@ -37,6 +37,7 @@ def test_a_room_imports_only_what_it_may(room):
         ("stores", ["torch", "av", "pipeline", "heads", "dask"]),
         ("heads.nearest_mean", ["av", "zarr", "stores", "pipeline", "dask"]),
         ("pipeline.decoders._child", ["torch", "dask", "zarr", "pandas"]),
+        ("pipeline.show", ["torch", "av", "dask"]),
         ("pipeline.cli", ["torch", "dask", "zarr", "av", "pandas", "numpy"]),
     ],
 )

@@ -21,7 +21,12 @@ from stores import FeatureStore, atomic
 
 SERIAL = Runtime(serial=True)
 SPEC = BuildSpec(("resnet18:random-0",), ("stem:pool", "layer1.0:pool"), frames=16)
-OPTIONS = "--backbone resnet18:random-0 --keep stem:pool --keep layer1.0:pool --frames 16".split()
+OPTIONS = [
+    "--backbone=resnet18:random-0",
+    "--keep=stem:pool",
+    "--keep=layer1.0:pool",
+    "--frames=16",
+]
 
 
 @pytest.fixture(scope="session")

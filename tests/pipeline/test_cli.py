@@ -1,0 +1,159 @@
+"""The command line as its users run it: exit codes, what is printed, what is left on disk."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.build import build
+from pipeline.spec import BuildSpec, Runtime
+from pipeline.synthetic import make_dataset
+from stores import FeatureStore
+
+NETWORK = ["--backbone", "resnet18:random-0", "--keep", "layer1.0:pool", "--frames", "2"]
+SPEC = BuildSpec(("resnet18:random-0",), ("layer1.0:pool",), frames=2)
+
+
+def strata(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
+        capture_output=True, text=True, timeout=180, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("cli") / "set"
+    make_dataset(root, clips_per_class=2, classes=("grow", "bob ↕"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def built(videos, tmp_path_factory) -> Path:
+    store = tmp_path_factory.mktemp("cli") / "s.zarr"
+    build(videos, store, SPEC, runtime=Runtime(serial=True))
+    return store
+
+
+@pytest.fixture
+def store(built, tmp_path) -> Path:
+    shutil.copytree(built, tmp_path / "s.zarr")
+    return tmp_path / "s.zarr"
+
+
+def test_build_says_what_it_did_and_1_for_quarantined_clips(videos, tmp_path):
+    done = strata("build", videos, "--store", tmp_path / "s.zarr", *NETWORK)
+    assert done.returncode == 1
+    assert "7 clips ready, 4 clips quarantined" in done.stdout
+    assert "empty: the file has 0 bytes" in done.stdout
+    assert "Dask dashboard: http" in done.stderr
+    assert "decode: 10/10 clips" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    again = strata("build", videos, "--store", tmp_path / "s.zarr", *NETWORK, "--json")
+    assert again.returncode == 1
+    facts = json.loads(again.stdout)
+    assert (facts["files_decoded"], facts["clips"]) == (0, {"ready": 7, "quarantined": 4})
+    assert facts["seconds"]["all"] < 60
+
+
+def test_plan_prints_its_columns_and_writes_nothing(videos, tmp_path):
+    done = strata("plan", videos, "--store", tmp_path / "s.zarr", *NETWORK)
+    assert done.returncode == 0
+    assert "10 missing (10 from the video)" in done.stdout or "11 missing" in done.stdout
+    assert "time: about" in done.stdout
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_info_and_failures_describe_the_store(built):
+    info = strata("info", built)
+    assert info.returncode == 0
+    assert "11 clips (7 ready, 4 quarantined" in info.stdout
+    assert "layer1.0:pool  (11, 2, 64) float16  7 valid" in info.stdout
+    facts = json.loads(strata("info", built, "--json").stdout)
+    assert facts["classes"] == ["bob ↕", "grow"]
+    failures = strata("failures", built, "--json")
+    assert failures.returncode == 1
+    reasons = {row["reason"] for row in json.loads(failures.stdout)}
+    assert reasons == {"empty", "not_video", "no_video_stream"}
+
+
+def test_verify_finds_nothing_in_a_good_store(built):
+    done = strata("verify", built, "--sample", "7")
+    assert done.returncode == 0, done.stdout
+    assert "7 cells read" in done.stdout
+    assert "7 cells computed again: 7 equal to the bit" in done.stdout
+
+
+def test_verify_names_the_shard_and_the_clip_of_a_flipped_bit(store):
+    (feature,) = FeatureStore.open(store).features()
+    row = int(feature.valid.nonzero()[0][2])
+    shard = store / feature.shard_of(row)
+    data = bytearray(shard.read_bytes())
+    data[2 * (2 * 64 * 2 + 4) + 9] ^= 4  # the third chunk present
+    shard.write_bytes(data)
+    done = strata("verify", store)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("BAD")]
+    assert feature.shard_of(row) in line
+    assert FeatureStore.open(store).clips.at[row, "path"] in line
+
+
+def test_verify_finds_values_that_their_video_does_not_give(store):
+    """A wrong value under a right checksum: only computing it again can tell."""
+    import numpy as np
+
+    from stores.clips import row_keys
+    from stores.columns import Column, ColumnSpec
+
+    opened = FeatureStore.open(store)
+    (feature,) = opened.features()
+    row = int(feature.valid.nonzero()[0][0])
+    spec = ColumnSpec(
+        feature.backbone, feature.name, feature.fingerprint, feature.shape[1:], "float16", {}
+    )
+    wrong = feature.bits(np.array([row])) * np.float16(1.5)
+    keys = row_keys(opened.clips)[[row]]
+    Column(store, spec).write_shard(0, np.array([row]), wrong, keys, len(opened.clips))
+    done = strata("verify", store, "--sample", "7")
+    assert done.returncode == 1
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("BAD")]
+    assert "differs from the video's feature" in line
+    assert opened.clips.at[row, "path"] in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["build", "{videos}", "--store", "{tmp}/s"], "no backbone asked for"),
+        (["build", "/no/such", "--store", "{tmp}/s", *NETWORK], "/no/such"),
+        (["build", "{videos}", "--store", "{videos}", *NETWORK], "is no store"),
+        (["build", "{videos}", "--store", "{tmp}/s", *NETWORK, "--views", "2"], "--flip"),
+        (["build", "{videos}", "--store", "{tmp}/s", *NETWORK, "--dtype", "int8"], "bfloat16"),
+        (["build", "{videos}", "--store", "{tmp}/s", *NETWORK, "--decoder", "x"], "pyav"),
+        (["build", "{videos}", "--store", "{tmp}/s", *NETWORK, "--layout", "ucf101"], "ucf101"),
+        (["build", "{videos}", "--frames", "eight"], "'--frames'"),
+        (["info", "{tmp}"], "is no store"),
+        (["verify", "{tmp}/nothing"], "no such folder"),
+    ],
+)
+def test_a_wrong_request_is_a_sentence_and_exit_code_2(videos, tmp_path, arguments, said):
+    filled = [a.format(videos=videos, tmp=tmp_path) for a in arguments]
+    done = strata(*filled)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "s").exists()
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path):
+    assert "Traceback" in strata("info", tmp_path, "--debug").stderr
+
+
+def test_every_command_has_help_with_an_example():
+    for command in ("build", "plan", "info", "failures", "verify", "demo"):
+        done = strata(command, "--help")
+        assert done.returncode == 0
+        assert f"Example: strata {command}" in " ".join(done.stdout.split())
