@@ -154,7 +154,6 @@ def main() -> int:
             "build": whole, "build_steady": steady, "plain_loop_float32": plain,
             "forward_alone_before": before, "forward_alone_after": after,
         },
-        "clips_a_second": {"build": report.computed / seconds, "build_steady": steady / options.frames},
         "ratio": {
             "build_to_plain_loop": whole / plain, "steady_to_plain_loop": steady / plain,
             "build_to_forward_alone": whole / alone, "steady_to_forward_alone": steady / alone,

@@ -28,6 +28,7 @@ from pipeline.assemble import Assembler
 from pipeline.backbones import Backbone
 from pipeline.blocks import Block, Job, Report
 from pipeline.columns import passes
+from pipeline.decoders._pool import require
 from pipeline.execute import Events, Lost, execute, local_workers
 from pipeline.layouts import Listing
 from pipeline.plan import Plan, make_plan
@@ -212,6 +213,7 @@ def prepare(
     watch: Watch,
 ) -> Prepared:
     """List, build the networks for their keys, scan, and plan. Writes nothing."""
+    require(spec.decoder)
     listing = layouts.read(root, layout, split)
     watch.said(listing.said)
     precision = getattr(torch, spec.precision)

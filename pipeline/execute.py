@@ -79,9 +79,15 @@ def execute(
                 suspects += block.halves()
 
 
-def local_workers(job_threads: int, workers: int) -> int:
-    """CPU workers of a cluster of the build's own: as asked, else as many forwards as fit."""
-    return workers or max(1, (os.cpu_count() or 1) // max(1, job_threads))
+def local_workers(threads: int, workers: int) -> int:
+    """CPU workers of a cluster of the build's own.
+
+    Args:
+        threads: Of a forward on a CPU; 0 where forwards run on GPUs, and one worker with as many
+            decoding children as there are cores feeds them.
+        workers: As asked for; 0 for as many forwards as fit the cores.
+    """
+    return workers or (max(1, (os.cpu_count() or 1) // threads) if threads else 1)
 
 
 def _run(

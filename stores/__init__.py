@@ -105,13 +105,16 @@ class FeatureStore:
             for backbone, name, path in sorted(self._columns())
         ]
 
-    def feature(self, backbone: str, name: str, fingerprint: str = "") -> Feature:
+    def feature(
+        self, backbone: str, name: str, *, view: int | None = None, fingerprint: str = ""
+    ) -> Feature:
         """One column.
 
         Args:
             backbone: As given to `--backbone` (a weight file may be given by its path), or the
                 bare network name where one matches.
             name: As given to `--keep`: a stage, or stage:reduction.
+            view: Of the clips, where the store has several.
             fingerprint: The beginning of the column's, where several match (other frames, say).
 
         Raises:
@@ -127,16 +130,22 @@ class FeatureStore:
             and name in (column[1], *_whole(column[1]))
             and column[2].name.startswith(fingerprint[:16])
         ]
-        if len(found) == 1:
-            return Feature(found[0][2], found[0][0], found[0][1], self.clips)
+        features = [
+            feature
+            for b, n, path in found
+            for feature in [Feature(path, b, n, self.clips)]
+            if view is None or feature.spec["frames"]["view"] == view
+        ]
+        if len(features) == 1:
+            return features[0]
         asked = f"{backbone} {name}" + (f" {fingerprint}" if fingerprint else "")
-        if not found:
+        asked += "" if view is None else f", view {view}"
+        if not features:
             held = "\n".join(f"  {b} {n} {p.name}" for b, n, p in columns) or "  no feature at all"
             raise SpecMismatch(f"{self.path} has no {asked}; it holds\n{held}")
-        features = [Feature(path, b, n, self.clips) for b, n, path in found]
         raise SpecMismatch(
-            f"{len(found)} columns of {self.path} are {asked}; give `fingerprint=` as well:\n"
-            + "\n".join(differences(features))
+            f"{len(features)} columns of {self.path} are {asked}; give `fingerprint=` (or `view=`) "
+            "as well:\n" + "\n".join(differences(features))
         )
 
     def set_attributes(self, changes: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from pipeline.build import DiskTooSmall, build, plan
 from pipeline.scan import OtherDataset
 from pipeline.spec import BuildSpec, Runtime
 from pipeline.synthetic import broken_files, make_dataset
-from stores import FeatureStore, lock
+from stores import FeatureStore, SpecMismatch, lock
 
 SERIAL = Runtime(serial=True)
 SPEC = BuildSpec(("resnet18:random-0",), ("layer1.0:pool",), frames=2)
@@ -266,6 +266,11 @@ def test_several_backbones_stages_and_views_come_out_of_one_pass(videos, tmp_pat
     found = FeatureStore.open(tmp_path / "s.zarr").features()
     assert len(found) == 8
     assert len({feature.read([0]).tobytes() for feature in found}) == 8
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    with pytest.raises(SpecMismatch, match=r"(?s)(?=.*frames\.view=0).*frames\.view=1"):
+        store.feature("resnet18:random-1", "stem:grid7")
+    drawn = store.feature("resnet18:random-1", "stem:grid7", view=1)
+    assert drawn.spec["frames"]["flip"]
 
 
 def test_what_decides_no_value_misses_nothing(mine, tmp_path, monkeypatch):

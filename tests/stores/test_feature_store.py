@@ -13,7 +13,7 @@ def expected(rows):
 
 @pytest.fixture
 def feature(store):
-    return store.feature("net:tag", "blocks.0:cls", "ab")
+    return store.feature("net:tag", "blocks.0:cls", fingerprint="ab")
 
 
 def test_rows_come_in_the_order_asked_for_repeats_included(feature, dtype):
@@ -46,7 +46,7 @@ def test_a_changed_clip_makes_its_cell_invalid_and_the_rest_stay(store):
     table = store.clips.copy()
     table.loc[0, "digest"] = "f" * 64
     clips.write(store.path, table)
-    feature = FeatureStore.open(store.path).feature("net:tag", "blocks.0:cls", "ab")
+    feature = FeatureStore.open(store.path).feature("net:tag", "blocks.0:cls", fingerprint="ab")
     assert feature.valid.tolist() == [False, True, False]
 
 
@@ -63,9 +63,9 @@ def test_dask_and_torch_see_the_same_numbers(feature):
 
 
 def test_a_feature_is_found_by_the_words_it_was_asked_for_with(store):
-    found = store.feature("net:/some/where/tag.safetensors", "blocks.0:cls", "ab")
+    found = store.feature("net:/some/where/tag.safetensors", "blocks.0:cls", fingerprint="ab")
     assert found.fingerprint == "ab" * 32
-    assert store.feature("net", "blocks.0:cls", "cd").fingerprint == "cd" * 32
+    assert store.feature("net", "blocks.0:cls", fingerprint="cd").fingerprint == "cd" * 32
 
 
 def test_several_columns_that_fit_are_an_error_that_tells_them_apart(store):

@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture
 def feature(store):
-    return store.feature("net:tag", "blocks.0:cls", "ab")
+    return store.feature("net:tag", "blocks.0:cls", fingerprint="ab")
 
 
 def stored(feature):

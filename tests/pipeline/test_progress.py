@@ -1,0 +1,78 @@
+import io
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.progress import Lines, Watch
+
+SHOW = """
+import time
+from pipeline.progress import for_this_output
+watch = for_this_output()
+watch.said("begun [bold]as it is[/bold]")
+with watch.bars(decode=(20, "clips")):
+    for _ in range(20):
+        time.sleep(0.02)
+        watch.advance("decode", 1, 8)
+print(type(watch).__name__)
+"""
+
+
+def test_a_log_gets_a_line_when_a_bar_is_full_and_no_more_than_asked():
+    out = io.StringIO()
+    lines = Lines(out, every_seconds=3600)
+    with lines.bars(decode=(3, "clips"), write=(6, "cells")):
+        lines.advance("decode", 2, 16)
+        lines.advance("decode", 1, 8)
+        lines.advance("write", 0)
+        lines.advance("unknown", 1)
+    (line,) = out.getvalue().splitlines()
+    assert line.startswith("decode: 3/3 clips, ")
+    assert line.endswith("frames/s")
+
+
+def test_a_log_tells_the_time_left():
+    out = io.StringIO()
+    lines = Lines(out, every_seconds=0)
+    with lines.bars(forward=(1000, "clips")):
+        lines.advance("forward", 1)
+    assert out.getvalue().rstrip().endswith("left")
+
+
+def test_the_silent_watch_takes_everything():
+    watch = Watch()
+    with watch.bars(decode=(1, "clips")):
+        watch.advance("decode", 1)
+        watch.said("nothing")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_gets_bars_and_a_pipe_gets_lines(terminal):
+    command = [sys.executable, "-c", SHOW]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    if terminal:
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
+        os.close(theirs)
+        text = b""
+        while True:
+            try:
+                chunk = os.read(ours, 4096)
+            except OSError:
+                break
+            if not chunk:
+                break
+            text += chunk
+        os.close(ours)
+        process.wait()
+        shown = text.decode()
+    else:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        shown = done.stdout + done.stderr
+    assert "begun [bold]as it is[/bold]" in shown
+    assert "20/20 clips" in shown
+    assert ("Bars" in shown) == terminal
+    assert ("━" in shown) == terminal
