@@ -4,15 +4,12 @@ One operation whatever the occasion (a first build, a crash, new or replaced vid
 backbone): list the clips, compare keys, decode and compute what is missing, write, mark done.
 """
 
-import errno
 import json
 import os
 import platform
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,21 +26,18 @@ from pipeline.backbones import Backbone
 from pipeline.blocks import Block, Job, Report
 from pipeline.columns import passes
 from pipeline.decoders._pool import require
+from pipeline.disk import check_disk, explained
 from pipeline.execute import Events, Lost, execute, local_workers
+from pipeline.facts import settle, take_facts, take_known_facts
 from pipeline.layouts import Listing
 from pipeline.plan import Plan, make_plan
 from pipeline.probe import Estimate, probe
-from pipeline.progress import Watch, size
+from pipeline.progress import Watch
 from pipeline.scan import Scan, scan
 from pipeline.spec import BuildSpec, Runtime
 from stores import FeatureStore, atomic, clips, lock, staging, text
 
 LOGS = "logs"
-_FACTS = ("num_frames", "num_frames_claimed", "fps", "width", "height", "decoder")
-
-
-class DiskTooSmall(OSError):
-    """The store's disk has not the room that the plan needs."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +125,9 @@ def build(
             FeatureStore.refuse_strangers(path)
         ready = prepare(root, path, None, spec, layout, split, runtime, watch)
         check_disk(ready.plan, path)
-    with _explained(path):
+    with explained(path):
         opened = FeatureStore.create(path)
-    with _explained(path), lock.held(path):
+    with explained(path), lock.held(path):
         atomic.clear_temporary(path)
         if ready is None or len(opened.clips):
             ready = prepare(root, path, opened, spec, layout, split, runtime, watch)
@@ -142,7 +136,7 @@ def build(
         _record(opened, ready, root)
         clips.write(opened.path, table)
         done = _carry_out(opened, plan, runtime, watch)
-        _settle(table, plan, ready.scan.rows)
+        settle(table, plan, ready.scan.rows)
         clips.write(opened.path, table)
         staging.drop(opened.path, staging.facts_files(opened.path))
         if spec.text:
@@ -222,9 +216,9 @@ def prepare(
     old = opened.clips if opened else clips.empty()
     base = listing.root
     found = scan(old, listing, base, runtime.retry)
-    _take_known_facts(old, found.table)
+    take_known_facts(old, found.table)
     if not runtime.retry:
-        _take_facts(found.table, staging.all_facts(store))
+        take_facts(found.table, staging.all_facts(store))
     plan = make_plan(store, found.table, found.rows, base, asked)
     return Prepared(listing, found, chosen, plan)
 
@@ -235,43 +229,6 @@ def job_of(plan: Plan, store: Path, runtime: Runtime) -> Job:
     workers = local_workers(threads, runtime.workers)
     children = max(1, (os.cpu_count() or 1) // workers)
     return Job(store.absolute(), plan.passes, children, runtime.deadline_seconds)
-
-
-def needed_bytes(plan: Plan) -> int:
-    """Free disk that carrying out a plan takes.
-
-    Beside the cells themselves: the shard being replaced, and staged cells that wait for theirs.
-    """
-    total = plan.file_bytes - plan.held_bytes
-    for column in plan.all_columns:
-        spec = column.output.spec
-        total += 2 * min(column.missing, spec.shard_clips) * spec.cell_bytes
-    return total
-
-
-def free_bytes(store: Path) -> int:
-    """Free bytes of the disk that the store is on, or will be."""
-    place = next(folder for folder in (store, *store.absolute().parents) if folder.is_dir())
-    return shutil.disk_usage(place).free
-
-
-def check_disk(plan: Plan, store: Path) -> None:
-    """Refuse to begin what the disk has no room for.
-
-    Raises:
-        DiskTooSmall: It names what is needed, what is free, and the largest columns.
-    """
-    need, free = needed_bytes(plan), free_bytes(store)
-    if need <= free:
-        return
-    weights = [(c.missing * c.output.spec.cell_bytes, c.output.spec) for c in plan.all_columns]
-    largest = sorted(weights, key=lambda pair: -pair[0])[:3]
-    names = ", ".join(f"--keep {spec.feature} ({size(amount)})" for amount, spec in largest)
-    raise DiskTooSmall(
-        errno.ENOSPC,
-        f"the plan needs {size(need)} on the disk of {store} and {size(free)} are free. Drop a "
-        f"feature, the largest being {names}; or give a store on a larger disk",
-    )
 
 
 def keep_text(store: Path, backbone: Backbone, classes: Iterable[str], watch: Watch) -> None:
@@ -331,7 +288,7 @@ def _carry_out(opened: FeatureStore, plan: Plan, runtime: Runtime, watch: Watch)
             write()
             for answer in execute(job, list(plan.blocks), runtime, events):
                 facts = _take_report(answer, assemblers, store)
-                _take_facts(table, facts)
+                take_facts(table, facts)
                 good = sum("num_frames" in fact for fact in facts)
                 done.frames += good * frames_a_clip
                 if isinstance(answer, Report):
@@ -359,59 +316,6 @@ def _take_report(
     for assembler in assemblers.values():
         assembler.given_up(over)
     return facts
-
-
-def _take_facts(table: pd.DataFrame, facts: Iterable[dict[str, Any]]) -> None:
-    """Enter what was learnt of clips into the table, where it is about their present bytes."""
-    for fact in facts:
-        for row in fact["rows"]:
-            if row >= len(table):
-                continue
-            key = clips.row_key(*table.loc[row, ["digest", "start_seconds", "end_seconds"]])
-            if key.hex() != fact["key"]:
-                continue
-            if "reason" in fact:
-                changes = {"status": "quarantined", "reason": fact["reason"]}
-            else:
-                changes = {"status": "pending", "reason": ""}
-                changes |= {name: fact[name] for name in _FACTS}
-            for name, value in (changes | {"detail": fact["detail"]}).items():
-                table.at[row, name] = value
-
-
-def _take_known_facts(old: pd.DataFrame, table: pd.DataFrame) -> None:
-    """A clip whose bytes the store met under another name needs no decoding to be described."""
-    lacking = table.index[(table["num_frames"] == 0) & (table["digest"] != "")]
-    if not len(lacking) or not len(old):
-        return
-    known = {
-        key.tobytes(): row
-        for key, row in zip(clips.row_keys(old), old.index, strict=True)
-        if old.at[row, "num_frames"] > 0
-    }
-    for row, key in zip(lacking, clips.row_keys(table.loc[lacking]), strict=True):
-        holder = known.get(key.tobytes())
-        if holder is not None:
-            for name in (*_FACTS, "detail"):
-                table.at[row, name] = old.at[holder, name]
-
-
-def _settle(table: pd.DataFrame, plan: Plan, rows: np.ndarray) -> None:
-    """Say of every listed clip whether all that was asked of it is there; note equal bytes."""
-    complete = np.ones(len(table), bool)
-    for column in plan.all_columns:
-        complete &= (column.column.done(len(table)) == plan.keys).all(axis=1)
-    complete &= plan.keys.any(axis=1)
-    first: dict[bytes, int] = {}
-    for row in sorted(rows.tolist()):
-        if table.at[row, "status"] == "quarantined":
-            continue
-        table.at[row, "status"] = "ready" if complete[row] else "pending"
-        same = first.setdefault(plan.keys[row].tobytes(), row)
-        noted = str(table.at[row, "detail"])
-        if same != row and "same bytes as" not in noted:
-            note = f"same bytes as row {same}, {table.at[same, 'path']}"
-            table.at[row, "detail"] = f"{noted}; {note}" if noted else note
 
 
 def _record(opened: FeatureStore, ready: Prepared, root: Path) -> None:
@@ -448,27 +352,6 @@ def _log(store: Path, spec: BuildSpec, runtime: Runtime, done: _Done) -> None:
     }
     name = f"build-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.json"
     atomic.write(store, store / LOGS / name, json.dumps(record, indent=1).encode())
-
-
-@contextmanager
-def _explained(store: Path) -> Iterator[None]:
-    """Turn a full or refusing disk into an error that says what is kept and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            said = (
-                f"the disk of {store} is full. Everything finished is kept: make room "
-                f"({size(free_bytes(store))} are free) and run the same command again"
-            )
-        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            said = (
-                f"{store} may not be written ({error.strerror}: {error.filename}). Nothing was "
-                "changed; reading it needs no permission to write"
-            )
-        else:
-            raise
-        raise OSError(error.errno, said) from error
 
 
 def _device(runtime: Runtime) -> str:

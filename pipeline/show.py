@@ -74,7 +74,7 @@ def report_summary(report: "BuildReport") -> str:
 
 def plan_facts(made: "Plan", seconds: "Estimate | None", store: Path) -> dict[str, Any]:
     """A plan as JSON."""
-    from pipeline.build import free_bytes, needed_bytes
+    from pipeline.disk import free_bytes, needed_bytes
 
     columns = []
     for number, (one, plans) in enumerate(zip(made.passes, made.columns, strict=True)):

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.build import DiskTooSmall, build, plan
+from pipeline.build import build, plan
+from pipeline.disk import DiskTooSmall
 from pipeline.scan import OtherDataset
 from pipeline.spec import BuildSpec, Runtime
 from pipeline.synthetic import broken_files, make_dataset
