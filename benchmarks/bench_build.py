@@ -1,6 +1,6 @@
 """How fast does a build go, against the plain loop and against the network alone?
 
-    python benchmarks/bench_build.py [--dataset DIR] [--clips 96] [--precision bfloat16] [--json]
+    python benchmarks/bench_build.py [--dataset DIR] [--clips 192] [--precision bfloat16] [--json]
 
 Four figures in one run, all over the same clips and T frames:
 
@@ -16,6 +16,7 @@ The limit of a build is the forward alone. Without --dataset the videos are synt
 
 import argparse
 import json
+import logging
 import os
 import platform
 import shutil
@@ -120,7 +121,7 @@ def dataset(folder: Path | None, clips: int) -> Iterator[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", type=Path)
-    parser.add_argument("--clips", type=int, default=96)
+    parser.add_argument("--clips", type=int, default=192)
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--network", default="ViT-B-16")
     parser.add_argument("--weights", default="random-0")
@@ -129,6 +130,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     name = f"{options.network}:{options.weights}"
+    logging.disable(logging.INFO)
 
     with dataset(options.dataset, options.clips) as root, tempfile.TemporaryDirectory() as scratch:
         paths = sorted(p for p in root.rglob("*") if p.is_file())

@@ -62,7 +62,7 @@ def explained(store: Path) -> Iterator[None]:
                 f"the disk of {store} is full. Everything finished is kept: make room "
                 f"({size(free_bytes(store))} are free) and run the same command again"
             )
-        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and _within(error, store):
             said = (
                 f"{store} may not be written ({error.strerror}: {error.filename}). Nothing was "
                 "changed; reading it needs no permission to write"
@@ -70,3 +70,7 @@ def explained(store: Path) -> Iterator[None]:
         else:
             raise
         raise OSError(error.errno, said) from error
+
+
+def _within(error: OSError, store: Path) -> bool:
+    return Path(str(error.filename)).absolute().is_relative_to(store.absolute())

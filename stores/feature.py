@@ -96,8 +96,22 @@ class Feature:
         out = np.empty((len(rows), *self.shape[1:]), self._array.dtype)
         # Runs of neighbours, a slice each: fancy indexing in Zarr is two orders slower.
         for a, b in runs(rows):
-            out[a:b] = self._array[int(rows[a]) : int(rows[b - 1]) + 1]
+            first, last = int(rows[a]), int(rows[b - 1])
+            state = None
+            # Zarr reads a shard's index and then its chunks. Where a builder replaced the file in
+            # between, the chunks are others than the index says, under checksums that hold.
+            while state is None or state != self._state(first, last):
+                state = self._state(first, last)
+                out[a:b] = self._array[first : last + 1]
         return out
+
+    def _state(self, first: int, last: int) -> list[tuple[int, int] | None]:
+        """Identity of the shard files that hold these rows, as they are now."""
+        store = self.path.parents[3]
+        files = [store / self.shard_of(row) for row in range(first, last + 1, self._shard_clips)]
+        files.append(store / self.shard_of(last))
+        stats = [file.stat() if file.exists() else None for file in files]
+        return [stat and (stat.st_ino, stat.st_mtime_ns) for stat in stats]
 
     def values(self, bits: np.ndarray) -> np.ndarray:
         """Stored bits as numbers."""
@@ -105,9 +119,12 @@ class Feature:
 
     def shard_of(self, row: int) -> str:
         """The file that holds a row's cell, relative to the store."""
-        clips = (self._array.shards or self._array.chunks)[0]
-        parts = [str(row // clips), *["0"] * (len(self.shape) - 1)]
+        parts = [str(row // self._shard_clips), *["0"] * (len(self.shape) - 1)]
         return "/".join([*self.path.parts[-4:], "c", *parts])
+
+    @property
+    def _shard_clips(self) -> int:
+        return (self._array.shards or self._array.chunks)[0]
 
     def to_dask(self) -> "dask.array.Array":
         """The whole column as a dask array, a chunk a shard. Cells that are missing are NaN."""

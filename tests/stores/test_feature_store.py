@@ -50,6 +50,29 @@ def test_a_changed_clip_makes_its_cell_invalid_and_the_rest_stay(store):
     assert feature.valid.tolist() == [False, True, False]
 
 
+def test_a_shard_replaced_in_the_middle_of_a_read_is_read_again(feature, dtype):
+    """As a builder does it: a new file in the old one's place, between index and chunks."""
+    real, shard = feature._array, feature.path / "c" / "0" / "0" / "0"
+
+    class Torn:
+        shards, dtype, reads = real.shards, real.dtype, 0
+
+        def __getitem__(self, rows):
+            self.reads += 1
+            if self.reads == 1:
+                other = shard.with_name("other")
+                other.write_bytes(shard.read_bytes())
+                other.replace(shard)
+                return real[rows] * 0
+            return real[rows]
+
+    torn = Torn()
+    torn.shape, torn.attrs = real.shape, real.attrs
+    feature._array = torn
+    np.testing.assert_array_equal(feature.read([0, 1]), expected([0, 1]))
+    assert torn.reads == 2
+
+
 def test_dask_and_torch_see_the_same_numbers(feature):
     import torch
 
