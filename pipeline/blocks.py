@@ -16,10 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import overflow
 from pipeline.columns import Output, Pass, frames_key
 from pipeline.decoders import Decoded, Failure, Request, Stretch
+from pipeline.decoders._pool import DecodePool
+from pipeline.files import size_and_mtime
 from stores import staging
 from stores.staging import StagedBlock
+
+FACTS_ONLY = -1
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class ClipWork:
     Attributes:
         rows: Of the table: all clips with these bytes and this stretch.
         key: Their row key, 16 bytes.
-        needs: (pass, output) numbers of the cells to make.
+        needs: (pass, output) numbers of the cells to make; FACTS_ONLY for an output where a clip
+            is decoded to be described, all its cells being there.
     """
 
     rows: tuple[int, ...]
@@ -61,7 +67,9 @@ class Block:
         return [clip for file in self.files for clip in file.clips]
 
     def clips_of(self, pass_number: int) -> int:
-        return sum(any(p == pass_number for p, _ in clip.needs) for clip in self.clips)
+        return sum(
+            any(p == pass_number and c != FACTS_ONLY for p, c in clip.needs) for clip in self.clips
+        )
 
     def halves(self) -> "list[Block]":
         """Two blocks of half the files; a block of one file stays whole."""
@@ -102,7 +110,7 @@ class Report:
 
     Attributes:
         facts: For every clip, JSON: rows, key, and either the facts of its video or its failure.
-        staged: By column fingerprint, the staged file's name and its rows.
+        staged: By column (`ColumnSpec.place`), the staged file's name and its rows.
         seconds: Spent, by part: decode, forward, write.
     """
 
@@ -148,13 +156,14 @@ def forward(job: Job, decoded: DecodedBlock) -> Report:
     """
     seconds = {"decode": decoded.seconds, "forward": 0.0, "write": 0.0}
     works = decoded.block.clips
-    failures = {i: clip for i, clip in enumerate(decoded.clips) if isinstance(clip, Failure)}
+    overflows: dict[int, list[str]] = {}
     ready: list[tuple[str, StagedBlock]] = []
     for number, one in enumerate(job.passes):
         wanted = {
-            i: {c for p, c in work.needs if p == number}
+            i: needed
             for i, work in enumerate(works)
-            if i not in failures and any(p == number for p, _ in work.needs)
+            if isinstance(decoded.clips[i], Decoded)
+            and (needed := {c for p, c in work.needs if p == number and c != FACTS_ONLY})
         }
         if not wanted:
             continue
@@ -171,16 +180,16 @@ def forward(job: Job, decoded: DecodedBlock) -> Report:
                 if c in needed and _finite(cells[place], one.outputs[c].spec.dtype):
                     chosen += [(row, place) for row in works[i].rows]
                 elif c in needed:
-                    failures[i] = _overflow(one.outputs[c])
+                    overflows.setdefault(i, []).append(overflow.sentence(one.outputs[c].spec))
             if chosen:
-                ready.append((one.outputs[c].spec.fingerprint, _staged(chosen, cells, works)))
-    facts = [_fact(work, failures.get(i) or decoded.clips[i]) for i, work in enumerate(works)]
+                ready.append((one.outputs[c].spec.place, _staged(chosen, cells, works)))
+    facts = [_fact(work, decoded.clips[i], overflows.get(i, [])) for i, work in enumerate(works)]
     began = time.perf_counter()
     # Facts go first: a cell found staged by the next build must not lack what goes with it.
     staging.put_facts(job.store, facts)
     staged = {
-        fingerprint: (staging.put(job.store, fingerprint, block).name, block.rows.tolist())
-        for fingerprint, block in ready
+        place: (staging.put(job.store, place, block).name, block.rows.tolist())
+        for place, block in ready
     }
     seconds["write"] += time.perf_counter() - began
     return Report(decoded.block, facts, staged, seconds)
@@ -237,11 +246,15 @@ class NetworkDiffers(RuntimeError):
 _ONE_FORWARD = threading.Lock()
 
 
-@functools.cache
-def _decode_pool(children: int, deadline_seconds: float) -> Any:
-    from pipeline.decoders._pool import DecodePool
+_POOLS: dict[tuple[int, float], DecodePool] = {}
+_ONE_POOL = threading.Lock()
 
-    return DecodePool(children, deadline_seconds)
+
+def _decode_pool(children: int, deadline_seconds: float) -> DecodePool:
+    """This process's decoding children: kept from block to block, shared by its threads."""
+    with _ONE_POOL:
+        wanted = (children, deadline_seconds)
+        return _POOLS.get(wanted) or _POOLS.setdefault(wanted, DecodePool(*wanted))
 
 
 @functools.cache
@@ -300,15 +313,6 @@ def _staged(chosen: list[tuple[int, int]], cells: np.ndarray, works: list[ClipWo
     )
 
 
-def _overflow(output: Output) -> Failure:
-    spec = output.spec
-    return Failure(
-        "not_finite",
-        f"{spec.feature} of {spec.backbone} ({spec.short}) leaves the range of {spec.dtype}; "
-        "keep it with --dtype float32 or bfloat16",
-    )
-
-
 def _finite(cell: np.ndarray, dtype: str) -> bool:
     if dtype == "bfloat16":
         return bool(((cell & 0x7F80) != 0x7F80).all())
@@ -316,20 +320,18 @@ def _finite(cell: np.ndarray, dtype: str) -> bool:
 
 
 def _changed(file: FileWork) -> bool:
-    from stores.clips import size_and_mtime
-
     try:
         return size_and_mtime(Path(file.path)) != (file.size_bytes, file.mtime_ns)
     except OSError:
         return os.path.exists(file.path)
 
 
-def _fact(work: ClipWork, answer: Decoded | Failure) -> dict[str, Any]:
+def _fact(work: ClipWork, answer: Decoded | Failure, overflows: list[str]) -> dict[str, Any]:
     fact: dict[str, Any] = {"rows": list(work.rows), "key": work.key.hex()}
     if isinstance(answer, Failure):
         return fact | {"reason": answer.reason, "detail": answer.detail}
     known = answer.facts
-    return fact | {
+    fact |= {
         "num_frames": known.num_frames,
         "num_frames_claimed": known.num_frames_claimed,
         "fps": known.fps,
@@ -338,3 +340,4 @@ def _fact(work: ClipWork, answer: Decoded | Failure) -> dict[str, Any]:
         "decoder": known.decoder,
         "detail": known.warning,
     }
+    return fact | ({"reason": "not_finite", "detail": "\n".join(overflows)} if overflows else {})

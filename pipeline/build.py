@@ -162,7 +162,7 @@ def build(
         copied=sum(len(column.copied) for column in plan.all_columns),
         quarantined=listed[listed["status"] == "quarantined"],
         seconds=done.seconds,
-        file_bytes=plan.file_bytes,
+        file_bytes=sum(column.column.disk_bytes() for column in plan.all_columns),
     )
 
 
@@ -211,14 +211,16 @@ def prepare(
     listing = layouts.read(root, layout, split)
     watch.said(listing.said)
     precision = getattr(torch, spec.precision)
-    chosen = {name: networks.load(name, precision) for name in dict.fromkeys(spec.backbones)}
+    # A weight file by its whole path: workers may run elsewhere, and one file is one network.
+    names = dict.fromkeys(weights_in_full(name) for name in spec.backbones)
+    chosen = {name: networks.load(name, precision) for name in names}
     asked = passes(spec, chosen, opened, _device(runtime))
     old = opened.clips if opened else clips.empty()
-    base = listing.root
+    base = listing.root.absolute()
     found = scan(old, listing, base, runtime.retry)
     take_known_facts(old, found.table)
-    if not runtime.retry:
-        take_facts(found.table, staging.all_facts(store))
+    left = staging.all_facts(store)
+    take_facts(found.table, (f for f in left if not (runtime.retry and "reason" in f)))
     plan = make_plan(store, found.table, found.rows, base, asked)
     return Prepared(listing, found, chosen, plan)
 
@@ -262,16 +264,15 @@ def _carry_out(opened: FeatureStore, plan: Plan, runtime: Runtime, watch: Watch)
     """Compute and write whatever the plan lacks; keep the table's facts up to date in memory."""
     store, table = opened.path, plan.table
     assemblers = {
-        column.output.spec.fingerprint: Assembler(store, column, len(table))
+        column.output.spec.place: Assembler(store, column, len(table))
         for column in plan.all_columns
     }
     for column in plan.all_columns:
-        assemblers[column.output.spec.fingerprint].begin(column.copied, plan.keys)
+        assemblers[column.output.spec.place].begin(column.copied, plan.keys)
     done = _Done(0, dict.fromkeys(("decode", "forward", "write"), 0.0))
-    frames_a_clip = sum(one.frame_set.frames for one in plan.passes)
 
     def decoded(block: Block) -> None:
-        watch.advance("decode", len(block.clips), len(block.clips) * frames_a_clip)
+        watch.advance("decode", len(block.clips), sum(map(plan.frames_of, block.clips)))
 
     def write() -> None:
         began = time.perf_counter()
@@ -282,19 +283,24 @@ def _carry_out(opened: FeatureStore, plan: Plan, runtime: Runtime, watch: Watch)
         events = Events(decoded, watch.said)
         job = job_of(plan, store, runtime)
         cells = sum(column.missing for column in plan.all_columns)
-        totals = {"decode": (plan.clips, "clips"), "forward": (plan.clips, "clips"),
+        clips_in_all = sum(len(block.clips) for block in plan.blocks)
+        totals = {"decode": (clips_in_all, "clips"), "forward": (clips_in_all, "clips"),
                   "write": (cells, "cells")}  # fmt: skip
         with watch.bars(**totals):
             write()
             for answer in execute(job, list(plan.blocks), runtime, events):
                 facts = _take_report(answer, assemblers, store)
                 take_facts(table, facts)
-                good = sum("num_frames" in fact for fact in facts)
-                done.frames += good * frames_a_clip
+                frames = sum(
+                    plan.frames_of(clip)
+                    for clip, fact in zip(answer.block.clips, facts, strict=True)
+                    if "num_frames" in fact
+                )
+                done.frames += frames
                 if isinstance(answer, Report):
                     for part, seconds in answer.seconds.items():
                         done.seconds[part] += seconds
-                watch.advance("forward", len(facts), good * frames_a_clip)
+                watch.advance("forward", len(facts), frames)
                 write()
     write()
     return done
@@ -309,9 +315,8 @@ def _take_report(
         staging.put_facts(store, facts)
     else:
         facts = answer.facts
-        for fingerprint, (name, rows) in answer.staged.items():
-            folder = store / staging.FOLDER / fingerprint
-            assemblers[fingerprint].staged(folder / name, rows)
+        for place, (name, rows) in answer.staged.items():
+            assemblers[place].staged(store / staging.FOLDER / place / name, rows)
     over = [row for clip in answer.block.clips for row in clip.rows]
     for assembler in assemblers.values():
         assembler.given_up(over)
@@ -320,13 +325,16 @@ def _take_report(
 
 def _record(opened: FeatureStore, ready: Prepared, root: Path) -> None:
     """Note in the store where its data set and weights lie, for `verify` and for people."""
-    asked = {backbone.name: weights_in_full(name) for name, backbone in ready.backbones.items()}
+    asked = {name: list(names) for name, names in opened.attributes.get("backbones", {}).items()}
+    for name, backbone in ready.backbones.items():
+        # Two weight files of one stem share a name; their columns' keys tell them apart.
+        asked[backbone.name] = sorted({*asked.get(backbone.name, []), name})
     opened.set_attributes(
         {
             "dataset": str(root.resolve()),
             "layout": ready.listing.layout,
             "classes": list(ready.listing.classes),
-            "backbones": opened.attributes.get("backbones", {}) | asked,
+            "backbones": asked,
         }
     )
 

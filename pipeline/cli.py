@@ -14,6 +14,8 @@ import typer
 if TYPE_CHECKING:
     from pipeline.spec import BuildSpec, Runtime
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="strata",
     help="A layered feature store for video: decode once, run frozen networks once, keep layers.",
@@ -208,8 +210,10 @@ def verify(
         list[str] | None,
         typer.Option(help="Weights to load for the network of that name, if not as they were."),
     ] = None,
-    sample: Annotated[int, typer.Option(help="Clips to compute again from their videos.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    sample: Annotated[
+        int, typer.Option(min=0, help="Clips to compute again from their videos.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sample.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Read every chunk's checksum and compute a sample of cells again. Exit code 1 on a finding.
@@ -264,10 +268,13 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     try:
-        sys.exit(app(args=arguments, standalone_mode=False, prog_name="strata") or 0)
+        code = app(args=arguments, standalone_mode=False, prog_name="strata") or 0
+        if code == INTERRUPTED:  # the option parser turns Ctrl-C into this
+            raise KeyboardInterrupt
+        sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if debug:
             raise

@@ -5,6 +5,7 @@ how the forward runs, since on a CPU the last bits of a result depend on the sha
 the number of threads and the memory format. A column keeps the execution it was begun with.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,7 @@ from pipeline.backbones import Backbone, Stage
 from pipeline.reductions import canonical_reduction, reduce
 from pipeline.spec import BuildSpec, FrameSet
 from stores import FeatureStore
-from stores.columns import ColumnSpec
+from stores.columns import ColumnSpec, Damaged
 from stores.identity import digest
 
 # What a picture's numbers are: changed when the decoders' pixels change.
@@ -199,7 +200,11 @@ def cell_shape(backbone: Backbone, stage: Stage, reduction: str) -> tuple[int, .
 
 
 def _held(metadata: Path) -> tuple[tuple[int, ...], Execution]:
-    import json
-
-    held = json.loads(metadata.read_bytes())
-    return tuple(held["shape"][1:]), Execution(**held["attributes"]["execution"])
+    try:
+        held = json.loads(metadata.read_bytes())
+        return tuple(held["shape"][1:]), Execution(**held["attributes"]["execution"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(
+            f"{metadata} is damaged ({error}). Remove it and build again: it is made anew, and "
+            "the cells stay"
+        ) from error

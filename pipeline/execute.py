@@ -7,6 +7,7 @@ forward worker are in flight, which bounds memory by the number of blocks, not o
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ AHEAD = 3
 # the culprit would be blamed with it.
 ALLOWED_FAILURES = 1
 FORWARD, GPU = "FORWARD", "GPU"
+LOOK_SECONDS = 30.0
+GONE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,12 @@ def _run(
     in_flight: int,
     suspects: list[Block],
 ) -> Iterator[Report]:
-    from distributed import KilledWorker, as_completed
+    from distributed import KilledWorker
 
     resources = {GPU: 1} if device == "cuda" else {FORWARD: 1}
     waiting = iter(blocks)
-    decodes: dict[str, Block] = {}
-    forwards: dict[str, tuple[Block, Any]] = {}
-    done = as_completed()
+    decodes: dict[Any, Block] = {}
+    forwards: dict[Any, Block] = {}
 
     def submit() -> None:
         block = next(waiting, None)
@@ -115,27 +117,62 @@ def _run(
         report = client.submit(
             forward, job, pictures, pure=False, resources=resources, priority=-block.number
         )
-        decodes[pictures.key], forwards[report.key] = block, (block, pictures)
-        done.add(pictures)
-        done.add(report)
+        decodes[pictures], forwards[report] = block, block
 
     for _ in range(in_flight):
         submit()
-    for future in done:
-        if future.key in decodes:
-            if future.status == "finished":
-                events.decoded(decodes[future.key])
-            del decodes[future.key]
+    while forwards:
+        for future in _finished(client, [*decodes, *forwards], device):
+            if future in decodes:
+                block = decodes.pop(future)
+                if future.status == "finished":
+                    events.decoded(block)
+                continue
+            block = forwards.pop(future)
+            submit()
+            error = future.exception()
+            if error is None:
+                yield future.result()
+            elif isinstance(error, KilledWorker):
+                suspects.append(block)
+            else:
+                raise error
+
+
+def _finished(client: Any, futures: list[Any], device: str) -> list[Any]:
+    """Those of `futures` that have ended, once some have.
+
+    Raises:
+        NoSuchWorker: The scheduler, or every worker that could go on, has been gone for minutes.
+    """
+    from distributed import CancelledError, wait
+
+    deaf = 0.0
+    while True:
+        try:
+            done = wait(futures, timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED").done
+        except TimeoutError:
+            deaf = 0.0 if _offering(client, device) else deaf + LOOK_SECONDS
+            if deaf >= GONE_SECONDS:
+                raise NoSuchWorker(
+                    f"no worker has been there for {deaf:.0f} seconds. What was finished is kept: "
+                    "start workers and run the same command again"
+                ) from None
             continue
-        block, _ = forwards.pop(future.key)
-        submit()
-        error = future.exception()
-        if error is None:
-            yield future.result()
-        elif isinstance(error, KilledWorker):
-            suspects.append(block)
-        else:
-            raise error
+        except CancelledError as error:
+            raise NoSuchWorker(
+                "the connection to the scheduler was lost. What was finished is kept: run the "
+                "same command again"
+            ) from error
+        # A decode's future is dropped here only: its forward holds on to the pictures.
+        return sorted(done, key=futures.index)
+
+
+def _offering(client: Any, device: str) -> int:
+    """How many workers offer what a forward needs."""
+    need = GPU if device == "cuda" else FORWARD
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return sum(need in worker["resources"] for worker in workers)
 
 
 @contextlib.contextmanager
@@ -157,11 +194,22 @@ def _client(job: Job, runtime: Runtime, device: str, events: Events) -> Iterator
                 "distributed.nanny.pre-spawn-environ": _environment(threads),
             }
             stack.enter_context(dask.config.set(settings))
-            cluster = stack.enter_context(_local_cluster(job, runtime, device))
+            with _ctrl_c_for_us_alone():
+                cluster = stack.enter_context(_local_cluster(job, runtime, device))
             client = stack.enter_context(Client(cluster))
         _require(client, device, runtime.scheduler)
         events.said(f"Dask dashboard: {client.dashboard_link}")
         yield client
+
+
+@contextlib.contextmanager
+def _ctrl_c_for_us_alone() -> Iterator[None]:
+    """Processes and threads started meanwhile never see SIGINT; a Ctrl-C now is seen at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -208,7 +256,12 @@ def _local_cluster(job: Job, runtime: Runtime, device: str) -> Any:
 def _require(client: Any, device: str, address: str) -> None:
     """Refuse what would wait in silence: no worker with the resource, or none that may fork."""
     need = GPU if device == "cuda" else FORWARD
-    client.wait_for_workers(1, timeout=60)
+    try:
+        client.wait_for_workers(1, timeout=LOOK_SECONDS)
+    except TimeoutError:
+        raise NoSuchWorker(
+            f"{address or 'the cluster'} has had no worker for {LOOK_SECONDS:.0f} seconds"
+        ) from None
     workers = client.scheduler_info(n_workers=-1)["workers"]
     if not any(need in worker["resources"] for worker in workers.values()):
         raise NoSuchWorker(
@@ -231,6 +284,4 @@ def _is_daemon() -> bool:
 
 
 def _slots(client: Any, device: str) -> int:
-    need = GPU if device == "cuda" else FORWARD
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    return max(1, sum(need in worker["resources"] for worker in workers))
+    return max(1, _offering(client, device))

@@ -6,14 +6,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline import overflow
 from pipeline.plan import Plan
 from stores import clips
 
+# Reasons that tell of the data set at present and not of the clip's bytes.
+ABSENT = ("missing", "unreadable")
+NOTE = "same bytes as row "
 FACTS = ("num_frames", "num_frames_claimed", "fps", "width", "height", "decoder")
 
 
 def take_facts(table: pd.DataFrame, facts: Iterable[dict[str, Any]]) -> None:
-    """Enter what was learnt of clips into the table, where it is about their present bytes."""
+    """Enter what was learnt of clips into the table, where it is about their present bytes.
+
+    A fact of a clip that cannot be had at present describes it and leaves its status.
+    """
     for fact in facts:
         for row in fact["rows"]:
             if row >= len(table):
@@ -21,12 +28,19 @@ def take_facts(table: pd.DataFrame, facts: Iterable[dict[str, Any]]) -> None:
             key = clips.row_key(*table.loc[row, ["digest", "start_seconds", "end_seconds"]])
             if key.hex() != fact["key"]:
                 continue
-            if "reason" in fact:
-                changes = {"status": "quarantined", "reason": fact["reason"]}
-            else:
-                changes = {"status": "pending", "reason": ""}
-                changes |= {name: fact[name] for name in FACTS}
-            for name, value in (changes | {"detail": fact["detail"]}).items():
+            changes = {name: fact[name] for name in FACTS if name in fact}
+            old = str(table.at[row, "reason"])
+            if old not in ABSENT:
+                reason, detail = fact.get("reason", ""), fact["detail"]
+                if reason == "not_finite" or (not reason and old == "not_finite"):
+                    reason = "not_finite"
+                    detail = overflow.joined(str(table.at[row, "detail"]), detail)
+                changes |= {
+                    "status": "quarantined" if reason else "pending",
+                    "reason": reason,
+                    "detail": detail,
+                }
+            for name, value in changes.items():
                 table.at[row, name] = value
 
 
@@ -42,24 +56,40 @@ def take_known_facts(old: pd.DataFrame, table: pd.DataFrame) -> None:
     }
     for row, key in zip(lacking, clips.row_keys(table.loc[lacking]), strict=True):
         holder = known.get(key.tobytes())
-        if holder is not None:
-            for name in (*FACTS, "detail"):
-                table.at[row, name] = old.at[holder, name]
+        if holder is None:
+            continue
+        for name in FACTS:
+            table.at[row, name] = old.at[holder, name]
+        if old.at[holder, "reason"] not in ABSENT:
+            table.at[row, "detail"] = without_note(str(old.at[holder, "detail"]))
 
 
 def settle(table: pd.DataFrame, plan: Plan, rows: np.ndarray) -> None:
     """Say of every listed clip whether all that was asked of it is there; note equal bytes."""
-    complete = np.ones(len(table), bool)
+    complete = plan.keys.any(axis=1)
     for column in plan.all_columns:
         complete &= (column.column.done(len(table)) == plan.keys).all(axis=1)
-    complete &= plan.keys.any(axis=1)
+    shorts = [column.output.spec.short for column in plan.all_columns]
     first: dict[bytes, int] = {}
     for row in sorted(rows.tolist()):
-        if table.at[row, "status"] == "quarantined":
+        if table.at[row, "reason"] not in ("", "not_finite"):
             continue
-        table.at[row, "status"] = "ready" if complete[row] else "pending"
+        detail = without_note(str(table.at[row, "detail"]))
+        lost = any(overflow.known(detail, short) for short in shorts)
+        status = "quarantined" if lost else "ready" if complete[row] else "pending"
         same = first.setdefault(plan.keys[row].tobytes(), row)
-        noted = str(table.at[row, "detail"])
-        if same != row and "same bytes as" not in noted:
-            note = f"same bytes as row {same}, {table.at[same, 'path']}"
-            table.at[row, "detail"] = f"{noted}; {note}" if noted else note
+        if same != row:
+            note = f"{NOTE}{same}, {table.at[same, 'path']}"
+            detail = f"{detail}; {note}" if detail else note
+        changes = {"status": status, "reason": "not_finite" if lost else "", "detail": detail}
+        for name, value in changes.items():
+            table.at[row, name] = value
+
+
+def without_note(detail: str) -> str:
+    """A detail without the note of equal bytes, which every build makes anew.
+
+    >>> without_note("cut off; same bytes as row 3, a.mp4"), without_note("same bytes as row 3, a")
+    ('cut off', '')
+    """
+    return detail.partition(NOTE)[0].removesuffix("; ")

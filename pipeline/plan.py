@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline.blocks import Block, ClipWork, FileWork
+from pipeline import overflow
+from pipeline.blocks import FACTS_ONLY, Block, ClipWork, FileWork
 from pipeline.columns import Output, Pass
 from stores import staging
 from stores.clips import row_keys
@@ -88,7 +89,12 @@ class Plan:
     @property
     def clips(self) -> int:
         """Clips to compute."""
-        return sum(len(file.clips) for block in self.blocks for file in block.files)
+        return sum(self.frames_of(clip) > 0 for block in self.blocks for clip in block.clips)
+
+    def frames_of(self, clip: ClipWork) -> int:
+        """Frames that go through a network for a clip, all passes together."""
+        needed = {p for p, c in clip.needs if c != FACTS_ONLY}
+        return sum(self.passes[p].frame_set.frames for p in needed)
 
     def batches(self, number: int) -> int:
         """Forward batches of pass `number`."""
@@ -98,16 +104,15 @@ class Plan:
     @property
     def file_bytes(self) -> int:
         """Bytes of the columns' files once the plan is carried out."""
-        return sum(plan.output.spec.file_bytes(plan.after) for plan in self.all_columns)
+        return sum(
+            plan.output.spec.file_bytes(plan.after) if plan.missing else plan.column.disk_bytes()
+            for plan in self.all_columns
+        )
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the columns' files as they are."""
-        return sum(
-            plan.output.spec.file_bytes(plan.marked)
-            for plan in self.all_columns
-            if plan.marked.any()
-        )
+        return sum(plan.column.disk_bytes() for plan in self.all_columns)
 
 
 def make_plan(
@@ -122,18 +127,25 @@ def make_plan(
         passes: What is asked.
     """
     keys = row_keys(table)
-    asked = {output.spec.short for one in passes for output in one.outputs}
     active = np.zeros(len(table), bool)
     active[rows] = True
-    quarantined = (table["status"] == "quarantined").to_numpy()
-    other_format = table["reason"].eq("not_finite") & ~table["detail"].map(
-        lambda detail: any(short in detail for short in asked)
-    )
-    active &= ~quarantined | other_format.to_numpy()
+    # A clip that left one column's number format is whole in every other way.
+    active &= ((table["status"] != "quarantined") | (table["reason"] == "not_finite")).to_numpy()
+    details = table["detail"].tolist()
+
+    def wanted(output: Output) -> np.ndarray:
+        lost = [overflow.known(detail, output.spec.short) for detail in details]
+        rows: np.ndarray = active & ~np.array(lost, bool)
+        return rows
+
     columns = tuple(
-        tuple(_plan_column(store, output, keys, active) for output in one.outputs) for one in passes
+        tuple(_plan_column(store, output, keys, wanted(output)) for output in one.outputs)
+        for one in passes
     )
-    return Plan(table, keys, root, passes, columns, _blocks(table, keys, root, passes, columns))
+    undescribed = active & (table["num_frames"] == 0).to_numpy()
+    return Plan(
+        table, keys, root, passes, columns, _blocks(table, keys, root, passes, columns, undescribed)
+    )
 
 
 def _plan_column(store: Path, output: Output, keys: np.ndarray, active: np.ndarray) -> ColumnPlan:
@@ -145,15 +157,15 @@ def _plan_column(store: Path, output: Output, keys: np.ndarray, active: np.ndarr
     staged: dict[int, Path] = {}
     copied: dict[int, int] = {}
     if needed.any():
-        for file in staging.files(store, output.spec.fingerprint):
-            for row, key in zip(*staging.rows_and_keys(file), strict=True):
+        for file in staging.files(store, output.spec.place):
+            for row, key in staging.rows_and_keys(file):
                 if row < len(keys) and needed[row] and (keys[row] == key).all():
-                    staged[int(row)] = file
+                    staged[row] = file
         holders = {done[row].tobytes(): int(row) for row in np.flatnonzero(marked)}
-        for row in np.flatnonzero(needed):
-            holder = holders.get(keys[row].tobytes())
-            if holder is not None and int(row) not in staged:
-                copied[int(row)] = holder
+        for lacking in np.flatnonzero(needed).tolist():
+            holder = holders.get(keys[lacking].tobytes())
+            if holder is not None and lacking not in staged:
+                copied[lacking] = holder
         needed[[*staged, *copied]] = False
     stale = marked & ~valid & active
     return ColumnPlan(output, column, marked, valid, stale, staged, copied, needed)
@@ -165,13 +177,20 @@ def _blocks(
     root: Path,
     passes: tuple[Pass, ...],
     columns: tuple[tuple[ColumnPlan, ...], ...],
+    undescribed: np.ndarray,
 ) -> tuple[Block, ...]:
-    """Files to decode, in the order of their first row, in blocks of about equal work."""
+    """Files to decode, in the order of their first row, in blocks of about equal work.
+
+    Rows of `undescribed` are decoded though all their cells may be there: what the table tells of
+    them was lost.
+    """
     needs: dict[int, set[tuple[int, int]]] = {}
     for p, plans in enumerate(columns):
         for c, plan in enumerate(plans):
             for row in np.flatnonzero(plan.compute).tolist():
                 needs.setdefault(row, set()).add((p, c))
+    for lacking in np.flatnonzero(undescribed).tolist():
+        needs.setdefault(lacking, {(0, FACTS_ONLY)})
     # Clips with the same bytes and stretch are one piece of work, done at the first one's path.
     same: dict[bytes, list[int]] = {}
     for needed in sorted(needs):

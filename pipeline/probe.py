@@ -1,5 +1,6 @@
 """Probe: how long a plan will take, from a few clips of it done on this machine."""
 
+import os
 import time
 from dataclasses import dataclass
 
@@ -73,8 +74,9 @@ def probe(plan: Plan, job: Job, runtime: Runtime, watch: Watch) -> Estimate:
     threads = max(one.execution.threads for one in plan.passes)
     workers = 1 if runtime.serial or not threads else local_workers(threads, runtime.workers)
     # On a CPU decoding and forward share the cores; on a GPU they overlap.
-    decoding = decode_seconds / (job.children * workers)
-    computing = forward_seconds / workers
+    cores = os.cpu_count() or 1
+    decoding = decode_seconds / min(job.children * workers, cores)
+    computing = forward_seconds / max(1, min(workers, cores // max(1, threads)))
     together = decoding + computing if threads else max(decoding, computing)
     start = START_SECONDS + load_seconds if not runtime.serial else load_seconds
     return Estimate(decode_seconds, forward_seconds, load_seconds, together + start)

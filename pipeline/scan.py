@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pipeline import overflow
+from pipeline.files import content_digest, size_and_mtime
 from pipeline.layouts import Listing
 from stores import clips
 
+# Reasons that lie outside the bytes: they are looked into again at every build.
+TRANSIENT = ("missing", "unreadable", "changed")
 _UNKNOWN = {"num_frames": 0, "num_frames_claimed": 0, "fps": np.nan, "width": 0, "height": 0,
             "decoder": "", "reason": "", "detail": "", "status": "pending"}  # fmt: skip
 
@@ -94,8 +98,8 @@ def scan(
         if record["digest"] != found.digest:
             changed += bool(record["digest"])
             record |= _UNKNOWN | {"digest": found.digest}
-        elif record["reason"] in ("missing", "unreadable") or (
-            retry and record["status"] == "quarantined"
+        elif record["reason"] in TRANSIENT or (
+            retry and (record["status"] == "quarantined" or overflow.known(record["detail"]))
         ):
             record |= {"status": "pending", "reason": "", "detail": ""}
     gone = np.setdiff1d(np.arange(len(records)), rows)
@@ -142,24 +146,25 @@ def _look_at(path: Path, known: _File | None) -> _File:
             return _File(
                 reason="missing", detail="the data set lists it and the disk has no such file"
             )
-        size, mtime = clips.size_and_mtime(path)
+        size, mtime = size_and_mtime(path)
         if (
             known is not None
             and known.digest
             and (size, mtime) == (known.size_bytes, known.mtime_ns)
         ):
             return known
-        return _File(clips.content_digest(path), size, mtime, hashed=True)
+        return _File(content_digest(path), size, mtime, hashed=True)
     except OSError as error:
         return _File(reason="unreadable", detail=f"{error.strerror or error}")
 
 
 def _files_of(table: pd.DataFrame) -> dict[str, _File]:
+    # A row whose clip is gone has an older word on its file than one that is listed.
+    latest_last = table.sort_values("reason", key=lambda reason: reason != "missing", kind="stable")
+    columns = [latest_last[name] for name in ("path", "digest", "size_bytes", "mtime_ns")]
     return {
         path: _File(content, size, mtime)
-        for path, content, size, mtime in zip(
-            table["path"], table["digest"], table["size_bytes"], table["mtime_ns"], strict=True
-        )
+        for path, content, size, mtime in zip(*columns, strict=True)
     }
 
 

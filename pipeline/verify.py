@@ -1,18 +1,20 @@
 """Verify: what a store holds, against its checksums and against its videos."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline.blocks import Block, ClipWork, FileWork, Job, NetworkDiffers, decode, run_pass
 from pipeline.columns import Execution, Output, Pass, frames_key
 from pipeline.decoders import Decoded, Failure
+from pipeline.files import content_digest, size_and_mtime
 from pipeline.progress import Watch
 from pipeline.spec import FrameSet, Picture
-from stores import Feature, FeatureStore
-from stores.clips import content_digest, row_keys, size_and_mtime
+from stores import Damaged, Feature, FeatureStore
+from stores.clips import row_keys
 from stores.columns import ColumnSpec, runs
 from stores.identity import digest
 
@@ -72,8 +74,12 @@ def verify(
     """
     watch = watch or Watch()
     opened = FeatureStore.open(store)
-    features = opened.features()
     result = Verified()
+    features = _readable(opened, result)
+    strange = set(backbones or {}) - {feature.backbone for feature in features}
+    if strange:
+        held = ", ".join(sorted({feature.backbone for feature in features}))
+        raise ValueError(f"{store} has nothing of {', '.join(strange)}; it has {held or 'nothing'}")
     with watch.bars(checksums=(sum(int(f.valid.sum()) for f in features), "cells")):
         for feature in features:
             result.findings += _checksums(feature, opened, watch)
@@ -88,8 +94,8 @@ def verify(
             "the checksums alone with --sample 0"
         )
     broken = {(finding.column, finding.clip) for finding in result.findings}
-    for one, members in _passes(opened, features, backbones or {}):
-        rows = _draw(members, sample, seed)
+    for one, members in _passes(features):
+        rows = _draw(opened, members, sample, seed)
         answers = _decode(opened, one, rows, root, deadline_seconds)
         for row, answer in answers.items():
             clip = str(opened.clips.at[row, "path"])
@@ -97,8 +103,10 @@ def verify(
                 where = ("every column", "", clip)
                 result.findings.append(Finding(*where, f"{answer.reason}: {answer.detail}"))
         pictures = {r: a.frames[0] for r, a in answers.items() if isinstance(a, Decoded)}
+        given = (backbones or {}).get(one.backbone)
+        asked = opened.attributes.get("backbones", {}).get(one.backbone, [one.backbone])
         try:
-            batches = list(run_pass(one, tuple(range(len(members))), list(pictures.values())))
+            batches = _compute(one, [given] if given else asked, list(pictures.values()))
         except (NetworkDiffers, ValueError, OSError) as error:
             problem = f"cannot be computed again: {error}"
             result.findings += [Finding(_label(f), "", "", problem) for f in members]
@@ -117,59 +125,73 @@ def _checksums(feature: Feature, opened: FeatureStore, watch: Watch) -> Iterator
     for a, b in runs(rows):
         for part in range(a, b, 64):
             wanted = rows[part : min(part + 64, b)]
-            try:
-                whole = not _missing(feature, feature.bits(wanted)).any()
-            except Exception:  # any complaint of the codecs: the rows one by one say whose it is
-                whole = False
-            for row in [] if whole else wanted.tolist():
-                problem = _problem(feature, row)
+            # Together, since that is faster; if anything is wrong, one by one to say whose it is.
+            for row in wanted.tolist() if _problem(feature, wanted) else []:
+                problem = _problem(feature, np.array([row]))
                 if problem:
                     clip = str(opened.clips.at[row, "path"])
                     yield Finding(_label(feature), feature.shard_of(row), clip, problem)
             watch.advance("checksums", len(wanted))
 
 
-def _problem(feature: Feature, row: int) -> str:
+def _problem(feature: Feature, rows: np.ndarray) -> str:
     try:
-        if _missing(feature, feature.bits(np.array([row])))[0]:
-            return "marked done, and the shard has no chunk for it"
-    except Exception as error:
-        return f"cannot be read: {error}"
-    return ""
+        absent = feature.is_fill(feature.bits(rows)).any()
+    except Damaged as error:
+        return f"cannot be read: {error.__cause__}"
+    return "marked done, and the shard has no chunk for it" if absent else ""
 
 
-def _missing(feature: Feature, bits: np.ndarray) -> np.ndarray:
-    """Which cells are the fill value throughout: no chunk was there."""
-    flat = bits.reshape(len(bits), -1)
-    absent: np.ndarray = ((flat == 0x7FC0) if feature.dtype == "bfloat16" else np.isnan(flat)).all(
-        axis=1
-    )
-    return absent
+def _readable(opened: FeatureStore, result: Verified) -> list[Feature]:
+    """The store's columns, but for those whose metadata or marks are damaged: they are findings."""
+    features = []
+    for backbone, name, path in sorted(opened.columns()):
+        try:
+            feature = Feature(path, backbone, name, opened.clips)
+            feature.valid.sum()
+        except Damaged as error:
+            result.findings.append(Finding(f"{backbone} {name} {path.name}", "", "", str(error)))
+        else:
+            features.append(feature)
+    for marks in sorted(opened.path.glob("features/*/*/*.done")):
+        if not marks.with_suffix("").joinpath("zarr.json").exists():
+            label = " ".join([*marks.parts[-3:-1], marks.stem])
+            problem = "it has marks and no array; build again"
+            result.findings.append(Finding(label, "", "", problem))
+    return features
 
 
-def _passes(
-    opened: FeatureStore, features: list[Feature], given: Mapping[str, str]
-) -> Iterator[tuple[Pass, list[Feature]]]:
+def _compute(
+    one: Pass, backbones: list[str], pictures: list[np.ndarray]
+) -> list[dict[int, np.ndarray]]:
+    """All outputs of a pass, by whichever of the named networks is the one it was made with."""
+    for i, backbone in enumerate(backbones):
+        try:
+            outputs = tuple(range(len(one.outputs)))
+            return list(run_pass(replace(one, backbone=backbone), outputs, pictures))
+        except NetworkDiffers:
+            if i + 1 == len(backbones):
+                raise
+    return []
+
+
+def _passes(features: list[Feature]) -> Iterator[tuple[Pass, list[Feature]]]:
     """Features that one run of one network over one frame set gives, together."""
-    groups: dict[str, list[Feature]] = {}
-    for feature in features:
-        spec = feature.spec
-        parts = [
-            spec["backbone"],
-            spec["frames"],
-            spec["execution"],
-            spec["stages"][0]["precision"],
-        ]
-        groups.setdefault(digest(parts), []).append(feature)
-    asked = opened.attributes.get("backbones", {})
-    for members in groups.values():
+    groups: list[list[Feature]] = []
+    for feature in sorted(features, key=lambda feature: -len(feature.spec["stages"])):
+        for members in groups:
+            if _comes_with(feature.spec, members[0].spec):
+                members.append(feature)
+                break
+        else:
+            groups.append([feature])
+    for members in groups:
         spec, name = members[0].spec, members[0].backbone
         frames = spec["frames"]
         frame_set = FrameSet(**(frames | {"picture": Picture(**frames["picture"])}))
         keys = {}
         key = frames_key(frame_set)
-        deepest = max(members, key=lambda feature: len(feature.spec["stages"]))
-        for stage in deepest.spec["stages"]:
+        for stage in spec["stages"]:
             key = keys[stage["stage"]] = digest({"input": key, **stage})
         outputs = tuple(
             Output(
@@ -181,12 +203,21 @@ def _passes(
         )
         precision = spec["stages"][0]["precision"]
         execution = Execution(**spec["execution"])
-        backbone = given.get(name) or asked.get(name, name)
-        yield Pass(backbone, precision, frame_set, execution, outputs, keys), members
+        yield Pass(name, precision, frame_set, execution, outputs, keys), members
 
 
-def _draw(features: list[Feature], sample: int, seed: int) -> np.ndarray:
-    rows = np.flatnonzero(np.any([feature.valid for feature in features], axis=0))
+def _comes_with(spec: dict[str, Any], deeper: dict[str, Any]) -> bool:
+    """Whether a run that gives the deeper feature gives this one on the way."""
+    stages = spec["stages"]
+    return bool(
+        stages == deeper["stages"][: len(stages)]
+        and all(spec[part] == deeper[part] for part in ("backbone", "frames", "execution"))
+    )
+
+
+def _draw(opened: FeatureStore, features: list[Feature], sample: int, seed: int) -> np.ndarray:
+    there = (opened.clips["reason"] != "missing").to_numpy()
+    rows = np.flatnonzero(there & np.any([feature.valid for feature in features], axis=0))
     count = min(sample, len(rows))
     return np.sort(np.random.default_rng(seed).choice(rows, count, replace=False))
 

@@ -14,11 +14,11 @@ from urllib.parse import unquote
 import pandas as pd
 
 from stores import atomic, clips, lock
-from stores.columns import FEATURES, group_json
+from stores.columns import FEATURES, Damaged, group_json
 from stores.feature import Feature, FeatureDataset
 from stores.identity import store_name
 
-__all__ = ["Feature", "FeatureDataset", "FeatureStore", "NotAStore", "SpecMismatch"]
+__all__ = ["Damaged", "Feature", "FeatureDataset", "FeatureStore", "NotAStore", "SpecMismatch"]
 
 FORMAT = 1
 
@@ -102,7 +102,7 @@ class FeatureStore:
         """Every column of the store, by backbone, stage and fingerprint."""
         return [
             Feature(path, backbone, name, self.clips)
-            for backbone, name, path in sorted(self._columns())
+            for backbone, name, path in sorted(self.columns())
         ]
 
     def feature(
@@ -121,7 +121,7 @@ class FeatureStore:
             SpecMismatch: No column matches, or several do; the message lists them, and how
                 those that match differ.
         """
-        columns = sorted(self._columns())
+        columns = sorted(self.columns())
         wanted = store_name(backbone)
         found = [
             column
@@ -156,7 +156,8 @@ class FeatureStore:
         if not file.exists() or file.read_bytes() != text:
             atomic.write(self.path, file, text)
 
-    def _columns(self) -> Iterator[tuple[str, str, Path]]:
+    def columns(self) -> Iterator[tuple[str, str, Path]]:
+        """Backbone, feature and array of every column, in no order."""
         root = self.path / FEATURES
         for metadata in root.glob("*/*/*/zarr.json"):
             path = metadata.parent

@@ -5,7 +5,6 @@ with the interval it gives the row key. `reason` is empty unless the row is quar
 `detail` is a sentence for a person: why a clip failed, or what was odd about one that did not.
 """
 
-import hashlib
 import io
 from pathlib import Path
 
@@ -56,11 +55,21 @@ def blank(path: str, label: str, split: str) -> dict[str, object]:
 
 
 def read(store: Path) -> pd.DataFrame:
-    """The store's table, indexed by `row`."""
+    """The store's table, indexed by `row`.
+
+    Raises:
+        ValueError: The file is damaged; the message says how to go on.
+    """
     file = store / FILE
     if not file.exists():
         return empty()
-    return pq.read_table(file).to_pandas().set_index("row").astype(COLUMNS)
+    try:
+        return pq.read_table(file).to_pandas().set_index("row").astype(COLUMNS)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}). Move it away and build again: the clips are listed "
+            "anew, and their features found by their keys without computing"
+        ) from error
 
 
 def encode(table: pd.DataFrame) -> bytes:
@@ -103,50 +112,3 @@ def row_keys(table: pd.DataFrame) -> np.ndarray:
         )
     ]
     return np.frombuffer(b"".join(keys), np.uint8).reshape(len(table), KEY_BYTES)
-
-
-def content_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, or of a folder's visible files in natural order of their names.
-
-    A folder's names order its frames and do not otherwise count.
-
-    Raises:
-        OSError: It cannot be read.
-    """
-    if path.is_dir():
-        total = hashlib.sha256(b"folder")
-        for file in folder_files(path):
-            total.update(bytes.fromhex(content_digest(file)))
-        return total.hexdigest()
-    with open(path, "rb", buffering=0) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def folder_files(folder: Path) -> list[Path]:
-    """A folder's visible files, `2.jpg` before `10.jpg`."""
-    files = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
-    return sorted(files, key=lambda p: _natural(p.name))
-
-
-def size_and_mtime(path: Path) -> tuple[int, int]:
-    """Bytes and the time of the last change in nanoseconds; of a folder, total and latest."""
-    if path.is_dir():
-        stats = [file.stat() for file in folder_files(path)]
-        times = [s.st_mtime_ns for s in stats] + [path.stat().st_mtime_ns]
-        return sum(s.st_size for s in stats), max(times)
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    parts: list[tuple[int, int, str]] = []
-    digits = ""
-    for char in name + "\0":
-        if char.isascii() and char.isdigit():
-            digits += char
-            continue
-        if digits:
-            parts.append((0, int(digits), digits))
-            digits = ""
-        parts.append((1, 0, char))
-    return parts

@@ -61,6 +61,11 @@ class ColumnSpec:
         return self.fingerprint[:16]
 
     @property
+    def place(self) -> str:
+        """Where the array lies below `features/`: what tells a column from every other."""
+        return f"{node_name(self.backbone)}/{node_name(self.feature)}/{self.short}"
+
+    @property
     def cell_bytes(self) -> int:
         return int(np.prod(self.cell)) * np.dtype(STORED[self.dtype]).itemsize
 
@@ -88,6 +93,14 @@ class ColumnSpec:
         return values + done + len(_values_json(self, clips)) + len(_done_json(clips))
 
 
+class Damaged(ValueError):
+    """A file of the store does not hold what the store says it holds."""
+
+
+# What Zarr's codecs and metadata parsers raise over bytes that are not theirs.
+CODEC_ERRORS = (ValueError, RuntimeError, IndexError, KeyError, TypeError, EOFError)
+
+
 class Column:
     """One column of a store on local disk, for its builder. Readers use `Feature`."""
 
@@ -112,18 +125,36 @@ class Column:
         self.__dict__.pop("_values", None)
 
     def done(self, clips: int) -> np.ndarray:
-        """Row keys of the cells: uint8 [clips, 16], zeros where there is none."""
+        """Row keys of the cells: uint8 [clips, 16], zeros where there is none.
+
+        A mark without its shard's file counts for nothing: a damaged shard is mended by removing
+        it and building again.
+        """
         keys = np.zeros((clips, KEY_BYTES), np.uint8)
-        if (self.done_path / "zarr.json").exists():
-            held = np.asarray(_open(self.done_path)[:])
+        if (self.done_path / "zarr.json").exists() and (self.path / "zarr.json").exists():
+            held = read_all(self.done_path)
             keys[: min(clips, len(held))] = held[:clips]
+        size = self.spec.shard_clips
+        for first in range(0, clips, size):
+            marked = keys[first : first + size]
+            if marked.any() and not self.shard_file(first // size).exists():
+                marked[:] = 0
         return keys
 
     def read_cells(self, rows: np.ndarray) -> np.ndarray:
         """Stored bits of `rows` (increasing int64 [n]): [n, *cell], checksums verified."""
         out = np.empty((len(rows), *self.spec.cell), STORED[self.spec.dtype])
         for a, b in runs(rows):
-            out[a:b] = self._values[int(rows[a]) : int(rows[b - 1]) + 1]
+            first, last = int(rows[a]), int(rows[b - 1])
+            try:
+                out[a:b] = self._values[first : last + 1]
+            except CODEC_ERRORS as error:
+                shards = range(first // self.spec.shard_clips, last // self.spec.shard_clips + 1)
+                names = " or ".join(str(self.shard_file(shard)) for shard in shards)
+                raise Damaged(
+                    f"{names} is damaged ({error}). Remove it and build again: its cells are "
+                    "computed anew"
+                ) from error
         return out
 
     def shard_file(self, shard: int) -> Path:
@@ -160,6 +191,11 @@ class Column:
         atomic.write(self.store, self.shard_file(shard), _encode(self.spec, block))
         done[rows] = keys
         self._write_done(done)
+
+    def disk_bytes(self) -> int:
+        """What the column's files weigh now."""
+        folders = (self.path, self.done_path)
+        return sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file())
 
     def _write_done(self, done: np.ndarray) -> None:
         for start in range(0, len(done), DONE_ROWS):
@@ -203,6 +239,21 @@ def runs(rows: np.ndarray) -> list[tuple[int, int]]:
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     edges = [0, *breaks.tolist(), len(rows)]
     return list(pairwise(edges))
+
+
+def read_all(path: Path) -> np.ndarray:
+    """A whole small array.
+
+    Raises:
+        Damaged: It cannot be read.
+    """
+    try:
+        return np.asarray(_open(path)[:])
+    except (*CODEC_ERRORS, OSError) as error:
+        raise Damaged(
+            f"{path} is damaged ({error}). Remove the folder and build again: what it marks is "
+            "computed anew"
+        ) from error
 
 
 def _open(path: Path) -> "zarr.Array[Any]":

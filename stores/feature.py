@@ -10,7 +10,7 @@ import pandas as pd
 import zarr
 
 from stores.clips import row_keys
-from stores.columns import runs
+from stores.columns import CODEC_ERRORS, Damaged, read_all, runs
 
 if TYPE_CHECKING:
     import dask.array
@@ -28,7 +28,13 @@ class Feature:
     def __init__(self, path: Path, backbone: str, name: str, clips: pd.DataFrame) -> None:
         self.path, self.backbone, self.name = path, backbone, name
         self._clips = clips
-        self._array: zarr.Array[Any] = zarr.open_array(str(path), mode="r", zarr_format=3)
+        try:
+            self._array: zarr.Array[Any] = zarr.open_array(str(path), mode="r", zarr_format=3)
+        except CODEC_ERRORS as error:
+            raise Damaged(
+                f"{path}/zarr.json is damaged ({error}). Remove it and build again: it is made "
+                "anew, and the cells stay"
+            ) from error
 
     def __repr__(self) -> str:
         return f"<Feature {self.backbone} {self.name} {self.shape} {self.dtype} {self.path.name}>"
@@ -56,7 +62,7 @@ class Feature:
     @cached_property
     def valid(self) -> np.ndarray:
         """bool [clips]: whether the cell was made from the clip's present bytes."""
-        done = np.asarray(zarr.open_array(f"{self.path}.done", mode="r", zarr_format=3)[:])
+        done = read_all(Path(f"{self.path}.done"))
         keys = row_keys(self._clips)
         valid = np.zeros(len(keys), bool)
         length = min(len(keys), len(done))
@@ -75,6 +81,7 @@ class Feature:
         Raises:
             IndexError: A row is outside the table.
             LookupError: A row has no valid feature; the message says why.
+            Damaged: A shard's file is missing, cut off or changed.
         """
         wanted = np.arange(len(self._clips))[rows] if isinstance(rows, slice) else np.asarray(rows)
         wanted = wanted.astype(np.int64).reshape(-1)
@@ -88,6 +95,9 @@ class Feature:
             raise LookupError(self._absence(absent))
         distinct, places = np.unique(wanted, return_inverse=True)
         cells = self.bits(distinct)
+        lost = distinct[self.is_fill(cells)]
+        if len(lost):
+            raise Damaged(self._damage(int(lost[0]), "it has no chunk for a row marked done"))
         in_order = np.array_equal(distinct, wanted)
         return self.values(cells if in_order else cells[places])
 
@@ -102,8 +112,29 @@ class Feature:
             # between, the chunks are others than the index says, under checksums that hold.
             while state is None or state != self._state(first, last):
                 state = self._state(first, last)
-                out[a:b] = self._array[first : last + 1]
+                try:
+                    out[a:b] = self._array[first : last + 1]
+                except CODEC_ERRORS as error:
+                    if state == self._state(first, last):
+                        raise Damaged(self._damage(first, str(error))) from error
+                    state = None
         return out
+
+    def is_fill(self, bits: np.ndarray) -> np.ndarray:
+        """bool [rows]: which cells are the fill value, as where there is no chunk.
+
+        A cell that was kept is finite throughout, so its first number tells.
+        """
+        first = bits[(slice(None), *[0] * (bits.ndim - 1))]
+        fill: np.ndarray = (first == 0x7FC0) if self.dtype == "bfloat16" else np.isnan(first)
+        return fill
+
+    def _damage(self, row: int, why: str) -> str:
+        return (
+            f"{self.shard_of(row)} is damaged near row {row} "
+            f"({self._clips.at[row, 'path']}): {why}. `strata verify` says what else is; remove "
+            "the file and build again, and its cells are computed anew"
+        )
 
     def _state(self, first: int, last: int) -> list[tuple[int, int] | None]:
         """Identity of the shard files that hold these rows, as they are now."""
@@ -137,9 +168,11 @@ class Feature:
         """A map-style data set (for `torch.utils.data.DataLoader`) of (feature, label) pairs.
 
         Args:
-            rows: Row ids; every valid row by default.
+            rows: Row ids; by default every clip that is ready and valid (one that has left the
+                data set keeps its feature, and is not learnt from).
         """
-        chosen = np.flatnonzero(self.valid) if rows is None else np.asarray(rows, np.int64)
+        ready = self.valid & (self._clips["status"] == "ready").to_numpy()
+        chosen = np.flatnonzero(ready) if rows is None else np.asarray(rows, np.int64)
         labels = sorted(self._clips["label"].unique())
         numbers = self._clips["label"].map({label: i for i, label in enumerate(labels)})
         return FeatureDataset(self, chosen, numbers.to_numpy()[chosen], labels)

@@ -5,6 +5,7 @@ killed build loses the blocks in flight and no more; the next one finds the rest
 learnt of the clips while decoding (`facts`) waits beside, until the table of clips holds it.
 """
 
+import contextlib
 import io
 import json
 import zipfile
@@ -31,38 +32,37 @@ class StagedBlock:
     cells: np.ndarray
 
 
-def put(store: Path, fingerprint: str, block: StagedBlock) -> Path:
-    """Stage cells of the column of that fingerprint. Returns the file."""
+def put(store: Path, place: str, block: StagedBlock) -> Path:
+    """Stage cells of the column of that place (`ColumnSpec.place`). Returns the file."""
     buffer = io.BytesIO()
     np.savez(buffer, rows=block.rows, keys=block.keys, cells=block.cells)
     name = digest({"rows": block.rows.tolist(), "keys": block.keys.tobytes().hex()})[:24]
-    file = store / FOLDER / fingerprint / f"{name}.npz"
+    file = store / FOLDER / place / f"{name}.npz"
     atomic.write(store, file, buffer.getbuffer())
     return file
 
 
-def files(store: Path, fingerprint: str) -> list[Path]:
+def files(store: Path, place: str) -> list[Path]:
     """Staged blocks of a column, in a stable order."""
-    return sorted((store / FOLDER / fingerprint).glob("*.npz"))
+    return sorted((store / FOLDER / place).glob("*.npz"))
 
 
-def rows_and_keys(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Which cells a staged block holds, without reading their values."""
-    with np.load(file, allow_pickle=False) as archive:
-        return archive["rows"], archive["keys"]
+def rows_and_keys(file: Path) -> list[tuple[int, np.ndarray]]:
+    """Which cells a staged block holds. A damaged file holds none: its cells are computed again."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip() is not None:
+                return []
+        with np.load(file, allow_pickle=False) as archive:
+            return list(zip(archive["rows"].tolist(), archive["keys"], strict=True))
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError):
+        return []
 
 
 def get(file: Path) -> StagedBlock:
-    """A staged block.
-
-    Raises:
-        ValueError: The file is damaged (its checksum does not fit).
-    """
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return StagedBlock(archive["rows"], archive["keys"], archive["cells"])
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise ValueError(f"{file} is damaged ({error}); remove it and build again") from error
+    """A staged block that `rows_and_keys` has found whole."""
+    with np.load(file, allow_pickle=False) as archive:
+        return StagedBlock(archive["rows"], archive["keys"], archive["cells"])
 
 
 def put_facts(store: Path, facts: list[dict[str, Any]]) -> None:
@@ -72,17 +72,21 @@ def put_facts(store: Path, facts: list[dict[str, Any]]) -> None:
 
 
 def all_facts(store: Path) -> Iterator[dict[str, Any]]:
-    for file in sorted((store / FOLDER / FACTS).glob("*.json")):
-        yield from json.loads(file.read_bytes())
+    """What builds before have learnt and not entered. A damaged file is passed over."""
+    for file in facts_files(store):
+        with contextlib.suppress(ValueError):
+            yield from json.loads(file.read_bytes())
 
 
 def drop(store: Path, files: list[Path]) -> None:
     """Remove staged files, and the folders that this leaves empty."""
     for file in files:
         file.unlink(missing_ok=True)
-    for folder in (*{file.parent for file in files}, store / FOLDER):
-        if folder.is_dir() and not any(folder.iterdir()):
+    root = store / FOLDER
+    for folder in {file.parent for file in files} | {root}:
+        while folder.is_relative_to(root) and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+            folder = folder.parent
 
 
 def facts_files(store: Path) -> list[Path]:

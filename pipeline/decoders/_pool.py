@@ -146,9 +146,15 @@ class _Child:
     def decode(self, request: Request) -> Answers:
         for _ in range(2):
             try:
-                return self._wait(
-                    self._start().schedule(decode, args=(request,), timeout=self.timeout_seconds)
+                taken = self._start().schedule(
+                    decode, args=(request,), timeout=self.timeout_seconds
                 )
+            except RuntimeError:
+                # An idle child was killed, and its pool with it: the file is not to blame.
+                self.kill()
+                continue
+            try:
+                return self._wait(taken)
             except TimeoutError:
                 self.kill()
                 detail = f"not decoded within {self.timeout_seconds:g} seconds"

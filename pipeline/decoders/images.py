@@ -4,7 +4,6 @@ Such a folder has no clock: its frames are 1/12 s apart, the rate Something-Some
 """
 
 import os
-import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,19 +11,9 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.decoders._index import Index
 from pipeline.decoders._stream import Undecodable, refused
+from pipeline.files import FRAME_SUFFIXES, frame_files
 
 FPS = 12.0
-SUFFIXES = (".jpg", ".jpeg", ".png")
-
-
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """A sort key that counts: frame2 before frame10, whatever the padding.
-
-    >>> sorted(["f10.jpg", "f2.jpg", "f010b.jpg"], key=natural)
-    ['f2.jpg', 'f10.jpg', 'f010b.jpg']
-    """
-    parts = re.split(r"([0-9]+)", name)
-    return [(1, int(part), "") if i % 2 else (0, 0, part) for i, part in enumerate(parts)]
 
 
 def read(path: str) -> Index:
@@ -34,15 +23,11 @@ def read(path: str) -> Index:
         Undecodable: `too_short` where it holds no frame; `unreadable`.
     """
     try:
-        names = os.listdir(path)
+        files = tuple(str(file) for file in frame_files(path))
     except OSError as error:
         raise refused(error) from error
-    frames = [n for n in names if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
-    if not frames:
-        raise Undecodable("too_short", f"the folder holds no {', '.join(SUFFIXES)} file")
-    # The name itself settles 1.jpg against 01.jpg.
-    frames.sort(key=lambda name: (natural(name), name))
-    files = tuple(os.path.join(path, name) for name in frames)
+    if not files:
+        raise Undecodable("too_short", f"the folder holds no {', '.join(FRAME_SUFFIXES)} file")
     return Index(np.arange(len(files)) / FPS, 0, FPS, proven=True, files=files)
 
 

@@ -106,10 +106,16 @@ def test_features_equal_the_network_called_directly(videos, built):
 def test_a_second_build_decodes_nothing_and_changes_no_byte(videos, built, monkeypatch):
     before = {p: p.read_bytes() for p in built.rglob("*") if p.is_file()}
     monkeypatch.setattr("pipeline.build.execute", lambda *args: pytest.fail("work was begun"))
-    monkeypatch.setattr("pipeline.scan.clips.content_digest", lambda path: pytest.fail("read"))
+    monkeypatch.setattr("pipeline.scan.content_digest", lambda path: pytest.fail("read"))
     report = build(videos, built, SPEC, runtime=SERIAL)
     assert (report.decoded, report.computed, report.hashed, report.new) == (0, 0, 0, 0)
     assert {p: p.read_bytes() for p in built.rglob("*") if p.is_file()} == before
+
+
+def _same_times(root: Path, store: Path) -> None:
+    """Set the files' times to what the store's table says."""
+    for _, clip in FeatureStore.open(store).clips.iterrows():
+        os.utime(root / clip["path"], ns=(clip["mtime_ns"], clip["mtime_ns"]))
 
 
 def test_touching_every_file_recomputes_nothing(mine):
@@ -272,6 +278,20 @@ def test_several_backbones_stages_and_views_come_out_of_one_pass(videos, tmp_pat
         store.feature("resnet18:random-1", "stem:grid7")
     drawn = store.feature("resnet18:random-1", "stem:grid7", view=1)
     assert drawn.spec["frames"]["flip"]
+
+
+def test_a_removed_shard_is_computed_anew_and_a_removed_table_costs_no_computing(mine, built):
+    root, store = mine
+    _same_times(root, store)
+    (feature,) = FeatureStore.open(store).features()
+    (store / feature.shard_of(0)).unlink()
+    assert build(root, store, SPEC, runtime=SERIAL).computed == 9
+    assert features(store) == features(built)
+    (store / "clips.parquet").unlink()
+    report = build(root, store, SPEC, runtime=SERIAL)
+    assert (report.decoded, report.computed, report.new) == (9, 0, 9)
+    assert features(store) == features(built)
+    pd.testing.assert_frame_equal(FeatureStore.open(store).clips, FeatureStore.open(built).clips)
 
 
 def test_what_decides_no_value_misses_nothing(mine, tmp_path, monkeypatch):

@@ -120,11 +120,11 @@ def test_what_was_staged_before_a_kill_is_not_computed_again(
     process = start(videos, store, "--serial")
     staged = store / ".staging"
     deadline = time.monotonic() + 60
-    while not list(staged.glob("*/*.npz")) and time.monotonic() < deadline:
+    while not list(staged.rglob("*.npz")) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert list(staged.glob("*/*.npz"))
+    assert list(staged.rglob("*.npz"))
     report = build(videos, store, SPEC, runtime=SERIAL)
     assert report.adopted
     assert report.computed < 23
@@ -181,7 +181,7 @@ def test_an_interrupt_ends_with_130_and_the_next_build_goes_on(videos, undisturb
     store = tmp_path / "s.zarr"
     process = start(videos, store)
     deadline = time.monotonic() + 60
-    while not list((store / ".staging").glob("*/*.npz")) and time.monotonic() < deadline:
+    while not list((store / ".staging").rglob("*.npz")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from stores import FeatureStore, NotAStore, SpecMismatch, clips
+from pipeline.files import content_digest
+from stores import Damaged, FeatureStore, NotAStore, SpecMismatch, clips
 
 
 def expected(rows):
@@ -48,6 +49,27 @@ def test_a_changed_clip_makes_its_cell_invalid_and_the_rest_stay(store):
     clips.write(store.path, table)
     feature = FeatureStore.open(store.path).feature("net:tag", "blocks.0:cls", fingerprint="ab")
     assert feature.valid.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut off", "emptied", "flipped"])
+def test_a_damaged_shard_is_named_and_never_read_as_numbers(feature, damage):
+    shard = feature.path / "c" / "0" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    if damage == "removed":
+        shard.unlink()
+    elif damage == "flipped":
+        data[3] ^= 16
+        shard.write_bytes(data)
+    else:
+        shard.write_bytes(data[: len(data) // 2] if damage == "cut off" else b"")
+    with pytest.raises(Damaged, match=r"c/0/0/0 is damaged near row 0 \(a/x\.mp4\)"):
+        feature.read([0, 1])
+
+
+def test_a_damaged_table_says_how_to_go_on(store):
+    (store.path / clips.FILE).write_bytes(b"PAR1 but not really")
+    with pytest.raises(ValueError, match=r"clips\.parquet is damaged .*Move it away"):
+        FeatureStore.open(store.path).clips  # noqa: B018
 
 
 def test_a_shard_replaced_in_the_middle_of_a_read_is_read_again(feature, dtype):
@@ -161,7 +183,7 @@ def test_a_folder_of_frames_is_named_by_its_frames_in_order(tmp_path):
             path = tmp_path / name / file
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
-        return clips.content_digest(tmp_path / name)
+        return content_digest(tmp_path / name)
 
     same = folder("a", {"2.jpg": "x", "10.jpg": "y"})
     assert folder("b", {"3.jpg": "x", "4.jpg": "y", ".hidden": "z"}) == same
