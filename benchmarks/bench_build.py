@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from pipeline import backbones, layouts
-from pipeline.build import build
+from pipeline.building import build
 from pipeline.columns import new_execution
 from pipeline.progress import Watch
 from pipeline.spec import BuildSpec, Runtime

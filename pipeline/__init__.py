@@ -1,13 +1,19 @@
 """Pipeline: joins videos, networks, stores and heads.
 
 Public calls are loaded on first use, so that a decoder's child process, which
-imports `pipeline.decoders`, never pays for torch or dask.
+imports `pipeline.decoders`, never pays for torch or dask. No module may have the name of one:
+importing it would put the module in the call's place.
 """
 
 import importlib
 from typing import Any
 
-_PUBLIC = {"build": "pipeline.build", "plan": "pipeline.build", "BuildSpec": "pipeline.spec"}
+_PUBLIC = {
+    "build": "pipeline.building",
+    "plan": "pipeline.building",
+    "BuildSpec": "pipeline.spec",
+    "Runtime": "pipeline.spec",
+}
 
 
 def __getattr__(name: str) -> Any:

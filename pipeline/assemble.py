@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.plan import ColumnPlan
+from pipeline.planning import ColumnPlan
 from stores import staging
 from stores.clips import KEY_BYTES
 from stores.columns import STORED

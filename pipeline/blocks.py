@@ -257,6 +257,13 @@ def _decode_pool(children: int, deadline_seconds: float) -> DecodePool:
         return _POOLS.get(wanted) or _POOLS.setdefault(wanted, DecodePool(*wanted))
 
 
+def close_pools() -> None:
+    """End this process's decoding children; the next block starts others."""
+    with _ONE_POOL:
+        while _POOLS:
+            _POOLS.popitem()[1].close()
+
+
 @functools.cache
 def _backbone(name: str, precision: str, device: str) -> Any:
     import torch

@@ -101,7 +101,7 @@ def build(
     Example: strata build videos/ --store ucf101.zarr --backbone ViT-B-16:openai --keep proj
     --keep blocks.10.mlp:cls
     """
-    from pipeline.build import build as run
+    from pipeline.building import build as run
     from pipeline.progress import Watch, for_this_output
     from pipeline.show import report_facts, report_summary
 
@@ -149,7 +149,7 @@ def plan(
 
     Example: strata plan videos/ --store ucf101.zarr --backbone ViT-B-16:openai --keep proj
     """
-    from pipeline.build import plan as run
+    from pipeline.building import plan as run
     from pipeline.progress import Watch, for_this_output
     from pipeline.show import plan_facts, plan_summary
 

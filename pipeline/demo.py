@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline._variants import variant
-from pipeline.build import build
+from pipeline.building import build
 from pipeline.progress import Watch
 from pipeline.show import report_summary
 from pipeline.spec import BuildSpec

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.plan import Plan
+from pipeline.planning import Plan
 from pipeline.progress import size
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.blocks import Block, Job, Report, decode, forward
+from pipeline.blocks import Block, Job, Report, close_pools, decode, forward
 from pipeline.decoders import Failure
 from pipeline.spec import Runtime
 
@@ -21,7 +21,7 @@ AHEAD = 3
 # the culprit would be blamed with it.
 ALLOWED_FAILURES = 1
 FORWARD, GPU = "FORWARD", "GPU"
-LOOK_SECONDS = 30.0
+LOOK_SECONDS = 20.0
 GONE_SECONDS = 120.0
 
 
@@ -60,10 +60,13 @@ def execute(
         NoSuchWorker: No worker of the cluster offers what the work needs.
     """
     if runtime.serial:
-        for block in blocks:
-            decoded = decode(job, block)
-            events.decoded(block)
-            yield forward(job, decoded)
+        try:
+            for block in blocks:
+                decoded = decode(job, block)
+                events.decoded(block)
+                yield forward(job, decoded)
+        finally:
+            close_pools()
         return
     device = "cuda" if any(one.execution.device == "cuda" for one in job.passes) else "cpu"
     with _client(job, runtime, device, events) as client:
@@ -153,6 +156,9 @@ def _finished(client: Any, futures: list[Any], device: str) -> list[Any]:
             done = wait(futures, timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED").done
         except TimeoutError:
             deaf = 0.0 if _offering(client, device) else deaf + LOOK_SECONDS
+            if deaf and client.cluster is not None:
+                # A worker killed while its nanny was still starting it is not started again by it.
+                client.cluster.scale(len(client.cluster.worker_spec))
             if deaf >= GONE_SECONDS:
                 raise NoSuchWorker(
                     f"no worker has been there for {deaf:.0f} seconds. What was finished is kept: "

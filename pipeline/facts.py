@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline import overflow
-from pipeline.plan import Plan
+from pipeline.planning import Plan
 from stores import clips
 
 # Reasons that tell of the data set at present and not of the clip's bytes.

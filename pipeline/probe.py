@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.blocks import Block, Job, decode, run_pass
+from pipeline.blocks import Block, Job, close_pools, decode, run_pass
 from pipeline.execute import local_workers
-from pipeline.plan import Plan
+from pipeline.planning import Plan
 from pipeline.progress import Watch
 from pipeline.spec import Runtime
 
@@ -50,6 +50,7 @@ def probe(plan: Plan, job: Job, runtime: Runtime, watch: Watch) -> Estimate:
         decode(job, Block(0, (file,)))
         seconds.append(time.perf_counter() - began)
         clips += len(file.clips)
+    close_pools()
     decode_seconds = sum(seconds) / clips * plan.clips
 
     forward_seconds = load_seconds = 0.0

@@ -10,8 +10,8 @@ from pipeline.progress import clock, size
 from stores import FeatureStore
 
 if TYPE_CHECKING:  # torch, which describing a store has no use for
-    from pipeline.build import BuildReport
-    from pipeline.plan import ColumnPlan, Plan
+    from pipeline.building import BuildReport
+    from pipeline.planning import ColumnPlan, Plan
     from pipeline.probe import Estimate
 
 STATUS_ORDER = ("ready", "pending", "quarantined")

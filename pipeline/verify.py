@@ -7,7 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.blocks import Block, ClipWork, FileWork, Job, NetworkDiffers, decode, run_pass
+from pipeline.blocks import (
+    Block,
+    ClipWork,
+    FileWork,
+    Job,
+    NetworkDiffers,
+    close_pools,
+    decode,
+    run_pass,
+)
 from pipeline.columns import Execution, Output, Pass, frames_key
 from pipeline.decoders import Decoded, Failure
 from pipeline.files import content_digest, size_and_mtime
@@ -247,6 +256,7 @@ def _decode(
         files.append(FileWork(str(path), size, mtime, (work,)))
     job = Job(opened.path, (one,), 1, deadline_seconds)
     decoded = decode(job, Block(0, tuple(files)))
+    close_pools()
     for file, answer in zip(files, decoded.clips, strict=True):
         answers[file.clips[0].rows[0]] = answer
     return answers

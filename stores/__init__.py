@@ -5,7 +5,7 @@ a row per clip. `FeatureStore` is how to read one; the pipeline's build is how t
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import pandas as pd
 
-from stores import atomic, clips, lock
+from stores import atomic, clips, lock, text
 from stores.columns import FEATURES, Damaged, group_json
 from stores.feature import Feature, FeatureDataset
 from stores.identity import store_name
@@ -147,6 +147,19 @@ class FeatureStore:
             f"{len(features)} columns of {self.path} are {asked}; give `fingerprint=` (or `view=`) "
             "as well:\n" + "\n".join(differences(features))
         )
+
+    def text(self, backbone: str, classes: Sequence[str] | None = None) -> text.TextFeatures:
+        """Text features of class names, for a CLIP backbone: a unit vector a class.
+
+        Args:
+            backbone: As given to `--backbone`.
+            classes: Names in the order wanted; the data set's own by default.
+
+        Raises:
+            LookupError: The store lacks them; the message says what it has.
+        """
+        names = list(self.attributes["classes"] if classes is None else classes)
+        return text.read(self.path, store_name(backbone), names)
 
     def set_attributes(self, changes: Mapping[str, Any]) -> None:
         """Change the store's own attributes (where the data set lies, its classes)."""

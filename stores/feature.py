@@ -73,7 +73,7 @@ class Feature:
         """Features of some clips.
 
         Args:
-            rows: Row ids of the table of clips, in any order, or a slice of them.
+            rows: Row ids of the table of clips, in any order; a slice of them; or a mask of all.
 
         Returns:
             A new array (len(rows), T, ...) of `dtype`; bfloat16 comes as float32, exactly.
@@ -83,13 +83,7 @@ class Feature:
             LookupError: A row has no valid feature; the message says why.
             Damaged: A shard's file is missing, cut off or changed.
         """
-        wanted = np.arange(len(self._clips))[rows] if isinstance(rows, slice) else np.asarray(rows)
-        wanted = wanted.astype(np.int64).reshape(-1)
-        if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self._clips)):
-            raise IndexError(
-                f"rows {wanted.min()} to {wanted.max()} asked of a table of "
-                f"{len(self._clips)} clips"
-            )
+        wanted = self._rows(rows)
         absent = wanted[~self.valid[wanted]]
         if len(absent):
             raise LookupError(self._absence(absent))
@@ -100,6 +94,25 @@ class Feature:
             raise Damaged(self._damage(int(lost[0]), "it has no chunk for a row marked done"))
         in_order = np.array_equal(distinct, wanted)
         return self.values(cells if in_order else cells[places])
+
+    def _rows(self, rows: Sequence[int] | np.ndarray | slice) -> np.ndarray:
+        """Row ids as int64, whichever way they were given."""
+        clips = len(self._clips)
+        if isinstance(rows, slice):
+            return np.arange(clips)[rows]
+        given = np.asarray(rows).reshape(-1)
+        if given.dtype == bool:
+            if len(given) != clips:
+                raise IndexError(f"a mask of {len(given)} for a table of {clips} clips")
+            return np.flatnonzero(given)
+        if len(given) and not np.issubdtype(given.dtype, np.integer):
+            raise IndexError(f"rows are whole numbers or a mask, not {given.dtype}")
+        wanted = given.astype(np.int64)
+        if len(wanted) and not (wanted.min() >= 0 and wanted.max() < clips):
+            raise IndexError(
+                f"rows {wanted.min()} to {wanted.max()} asked of a table of {clips} clips"
+            )
+        return wanted
 
     def bits(self, rows: np.ndarray) -> np.ndarray:
         """Cells as stored (bfloat16 as uint16), valid or not; `rows` increase."""
@@ -125,7 +138,7 @@ class Feature:
 
         A cell that was kept is finite throughout, so its first number tells.
         """
-        first = bits[(slice(None), *[0] * (bits.ndim - 1))]
+        first = bits.reshape(len(bits), int(np.prod(bits.shape[1:])))[:, 0]
         fill: np.ndarray = (first == 0x7FC0) if self.dtype == "bfloat16" else np.isnan(first)
         return fill
 
@@ -172,7 +185,7 @@ class Feature:
                 data set keeps its feature, and is not learnt from).
         """
         ready = self.valid & (self._clips["status"] == "ready").to_numpy()
-        chosen = np.flatnonzero(ready) if rows is None else np.asarray(rows, np.int64)
+        chosen = np.flatnonzero(ready) if rows is None else self._rows(rows)
         labels = sorted(self._clips["label"].unique())
         numbers = self._clips["label"].map({label: i for i, label in enumerate(labels)})
         return FeatureDataset(self, chosen, numbers.to_numpy()[chosen], labels)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.build import build, plan
+from pipeline.building import build, plan
 from pipeline.disk import DiskTooSmall
 from pipeline.scan import OtherDataset
 from pipeline.spec import BuildSpec, Runtime
@@ -105,7 +105,7 @@ def test_features_equal_the_network_called_directly(videos, built):
 
 def test_a_second_build_decodes_nothing_and_changes_no_byte(videos, built, monkeypatch):
     before = {p: p.read_bytes() for p in built.rglob("*") if p.is_file()}
-    monkeypatch.setattr("pipeline.build.execute", lambda *args: pytest.fail("work was begun"))
+    monkeypatch.setattr("pipeline.building.execute", lambda *args: pytest.fail("work was begun"))
     monkeypatch.setattr("pipeline.scan.content_digest", lambda path: pytest.fail("read"))
     report = build(videos, built, SPEC, runtime=SERIAL)
     assert (report.decoded, report.computed, report.hashed, report.new) == (0, 0, 0, 0)
@@ -359,18 +359,16 @@ def test_values_beyond_the_format_are_quarantined_and_not_kept(videos, tmp_path)
 
 
 def test_text_features_are_kept_beside_for_a_clip_network(videos, tmp_path):
-    from stores import text
-
     store = tmp_path / "s.zarr"
     spec = BuildSpec(("ViT-S-32:random-0",), ("stem:cls",), frames=1)
     build(videos, store, spec, runtime=SERIAL)
-    found = text.read(store, "ViT-S-32:random-0", list(CLASSES))
+    found = FeatureStore.open(store).text("ViT-S-32:random-0")
     assert found.values.shape == (3, 384)
     np.testing.assert_allclose(np.linalg.norm(found.values, axis=1), 1, atol=1e-5)
-    turned = text.read(store, "ViT-S-32:random-0", list(CLASSES[::-1]))
+    turned = FeatureStore.open(store).text("ViT-S-32:random-0", found.classes[::-1])
     np.testing.assert_array_equal(turned.values, found.values[::-1])
     with pytest.raises(LookupError, match="no text features"):
-        text.read(store, "ViT-S-32:random-0", ["juggling"])
+        FeatureStore.open(store).text("ViT-S-32:random-0", ["juggling"])
 
 
 @pytest.mark.parametrize(

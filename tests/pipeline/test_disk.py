@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.build import build
+from pipeline.building import build
 from pipeline.spec import BuildSpec, Runtime
 from pipeline.synthetic import make_dataset
 from stores import FeatureStore

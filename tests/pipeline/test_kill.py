@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import execute as execution
 from pipeline.blocks import Block, ClipWork, DecodedBlock, FileWork, Job, Report
-from pipeline.build import build
+from pipeline.building import build
 from pipeline.execute import Events, Lost
 from pipeline.spec import BuildSpec, Runtime
 from pipeline.synthetic import make_dataset
@@ -158,6 +158,7 @@ def test_a_file_that_kills_its_worker_is_given_up_alone(tmp_path, monkeypatch):
 
     def forward(job, decoded):
         if any("poison" in file.path for file in decoded.block.files):
+            time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         return Report(decoded.block, [], {}, {})
 

@@ -9,7 +9,7 @@ import safetensors.torch
 import torchvision
 from PIL import Image
 
-from pipeline.build import build
+from pipeline.building import build
 from pipeline.spec import BuildSpec, Runtime
 from pipeline.synthetic import make_dataset
 from pipeline.verify import verify

@@ -25,6 +25,12 @@ def test_rows_come_in_the_order_asked_for_repeats_included(feature, dtype):
     np.testing.assert_array_equal(feature.read(np.array([0])), expected([0]))
     np.testing.assert_array_equal(feature.read(slice(0, 2)), expected([0, 1]))
     assert feature.read([]).shape == (0, 4, 3)
+    np.testing.assert_array_equal(feature.read(feature.valid), expected([0, 1]))
+    np.testing.assert_array_equal(feature.read(np.array([False, True, False])), expected([1]))
+    assert len(feature.dataset([True, False, False])) == 1
+    for wrong in ([True, False], [0.0, 1.0]):
+        with pytest.raises(IndexError):
+            feature.read(wrong)
 
 
 def test_a_row_without_a_feature_is_refused_with_its_reason(feature):

@@ -30,7 +30,7 @@ from pipeline.disk import check_disk, explained
 from pipeline.execute import Events, Lost, execute, local_workers
 from pipeline.facts import settle, take_facts, take_known_facts
 from pipeline.layouts import Listing
-from pipeline.plan import Plan, make_plan
+from pipeline.planning import Plan, make_plan
 from pipeline.probe import Estimate, probe
 from pipeline.progress import Watch
 from pipeline.scan import Scan, scan

@@ -1,0 +1,30 @@
+"""What the README shows can be typed as it stands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_a_python_block_compiles_and_its_imports_give_what_they_name(block):
+    compile(block, "README.md", "exec")
+    imports = [line for line in block.splitlines() if re.match(r"(from|import) ", line)]
+    names = re.findall(r"import (.+)", "\n".join(imports))
+    called = [name.strip() for line in names for name in line.split(",")]
+    code = "\n".join([*imports, f"assert all(callable(f) for f in [{', '.join(called)}])"])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from pipeline import BuildSpec, build, plan", "from pipeline import plan, build, BuildSpec"],
+)
+def test_public_calls_are_calls_in_whatever_order_they_are_imported(line):
+    code = f"{line}\nassert callable(build) and callable(plan)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
