@@ -1,5 +1,6 @@
 """The demo: from no data at all to a head's accuracy matrix, on one machine without a network."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,12 @@ def run(
         clips_per_class: Videos of each class, a third of them for testing.
     """
     videos, store = out / "videos", out / "store.zarr"
-    if not (videos / "train").exists():
+    if not videos.exists():
         print(f"making {clips_per_class} videos of each class in {videos}")
-        make_dataset(videos, clips_per_class=clips_per_class)
+        unfinished = out / "videos.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make_dataset(unfinished, clips_per_class=clips_per_class)
+        unfinished.rename(videos)
     names = tuple(backbones or RANDOM)
     if not backbones:
         print(
@@ -41,15 +45,15 @@ def run(
     report = build(videos, store, BuildSpec(names, keep, precision=precision), watch=watch)
     print(f"\n{report_summary(report)}\n")
     _learn(FeatureStore.open(store))
-    asked = " ".join(f"--backbone {name}" for name in names)
-    kept = "".join(f" --keep {feature}" for feature in keep)
+    options = [f"--backbone {name}" for name in names] + [f"--keep {feature}" for feature in keep]
+    asked = "".join(f" \\\n      {option}" for option in options)
     print(
         f"""
 next:
   strata info {store}
   strata failures {store}
   strata verify {store}
-  strata build {videos} --store {store} {asked}{kept}
+  strata build {videos} --store {store}{asked}
       (again: nothing is decoded, nothing computed)
   strata plan YOUR_VIDEOS --store yours.zarr --backbone ViT-B-16:openai --keep proj"""
     )
@@ -77,7 +81,8 @@ def _learn(store: FeatureStore) -> None:
             f"  {feature.backbone:24} {feature.name:20} "
             f"{averaged.final:4.0%} / {ordered.final:4.0%}"
         )
-        if best is None or ordered.final > best[0]:
+        whole_vector = ":" not in feature.name
+        if whole_vector and (best is None or ordered.final > best[0]):
             best = (ordered.final, feature, ordered)
     print("Most classes are motions: an average over frames cannot tell one from its reverse.")
     assert best is not None
