@@ -222,7 +222,8 @@ def _environment(threads: int) -> dict[str, str]:
     """Of worker processes, before they start: later the allocator would not look.
 
     Dask's own gives freed memory back from 64 kB on, and a forward's activations come and go by
-    the gigabyte: 16,000 page faults a frame of a ViT-S, and 40 % of the time.
+    the gigabyte: 16,000 page faults a frame of a ViT-S; ViT-B-16 in bfloat16 ran at 12.9 in place
+    of 16.4 frames/s.
     """
     return {
         "OMP_NUM_THREADS": str(max(1, threads)),
