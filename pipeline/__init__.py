@@ -11,6 +11,8 @@ from typing import Any
 _PUBLIC = {
     "build": "pipeline.building",
     "plan": "pipeline.building",
+    "update": "pipeline.updating",
+    "FeatureTensors": "pipeline.tensors",
     "BuildSpec": "pipeline.spec",
     "Runtime": "pipeline.spec",
 }

@@ -16,7 +16,9 @@ def available(package: str) -> list[str]:
     True
     """
     path = importlib.import_module(package).__path__
-    return sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+    return sorted(
+        m.name for m in pkgutil.iter_modules(path) if not (m.ispkg or m.name.startswith("_"))
+    )
 
 
 def variant(package: str, name: str) -> ModuleType:

@@ -1,26 +1,28 @@
 """Blocks: the work of a build in pieces, and the two functions that do one piece.
 
 `decode` opens each file of a block once, in child processes, for everything asked of it.
-`forward` runs the networks over the pictures and stages the cells. Both are plain functions of
-their arguments, run by a worker process or, with `--serial`, by the builder itself.
+`forward` runs the networks over the pictures, or over features of the store, and stages the
+cells. Both are plain functions of their arguments, run by a worker process or, with `--serial`, by
+the builder itself.
 """
 
-import functools
 import os
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline import overflow
-from pipeline.columns import Output, Pass, frames_key
+from pipeline.columns import Pass
 from pipeline.decoders import Decoded, Failure, Request, Stretch
 from pipeline.decoders._pool import DecodePool
 from pipeline.files import size_and_mtime
+from pipeline.running import Cells, run_pass
 from stores import staging
 from stores.staging import StagedBlock
 
@@ -36,6 +38,7 @@ class ClipWork:
         key: Their row key, 16 bytes.
         needs: (pass, output) numbers of the cells to make; FACTS_ONLY for an output where a clip
             is decoded to be described, all its cells being there.
+        held: Row of the feature that the clip begins from; -1 where it begins from its video.
     """
 
     rows: tuple[int, ...]
@@ -43,6 +46,7 @@ class ClipWork:
     start_seconds: float | None
     end_seconds: float | None
     needs: tuple[tuple[int, int], ...]
+    held: int = -1
 
 
 @dataclass(frozen=True)
@@ -57,25 +61,37 @@ class FileWork:
 
 @dataclass(frozen=True)
 class Block:
-    """Some files: what one task handles, and what a kill may cost."""
+    """What one task handles, and what a kill may cost: some files, or clips that begin from one
+    feature of the store (`cached`), never both."""
 
     number: int
     files: tuple[FileWork, ...]
+    cached: tuple[ClipWork, ...] = ()
 
     @property
     def clips(self) -> list[ClipWork]:
-        return [clip for file in self.files for clip in file.clips]
+        return [clip for file in self.files for clip in file.clips] + list(self.cached)
 
     def clips_of(self, pass_number: int) -> int:
         return sum(
             any(p == pass_number and c != FACTS_ONLY for p, c in clip.needs) for clip in self.clips
         )
 
+    def outputs_of(self, pass_number: int) -> set[int]:
+        return {
+            c for clip in self.clips for p, c in clip.needs if p == pass_number and c != FACTS_ONLY
+        }
+
     def halves(self) -> "list[Block]":
-        """Two blocks of half the files; a block of one file stays whole."""
-        middle = len(self.files) // 2
-        parts = (self.files[:middle], self.files[middle:]) if middle else (self.files,)
-        return [Block(self.number, part) for part in parts]
+        """Two blocks of half the work; what cannot be divided stays whole."""
+        parts: tuple[FileWork, ...] | tuple[ClipWork, ...] = self.files or self.cached
+        if len(parts) == 1:
+            return [self]
+        middle = len(parts) // 2
+        return [
+            replace(self, files=self.files[a:b], cached=self.cached[a:b])
+            for a, b in ((0, middle), (middle, len(parts)))
+        ]
 
 
 @dataclass(frozen=True)
@@ -86,12 +102,14 @@ class Job:
         store: The store's folder, as the workers see it.
         children: Decoding processes a worker.
         deadline_seconds: For the decoding of one file.
+        describe: Leave what is learnt of the videos in the store.
     """
 
     store: Path
     passes: tuple[Pass, ...]
     children: int
     deadline_seconds: float
+    describe: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,9 +117,9 @@ class DecodedBlock:
     """A block's pictures, uint8 [T, S, S, 3] by clip and pass; or why a clip has none."""
 
     block: Block
-    clips: tuple["Decoded | Failure", ...] = field(repr=False)
-    places: tuple[dict[int, int], ...] = field(repr=False)  # a clip's frame set, by pass
-    seconds: float
+    clips: tuple["Decoded | Failure", ...] = field(default=(), repr=False)
+    places: tuple[dict[int, int], ...] = field(default=(), repr=False)  # frame set, by pass
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -109,15 +127,18 @@ class Report:
     """What became of a block.
 
     Attributes:
-        facts: For every clip, JSON: rows, key, and either the facts of its video or its failure.
+        facts: For every clip, JSON: rows, key, and either the facts of its video (none for a
+            clip that began from a feature) or its failure.
         staged: By column (`ColumnSpec.place`), the staged file's name and its rows.
         seconds: Spent, by part: decode, forward, write.
+        calls: Of each stage, "network stage".
     """
 
     block: Block
     facts: list[dict[str, Any]]
     staged: dict[str, tuple[str, list[int]]]
     seconds: dict[str, float]
+    calls: "Counter[str]" = field(default_factory=Counter)
 
 
 def decode(job: Job, block: Block) -> DecodedBlock:
@@ -155,23 +176,29 @@ def forward(job: Job, decoded: DecodedBlock) -> Report:
         NetworkDiffers: This process builds another network than the plan was made with.
     """
     seconds = {"decode": decoded.seconds, "forward": 0.0, "write": 0.0}
+    calls: Counter[str] = Counter()
     works = decoded.block.clips
+    answers: tuple[Decoded | Failure | None, ...] = decoded.clips or (None,) * len(works)
     overflows: dict[int, list[str]] = {}
     ready: list[tuple[str, StagedBlock]] = []
     for number, one in enumerate(job.passes):
         wanted = {
             i: needed
             for i, work in enumerate(works)
-            if isinstance(decoded.clips[i], Decoded)
+            if not isinstance(answers[i], Failure)
             and (needed := {c for p, c in work.needs if p == number and c != FACTS_ONLY})
         }
         if not wanted:
             continue
         began = time.perf_counter()
-        pictures = [_pictures(decoded, i, number) for i in wanted]
+        inputs: Sequence[np.ndarray] | Cells
+        if one.source:
+            inputs = Cells(job.store, one.source, [works[i].held for i in wanted])
+        else:
+            inputs = [_pictures(decoded, i, number) for i in wanted]
         outputs = tuple(sorted(set().union(*wanted.values())))
         with _ONE_FORWARD:
-            batches = list(run_pass(one, outputs, pictures))
+            batches = list(run_pass(one, outputs, inputs, calls))
         seconds["forward"] += time.perf_counter() - began
         for c in outputs:
             cells = np.concatenate([batch[c] for batch in batches])
@@ -183,63 +210,17 @@ def forward(job: Job, decoded: DecodedBlock) -> Report:
                     overflows.setdefault(i, []).append(overflow.sentence(one.outputs[c].spec))
             if chosen:
                 ready.append((one.outputs[c].spec.place, _staged(chosen, cells, works)))
-    facts = [_fact(work, decoded.clips[i], overflows.get(i, [])) for i, work in enumerate(works)]
+    facts = [_fact(work, answers[i], overflows.get(i, [])) for i, work in enumerate(works)]
     began = time.perf_counter()
     # Facts go first: a cell found staged by the next build must not lack what goes with it.
-    staging.put_facts(job.store, facts)
+    if job.describe and (told := [fact for fact in facts if "detail" in fact]):
+        staging.put_facts(job.store, told)
     staged = {
         place: (staging.put(job.store, place, block).name, block.rows.tolist())
         for place, block in ready
     }
     seconds["write"] += time.perf_counter() - began
-    return Report(decoded.block, facts, staged, seconds)
-
-
-def run_pass(
-    one: Pass, outputs: tuple[int, ...], pictures: list[np.ndarray]
-) -> Iterator[dict[int, np.ndarray]]:
-    """Cells of some outputs of a pass, a batch of clips at a time.
-
-    Every batch has `execution.batch_clips` clips, the last one padded with black, so that a
-    cell's bits do not depend on how many clips came with it.
-
-    Args:
-        outputs: Numbers of the pass's outputs to give.
-        pictures: uint8 [T, S, S, 3] each.
-
-    Yields:
-        By output number, stored bits [clips of the batch, *cell].
-    """
-    import torch
-
-    from pipeline.reductions import reduce
-
-    execution = one.execution
-    backbone = _backbone(one.backbone, one.precision, execution.device)
-    _check(one, backbone)
-    if execution.threads and torch.get_num_threads() != execution.threads:
-        torch.set_num_threads(execution.threads)
-    chosen = {c: one.outputs[c] for c in outputs}
-    keep = {output.stage for output in chosen.values()}
-    size = execution.batch_clips
-    for start in range(0, len(pictures), size):
-        batch = pictures[start : start + size]
-        padded = np.zeros((size, *batch[0].shape), np.uint8)
-        padded[: len(batch)] = batch
-        with torch.inference_mode():
-            x = torch.from_numpy(padded.reshape(-1, *padded.shape[2:])).to(execution.device)
-            features = backbone.run(x, keep)
-            yield {
-                c: _bits(
-                    reduce(features[output.stage], backbone.stage(output.stage), output.reduction),
-                    output, size,
-                )[: len(batch)]
-                for c, output in chosen.items()
-            }  # fmt: skip
-
-
-class NetworkDiffers(RuntimeError):
-    """A worker's network is not the one the plan was made with."""
+    return Report(decoded.block, facts, staged, seconds, calls)
 
 
 # Two forwards at once on one worker would share its cores, and each would be slower.
@@ -264,49 +245,10 @@ def close_pools() -> None:
             _POOLS.popitem()[1].close()
 
 
-@functools.cache
-def _backbone(name: str, precision: str, device: str) -> Any:
-    import torch
-
-    from pipeline import backbones
-
-    backbone = backbones.load(name, getattr(torch, precision))
-    for stage in backbone.stages:
-        stage.module.to(device)
-    return backbone
-
-
-@functools.cache
-def _checked(name: str, precision: str, device: str, frames: str) -> dict[str, str]:
-    keys: dict[str, str] = _backbone(name, precision, device).keys(frames)
-    return keys
-
-
-def _check(one: Pass, backbone: Any) -> None:
-    own = _checked(one.backbone, one.precision, one.execution.device, frames_key(one.frame_set))
-    for stage, key in one.stage_keys.items():
-        if own[stage] != key:
-            raise NetworkDiffers(
-                f"{one.backbone}: a worker's network differs from the builder's from stage {stage} "
-                "on. Give every machine the same weights and the same versions, and build again."
-            )
-
-
 def _pictures(decoded: DecodedBlock, clip: int, pass_number: int) -> np.ndarray:
     answer = decoded.clips[clip]
     assert isinstance(answer, Decoded)
     return answer.frames[decoded.places[clip][pass_number]]
-
-
-def _bits(x: Any, output: Output, clips: int) -> np.ndarray:
-    """A batch's feature [clips * T, ...] as stored bits [clips, T, ...]."""
-    import torch
-
-    x = x.to(getattr(torch, output.spec.dtype)).contiguous().cpu()
-    if output.spec.dtype == "bfloat16":
-        x = x.view(torch.uint16)
-    bits: np.ndarray = x.numpy().reshape(clips, *output.spec.cell)
-    return bits
 
 
 def _staged(chosen: list[tuple[int, int]], cells: np.ndarray, works: list[ClipWork]) -> StagedBlock:
@@ -333,10 +275,13 @@ def _changed(file: FileWork) -> bool:
         return os.path.exists(file.path)
 
 
-def _fact(work: ClipWork, answer: Decoded | Failure, overflows: list[str]) -> dict[str, Any]:
+def _fact(work: ClipWork, answer: Decoded | Failure | None, overflows: list[str]) -> dict[str, Any]:
     fact: dict[str, Any] = {"rows": list(work.rows), "key": work.key.hex()}
     if isinstance(answer, Failure):
         return fact | {"reason": answer.reason, "detail": answer.detail}
+    lost = {"reason": "not_finite", "detail": "\n".join(overflows)} if overflows else {}
+    if answer is None:
+        return fact | lost
     known = answer.facts
     fact |= {
         "num_frames": known.num_frames,
@@ -347,4 +292,4 @@ def _fact(work: ClipWork, answer: Decoded | Failure, overflows: list[str]) -> di
         "decoder": known.decoder,
         "detail": known.warning,
     }
-    return fact | ({"reason": "not_finite", "detail": "\n".join(overflows)} if overflows else {})
+    return fact | lost

@@ -9,11 +9,11 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
@@ -21,13 +21,11 @@ import torch
 
 from pipeline import backbones as networks
 from pipeline import layouts, prompts
-from pipeline.assemble import Assembler
 from pipeline.backbones import Backbone
-from pipeline.blocks import Block, Job, Report
+from pipeline.carrying import Done, carry_out, device_of, job_of
 from pipeline.columns import passes
 from pipeline.decoders._pool import require
 from pipeline.disk import check_disk, explained
-from pipeline.execute import Events, Lost, execute, local_workers
 from pipeline.facts import settle, take_facts, take_known_facts
 from pipeline.layouts import Listing
 from pipeline.planning import Plan, make_plan
@@ -35,6 +33,7 @@ from pipeline.probe import Estimate, probe
 from pipeline.progress import Watch
 from pipeline.scan import Scan, scan
 from pipeline.spec import BuildSpec, Runtime
+from pipeline.updating import Rows, plan_update
 from stores import FeatureStore, atomic, clips, lock, staging, text
 
 LOGS = "logs"
@@ -67,6 +66,8 @@ class BuildReport:
         quarantined: Rows of the table that failed, in this build or an earlier one.
         seconds: In all, and by part (decode, forward, write: summed over workers).
         file_bytes: Size of the columns' files.
+        calls: Of each stage, "network stage"; a call is one batch.
+        bytes_read: Of features that computations began from.
     """
 
     store: Path
@@ -84,6 +85,8 @@ class BuildReport:
     quarantined: pd.DataFrame
     seconds: dict[str, float]
     file_bytes: int
+    calls: dict[str, int]
+    bytes_read: int
 
 
 def build(
@@ -133,9 +136,10 @@ def build(
             ready = prepare(root, path, opened, spec, layout, split, runtime, watch)
             check_disk(ready.plan, path)
         table, plan = ready.scan.table, ready.plan
-        _record(opened, ready, root)
+        _record(opened, ready, root, spec)
         clips.write(opened.path, table)
-        done = _carry_out(opened, plan, runtime, watch)
+        given = ready.backbones if runtime.serial else {}
+        done = carry_out(plan, job_of(plan, path, runtime), runtime, watch, given)
         settle(table, plan, ready.scan.rows)
         clips.write(opened.path, table)
         staging.drop(opened.path, staging.facts_files(opened.path))
@@ -163,9 +167,12 @@ def build(
         quarantined=listed[listed["status"] == "quarantined"],
         seconds=done.seconds,
         file_bytes=sum(column.column.disk_bytes() for column in plan.all_columns),
+        calls=dict(done.calls),
+        bytes_read=plan.bytes_read,
     )
 
 
+@overload
 def plan(
     dataset: str | Path,
     store: str | Path,
@@ -176,16 +183,44 @@ def plan(
     runtime: Runtime | None = None,
     watch: Watch | None = None,
     estimate: bool = True,
-) -> tuple[Plan, Estimate | None]:
-    """What `build` with the same arguments would do. Writes nothing.
+) -> tuple[Plan, Estimate | None]: ...
+@overload
+def plan(
+    dataset: str | Path | FeatureStore,
+    store: Backbone,
+    keep: Sequence[str] = (),
+    rows: Rows = None,
+    *,
+    spec: BuildSpec | None = None,
+    runtime: Runtime | None = None,
+    watch: Watch | None = None,
+    estimate: bool = True,
+) -> tuple[Plan, Estimate | None]: ...
+def plan(dataset: Any, store: Any, *arguments: Any, **options: Any) -> tuple[Plan, Estimate | None]:
+    """What `build` or `update` with the same arguments would do. Writes nothing.
 
     Returns:
         The plan, and the time it will take by a short probe of this machine (None where nothing
         is to be computed or `estimate` is False).
 
     Raises:
-        ValueError: As `build`.
+        ValueError: As `build` and `update`.
     """
+    of = plan_update if isinstance(store, Backbone) else _plan_build
+    return of(dataset, store, *arguments, **options)
+
+
+def _plan_build(
+    dataset: str | Path,
+    store: str | Path,
+    spec: BuildSpec,
+    *,
+    layout: str = "auto",
+    split: str | None = None,
+    runtime: Runtime | None = None,
+    watch: Watch | None = None,
+    estimate: bool = True,
+) -> tuple[Plan, Estimate | None]:
     runtime, watch, path = runtime or Runtime(), watch or Watch(), Path(store)
     opened = FeatureStore.open(path) if (path / "zarr.json").exists() else None
     if opened is None and path.is_dir():
@@ -193,7 +228,8 @@ def plan(
     ready = prepare(Path(dataset), path, opened, spec, layout, split, runtime, watch)
     if not estimate or not ready.plan.blocks:
         return ready.plan, None
-    return ready.plan, probe(ready.plan, job_of(ready.plan, path, runtime), runtime, watch)
+    job = job_of(ready.plan, path, runtime)
+    return ready.plan, probe(ready.plan, job, runtime, watch, ready.backbones)
 
 
 def prepare(
@@ -214,23 +250,15 @@ def prepare(
     # A weight file by its whole path: workers may run elsewhere, and one file is one network.
     names = dict.fromkeys(weights_in_full(name) for name in spec.backbones)
     chosen = {name: networks.load(name, precision) for name in names}
-    asked = passes(spec, chosen, opened, _device(runtime))
+    asked = passes(spec, chosen, opened, device_of(runtime))
     old = opened.clips if opened else clips.empty()
     base = listing.root.absolute()
     found = scan(old, listing, base, runtime.retry)
     take_known_facts(old, found.table)
     left = staging.all_facts(store)
     take_facts(found.table, (f for f in left if not (runtime.retry and "reason" in f)))
-    plan = make_plan(store, found.table, found.rows, base, asked)
+    plan = make_plan(store, opened, found.table, found.rows, base, asked, chosen)
     return Prepared(listing, found, chosen, plan)
-
-
-def job_of(plan: Plan, store: Path, runtime: Runtime) -> Job:
-    """What the blocks of a plan have in common."""
-    threads = max((one.execution.threads for one in plan.passes), default=1)
-    workers = local_workers(threads, runtime.workers)
-    children = max(1, (os.cpu_count() or 1) // workers)
-    return Job(store.absolute(), plan.passes, children, runtime.deadline_seconds)
 
 
 def keep_text(store: Path, backbone: Backbone, classes: Iterable[str], watch: Watch) -> None:
@@ -254,76 +282,7 @@ def keep_text(store: Path, backbone: Backbone, classes: Iterable[str], watch: Wa
     text.write(store, backbone.name, key, text.TextFeatures(tuple(names), values))
 
 
-@dataclass
-class _Done:
-    frames: int
-    seconds: dict[str, float]
-
-
-def _carry_out(opened: FeatureStore, plan: Plan, runtime: Runtime, watch: Watch) -> _Done:
-    """Compute and write whatever the plan lacks; keep the table's facts up to date in memory."""
-    store, table = opened.path, plan.table
-    assemblers = {
-        column.output.spec.place: Assembler(store, column, len(table))
-        for column in plan.all_columns
-    }
-    for column in plan.all_columns:
-        assemblers[column.output.spec.place].begin(column.copied, plan.keys)
-    done = _Done(0, dict.fromkeys(("decode", "forward", "write"), 0.0))
-
-    def decoded(block: Block) -> None:
-        watch.advance("decode", len(block.clips), sum(map(plan.frames_of, block.clips)))
-
-    def write() -> None:
-        began = time.perf_counter()
-        watch.advance("write", sum(one.write_ready() for one in assemblers.values()))
-        done.seconds["write"] += time.perf_counter() - began
-
-    if plan.blocks:
-        events = Events(decoded, watch.said)
-        job = job_of(plan, store, runtime)
-        cells = sum(column.missing for column in plan.all_columns)
-        clips_in_all = sum(len(block.clips) for block in plan.blocks)
-        totals = {"decode": (clips_in_all, "clips"), "forward": (clips_in_all, "clips"),
-                  "write": (cells, "cells")}  # fmt: skip
-        with watch.bars(**totals):
-            write()
-            for answer in execute(job, list(plan.blocks), runtime, events):
-                facts = _take_report(answer, assemblers, store)
-                take_facts(table, facts)
-                frames = sum(
-                    plan.frames_of(clip)
-                    for clip, fact in zip(answer.block.clips, facts, strict=True)
-                    if "num_frames" in fact
-                )
-                done.frames += frames
-                if isinstance(answer, Report):
-                    for part, seconds in answer.seconds.items():
-                        done.seconds[part] += seconds
-                watch.advance("forward", len(facts), frames)
-                write()
-    write()
-    return done
-
-
-def _take_report(
-    answer: Report | Lost, assemblers: dict[str, Assembler], store: Path
-) -> list[dict[str, Any]]:
-    if isinstance(answer, Lost):
-        reason = {"reason": answer.failure.reason, "detail": answer.failure.detail}
-        facts = [{"rows": list(c.rows), "key": c.key.hex(), **reason} for c in answer.block.clips]
-        staging.put_facts(store, facts)
-    else:
-        facts = answer.facts
-        for place, (name, rows) in answer.staged.items():
-            assemblers[place].staged(store / staging.FOLDER / place / name, rows)
-    over = [row for clip in answer.block.clips for row in clip.rows]
-    for assembler in assemblers.values():
-        assembler.given_up(over)
-    return facts
-
-
-def _record(opened: FeatureStore, ready: Prepared, root: Path) -> None:
+def _record(opened: FeatureStore, ready: Prepared, root: Path, spec: BuildSpec) -> None:
     """Note in the store where its data set and weights lie, for `verify` and for people."""
     asked = {name: list(names) for name, names in opened.attributes.get("backbones", {}).items()}
     for name, backbone in ready.backbones.items():
@@ -335,6 +294,7 @@ def _record(opened: FeatureStore, ready: Prepared, root: Path) -> None:
             "layout": ready.listing.layout,
             "classes": list(ready.listing.classes),
             "backbones": asked,
+            "request": {**asdict(spec), "backbones": list(ready.backbones)},
         }
     )
 
@@ -346,7 +306,7 @@ def weights_in_full(backbone: str) -> str:
     return f"{network}:{file.resolve()}" if colon and file.is_file() else backbone
 
 
-def _log(store: Path, spec: BuildSpec, runtime: Runtime, done: _Done) -> None:
+def _log(store: Path, spec: BuildSpec, runtime: Runtime, done: Done) -> None:
     """A line of history, the only thing in a store that knows the time and the machine."""
     packages = ("torch", "torchvision", "open_clip_torch", "timm", "av", "zarr", "numpy")
     record = {
@@ -360,11 +320,3 @@ def _log(store: Path, spec: BuildSpec, runtime: Runtime, done: _Done) -> None:
     }
     name = f"build-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.json"
     atomic.write(store, store / LOGS / name, json.dumps(record, indent=1).encode())
-
-
-def _device(runtime: Runtime) -> str:
-    if runtime.device != "auto":
-        if runtime.device == "cuda" and not runtime.scheduler and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
-        return runtime.device
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -64,6 +64,7 @@ Serial = Annotated[bool, typer.Option("--serial", help="No cluster; for debuggin
 Retry = Annotated[bool, typer.Option("--retry", help="Try quarantined clips again.")]
 Deadline = Annotated[float, typer.Option(help="Seconds that decoding one file may take.")]
 Text = Annotated[bool, typer.Option(help="Also keep text features of the class prompts (CLIP).")]
+As = typer.Option(help="As in `build`; by default as the store's last build was asked.")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 
@@ -235,6 +236,8 @@ def verify(
         print(f"{result.chunks} cells read, checksums verified")
         print(f"{result.equal + result.close} cells computed again: {result.equal} equal to the "
               f"bit, {result.close} within rounding")  # fmt: skip
+        if result.changed:
+            print(f"{result.changed} columns of changed networks: checksums alone")
         for finding in result.findings:
             where = "  ".join(
                 part for part in (finding.column, finding.shard, finding.clip) if part
@@ -242,6 +245,71 @@ def verify(
             print(f"BAD {where}: {finding.problem}")
         print("nothing differs" if not result.findings else f"{len(result.findings)} findings")
     raise typer.Exit(1 if result.findings else 0)
+
+
+@app.command()
+def diff(
+    store: StoreArgument,
+    backbone: Annotated[list[str] | None, As] = None,
+    keep: Annotated[list[str] | None, As] = None,
+    frames: Annotated[int | None, As] = None,
+    sampling: Annotated[str | None, As] = None,
+    fps: Annotated[float | None, As] = None,
+    stride: Annotated[int | None, As] = None,
+    views: Annotated[int | None, As] = None,
+    flip: Annotated[bool | None, As] = None,
+    random_crop: Annotated[bool | None, As] = None,
+    dtype: Annotated[str | None, As] = None,
+    precision: Annotated[str | None, As] = None,
+    decoder: Annotated[str | None, As] = None,
+    as_json: Json = False,
+) -> None:
+    """Say of every column what in its key is not as asked, and why it cannot serve.
+
+    Example: strata diff ucf101.zarr --frames 16
+    """
+    from pipeline.differing import diff as run
+    from pipeline.differing import facts, lines, request_of
+
+    spec = request_of(store, backbones=backbone, keep=keep, frames=frames, sampling=sampling,
+                      fps=fps, stride=stride, views=views, flip=flip, random_crop=random_crop,
+                      dtype=dtype, precision=precision, decoder=decoder)  # fmt: skip
+    found = run(store, spec)
+    if as_json:
+        _print_json(facts(found))
+    else:
+        print("\n".join(lines(found)) or "the store has no column")
+
+
+@app.command()
+def gc(
+    store: StoreArgument,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Change nothing; say what would be freed.")
+    ] = False,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(help="Also this column: the beginning of its fingerprint, from 6 digits on."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Remove columns of networks that methods changed and no run folder needs; say what it freed.
+
+    Columns of networks as published stay, unless --drop names them.
+
+    Example: strata gc ucf101.zarr --dry-run
+    """
+    from dataclasses import asdict
+
+    from pipeline.show import garbage_lines
+    from stores import FeatureStore
+
+    report = FeatureStore.open(store).gc(dry_run, drop or ())
+    if as_json:
+        facts = asdict(report) | {"store": str(store), "freed_bytes": report.freed_bytes}
+        _print_json(facts)
+    else:
+        print(garbage_lines(report))
 
 
 @app.command()

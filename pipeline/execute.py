@@ -8,13 +8,25 @@ forward worker are in flight, which bounds memory by the number of blocks, not o
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.blocks import Block, Job, Report, close_pools, decode, forward
+from pipeline.blocks import (
+    Block,
+    DecodedBlock,
+    Job,
+    Report,
+    close_pools,
+    decode,
+    forward,
+)
 from pipeline.decoders import Failure
+from pipeline.running import adopt, dismiss
 from pipeline.spec import Runtime
+
+if TYPE_CHECKING:
+    from pipeline.backbones import Backbone
 
 AHEAD = 3
 # Deaths of its worker that a block is forgiven before it is tried alone. At 0, whatever ran beside
@@ -48,9 +60,13 @@ class NoSuchWorker(RuntimeError):
 
 
 def execute(
-    job: Job, blocks: list[Block], runtime: Runtime, events: Events
+    job: Job,
+    blocks: list[Block],
+    runtime: Runtime,
+    events: Events,
+    networks: "Mapping[str, Backbone] | None" = None,
 ) -> Iterator[Report | Lost]:
-    """Run blocks and yield what became of each, in any order.
+    """Run blocks and yield what became of each, in any order. `networks` are given to the workers.
 
     A worker that dies costs its block another try and nothing else. A block that keeps killing
     workers is halved and its parts run one at a time; only a file that kills its worker with
@@ -59,17 +75,25 @@ def execute(
     Raises:
         NoSuchWorker: No worker of the cluster offers what the work needs.
     """
+    given = dict(networks or {})
     if runtime.serial:
         try:
+            for name, backbone in given.items():
+                adopt(name, backbone)
             for block in blocks:
+                if block.cached:
+                    yield forward(job, DecodedBlock(block))
+                    continue
                 decoded = decode(job, block)
                 events.decoded(block)
                 yield forward(job, decoded)
         finally:
             close_pools()
+            for name in given:
+                dismiss(name)
         return
     device = "cuda" if any(one.execution.device == "cuda" for one in job.passes) else "cpu"
-    with _client(job, runtime, device, events) as client:
+    with _client(job, runtime, device, events) as client, _given(client, given):
         suspects: list[Block] = []
         yield from _run(
             client, job, blocks, device, events, AHEAD * _slots(client, device), suspects
@@ -78,7 +102,7 @@ def execute(
             block = suspects.pop(0)
             again: list[Block] = []
             yield from _run(client, job, [block], device, events, 1, again)
-            if again and len(block.files) == 1:
+            if again and block.halves() == [block]:
                 yield Lost(block)
             elif again:
                 events.said(f"block {block.number} killed its worker; trying its halves alone")
@@ -116,11 +140,15 @@ def _run(
         block = next(waiting, None)
         if block is None:
             return
-        pictures = client.submit(decode, job, block, pure=False, priority=-block.number)
+        if block.cached:
+            pictures = DecodedBlock(block)
+        else:
+            pictures = client.submit(decode, job, block, pure=False, priority=-block.number)
+            decodes[pictures] = block
         report = client.submit(
             forward, job, pictures, pure=False, resources=resources, priority=-block.number
         )
-        decodes[pictures], forwards[report] = block, block
+        forwards[report] = block
 
     for _ in range(in_flight):
         submit()
@@ -206,6 +234,32 @@ def _client(job: Job, runtime: Runtime, device: str, events: Events) -> Iterator
         _require(client, device, runtime.scheduler)
         events.said(f"Dask dashboard: {client.dashboard_link}")
         yield client
+
+
+@contextlib.contextmanager
+def _given(client: Any, networks: "dict[str, Backbone]") -> Iterator[None]:
+    """Workers have these networks meanwhile, those that start later too."""
+    from distributed import WorkerPlugin
+
+    class Given(WorkerPlugin):  # type: ignore[misc]
+        def setup(self, worker: Any) -> None:
+            for name, backbone in networks.items():
+                adopt(name, backbone)
+
+        def teardown(self, worker: Any) -> None:
+            for name in networks:
+                dismiss(name)
+
+    if not networks:
+        yield
+        return
+    name = "strata-networks-" + "-".join(networks)
+    client.register_plugin(Given(), name=name)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            client.unregister_worker_plugin(name)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ def take_facts(table: pd.DataFrame, facts: Iterable[dict[str, Any]]) -> None:
     A fact of a clip that cannot be had at present describes it and leaves its status.
     """
     for fact in facts:
+        if "detail" not in fact:  # a clip that began from a feature, of which nothing was learnt
+            continue
         for row in fact["rows"]:
             if row >= len(table):
                 continue

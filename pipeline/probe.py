@@ -2,14 +2,17 @@
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.blocks import Block, Job, close_pools, decode, run_pass
+from pipeline.backbones import Backbone
+from pipeline.blocks import Block, Job, close_pools, decode
 from pipeline.execute import local_workers
 from pipeline.planning import Plan
 from pipeline.progress import Watch
+from pipeline.running import Cells, adopt, dismiss, run_pass
 from pipeline.spec import Runtime
 
 FILES = 6
@@ -34,35 +37,24 @@ class Estimate:
     seconds: float
 
 
-def probe(plan: Plan, job: Job, runtime: Runtime, watch: Watch) -> Estimate:
-    """Decode a few files of the plan and run a few batches of each pass.
+def probe(
+    plan: Plan, job: Job, runtime: Runtime, watch: Watch, networks: Mapping[str, Backbone]
+) -> Estimate:
+    """Decode a few files of the plan and run a few batches of each pass, with these networks.
 
     The files are spread over the plan, since data sets are often sorted by kind.
     """
     watch.said("probing this machine for a few seconds")
-    files = [file for block in plan.blocks for file in block.files]
-    chosen = [files[i] for i in np.linspace(0, len(files) - 1, FILES).round().astype(int)]
-    decode(job, Block(0, tuple(chosen[:1])))  # starts the children
-    seconds = []
-    clips = 0
-    for file in dict.fromkeys(chosen):
-        began = time.perf_counter()
-        decode(job, Block(0, (file,)))
-        seconds.append(time.perf_counter() - began)
-        clips += len(file.clips)
-    close_pools()
-    decode_seconds = sum(seconds) / clips * plan.clips
-
+    decode_seconds = _decoding(plan, job)
     forward_seconds = load_seconds = 0.0
+    for name, backbone in networks.items():
+        adopt(name, backbone)
     for number, one in enumerate(plan.passes):
         batches = plan.batches(number)
         if not batches:
             continue
-        frames = one.frame_set.frames
-        side = one.frame_set.picture.size
-        noise = np.random.default_rng(0).integers(0, 256, (frames, side, side, 3), np.uint8)
-        batch = [noise] * one.execution.batch_clips
-        outputs = tuple(range(len(one.outputs)))
+        batch = _example(plan, job, number) * one.batch_clips
+        outputs = tuple(set().union(*(block.outputs_of(number) for block in plan.blocks)))
         began = time.perf_counter()
         list(run_pass(one, outputs, batch))
         load_seconds += time.perf_counter() - began
@@ -72,6 +64,8 @@ def probe(plan: Plan, job: Job, runtime: Runtime, watch: Watch) -> Estimate:
             list(run_pass(one, outputs, batch))
             times.append(time.perf_counter() - began)
         forward_seconds += float(np.median(times)) * batches
+    for name in networks:
+        dismiss(name)
     threads = max(one.execution.threads for one in plan.passes)
     workers = 1 if runtime.serial or not threads else local_workers(threads, runtime.workers)
     # On a CPU decoding and forward share the cores; on a GPU they overlap.
@@ -81,3 +75,31 @@ def probe(plan: Plan, job: Job, runtime: Runtime, watch: Watch) -> Estimate:
     together = decoding + computing if threads else max(decoding, computing)
     start = START_SECONDS + load_seconds if not runtime.serial else load_seconds
     return Estimate(decode_seconds, forward_seconds, load_seconds, together + start)
+
+
+def _decoding(plan: Plan, job: Job) -> float:
+    """Seconds of all decoding, one child working alone."""
+    files = [file for block in plan.blocks for file in block.files]
+    if not files:
+        return 0.0
+    chosen = [files[i] for i in np.linspace(0, len(files) - 1, FILES).round().astype(int)]
+    decode(job, Block(0, tuple(chosen[:1])))  # starts the children
+    seconds = clips = 0.0
+    for file in dict.fromkeys(chosen):
+        began = time.perf_counter()
+        decode(job, Block(0, (file,)))
+        seconds += time.perf_counter() - began
+        clips += len(file.clips)
+    close_pools()
+    return seconds / clips * sum(len(file.clips) for file in files)
+
+
+def _example(plan: Plan, job: Job, number: int) -> list[np.ndarray]:
+    """One clip's input of a pass."""
+    one = plan.passes[number]
+    if one.source:
+        clips = (clip for block in plan.blocks for clip in block.cached)
+        held = next(clip.held for clip in clips if clip.needs[0][0] == number)
+        return list(Cells(job.store, one.source, [held])[:1])
+    frames, side = one.frame_set.frames, one.frame_set.picture.size
+    return [np.random.default_rng(0).integers(0, 256, (frames, side, side, 3), np.uint8)]

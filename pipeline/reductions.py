@@ -12,9 +12,13 @@
 
 Averages are taken, and given, in float32 whatever the run's precision. Where 7 does not divide a
 side, `grid7` takes windows that overlap by one, as adaptive average pooling does.
+
+A kept feature can feed the stages after it where all they need was kept: a whole output always, a
+class token or the patch tokens as long as each token is taken alone. An average never can.
 """
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -69,6 +73,47 @@ def reduce(x: Tensor, stage: Stage, reduction: str) -> Tensor:
             return nn.functional.adaptive_avg_pool2d(grid.float(), 7)
     known = sorted({name for names in ALLOWED.values() for name in names})
     raise ValueError(f"no reduction {reduction!r}; choose from {', '.join(known)}")
+
+
+def why_not(held: str, stages: Sequence[Stage], wanted: str) -> str:
+    """Why a kept feature cannot give another one further on; "" where it can.
+
+    Args:
+        held: The canonical reduction of the first stage's output, as it was kept.
+        stages: From the stage of the held feature to that of the wanted one, both included.
+        wanted: The canonical reduction of the last stage's output.
+    """
+    first, last = stages[0], stages[-1]
+    if not held or (len(stages) == 1 and held == wanted):
+        return ""
+    name = f"{first.name}:{held}"
+    if held not in ("cls", "map") or first.form != "tokens":
+        return f"{name} is an average, and cannot be taken apart again: keep {first.name} whole"
+    mixing = next((stage for stage in stages[1:] if not stage.token_wise), None)
+    if mixing is not None:
+        return f"{mixing.name} needs all that {first.name} gives, and {name} is a part of it"
+    if held == "cls" and (last.form == "vector" or wanted == "cls"):
+        return ""
+    if held == "map" and last.form == "tokens" and wanted in ("map", "mean", "grid7"):
+        return ""
+    part = "class token" if held == "cls" else "patch tokens"
+    return f"{name} is the {part} alone, and {last.name} is wanted {wanted or 'whole'}"
+
+
+def expand(x: Tensor, stage: Stage, reduction: str) -> Tensor:
+    """A kept feature in the form that the next stage takes: the inverse of `reduce`.
+
+    Tokens that were not kept are absent after the class token, and zero before patch tokens.
+    """
+    match reduction:
+        case "":
+            return x
+        case "cls":
+            return x[:, None]
+        case "map":
+            # Rows of zeros before the patches, in the prefix tokens' places.
+            return nn.functional.pad(x.flatten(2).transpose(1, 2), (0, 0, stage.prefix, 0))
+    raise ValueError(f"{stage.name}:{reduction} cannot be taken apart again")
 
 
 def _grid(x_NLC: Tensor, prefix: int) -> Tensor:

@@ -8,9 +8,11 @@ import pandas as pd
 
 from pipeline.progress import clock, size
 from stores import FeatureStore
+from stores.garbage import Garbage
 
 if TYPE_CHECKING:  # torch, which describing a store has no use for
     from pipeline.building import BuildReport
+    from pipeline.columns import Source
     from pipeline.planning import ColumnPlan, Plan
     from pipeline.probe import Estimate
 
@@ -35,6 +37,8 @@ def report_facts(report: "BuildReport") -> dict[str, Any]:
         "cells_copied": report.copied,
         "quarantined": quarantined.reset_index().to_dict("records"),
         "file_bytes": report.file_bytes,
+        "block_calls": report.calls,
+        "bytes_read": report.bytes_read,
         "seconds": {name: round(value, 3) for name, value in report.seconds.items()},
     }
 
@@ -50,7 +54,7 @@ def report_summary(report: "BuildReport") -> str:
     if any(news.values()):
         lines.append("  against the last build: " + ", ".join(
             f"{count} {what}" for what, count in news.items() if count))  # fmt: skip
-    if report.decoded:
+    if report.computed:
         rate = report.frames / max(seconds["all"], 1e-9)
         lines.append(
             f"  decoded {report.decoded} files, computed {report.computed} clips "
@@ -77,7 +81,7 @@ def plan_facts(made: "Plan", seconds: "Estimate | None", store: Path) -> dict[st
     from pipeline.disk import free_bytes, needed_bytes
 
     columns = []
-    for number, (one, plans) in enumerate(zip(made.passes, made.columns, strict=True)):
+    for one, plans in zip(made.passes, made.columns, strict=False):
         for column in plans:
             spec = column.output.spec
             columns.append(
@@ -92,8 +96,6 @@ def plan_facts(made: "Plan", seconds: "Estimate | None", store: Path) -> dict[st
                     "stale": int(column.stale.sum()),
                     "missing": column.missing,
                     "from": _sources(column),
-                    "batches": made.batches(number) if column.compute.any() else 0,
-                    "block_calls": _calls(made, number) if column.compute.any() else 0,
                     "bytes": spec.file_bytes(column.after),
                     "shards": int(np.unique(np.flatnonzero(column.after) // spec.shard_clips).size),
                 }
@@ -102,7 +104,9 @@ def plan_facts(made: "Plan", seconds: "Estimate | None", store: Path) -> dict[st
         "clips": len(made.table),
         "decodes": made.decodes,
         "clips_to_compute": made.clips,
-        "block_calls": sum(_calls(made, i) for i in range(len(made.passes))),
+        "block_calls": sum(made.calls(i) for i in range(len(made.passes))),
+        "passes": [_pass_facts(made, i) for i in range(len(made.passes)) if made.batches(i)],
+        "bytes_to_read": made.bytes_read,
         "bytes": made.file_bytes,
         "bytes_to_write": made.file_bytes - made.held_bytes,
         "bytes_needed": needed_bytes(made),
@@ -125,9 +129,19 @@ def plan_summary(made: "Plan", seconds: "Estimate | None", store: Path) -> str:
             + (f" ({sources})" if sources else "")
             + f"; {size(c['bytes'])} in {c['shards']} shard{'s' * (c['shards'] != 1)}"
         )
+    for p in facts["passes"]:
+        view = f" view {p['view']}" if p["view"] else ""
+        stages = p["stages"]
+        run = f"{stages[0]} to {stages[-1]}" if stages else "no stage"
+        lines.append(
+            f"  {p['backbone']}{view} from {p['from']}: {p['clips']} clips in {p['batches']} "
+            f"batches through {run} ({len(stages)} of {p['of_stages']} stages), "
+            f"{p['block_calls']} block calls"
+        )
     lines.append(
         f"to do: {facts['decodes']} files to decode, {facts['clips_to_compute']} clips to compute, "
         f"{facts['block_calls']} block calls"
+        + (f", {size(facts['bytes_to_read'])} of features to read" * bool(facts["bytes_to_read"]))
     )
     lines.append(
         f"disk: {size(facts['bytes_to_write'])} to write, {size(facts['bytes'])} in all; "
@@ -200,21 +214,47 @@ def failure_lines(failed: pd.DataFrame) -> str:
     )
 
 
+def garbage_lines(report: Garbage) -> str:
+    """What a garbage collection freed, or would, for a person."""
+    freed, forgot = ("would free", "would forget") if report.dry_run else ("freed", "forgot")
+    lines = [
+        f"{verb} {size(c.size_bytes)}  {c.backbone}  {c.feature}  {c.fingerprint[:16]}: {c.why}"
+        for verb, columns in ((freed, report.freed), ("keeps", report.kept))
+        for c in columns
+    ]
+    lines += [f"{forgot} the run folder {folder}: it is no longer there" for folder in report.gone]
+    count = len(report.freed)
+    total = f"{freed} {size(report.freed_bytes)} in {count} column{'s' * (count != 1)}"
+    return "\n".join([*lines, total if count else "nothing is to be freed"])
+
+
 def _sources(column: "ColumnPlan") -> dict[str, int]:
     counts = {
-        "the video": int(column.compute.sum()),
+        "the video": int(column.from_video.sum()),
+        **{_name(source): int((rows >= 0).sum()) for source, rows in column.sources},
         "a clip with the same bytes": len(column.copied),
         "a build that did not end": len(column.staged),
     }
     return {source: count for source, count in counts.items() if count}
 
 
-def _calls(made: "Plan", number: int) -> int:
-    """Stage calls of a pass: batches times the stages down to the deepest one kept."""
+def _name(source: "Source") -> str:
+    return f"{source.feature} {source.dtype}"
+
+
+def _pass_facts(made: "Plan", number: int) -> dict[str, Any]:
+    """One run of a network from one beginning: what it calls, and how often."""
     one = made.passes[number]
-    names = list(one.stage_keys)
-    deepest = max(names.index(output.stage) for output in one.outputs)
-    return made.batches(number) * (deepest + 1)
+    return {
+        "backbone": one.outputs[0].spec.backbone,
+        "view": one.frame_set.view,
+        "from": _name(one.source) if one.source else "the video",
+        "clips": sum(block.clips_of(number) for block in made.blocks),
+        "batches": made.batches(number),
+        "block_calls": made.calls(number),
+        "stages": one.run_stages(set().union(*(block.outputs_of(number) for block in made.blocks))),
+        "of_stages": len(one.stage_keys),
+    }
 
 
 def _folder_bytes(folder: Path) -> int:

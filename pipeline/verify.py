@@ -12,15 +12,14 @@ from pipeline.blocks import (
     ClipWork,
     FileWork,
     Job,
-    NetworkDiffers,
     close_pools,
     decode,
-    run_pass,
 )
 from pipeline.columns import Execution, Output, Pass, frames_key
 from pipeline.decoders import Decoded, Failure
 from pipeline.files import content_digest, size_and_mtime
 from pipeline.progress import Watch
+from pipeline.running import NetworkDiffers, run_pass
 from pipeline.spec import FrameSet, Picture
 from stores import Damaged, Feature, FeatureStore
 from stores.clips import row_keys
@@ -49,13 +48,16 @@ class Verified:
     Attributes:
         chunks: Cells read whole, their checksums verified.
         equal: Cells computed again from their videos and equal to the bit.
-        close: Cells computed again and equal within the rounding of another machine.
+        close: Cells computed again and equal within the rounding of another machine, or of the
+            feature that they were computed from.
+        changed: Columns of networks that a method has changed: only their checksums were read.
         findings: Everything else.
     """
 
     chunks: int = 0
     equal: int = 0
     close: int = 0
+    changed: int = 0
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -93,7 +95,9 @@ def verify(
         for feature in features:
             result.findings += _checksums(feature, opened, watch)
             result.chunks += int(feature.valid.sum())
-    if not sample or not features:
+    own = [feature for feature in features if not feature.spec.get("grafts")]
+    result.changed = len(features) - len(own)
+    if not sample or not own:
         return result
     root = Path(dataset or opened.attributes["dataset"])
     root = root.parent if root.is_file() else root
@@ -103,7 +107,7 @@ def verify(
             "the checksums alone with --sample 0"
         )
     broken = {(finding.column, finding.clip) for finding in result.findings}
-    for one, members in _passes(features):
+    for one, members in _passes(own):
         rows = _draw(opened, members, sample, seed)
         answers = _decode(opened, one, rows, root, deadline_seconds)
         for row, answer in answers.items():
@@ -270,7 +274,8 @@ def _compare(feature: Feature, row: int, clip: str, cell: np.ndarray, result: Ve
     ours, theirs = (feature.values(bits).astype(np.float64) for bits in (held, cell))
     error = float(np.abs(ours - theirs).max() / max(float(np.abs(theirs).max()), 1e-12))
     precision = feature.spec["stages"][0]["precision"]
-    if error <= max(ROUNDING[feature.dtype], ROUNDING[precision]):
+    rounded = (feature.dtype, precision, *feature.spec.get("resumed", []))
+    if error <= max(ROUNDING[kind] for kind in rounded):
         result.close += 1
         return
     problem = f"differs from the video's feature by {error:.2%} of its largest value"

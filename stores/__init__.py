@@ -5,7 +5,7 @@ a row per clip. `FeatureStore` is how to read one; the pipeline's build is how t
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from urllib.parse import unquote
 
 import pandas as pd
 
-from stores import atomic, clips, lock, text
+from stores import atomic, clips, garbage, lock, references, text
 from stores.columns import FEATURES, Damaged, group_json
 from stores.feature import Feature, FeatureDataset
+from stores.garbage import Garbage
 from stores.identity import store_name
 
 __all__ = ["Damaged", "Feature", "FeatureDataset", "FeatureStore", "NotAStore", "SpecMismatch"]
@@ -110,6 +111,9 @@ class FeatureStore:
     ) -> Feature:
         """One column.
 
+        Where a method has changed the network, its columns have the same names: without a
+        fingerprint they are passed over in favour of the network's own.
+
         Args:
             backbone: As given to `--backbone` (a weight file may be given by its path), or the
                 bare network name where one matches.
@@ -136,6 +140,8 @@ class FeatureStore:
             for feature in [Feature(path, b, n, self.clips)]
             if view is None or feature.spec["frames"]["view"] == view
         ]
+        if len(features) > 1 and not fingerprint:
+            features = [f for f in features if not f.spec.get("grafts")] or features
         if len(features) == 1:
             return features[0]
         asked = f"{backbone} {name}" + (f" {fingerprint}" if fingerprint else "")
@@ -161,6 +167,34 @@ class FeatureStore:
         names = list(self.attributes["classes"] if classes is None else classes)
         return text.read(self.path, store_name(backbone), names)
 
+    def hold(self, holder: str | Path, fingerprints: Iterable[str]) -> None:
+        """Say that a run folder needs columns: `gc` leaves them while the folder exists.
+
+        Adds to what the folder holds already. Hold first, then open: from then on they stay.
+
+        Raises:
+            ValueError: The folder does not exist, or what is given is no fingerprint.
+        """
+        references.hold(self.path, holder, fingerprints)
+
+    def release(self, holder: str | Path) -> None:
+        """Say that a run folder needs nothing of this store any more."""
+        references.release(self.path, holder)
+
+    def gc(self, dry_run: bool = False, drop: Sequence[str] = ()) -> Garbage:
+        """Remove the columns of changed networks that no run folder holds, and say what it freed.
+
+        Args:
+            dry_run: Change nothing, and say what would be freed.
+            drop: Beginnings of the fingerprints, 6 digits or more, of other columns to remove.
+
+        Raises:
+            ValueError: `drop` names no column or several, or one that a run folder needs.
+            Damaged: A reference cannot be read, so that nothing may be freed.
+            StoreLocked: Another process writes this store.
+        """
+        return garbage.collect(self.path, dry_run, drop)
+
     def set_attributes(self, changes: Mapping[str, Any]) -> None:
         """Change the store's own attributes (where the data set lies, its classes)."""
         self.attributes |= changes
@@ -174,7 +208,7 @@ class FeatureStore:
         root = self.path / FEATURES
         for metadata in root.glob("*/*/*/zarr.json"):
             path = metadata.parent
-            if not path.name.endswith(".done"):
+            if not path.name.endswith(".done") and not garbage.is_shell(path):
                 backbone, name = (unquote(part) for part in path.relative_to(root).parts[:2])
                 yield backbone, name, path
 

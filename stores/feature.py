@@ -10,7 +10,9 @@ import pandas as pd
 import zarr
 
 from stores.clips import row_keys
-from stores.columns import CODEC_ERRORS, Damaged, read_all, runs
+from stores.columns import CODEC_ERRORS, MISSING, Damaged, read_all
+from stores.reader import KEEP_BYTES, Reader, ShardReader, Unreadable, plain_shards
+from stores.zarr_reader import ZarrReader
 
 if TYPE_CHECKING:
     import dask.array
@@ -23,7 +25,11 @@ class Feature:
         backbone: "ViT-B-16:openai".
         name: Stage, or stage:reduction.
         path: Of the Zarr array.
+        keep_bytes: A column of small cells that is read at random again and again is kept in this
+            process's memory up to that size; 0 for never. To be set before the first read.
     """
+
+    keep_bytes = KEEP_BYTES
 
     def __init__(self, path: Path, backbone: str, name: str, clips: pd.DataFrame) -> None:
         self.path, self.backbone, self.name = path, backbone, name
@@ -69,31 +75,64 @@ class Feature:
         valid[:length] = (done[:length] == keys[:length]).all(axis=1)
         return valid & keys.any(axis=1)
 
-    def read(self, rows: Sequence[int] | np.ndarray | slice = slice(None)) -> np.ndarray:
+    def read(
+        self,
+        rows: Sequence[int] | np.ndarray | slice = slice(None),
+        out: np.ndarray | None = None,
+        verify: bool = True,
+    ) -> np.ndarray:
         """Features of some clips.
 
         Args:
             rows: Row ids of the table of clips, in any order; a slice of them; or a mask of all.
+            out: Where to put them, in place of a new array: C-contiguous (len(rows), T, ...) of
+                the type returned, such as `pinned_tensor.numpy()`. One of uint16 takes
+                bfloat16's own bits (`torch.uint16`, then `.view(torch.bfloat16)`).
+            verify: Check the chunks' checksums.
 
         Returns:
-            A new array (len(rows), T, ...) of `dtype`; bfloat16 comes as float32, exactly.
+            (len(rows), T, ...) of `dtype`; bfloat16 comes as float32, exactly. `out` if given.
 
         Raises:
             IndexError: A row is outside the table.
             LookupError: A row has no valid feature; the message says why.
             Damaged: A shard's file is missing, cut off or changed.
+            ValueError: `out` does not fit; the message says what would.
         """
         wanted = self._rows(rows)
-        absent = wanted[~self.valid[wanted]]
-        if len(absent):
-            raise LookupError(self._absence(absent))
-        distinct, places = np.unique(wanted, return_inverse=True)
-        cells = self.bits(distinct)
-        lost = distinct[self.is_fill(cells)]
-        if len(lost):
-            raise Damaged(self._damage(int(lost[0]), "it has no chunk for a row marked done"))
-        in_order = np.array_equal(distinct, wanted)
-        return self.values(cells if in_order else cells[places])
+        valid = self.valid[wanted]
+        if not valid.all():
+            raise LookupError(self._absence(wanted[~valid]))
+        out = self._room(len(wanted), out)
+        widened = out.dtype != self._stored
+        bits = np.empty(out.shape, self._stored) if widened else out
+        lost = self._bits(wanted, bits, verify)
+        if lost:
+            row = int(wanted[lost].min())
+            raise Damaged(self._damage(row, "it has no chunk for a row marked done"))
+        if widened:
+            np.left_shift(bits, 16, out=out.view(np.uint32), dtype=np.uint32)
+        return out
+
+    def _room(self, count: int, out: np.ndarray | None) -> np.ndarray:
+        """`out`, or a new array where there is none.
+
+        Raises:
+            ValueError: It is not such an array.
+        """
+        shape, stored = (count, *self.shape[1:]), self._stored
+        numbers = np.dtype(np.float32) if self.dtype == "bfloat16" else stored
+        if out is None:
+            return np.empty(shape, numbers)
+        fits = isinstance(out, np.ndarray) and out.shape == shape and out.dtype in (numbers, stored)
+        if fits and out.flags.c_contiguous and out.flags.writeable:
+            return out
+        types = " or ".join(dict.fromkeys(str(dtype) for dtype in (numbers, stored)))
+        found = f"{type(out).__name__} {getattr(out, 'shape', '')} {getattr(out, 'dtype', '')}"
+        raise ValueError(
+            f"out is a {found}{' in another layout or read-only' if fits else ''}; these "
+            f"rows take a writeable, C-contiguous numpy array {shape} of {types}"
+        )
 
     def _rows(self, rows: Sequence[int] | np.ndarray | slice) -> np.ndarray:
         """Row ids as int64, whichever way they were given."""
@@ -105,33 +144,46 @@ class Feature:
             if len(given) != clips:
                 raise IndexError(f"a mask of {len(given)} for a table of {clips} clips")
             return np.flatnonzero(given)
-        if len(given) and not np.issubdtype(given.dtype, np.integer):
+        if len(given) and given.dtype.kind not in "iu":
             raise IndexError(f"rows are whole numbers or a mask, not {given.dtype}")
-        wanted = given.astype(np.int64)
-        if len(wanted) and not (wanted.min() >= 0 and wanted.max() < clips):
+        wanted = given.astype(np.int64, copy=False)
+        # Without its sign a negative number is larger than any row.
+        if len(wanted) and wanted.view(np.uint64).max() >= clips:
             raise IndexError(
                 f"rows {wanted.min()} to {wanted.max()} asked of a table of {clips} clips"
             )
         return wanted
 
     def bits(self, rows: np.ndarray) -> np.ndarray:
-        """Cells as stored (bfloat16 as uint16), valid or not; `rows` increase."""
-        out = np.empty((len(rows), *self.shape[1:]), self._array.dtype)
-        # Runs of neighbours, a slice each: fancy indexing in Zarr is two orders slower.
-        for a, b in runs(rows):
-            first, last = int(rows[a]), int(rows[b - 1])
-            state = None
-            # Zarr reads a shard's index and then its chunks. Where a builder replaced the file in
-            # between, the chunks are others than the index says, under checksums that hold.
-            while state is None or state != self._state(first, last):
-                state = self._state(first, last)
-                try:
-                    out[a:b] = self._array[first : last + 1]
-                except CODEC_ERRORS as error:
-                    if state == self._state(first, last):
-                        raise Damaged(self._damage(first, str(error))) from error
-                    state = None
+        """Cells as stored (bfloat16 as uint16), valid or not; the fill value where none is."""
+        out = np.empty((len(rows), *self.shape[1:]), self._stored)
+        out[self._bits(rows, out, verify=True)] = MISSING[self.dtype]
         return out
+
+    def _bits(self, rows: np.ndarray, out: np.ndarray, verify: bool) -> list[int]:
+        """Fill `out` with stored bits. Returns the places in `rows` that have no chunk."""
+        try:
+            return self._reader.read(rows, out, verify)
+        except Unreadable as error:
+            raise Damaged(self._damage(error.row, str(error))) from error
+
+    @cached_property
+    def _stored(self) -> np.dtype[Any]:
+        """The array's own type: uint16 for bfloat16."""
+        return np.dtype(self._array.dtype)
+
+    @cached_property
+    def _reader(self) -> Reader:
+        folder = plain_shards(self._array)
+        if folder is None:
+            return ZarrReader(self._array, self.is_fill, self._state)
+        reader = ShardReader(folder, self._array)
+        reader.keep_bytes = self.keep_bytes
+        return reader
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: no descriptors, no cells kept in memory."""
+        return {name: value for name, value in self.__dict__.items() if name != "_reader"}
 
     def is_fill(self, bits: np.ndarray) -> np.ndarray:
         """bool [rows]: which cells are the fill value, as where there is no chunk.

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STDLIB = sys.stdlib_module_names
 MAY_IMPORT = {
-    "stores": {"stores", "numpy", "zarr", "pandas", "pyarrow", "dask"},
+    "stores": {"stores", "numpy", "zarr", "pandas", "pyarrow", "dask", "google_crc32c"},
     "heads": {"heads", "torch", "numpy", "faiss"},
 }
 

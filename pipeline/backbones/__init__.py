@@ -16,19 +16,25 @@ A chain starts from uint8 pictures [N, S, S, 3] RGB; its first stage normalises 
 
 import difflib
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline._variants import available, variant
 from pipeline.spec import Picture
 from stores.identity import digest
 
+if TYPE_CHECKING:
+    from pipeline.backbones._grafts import Suffix
+
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+GRAFT = "graft"
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,10 @@ class Stage:
         token_wise: Each output token depends on the input token in its place alone. A vector made
             of the class token alone counts as standing in that token's place.
         prefix: Class (and register) tokens before the patch tokens; `tokens` only.
+        frames: T of a module that looks across the frames of a clip; 0 where it looks at each
+            frame alone.
+        original: The stage whose place a method's module has taken; None for the network's own.
+        sealed: Nobody else holds the module, so what it is now it stays.
     """
 
     name: str
@@ -55,14 +65,46 @@ class Stage:
     form: str
     token_wise: bool = False
     prefix: int = 0
+    frames: int = 0
+    original: "Stage | None" = None
+    sealed: bool = False
+    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the module computes besides its parameters: `code` and `options`, as JSON."""
+        if self.code != GRAFT:
+            return {"code": self.code, "options": dict(self.options)}
+        from pipeline.backbones._identity import identity
+
+        if self.sealed and "identity" in self._known:
+            return dict(self._known["identity"])
+        known, stage = [], self.original
+        while stage is not None:
+            if stage.module is not self.module:
+                known.append((stage.module, stage.identity()))
+            stage = stage.original
+        self._known["identity"] = {"code": GRAFT, "options": identity(self.module, known)}
+        return dict(self._known["identity"])
+
+    @property
     def parameters(self) -> str:
-        """Digest of the module's parameters and buffers, taken once: a stage is frozen."""
-        return parameter_digest(self.module)
+        """Digest of the module's parameters and buffers.
+
+        Kept for a frozen stage while no tensor is replaced or changed in place; taken anew each
+        time where anything may be training.
+        """
+        tensors = tensors_of(self.module).values()
+        live = self.original is not None or any(tensor.requires_grad for tensor in tensors)
+        if live and not self.sealed:
+            return parameter_digest(self.module)
+        state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        if self._known.get("state") != state:
+            self._known.update(state=state, digest=parameter_digest(self.module))
+        held: str = self._known["digest"]
+        return held
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Backbone:
     """A chain of stages over pictures of one kind.
 
@@ -82,9 +124,27 @@ class Backbone:
     channels_last: bool = False
     text: "TextTower | None" = None
 
+    def __repr__(self) -> str:
+        precision = str(self.precision).removeprefix("torch.")
+        grafts = [stage.name for stage in self.stages if stage.original is not None]
+        more = f", changed at {', '.join(grafts)}" if grafts else ""
+        return f"<Backbone {self.name}: {len(self.stages)} stages in {precision}{more}>"
+
     @property
     def stage_names(self) -> list[str]:
         return [stage.name for stage in self.stages]
+
+    @property
+    def changed(self) -> list[str]:
+        """Stages that are no longer the network's own: grafted, or unfrozen and trained since."""
+        found = []
+        for stage in self.stages:
+            own = stage
+            while own.original is not None:
+                own = own.original
+            if own is not stage and self.describe(own) != self.describe(stage):
+                found.append(stage.name)
+        return found
 
     def stage(self, name: str) -> Stage:
         """The stage of that name.
@@ -113,26 +173,74 @@ class Backbone:
         """Everything that decides the stage's output for a given input, as JSON."""
         return {
             "stage": stage.name,
-            "code": stage.code,
-            "options": dict(stage.options),
+            **stage.identity(),
             "parameters": stage.parameters,
             "precision": str(self.precision).removeprefix("torch."),
         }
 
-    def run(self, x: Tensor, keep: Iterable[str], start: str | None = None) -> dict[str, Tensor]:
+    def graft(self, stage: str, module: nn.Module) -> "Backbone":
+        """A backbone with `module` in a stage's place. This one stays as it is.
+
+        The module takes the stage's input and gives an output of the stage's form. It may say
+        `frames` (T, where it looks across the frames of a clip), and `token_wise`; see
+        `heads.grafts`. Column keys from this stage on follow its code, attributes and parameters.
+
+        Raises:
+            ValueError: No such stage, or the module's output does not fit the stages after it.
+            TypeError: `module` is no module, or holds what no key can name.
+        """
+        from pipeline.backbones import _grafts
+
+        return _grafts.graft(self, stage, module)
+
+    def unfreeze(self, *stages: str) -> "Backbone":
+        """A backbone with trainable copies of some of its stages. This one stays as it is.
+
+        The keys stay what they are until training changes a parameter.
+
+        Raises:
+            ValueError: No such stage.
+        """
+        from pipeline.backbones import _grafts
+
+        return _grafts.unfreeze(self, stages)
+
+    def suffix(self, after: str, keep: Sequence[str] = ()) -> "Suffix":
+        """The rest of the chain as a module to train on a cached feature.
+
+        Args:
+            after: The feature it starts from, as given to `--keep`: STAGE or STAGE:REDUCTION.
+            keep: Stages whose outputs to give, by name; by default the last one's alone.
+
+        Raises:
+            ValueError: No such stage, or a reduction that cannot feed what follows.
+        """
+        from pipeline.backbones import _grafts
+
+        return _grafts.Suffix(self, after, keep)
+
+    def run(
+        self,
+        x: Tensor,
+        keep: Iterable[str],
+        start: str | None = None,
+        calls: "Counter[str] | None" = None,
+    ) -> dict[str, Tensor]:
         """Run the chain as far as the last stage in `keep`.
 
         Args:
-            x: uint8 pictures [N, S, S, 3], or the output of stage `start` in any float type.
+            x: uint8 pictures [N, S, S, 3], or the output of stage `start` in any float type: all
+                of it, or some of its tokens where all stages that run take each token alone.
             keep: Names of stages whose output is wanted.
             start: The stage after which to begin; None for the pictures.
+            calls: Counts the calls of each stage.
 
         Returns:
             The outputs by stage name, in the run's precision. They share no memory with `x`.
 
         Raises:
-            ValueError: An unknown stage, one that comes before `start`, or pictures of another
-                size or type.
+            ValueError: An unknown stage, one that comes before `start`, or an `x` of another
+                shape or type than the start has.
         """
         wanted = set(keep)
         names = self.stage_names
@@ -142,15 +250,31 @@ class Backbone:
         early = [name for name in wanted if names.index(name) < first]
         if early:
             raise ValueError(f"{', '.join(early)} come no later than the start, {start}")
-        x = self._pictures(x) if start is None else self._resumed(x, self.stage(start))
+        last = max((names.index(name) + 1 for name in wanted), default=first)
+        x = self._pictures(x) if start is None else self._resumed(x, first, last)
         outputs: dict[str, Tensor] = {}
-        for stage in self.stages[first:]:
-            if len(outputs) == len(wanted):
-                break
+        for stage in self.stages[first:last]:
+            if stage.frames and len(x) % stage.frames:
+                raise ValueError(
+                    f"{stage.name} looks across clips of {stage.frames} frames, and {len(x)} "
+                    "frames are no whole number of them"
+                )
             x = stage.module(x)
+            if calls is not None:
+                calls[stage.name] += 1
             if stage.name in wanted:
                 outputs[stage.name] = x
         return outputs
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one frame's output of every stage. Nothing is computed: shapes alone pass."""
+        frames = max(stage.frames for stage in self.stages) or 1
+        size = self.picture.size
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            pictures = torch.zeros(frames, size, size, 3, dtype=torch.uint8)
+            outputs = self.run(pictures, self.stage_names)
+        return {name: tuple(output.shape[1:]) for name, output in outputs.items()}
 
     def _pictures(self, x: Tensor) -> Tensor:
         size = self.picture.size
@@ -161,7 +285,23 @@ class Backbone:
             )
         return x
 
-    def _resumed(self, x: Tensor, stage: Stage) -> Tensor:
+    def _resumed(self, x: Tensor, first: int, last: int) -> Tensor:
+        stage, shape = self.stages[first - 1], self.shapes[self.stages[first - 1].name]
+        fits = x.is_floating_point() and tuple(x.shape[1:]) == shape
+        some_tokens = (
+            stage.form == "tokens"
+            and x.ndim == 3
+            and x.shape[2] == shape[1]
+            and all(following.token_wise for following in self.stages[first:last])
+        )
+        if not (fits or (x.is_floating_point() and some_tokens)):
+            mixing = [s.name for s in self.stages[first:last] if not s.token_wise]
+            raise ValueError(
+                f"after {stage.name} {self.name} goes on from {stage.form} [N, "
+                f"{', '.join(map(str, shape))}], not from {str(x.dtype).removeprefix('torch.')} "
+                f"{list(x.shape)}"
+                + (f"; {mixing[0]} needs all of it" if mixing and x.ndim == 3 else "")
+            )
         # The last bits follow memory format and alignment, and what was stored comes back in any:
         # a copy lies as the stage itself would have left it.
         nhwc = self.channels_last and stage.form == "map"
@@ -183,10 +323,16 @@ class TextTower(Protocol):
         """Everything that decides the features of given prompts, as JSON."""
 
 
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name: those that a state dict leaves out, too."""
+    found: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    return found | dict(module.named_buffers(remove_duplicate=False))
+
+
 def parameter_digest(module: nn.Module) -> str:
     """SHA-256 over the names, types, shapes and bytes of parameters and buffers."""
     total = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
+    for name, tensor in sorted(tensors_of(module).items()):
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         total.update(flat.numpy())

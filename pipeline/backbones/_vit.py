@@ -103,6 +103,8 @@ class AttentionStep(nn.Module):
 class MlpStep(nn.Module):
     """x + scale(mlp(norm(x))), for each token alone."""
 
+    token_wise = True
+
     def __init__(self, norm: nn.Module, mlp: nn.Module, scale: nn.Module) -> None:
         super().__init__()
         self.norm = norm

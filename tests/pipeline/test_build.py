@@ -105,7 +105,7 @@ def test_features_equal_the_network_called_directly(videos, built):
 
 def test_a_second_build_decodes_nothing_and_changes_no_byte(videos, built, monkeypatch):
     before = {p: p.read_bytes() for p in built.rglob("*") if p.is_file()}
-    monkeypatch.setattr("pipeline.building.execute", lambda *args: pytest.fail("work was begun"))
+    monkeypatch.setattr("pipeline.carrying.execute", lambda *args: pytest.fail("work was begun"))
     monkeypatch.setattr("pipeline.scan.content_digest", lambda path: pytest.fail("read"))
     report = build(videos, built, SPEC, runtime=SERIAL)
     assert (report.decoded, report.computed, report.hashed, report.new) == (0, 0, 0, 0)

@@ -1,0 +1,212 @@
+"""How fast are random batches of clips read, against a memory map of the same bytes?
+
+    python benchmarks/bench_read.py [--megabytes 1024] [--repeats 25] [--folder DIR] [--json]
+
+Three columns of float16 as a build writes them (shards of 64 to 128 MB, a crc32c a clip), and the
+same values in one plain .npy; T = 8:
+
+  pooled   T x 512            8 KB a clip    batches of 32 and of 256
+  token    T x 197 x 768      2.4 MB         batches of 32
+  map      T x 256 x 14 x 14  0.8 MB         batches of 32
+
+All are in the page cache, and each contender reads into a buffer it was given, unless it cannot.
+The measure of all is `np.take(memmap, rows, axis=0, out=out, mode="clip")`: numpy's fastest way
+into a given buffer (with its default mode it copies twice). `memmap[rows]` makes a new array.
+Contenders take turns of about 64 MB in an order drawn anew for each round, each with rows of its
+own; the median of a contender's turns counts.
+
+The pooled column is read twice: kept in memory after its first sixteenth, as `Feature.read` does
+up to `keep_bytes`, and with `keep_bytes = 0`, as a larger column is.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import tensorstore
+import zarr
+
+from stores import Feature, FeatureStore, clips
+from stores.columns import Column, ColumnSpec
+
+SHAPES = {"pooled": (8, 512), "token": (8, 197, 768), "map": (8, 256, 14, 14)}
+BATCHES = {"pooled": (32, 256), "token": (32,), "map": (32,)}
+BASELINE = "memmap, take into out"
+FAST = ("memmap", "strata")
+TURN_BYTES = 64 << 20
+
+Contender = Callable[[np.ndarray, np.ndarray], object]
+
+
+def make(folder: Path, name: str, megabytes: int) -> tuple[Feature, np.ndarray]:
+    """A column of random finite numbers, and a memory map of the same."""
+    cell = SHAPES[name]
+    count = max(256, (megabytes << 20) // (2 * int(np.prod(cell))))
+    store = FeatureStore.create(folder / f"{name}.zarr")
+    row = clips.blank("", "", "train") | {"status": "ready"}
+    table = pd.DataFrame([row | {"path": f"{i}.mp4", "digest": f"{i:064d}"} for i in range(count)])
+    table = table.astype(clips.COLUMNS).rename_axis(index="row")
+    clips.write(store.path, table)
+    keys = clips.row_keys(table)
+    spec = ColumnSpec("net:tag", name, "ab" * 32, cell, "float16", {})
+    column = Column(store.path, spec)
+    column.create(count)
+    plain = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, (count, *cell))
+    rng = np.random.default_rng(0)
+    for first in range(0, count, spec.shard_clips):
+        rows = np.arange(first, min(first + spec.shard_clips, count))
+        bits = rng.integers(0, 0x7C00, (len(rows), *cell), np.uint16)
+        plain[rows[0] : rows[-1] + 1] = bits.view(np.float16)
+        column.write_shard(
+            first // spec.shard_clips, rows, bits.view(np.float16), keys[rows], count
+        )
+    plain.flush()
+    feature = FeatureStore.open(store.path).feature("net:tag", name)
+    return feature, np.load(folder / f"{name}.npy", mmap_mode="r")
+
+
+def contenders(feature: Feature, plain: np.ndarray, small: bool) -> dict[str, Contender]:
+    """What reads a batch, by name: (rows, out) -> anything."""
+    array = zarr.open_array(str(feature.path), mode="r")
+    opened = tensorstore.open(
+        {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": str(feature.path)},
+            # Room for the shards' indices, which it would else read anew each time.
+            "context": {"cache_pool": {"total_bytes_limit": 64 << 20}},
+            "recheck_cached_data": "open",
+        },
+        read=True,
+    ).result()
+
+    def take(rows: np.ndarray, out: np.ndarray) -> None:
+        np.take(plain, rows, axis=0, out=out, mode="clip")
+
+    def slices(rows: np.ndarray, out: np.ndarray) -> None:
+        for i, row in enumerate(rows.tolist()):
+            out[i] = array[row]
+
+    def gathered(rows: np.ndarray, out: np.ndarray) -> None:
+        async def one(i: int, row: int) -> None:
+            out[i] = (await array.async_array.getitem((slice(row, row + 1),)))[0]
+
+        async def together() -> None:
+            await asyncio.gather(*(one(i, row) for i, row in enumerate(rows.tolist())))
+
+        asyncio.run(together())
+
+    def batched(rows: np.ndarray, out: np.ndarray) -> None:
+        with tensorstore.Batch() as batch:
+            reads = [opened[row].read(batch=batch) for row in rows.tolist()]
+        for i, read in enumerate(reads):
+            out[i] = read.result()
+
+    found: dict[str, Contender] = {
+        BASELINE: take,
+        "memmap[rows]": lambda rows, out: plain[rows],
+        "strata, unverified": lambda rows, out: feature.read(rows, out, verify=False),
+        "strata": lambda rows, out: feature.read(rows, out),
+    }
+    if small:
+        files = FeatureStore.open(feature.path.parents[3]).feature(feature.backbone, feature.name)
+        files.keep_bytes = 0
+        found["strata, not kept, unverified"] = lambda r, out: files.read(r, out, verify=False)
+        found["strata, not kept"] = lambda rows, out: files.read(rows, out)
+    return found | {
+        "zarr, a slice a clip": slices,
+        "zarr, asynchronous": gathered,
+        "tensorstore, a batch": batched,
+        "tensorstore, index array": lambda rows, out: opened[rows].read().result(),
+    }
+
+
+def measure(
+    ways: dict[str, Contender], feature: Feature, batch: int, repeats: int
+) -> dict[str, float]:
+    """GB/s of each contender: the median of its turns."""
+    rng = np.random.default_rng(1)
+    count = feature.shape[0]
+    out = np.zeros((batch, *feature.shape[1:]), np.float16)
+    for name, way in ways.items():
+        # Once through the column, so that every page is mapped and what may be kept is kept.
+        for _ in range(count // batch if name.startswith(FAST) else 2):
+            way(rng.integers(0, count, batch), out)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    turn = max(1, TURN_BYTES // out.nbytes)
+    for _ in range(repeats):
+        for name in rng.permutation(list(ways)).tolist():
+            # The slow ones take shorter turns, or nothing else would get one.
+            rows = rng.integers(0, count, (turn if name.startswith(FAST) else 1, batch))
+            began = time.perf_counter()
+            for each in rows:
+                ways[name](each, out)
+            seconds[name].append((time.perf_counter() - began) / len(rows))
+    return {name: out.nbytes / statistics.median(each) / 1e9 for name, each in seconds.items()}
+
+
+def check(ways: dict[str, Contender], feature: Feature, plain: np.ndarray) -> None:
+    """Every contender gives the same bytes."""
+    rows = np.random.default_rng(2).integers(0, feature.shape[0], 16)
+    for name, way in ways.items():
+        out = np.zeros((len(rows), *feature.shape[1:]), np.float16)
+        made = way(rows, out)
+        got = out if made is None else np.asarray(made)
+        assert got.tobytes() == plain[rows].tobytes(), name
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=int, default=1024, help="of token and map each")
+    parser.add_argument("--pooled-megabytes", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--folder", type=Path, help="where to write; the system's by default")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+
+    runs = []
+    for name, cell in SHAPES.items():
+        megabytes = options.pooled_megabytes if name == "pooled" else options.megabytes
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            feature, plain = make(Path(folder), name, megabytes)
+            ways = contenders(feature, plain, small=name == "pooled")
+            check(ways, feature, plain)
+            for batch in BATCHES[name]:
+                rates = measure(ways, feature, batch, options.repeats)
+                runs.append(
+                    {
+                        "feature": name, "cell": cell, "batch": batch, "clips": feature.shape[0],
+                        "shards": len(list(feature.path.rglob("c/*"))), "gigabytes_a_second": rates,
+                        "ratio": {way: rate / rates[BASELINE] for way, rate in rates.items()},
+                    }
+                )  # fmt: skip
+    machine = {
+        "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "system": platform.release(),
+        **{p: version(p) for p in ("numpy", "zarr", "tensorstore", "google-crc32c")},
+    }  # fmt: skip
+    if options.json:
+        print(json.dumps({"runs": runs, "machine": machine}, indent=1))
+        return 0
+    for run in runs:
+        shape = " x ".join(map(str, run["cell"]))
+        print(f"{run['feature']} {shape}: batches of {run['batch']} of {run['clips']} clips, "
+              f"{run['shards']} shards")  # fmt: skip
+        for way, rate in run["gigabytes_a_second"].items():
+            print(f"  {way:32} {rate:7.2f} GB/s  {run['ratio'][way]:6.2f}")
+    print(machine)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

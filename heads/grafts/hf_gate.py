@@ -1,0 +1,112 @@
+"""HF-Net's gate: frames hand part of what they hold to the frame before, and nothing is lost.
+
+HF-Net, after a block that gives F in [B, T, C, H, W]; a shift is by one frame, with zeros:
+
+    F-  = F shifted left                                    (frame t sees frame t + 1)
+    G-  = tanh(Conv3d(C -> 1, kernel 2x3x3)[F, F-])         one number a place, for all channels
+    G+  = G- shifted right
+    out = G- * F- + (1 - G+) * F
+
+What frame t takes of frame t + 1, G-[t] * F[t + 1], is what frame t + 1 gives away: the sum over
+the frames of a clip stays what it was. 18 C + 1 parameters.
+
+Ours, where the paper is silent: kernel and bias start at zero, the identity; on ViT tokens the
+patches are gated as a square grid and the prefix tokens are left as they are (so behind the last
+block, where only the class token is read on, a gate has no effect); the non-conservative form
+makes G+ by a second convolution of the same pair, shifted right too, so that it differs from the
+conservative one in nothing but the two gates' being independent.
+
+Shapes: N = B * T frames, C channels, H x W a grid, L tokens with P prefix tokens first, G gates.
+"""
+
+import math
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from heads.grafts._clips import frames_of, shift_left, shift_right
+
+
+class HFGate(nn.Module):
+    """`inner`, and the gate on what it gives: maps [N, C, H, W] or tokens [N, L, C].
+
+    Args:
+        inner: The stage's module.
+        channels: C of its output.
+        frames: T.
+        conservative: False for two independent gates, twice the parameters.
+        prefix: P. Class and register tokens; 0 on maps.
+        seed: As for every graft. Nothing is drawn: all starts at zero.
+    """
+
+    code = "hf_gate/1"
+    token_wise = False
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        channels: int,
+        frames: int,
+        conservative: bool = True,
+        prefix: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.inner = inner
+        self.channels = channels
+        self.frames = frames_of(self, inner, frames)
+        self.conservative = conservative
+        self.prefix = prefix
+        gates = 1 if conservative else 2
+        zeros = torch.zeros(gates, channels, 2, 3, 3, dtype=torch.float32, device="cpu")
+        self.weight = nn.Parameter(zeros)  # of a Conv3d: the pair's own frame first, then F-
+        self.bias = nn.Parameter(zeros.new_zeros(gates))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        wide = out.to(self.weight.dtype)
+        taken, given = self._gates(wide)
+        # The maps first in each product: it then has their memory format.
+        kept = wide * (1 - shift_right(given, self.frames))
+        return (shift_left(wide, self.frames) * taken + kept).to(out.dtype)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; an inner without trainable parameters stays in eval."""
+        self.training = mode
+        self.inner.train(mode and any(p.requires_grad for p in self.inner.parameters()))
+        return self
+
+    def _gates(self, wide: Tensor) -> tuple[Tensor, Tensor]:
+        """G-, and G+ before its shift: [N, 1, H, W] or [N, L, 1]."""
+        map_NCHW = self._map(wide)
+        # A kernel over two frames is two kernels over one, the sums of the second moved left: one
+        # convolution of the frames as they lie, and no pairs of them in memory.
+        kernels = self.weight.transpose(1, 2).flatten(0, 1)
+        sums = functional.conv2d(map_NCHW, kernels, padding=1)
+        own, following = sums[:, 0::2], sums[:, 1::2]
+        gates = torch.tanh(own + shift_left(following, self.frames) + self.bias[:, None, None])
+        if wide.ndim == 4:
+            return gates[:, :1], gates[:, -1:]
+        # A prefix token's gate is zero: it takes nothing and gives nothing away.
+        gates = functional.pad(gates.flatten(2).transpose(1, 2), (0, 0, self.prefix, 0))
+        return gates[..., :1], gates[..., -1:]
+
+    def _map(self, wide: Tensor) -> Tensor:
+        if wide.ndim == 4 and wide.shape[1] == self.channels and not self.prefix:
+            return wide
+        if wide.ndim == 3 and wide.shape[2] == self.channels:
+            patches_NLC = wide[:, self.prefix :]
+            N, L, C = patches_NLC.shape
+            side = math.isqrt(L)
+            if side and side * side == L:
+                return patches_NLC.reshape(N, side, side, C).permute(0, 3, 1, 2)
+        raise ValueError(
+            f"a gate of {self.channels} channels and prefix={self.prefix} on {list(wide.shape)}: "
+            "it takes maps [N, channels, H, W] with prefix=0, or tokens [N, prefix + side * side, "
+            "channels], the prefix being the stage's"
+        )
+
+
+build = HFGate

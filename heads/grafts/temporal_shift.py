@@ -1,0 +1,100 @@
+"""TSM: some channels of each frame come from its neighbours in time, before a residual block.
+
+Temporal Shift Module (Lin, Gan and Han, ICCV 2019), section 4, its residual form: the shift stands
+before conv1 inside the block's branch, and the identity path is left as it is. Per clip, with
+F = C // fold, as in the authors' code:
+
+    x[t, 0:F]    <- x[t + 1, 0:F]       the first fold comes from the next frame (left in time)
+    x[t, F:2F]   <- x[t - 1, F:2F]      the second one from the frame before (right in time)
+    x[t, 2F:]    as it is
+
+Frames that would come from outside of the clip are zeros. Ours: fold = 0 moves nothing, the frozen
+block bit for bit. (The authors' ResNet-101 and deeper shift every second block: graft those.)
+
+Shapes: N = B * T frames, C channels, H x W a grid.
+"""
+
+import copy
+from typing import Self
+
+from torch import Tensor, nn
+
+from heads.grafts._clips import by_clip, frames_of
+
+
+class Shift(nn.Module):
+    """`inner` behind a shift of 1/fold of the channels forward and as many backward in time."""
+
+    def __init__(self, inner: nn.Module, frames: int, fold: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.frames = frames
+        self.fold = fold
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        x_BTCHW = by_clip(x_NCHW, self.frames)
+        if self.fold:
+            shifted_NCHW = x_NCHW.clone()
+            out_BTCHW = by_clip(shifted_NCHW, self.frames)
+            F = x_NCHW.shape[1] // self.fold
+            out_BTCHW[:, :-1, :F] = x_BTCHW[:, 1:, :F]
+            out_BTCHW[:, -1, :F] = 0
+            out_BTCHW[:, 1:, F : 2 * F] = x_BTCHW[:, :-1, F : 2 * F]
+            out_BTCHW[:, 0, F : 2 * F] = 0
+            x_NCHW = shifted_NCHW
+        out: Tensor = self.inner(x_NCHW)
+        return out
+
+
+class TemporalShift(nn.Module):
+    """A residual block whose conv1 sees shifted channels. It has no parameters of its own.
+
+    To gate or to regularise a shifted block, shift first and put the other graft around it.
+
+    Args:
+        inner: A residual block with a convolution `conv1` (torchvision's BasicBlock, Bottleneck).
+        frames: T.
+        fold: 1/fold of the channels come from the next frame and 1/fold from the one before; at
+            least 2, or 0 for no shift.
+    """
+
+    code = "temporal_shift/1"
+    token_wise = False
+
+    def __init__(self, inner: nn.Module, frames: int, fold: int = 8) -> None:
+        super().__init__()
+        conv = getattr(inner, "conv1", None)
+        if not isinstance(conv, nn.Conv2d):
+            parts = ", ".join(name for name, _ in inner.named_children()) or "no parts"
+            raise ValueError(
+                f"a temporal shift on {type(inner).__name__} ({parts}), which has no convolution "
+                "conv1: it stands for residual blocks, such as layer3.0, and is the first graft "
+                "on them"
+            )
+        if fold != 0 and not 2 <= fold <= conv.in_channels:
+            raise ValueError(
+                f"{fold=} of {conv.in_channels} channels: give 0 for no shift, or 2 to "
+                f"{conv.in_channels}"
+            )
+        self.inner = inner
+        self.frames = frames_of(self, inner, frames)
+        self.fold = fold
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        # The block's forward, with another conv1, in a twin that lives for this call: it holds
+        # the block's parts themselves, and the block is left as it is. The twin needs a table of
+        # parts of its own, which a shallow copy would share; it takes tens of microseconds.
+        twin = copy.copy(self.inner)
+        vars(twin)["_modules"] = dict(self.inner._modules)
+        twin.conv1 = Shift(self.inner.get_submodule("conv1"), self.frames, self.fold)
+        out: Tensor = twin(x_NCHW)
+        return out
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; an inner without trainable parameters stays in eval."""
+        self.training = mode
+        self.inner.train(mode and any(p.requires_grad for p in self.inner.parameters()))
+        return self
+
+
+build = TemporalShift

@@ -1,0 +1,246 @@
+"""Methods' own modules in a chain, and the end of a chain as a module to train.
+
+A graft takes a stage's place; the chain stays a chain, so keys, plans and runs follow by
+themselves. Nothing here changes a backbone: each call gives another one.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pipeline.backbones import GRAFT, Backbone, Stage, tensors_of
+from pipeline.reductions import canonical_reduction, expand, why_not
+
+NDIM = {"tokens": 3, "map": 4, "vector": 2}
+
+
+def graft(backbone: Backbone, name: str, module: nn.Module) -> Backbone:
+    """See `Backbone.graft`."""
+    stage = backbone.stage(name)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name}: a graft is a torch module, not a {type(module).__name__}")
+    frames = _frames(name, module)
+    new = Stage(
+        name,
+        module,
+        GRAFT,
+        {},
+        stage.form,
+        stage.token_wise and bool(getattr(module, "token_wise", False)) and not frames,
+        stage.prefix,
+        frames,
+        stage,
+    )
+    grafted = _with(backbone, {name: new})
+    if _check_shapes(backbone, grafted, new):
+        grafted.__dict__["shapes"] = backbone.shapes
+    new.identity()  # what no key can name is refused now, and not when the training is over
+    return grafted
+
+
+def unfreeze(backbone: Backbone, names: Sequence[str]) -> Backbone:
+    """See `Backbone.unfreeze`."""
+    changes = {}
+    for name in names:
+        stage = backbone.stage(name)
+        module = copy.deepcopy(stage.module).requires_grad_(True)
+        changes[name] = replace(stage, module=module, original=stage)
+    return _as_it_is(backbone, changes)
+
+
+def snapshot(backbone: Backbone) -> Backbone:
+    """The backbone as it is now, in eval mode: training that goes on changes nothing of it."""
+    changes = {}
+    for stage in backbone.stages:
+        live = any(t.requires_grad for t in tensors_of(stage.module).values())
+        if stage.original is not None or live or stage.module.training:
+            stage.identity()  # of the module as it lies in its place, with what it stands for
+            module = copy.deepcopy(stage.module).eval().requires_grad_(False)
+            sealed = replace(stage, module=module, sealed=True)
+            sealed._known.update(stage._known)
+            sealed._known.pop("state", None)
+            changes[stage.name] = sealed
+    return without_text(_as_it_is(backbone, changes))
+
+
+def without_text(backbone: Backbone) -> Backbone:
+    """The pictures' part alone: what is copied and sent."""
+    new = replace(backbone, text=None)
+    new.__dict__["shapes"] = backbone.shapes
+    return new
+
+
+class Suffix(nn.Module):
+    """The chain after a cached feature. Shares its modules with the backbone it comes from.
+
+    `train()` puts in training mode what is trainable, and leaves frozen stages as they are: a batch
+    norm that does not train keeps its running statistics.
+
+    Attributes:
+        stages: The modules, by number of the stage.
+    """
+
+    def __init__(self, backbone: Backbone, after: str, keep: Sequence[str] = ()) -> None:
+        super().__init__()
+        name, _, reduction = after.partition(":")
+        first = backbone.stage(name)
+        reduction = canonical_reduction(first, reduction)
+        begin = backbone.stage_names.index(name)
+        wanted = list(keep) or [backbone.stage_names[-1]]
+        for one in wanted:
+            last = backbone.stage_names.index(backbone.stage(one).name)
+            if last <= begin:
+                raise ValueError(f"{one} comes no later than {after}, after which the suffix runs")
+            chain = backbone.stages[begin : last + 1]
+            # Of tokens the suffix gives those that it was given.
+            part = "" if chain[-1].form != "tokens" else reduction
+            reason = why_not(reduction, chain, part)
+            if reason:
+                raise ValueError(f"a suffix after {after} cannot give {one}: {reason}")
+        self._backbone = (without_text(backbone),)  # in a tuple: no module, nothing to walk
+        self._first, self._reduction = first, reduction
+        self._wanted, self._alone = wanted, not keep
+        end = max(backbone.stage_names.index(one) for one in wanted)
+        self.stages = nn.ModuleList(s.module for s in backbone.stages[begin + 1 : end + 1])
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        """Run the stages.
+
+        Args:
+            x: The feature, [N, ...] a frame each or [B, T, ...] as a store gives it, in any float
+                type. bfloat16 and float16 are taken up to the backbone's precision.
+
+        Returns:
+            The last stage's output, or a dict of those in `keep`, with the same leading axes.
+
+        Raises:
+            ValueError: The shape is not that of the feature.
+        """
+        shape = self._shape()
+        clips = x.ndim == len(shape) + 2
+        frames = x.flatten(0, 1) if clips else x
+        if tuple(frames.shape[1:]) != shape:
+            raise ValueError(
+                f"the suffix starts from {self._first.name}"
+                f"{':' * bool(self._reduction)}{self._reduction}, [clips, T, "
+                f"{', '.join(map(str, shape))}] or [N, {', '.join(map(str, shape))}], not from "
+                f"{list(x.shape)}"
+            )
+        (backbone,) = self._backbone
+        outputs = backbone.run(
+            expand(frames, self._first, self._reduction), self._wanted, self._first.name
+        )
+        if clips:
+            outputs = {n: y.reshape(*x.shape[:2], *y.shape[1:]) for n, y in outputs.items()}
+        return outputs[self._wanted[0]] if self._alone else outputs
+
+    def train(self, mode: bool = True) -> "Suffix":
+        """Training mode for what trains; frozen stages stay in eval."""
+        self.training = mode
+        for stage in self.stages:
+            stage.train(mode and any(p.requires_grad for p in stage.parameters()))
+        return self
+
+    def _shape(self) -> tuple[int, ...]:
+        (backbone,) = self._backbone
+        whole = backbone.shapes[self._first.name]
+        if self._reduction == "cls":
+            return whole[-1:]
+        if self._reduction == "map":
+            side = round((whole[0] - self._first.prefix) ** 0.5)
+            return (whole[1], side, side)
+        return whole
+
+
+def _frames(name: str, module: nn.Module) -> int:
+    """T, as the module or a part of it says; 0 where none looks across frames."""
+    said = [getattr(part, "frames", 0) for part in module.modules()]
+    odd = [frames for frames in said if type(frames) is not int or frames < 0]
+    lengths = sorted({frames for frames in said if frames not in odd and frames})
+    if odd or len(lengths) > 1:
+        found = " and ".join(map(repr, odd or lengths))
+        raise ValueError(
+            f"{name}: the module's `frames` is {found}: it says how many frames of a clip the "
+            "module looks across, one number for all its parts, 0 for one frame at a time"
+        )
+    return lengths[0] if lengths else 0
+
+
+def _with(backbone: Backbone, changes: dict[str, Stage]) -> Backbone:
+    stages = tuple(changes.get(stage.name, stage) for stage in backbone.stages)
+    return replace(backbone, stages=stages)
+
+
+def _as_it_is(backbone: Backbone, changes: dict[str, Stage]) -> Backbone:
+    """With stages whose outputs have the shapes that they had."""
+    new = _with(backbone, changes)
+    new.__dict__["shapes"] = backbone.shapes
+    return new
+
+
+def _check_shapes(backbone: Backbone, grafted: Backbone, new: Stage) -> bool:
+    """Pass a clip of zeros through the graft, and its shape through what follows.
+
+    Returns:
+        Whether the graft's output has the shape of the stage's.
+    """
+    number = backbone.stage_names.index(new.name)
+    before = backbone.stages[number - 1] if number else None
+    expected = backbone.shapes[new.name]
+    frames = max(stage.frames for stage in grafted.stages) or 1
+    device = next((t.device for t in tensors_of(new.module).values()), torch.device("cpu"))
+    size = backbone.picture.size
+    shape: tuple[int, ...] = (frames, size, size, 3)
+    dtype = torch.uint8
+    if before is not None:
+        shape, dtype = (frames, *backbone.shapes[before.name]), backbone.precision
+    said = f"{new.name}: {type(new.module).__name__}"
+    with _eval(new.module), torch.no_grad():
+        try:
+            y = new.module(torch.zeros(shape, dtype=dtype, device=device))
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{said} does not take the stage's input, {str(dtype).removeprefix('torch.')} "
+                f"{list(shape)} ({frames} frames): {error}"
+            ) from error
+    if not isinstance(y, Tensor) or y.ndim != NDIM[new.form] or len(y) != frames:
+        found = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(
+            f"{said} gives {found} for {frames} frames; the stage gives {new.form} "
+            f"{[frames, *expected]}"
+        )
+    if y.dtype != backbone.precision:
+        raise ValueError(
+            f"{said} gives {y.dtype}; {backbone.name} runs in {backbone.precision}: let the module "
+            "give the type of its input back"
+        )
+    if tuple(y.shape[1:]) == expected:
+        return True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            z = torch.zeros(y.shape, dtype=y.dtype)
+            for stage in grafted.stages[number + 1 :]:
+                z = stage.module(z)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{said} gives {[frames, *y.shape[1:]]} where the stage gives {[frames, *expected]}, "
+            f"and {grafted.stages[number + 1].name} and what follows do not take that"
+        ) from error
+    return False
+
+
+@contextmanager
+def _eval(module: nn.Module) -> Iterator[None]:
+    """In eval mode for a while; every part's mode is what it was afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

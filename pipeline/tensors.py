@@ -1,0 +1,118 @@
+"""Tensors: a feature's cells where a head trains on them.
+
+Small features are read once and stay whole on the device, where a batch is an index. Larger ones
+stream: the next batches are read, and copied to the device, while the present one is computed on.
+
+Shapes: N clips, B clips a batch, T frames; the rest is the feature's.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stores import Feature
+
+BUDGET_BYTES = 2 << 30
+AHEAD = 2
+
+
+class FeatureTensors:
+    """Cells of some clips as tensors of the type they are kept in (float16, float32, bfloat16).
+
+    Args:
+        feature: Of an open store.
+        rows: Of the table of clips, in any order; by default every valid one.
+        device: Where batches are wanted.
+        budget_bytes: Up to this size the cells stay whole on the device.
+
+    Raises:
+        IndexError: A row is outside the table.
+
+    Reading raises LookupError where a clip has no valid feature, and Damaged as `Feature.read`.
+    """
+
+    def __init__(
+        self,
+        feature: Feature,
+        rows: Sequence[int] | np.ndarray | None = None,
+        device: str | torch.device = "cpu",
+        budget_bytes: int = BUDGET_BYTES,
+    ) -> None:
+        self.feature, self.device = feature, torch.device(device)
+        self.rows = np.flatnonzero(feature.valid) if rows is None else np.asarray(rows, np.int64)
+        if len(self.rows) and not (self.rows.min() >= 0 and self.rows.max() < feature.shape[0]):
+            raise IndexError(
+                f"rows {self.rows.min()} to {self.rows.max()} asked of {feature.shape[0]} clips"
+            )
+        self.dtype: torch.dtype = getattr(torch, feature.dtype)
+        self.stays = len(self.rows) * self.cell_bytes <= budget_bytes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def cell_bytes(self) -> int:
+        return int(np.prod(self.feature.shape[1:])) * self.dtype.itemsize
+
+    @cached_property
+    def whole(self) -> Tensor:
+        """All cells, [N, T, ...], read at the first use.
+
+        Raises:
+            ValueError: They are more than the budget; batches are the way then.
+        """
+        if not self.stays:
+            raise ValueError(
+                f"{len(self)} cells of {self.feature.name} are "
+                f"{len(self) * self.cell_bytes / 1e9:.1f} GB, more than the budget: take "
+                "`batches`, or give a larger `budget_bytes`"
+            )
+        return self._read(self.rows).to(self.device)
+
+    def __getitem__(self, places: Tensor | np.ndarray | Sequence[int]) -> Tensor:
+        """Cells [B, T, ...] of some of the clips, by their places in `rows`."""
+        chosen = torch.as_tensor(places, dtype=torch.int64)
+        if self.stays:
+            return self.whole[chosen.to(self.device)]
+        return self._read(self.rows[chosen.cpu().numpy()]).to(self.device)
+
+    def batches(
+        self, size: int, generator: np.random.Generator | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over the clips: places in `rows`, int64 [B] on the CPU, and their cells.
+
+        Args:
+            size: B; the last batch may have fewer.
+            generator: Draws the order; without one they come as in `rows`.
+        """
+        if size < 1:
+            raise ValueError(f"{size=}: a batch has at least one clip")
+        order = np.arange(len(self)) if generator is None else generator.permutation(len(self))
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        if self.stays:
+            for part in parts:
+                yield torch.from_numpy(part), self[part]
+            return
+        with ThreadPoolExecutor(1) as reader:
+            waiting: deque[Future[Tensor]] = deque()
+            try:
+                for number, part in enumerate(parts):
+                    for coming in parts[number + len(waiting) : number + 1 + AHEAD]:
+                        waiting.append(reader.submit(self._read, self.rows[coming]))
+                    cells = waiting.popleft().result()
+                    yield torch.from_numpy(part), cells.to(self.device, non_blocking=True)
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _read(self, rows: np.ndarray) -> Tensor:
+        pin = self.device.type == "cuda"
+        cells = torch.empty((len(rows), *self.feature.shape[1:]), dtype=self.dtype, pin_memory=pin)
+        bits = cells.view(torch.uint16) if self.dtype is torch.bfloat16 else cells
+        self.feature.read(rows, out=bits.numpy())
+        return cells

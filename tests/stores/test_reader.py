@@ -1,0 +1,548 @@
+"""The reader of cells: the bits that zarr-python reads, whatever happens to the files meanwhile."""
+
+import contextlib
+import errno
+import gc
+import multiprocessing
+import os
+import pickle
+import resource
+import threading
+import time
+
+import google_crc32c
+import numpy as np
+import pandas as pd
+import pytest
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
+
+from stores import Damaged, Feature, FeatureStore, clips, columns, reader
+from stores.columns import MISSING, STORED, Column, ColumnSpec
+from stores.reader import ShardReader
+from stores.zarr_reader import ZarrReader
+
+CELL = (4, 6)
+SLOTS = 8  # clips a shard
+INDEX_BYTES = 16 * SLOTS + 4
+# A fork of a process with threads (pytest's, Zarr's) is what a data loader does by default.
+FORKS = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+
+def cells_of(rows, dtype="float16", salt=0):
+    """Stored bits: every number of a cell tells its row and its version."""
+    values = np.array([np.full(CELL, 2 * row + salt, np.float32) for row in rows]).reshape(
+        -1, *CELL
+    )
+    values += np.arange(CELL[1], dtype=np.float32) / 8 if dtype == "float32" else 0
+    if dtype == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(dtype)
+
+
+class Made:
+    """A store with one column, a shard of 8 clips, written as a build writes it."""
+
+    def __init__(self, path, count, absent=(), dtype="float16"):
+        self.store, self.dtype = FeatureStore.create(path), dtype
+        self.column = Column(path, ColumnSpec("net:tag", "pool", "ab" * 32, CELL, dtype, {}))
+        self.write(np.setdiff1d(np.arange(count), absent), count)
+
+    def write(self, rows, count, salt=0):
+        table = pd.DataFrame(
+            clips.blank(f"{i}.mp4", "wave", "train") | {"digest": f"{i:064d}", "status": "ready"}
+            for i in range(count)
+        )
+        table = table.astype(clips.COLUMNS).rename_axis(index="row")
+        clips.write(self.store.path, table)
+        self.column.create(count)
+        keys = clips.row_keys(table)
+        for shard in np.unique(rows // SLOTS):
+            mine = rows[rows // SLOTS == shard]
+            cells = cells_of(mine, self.dtype, salt)
+            self.column.write_shard(int(shard), mine, cells, keys[mine], count)
+
+    def feature(self) -> Feature:
+        return FeatureStore.open(self.store.path).feature("net:tag", "pool")
+
+    def whole(self) -> np.ndarray:
+        """All cells by zarr-python."""
+        return zarr.open_array(str(self.column.path), mode="r")[:]
+
+    def shard(self, number=0):
+        return self.column.shard_file(number)
+
+    def stored(self, **options) -> None:
+        """Write the array anew, in another way that Zarr knows."""
+        array = zarr.open_array(str(self.column.path), mode="r")
+        whole, attributes = array[:], dict(array.attrs)
+        given = {"shards": (SLOTS, *CELL), "chunks": (1, *CELL), "compressors": None}
+        given |= options
+        zarr.create_array(
+            str(self.column.path), shape=whole.shape, dtype=whole.dtype, filters=None,
+            fill_value=MISSING[self.dtype], attributes=attributes,
+            overwrite=True, **given,
+        )[:] = whole  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(columns, "MAX_SHARD_CLIPS", SLOTS)
+    monkeypatch.setattr(reader, "SPAN_BYTES", 150)  # spans of three cells or four
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(params=["from files", "from memory"])
+def memory(request, monkeypatch):
+    """Whether what was read once in single cells is kept; with it, at once."""
+    kept = request.param == "from memory"
+    monkeypatch.setattr(Feature, "keep_bytes", reader.KEEP_BYTES if kept else 0)
+    return kept
+
+
+def numbers(bits, dtype):
+    return (bits.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else bits
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_rows_in_any_order_are_what_zarr_reads(tmp_path, memory, dtype):
+    made = Made(tmp_path / "s", 60, absent=[*range(16, 24), 3, 40], dtype=dtype)
+    whole, feature = made.whole(), made.feature()
+    assert isinstance(feature._reader, ShardReader)
+    there, rng = np.flatnonzero(feature.valid), np.random.default_rng(0)
+    assert len(there) == 50
+    for count in [1, 2, 5, 20, 20, 20, 50, 200]:
+        drawn, near = rng.choice(there, count), rng.choice(there[10:20], count)
+        for rows in (drawn, np.sort(drawn), near, np.sort(near), there[:count]):
+            found = feature.read(rows)
+            assert found.tobytes() == numbers(whole[rows], dtype).tobytes()
+            assert found.shape == (len(rows), *CELL)
+    assert feature.bits(np.arange(60)).tobytes() == whole.tobytes()
+    assert feature.read([]).shape == (0, *CELL)
+    assert (feature._reader._kept is not None) == memory
+
+
+@pytest.mark.parametrize("checksums", [[], [Crc32cCodec()]], ids=["bare", "crc32c"])
+@pytest.mark.parametrize(
+    "moved",
+    [lambda nth, size: nth * size, lambda nth, size: nth * 64, lambda nth, size: nth * nth * size],
+    ids=["side by side", "aligned", "anywhere"],
+)
+def test_chunks_may_lie_anywhere_and_have_no_checksums(tmp_path, memory, checksums, moved):
+    made = Made(tmp_path / "s", 20, absent=[5])
+    whole, rows = made.whole(), np.delete(np.arange(20), 5)
+    made.stored(compressors=checksums)
+    size = 48 + 4 * len(checksums)
+    data = made.shard().read_bytes()
+    index = np.frombuffer(data[-INDEX_BYTES:-4], "<u8").reshape(SLOTS, 2).copy()
+    body = bytearray(moved(SLOTS, size) + size)
+    for entry in index:
+        if entry[1] == size:
+            start = int(entry[0])
+            entry[0] = to = moved(start // size, size)
+            body[to : to + size] = data[start : start + size]
+    checksum = google_crc32c.value(index.tobytes()).to_bytes(4, "little")
+    made.shard().write_bytes(bytes(body) + index.tobytes() + checksum)
+    feature = made.feature()
+    assert isinstance(feature._reader, ShardReader)
+    for _ in range(2):
+        assert feature.read(rows[::-1]).tobytes() == whole[rows[::-1]].tobytes()
+        assert feature.read([7, 1]).tobytes() == whole[[7, 1]].tobytes()
+
+
+OTHERS = {
+    "compressed": {"compressors": "auto"},
+    "unsharded": {"shards": None, "compressors": [Crc32cCodec()]},
+    "big-endian": {"compressors": [Crc32cCodec()], "serializer": BytesCodec(endian="big")},
+    "index first": {
+        "shards": None,
+        "chunks": (SLOTS, *CELL),
+        "serializer": ShardingCodec(chunk_shape=(1, *CELL), index_location="start"),
+    },
+    "two clips a chunk": {"chunks": (2, *CELL), "compressors": [Crc32cCodec()]},
+    "other keys": {"chunk_key_encoding": {"name": "v2", "separator": "/"}},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_arrays_are_read_through_zarr(tmp_path, kind):
+    made = Made(tmp_path / "s", 20, absent=[5])
+    whole = made.whole()
+    made.stored(**OTHERS[kind])
+    feature = made.feature()
+    assert isinstance(feature._reader, ZarrReader)
+    rows = [9, 2, 3, 2, 19, 4]
+    assert feature.read(rows).tobytes() == whole[rows].tobytes()
+    assert feature.bits(np.arange(20)).tobytes() == whole.tobytes()
+    out = np.zeros((2, *CELL), np.float16)
+    assert feature.read([7, 8], out) is out
+    assert out.tobytes() == whole[[7, 8]].tobytes()
+    with pytest.raises(LookupError, match="first is row 5"):
+        feature.read([4, 5])
+
+
+def test_zarr_is_asked_for_runs_of_neighbours_and_each_row_once():
+    slices = []
+
+    class Asked:
+        def __getitem__(self, rows):
+            slices.append((rows.start, rows.stop))
+            return cells_of(range(rows.start, rows.stop))
+
+    out = np.zeros((7, *CELL), np.float16)
+    rows = np.array([7, 2, 3, 3, 4, 12, 7])
+    absent = ZarrReader(Asked(), lambda bits: bits[:, 0, 0] == 24).read(rows, out)
+    assert sorted(slices) == [(2, 5), (7, 8), (12, 13)]
+    assert absent == [5]
+    np.testing.assert_array_equal(out, cells_of(rows))
+
+
+def test_a_longer_column_is_seen_by_who_opens_it_and_hurts_nobody_else(tmp_path, memory):
+    made = Made(tmp_path / "s", 12)
+    old = made.feature()
+    for _ in range(2):
+        np.testing.assert_array_equal(old.read([11, 3]), cells_of([11, 3]))
+    made.write(np.arange(12, 30), 30)
+    np.testing.assert_array_equal(old.read([11, 3]), cells_of([11, 3]))
+    np.testing.assert_array_equal(made.feature().read(slice(5, 30)), cells_of(range(5, 30)))
+
+
+def test_a_replaced_shard_is_noticed(tmp_path, memory):
+    made = Made(tmp_path / "s", 20)
+    feature = made.feature()
+    for salt in (1, 0, 1):
+        made.write(np.arange(8, 16), 20, salt)
+        for rows in ([9], [19, 9, 1], range(20), [9, 1]):
+            expected = cells_of(rows)
+            expected[(np.array(rows) // 8) == 1] += salt
+            np.testing.assert_array_equal(feature.read(rows), expected)
+
+
+def test_a_read_that_a_replacement_interrupts_has_one_version_of_the_shard(tmp_path, monkeypatch):
+    """Index and chunks of two versions would pass the checksums: here the rows have moved."""
+    made = Made(tmp_path / "s", 8, absent=[0, 1, 2])
+    feature, real = made.feature(), os.preadv
+    feature.keep_bytes = 0
+    feature.read([3])
+
+    def replacing(descriptor, buffers, start):
+        monkeypatch.setattr(os, "preadv", real)
+        made.write(np.arange(8), 8, salt=1)
+        return real(descriptor, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", replacing)
+    np.testing.assert_array_equal(feature.read([6, 3]), cells_of([6, 3]))
+    np.testing.assert_array_equal(feature.read([6, 3]), cells_of([6, 3], salt=1))
+
+
+def spoil(made, damage):
+    data = bytearray(made.shard().read_bytes())
+    if damage == "a cell":
+        data[52 * 2 + 5] ^= 1
+    elif damage == "its checksum":
+        data[52 * 3 - 1] ^= 1
+    elif damage == "the index":
+        data[-20] ^= 1
+    elif damage == "an entry":
+        index = np.frombuffer(data, "<u8", 2 * SLOTS, len(data) - INDEX_BYTES)
+        index[4] = len(data) - INDEX_BYTES - 51
+        data[-4:] = google_crc32c.value(index.tobytes()).to_bytes(4, "little")
+    elif damage == "cut in a cell":
+        data = data[: 52 * 2 + 30]
+    elif damage == "cut in the index":
+        data = data[: len(data) - 30]
+    made.shard().write_bytes(b"" if damage == "emptied" else data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["a cell", "its checksum", "the index", "an entry", "cut in a cell", "cut in the index",
+     "emptied"],
+)  # fmt: skip
+@pytest.mark.parametrize("rows", [[2], [17, 2, 18], range(20)], ids=["one", "few", "all"])
+def test_damage_is_named_whatever_was_read_before(tmp_path, memory, damage, rows):
+    made = Made(tmp_path / "s", 20)
+    before, after = made.feature(), made.feature()
+    before.read([18, 2])
+    before.read([18, 2])
+    spoil(made, damage)
+    for feature in (before, after):
+        for _ in range(2):
+            with pytest.raises(
+                Damaged, match=r"pool/abab\w+/c/0/0/0 is damaged near row \d \(\d\.mp4\): it.* "
+                r"`strata verify` says"
+            ) as caught:  # fmt: skip
+                feature.read(rows)
+            if "cell" in damage or "checksum" in damage or "entry" in damage:
+                assert "near row 2 " in str(caught.value) or "cut" in damage
+            np.testing.assert_array_equal(feature.read([18, 9]), cells_of([18, 9]))
+    made.shard().unlink()
+    with pytest.raises(Damaged, match=r"near row 2 .*no chunk for a row marked done"):
+        after.read([18, 2])
+
+
+@pytest.mark.parametrize("rows", [[2, 4], range(8)], ids=["few", "all"])
+def test_checksums_can_be_left_out_and_the_index_is_checked_still(tmp_path, rows):
+    made = Made(tmp_path / "s", 8)
+    spoil(made, "a cell")
+    found = made.feature().read(rows, verify=False)
+    wrong = (found != cells_of(rows)).any(axis=(1, 2))
+    assert [row for row, is_wrong in zip(rows, wrong, strict=True) if is_wrong] == [2]
+    spoil(made, "an entry")
+    with pytest.raises(Damaged, match="index points to where no chunk can be"):
+        made.feature().read(rows, verify=False)
+    spoil(made, "the index")
+    with pytest.raises(Damaged, match="index does not match its checksum"):
+        made.feature().read(rows, verify=False)
+
+
+@pytest.mark.parametrize("rows", [[2, 4], range(8)], ids=["few", "all"])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_file_that_is_cut_off_during_a_read_is_damaged(tmp_path, monkeypatch, rows, verify):
+    made = Made(tmp_path / "s", 8)
+    feature, real = made.feature(), os.preadv
+    feature.keep_bytes = 0
+    feature.read([1])
+
+    def cutting(descriptor, buffers, start):
+        os.truncate(made.shard(), 52 * 2 + 30)
+        return real(descriptor, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", cutting)
+    with pytest.raises(Damaged, match="its index does not match"):
+        feature.read(rows, verify=verify)
+
+
+@pytest.mark.parametrize("rows", [[2, 4], range(8)], ids=["few", "all"])
+def test_what_the_kernel_gives_in_parts_is_put_together(tmp_path, monkeypatch, rows):
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda d, buffers, at: real(d, [buffers[0][:10]], at))
+    feature = Made(tmp_path / "s", 8).feature()
+    feature.keep_bytes = 0
+    np.testing.assert_array_equal(feature.read(rows), cells_of(rows))
+
+
+@pytest.mark.parametrize(("code", "times", "ends"), [("EIO", 9, True), ("ESTALE", 1, False)])
+def test_a_disk_that_fails_is_named_and_a_stale_file_opened_again(
+    tmp_path, monkeypatch, code, times, ends
+):
+    made = Made(tmp_path / "s", 8)
+    feature, real, left = made.feature(), os.preadv, times
+    feature.read([1])
+
+    def failing(descriptor, buffers, start):
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError(getattr(errno, code), code)
+        return real(descriptor, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    if ends:
+        with pytest.raises(Damaged, match=f"near row 1 .*{code}"):
+            feature.read([1])
+    else:
+        np.testing.assert_array_equal(feature.read([1]), cells_of([1]))
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_a_given_buffer_is_filled_and_returned(tmp_path, memory, dtype):
+    import torch
+
+    made = Made(tmp_path / "s", 20, dtype=dtype)
+    feature, rows = made.feature(), [3, 17, 3]
+    whole = made.whole()
+    kept = torch.zeros((5, *CELL), dtype=torch.float16 if dtype == "float16" else torch.float32)
+    for _ in range(2):
+        view = kept[1:4].numpy()
+        assert feature.read(rows, out=view) is view
+        assert kept[1:4].numpy().tobytes() == numbers(whole[rows], dtype).tobytes()
+        assert not kept[[0, 4]].any()
+        kept[:] = 0
+    if dtype == "bfloat16":
+        bits = torch.zeros((3, *CELL), dtype=torch.uint16)
+        feature.read(rows, out=bits.numpy())
+        assert torch.equal(bits.view(torch.bfloat16).float(), torch.tensor(feature.read(rows)))
+
+
+def test_a_buffer_that_does_not_fit_is_refused_with_both_shapes(tmp_path):
+    feature = Made(tmp_path / "s", 8).feature()
+    fitting = r"rows take a writeable, C-contiguous numpy array \(2, 4, 6\) of float16"
+    for wrong, named in [
+        (np.zeros((3, 4, 6), np.float16), r"\(3, 4, 6\) float16"),
+        (np.zeros((2, 4, 6), np.float32), r"\(2, 4, 6\) float32"),
+        (np.zeros((2, 6, 4), np.float16).swapaxes(1, 2), "in another layout"),
+        (np.frombuffer(bytes(96), np.float16).reshape(2, 4, 6), "read-only"),
+        ([0.0], "list"),
+    ]:
+        with pytest.raises(ValueError, match=f"{named}.*{fitting}"):
+            feature.read([0, 1], out=wrong)
+    with pytest.raises(ValueError, match="of float32 or uint16"):
+        Made(feature.path.parents[4] / "b", 8, dtype="bfloat16").feature().read([0], np.zeros(3))
+
+
+def test_several_threads_copy_large_cells_and_tell_of_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "THREAD_BYTES", 100)
+    monkeypatch.setattr(reader, "SMALL_BYTES", 0)
+    made = Made(tmp_path / "s", 40)
+    feature, names = made.feature(), set()
+    feature._reader.threads = 3
+    real = os.preadv
+
+    def slow(*arguments):
+        names.add(threading.current_thread().name)
+        time.sleep(0.0005)
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    rows = np.random.default_rng(0).permutation(40)
+    np.testing.assert_array_equal(feature.read(rows), cells_of(rows))
+    assert len(names) == 3
+    names.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing, "parent_process", lambda: "a loader's worker has one")
+        feature.read(rows)
+    assert len(names) == 1
+    spoil(made, "a cell")
+    with pytest.raises(Damaged, match="near row 2 "):
+        feature.read(rows)
+
+
+def test_threads_read_whole_cells_while_a_builder_replaces_shards(tmp_path, memory):
+    made = Made(tmp_path / "s", 24)
+    files = [made.shard(number) for number in range(3)]
+    versions = [[file.read_bytes() for file in files]]
+    made.write(np.arange(24), 24, salt=1)
+    versions.append([file.read_bytes() for file in files])
+    feature, ends, wrong = made.feature(), time.monotonic() + 1, []
+
+    def hammer(seed):
+        rng, out = np.random.default_rng(seed), np.zeros((64, *CELL), np.float16)
+        while time.monotonic() < ends:
+            rows = rng.integers(0, 24, int(rng.integers(1, 64)))
+            try:
+                found = feature.read(rows, out[: len(rows)]).reshape(len(rows), -1)
+            except Exception as error:
+                wrong.append(repr(error))
+                return
+            salt = found - 2 * rows[:, None]
+            if not ((salt == salt[:, :1]).all() and np.isin(salt, (0, 1)).all()):
+                wrong.append(rows)
+
+    threads = [threading.Thread(target=hammer, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    replaced = 0
+    while time.monotonic() < ends:
+        replaced += 1
+        for file, data in zip(files, versions[replaced % 2], strict=True):
+            file.with_name("new").write_bytes(data)
+            file.with_name("new").replace(file)
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert replaced > 10
+    np.testing.assert_array_equal(feature.read([20, 4]), cells_of([20, 4], salt=replaced % 2))
+
+
+@FORKS
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_read_what_this_one_reads(tmp_path, method):
+    made = Made(tmp_path / "s", 40)
+    from_files, from_memory = made.feature(), made.feature()
+    from_files.keep_bytes = 0
+    batches = [np.random.default_rng(i).integers(0, 40, 20) for i in range(20)]
+    for feature in (from_files, from_memory):
+        feature.read([1, 30])
+        feature.read([1, 30])
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        for feature in (from_files, from_memory):
+            found = pool.map(feature.read, batches)
+            for rows, cells in zip(batches, found, strict=True):
+                np.testing.assert_array_equal(cells, cells_of(rows))
+            np.testing.assert_array_equal(feature.read([39, 5]), cells_of([39, 5]))
+
+
+@FORKS
+@pytest.mark.parametrize(
+    ("method", "kind"), [("fork", "plain"), ("fork", "compressed"), ("spawn", "plain")]
+)
+def test_a_data_loader_with_workers_gives_every_clip(tmp_path, method, kind):
+    import torch
+
+    made = Made(tmp_path / "s", 40)
+    if kind == "compressed":
+        made.stored(**OTHERS["compressed"])
+    feature = made.feature()
+    feature.read([1, 30])
+    loader = torch.utils.data.DataLoader(
+        feature.dataset(), batch_size=7, num_workers=2, multiprocessing_context=method
+    )
+    found = torch.cat([cells for cells, _ in loader]).numpy()
+    np.testing.assert_array_equal(found, cells_of(range(40)))
+
+
+def test_a_pickled_feature_takes_no_descriptor_along(tmp_path):
+    feature = Made(tmp_path / "s", 8).feature()
+    feature.read([1])
+    copy = pickle.loads(pickle.dumps(feature))
+    assert "_reader" not in copy.__dict__
+    np.testing.assert_array_equal(copy.read([7, 1]), cells_of([7, 1]))
+    with pytest.raises(TypeError, match="belongs to its process"):
+        pickle.dumps(feature._reader)
+
+
+def test_many_shards_need_few_descriptors(tmp_path, monkeypatch):
+    monkeypatch.setattr(Feature, "keep_bytes", 0)
+    monkeypatch.setattr(columns, "MAX_SHARD_CLIPS", 1)
+    monkeypatch.setattr("stores.atomic.write", lambda store, target, data: (
+        target.parent.mkdir(parents=True, exist_ok=True), target.write_bytes(data)))  # fmt: skip
+    monkeypatch.setitem(globals(), "SLOTS", 1)
+    made = Made(tmp_path / "s", 120)
+    feature = made.feature()
+    feature.valid  # noqa: B018
+    gc.collect()
+    held = len(os.listdir("/proc/self/fd"))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held + reader.OPEN_FILES + 8, limit[1]))
+    try:
+        for seed in range(4):
+            monkeypatch.setattr(reader, "NEAR_ROWS", 4 if seed % 2 else 0)
+            rows = np.random.default_rng(seed).permutation(120)
+            np.testing.assert_array_equal(feature.read(rows), cells_of(rows))
+            np.testing.assert_array_equal(feature.read(rows[:9]), cells_of(rows[:9]))
+        np.testing.assert_array_equal(feature.read(), cells_of(range(120)))
+        # Others may have taken what there was: the reader gives up its own.
+        others = []
+        with contextlib.suppress(OSError):
+            while True:
+                others.append(os.open(os.devnull, os.O_RDONLY))
+        np.testing.assert_array_equal(feature.read([5, 110]), cells_of([5, 110]))
+        for descriptor in others:
+            os.close(descriptor)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert len(os.listdir("/proc/self/fd")) <= held + reader.OPEN_FILES
+    del feature
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == held
+
+
+def test_a_small_column_is_kept_in_memory_once_a_sixteenth_was_read_singly(tmp_path, monkeypatch):
+    made = Made(tmp_path / "s", 64)
+    feature = made.feature()
+    feature.read()  # read whole, in spans: that alone keeps nothing
+    feature.read([40, 3, 20, 60])
+    assert feature._reader._kept is None
+    feature.read([41])
+    feature.read([17])
+    monkeypatch.setattr(os, "preadv", None)
+    np.testing.assert_array_equal(feature.read([63, 5, 5]), cells_of([63, 5, 5]))
+    large = made.feature()
+    large.keep_bytes = 64 * 48 - 1
+    monkeypatch.undo()
+    monkeypatch.setattr(columns, "MAX_SHARD_CLIPS", SLOTS)
+    for _ in range(20):
+        large.read([41, 3])
+    assert large._reader._kept is None
