@@ -17,7 +17,8 @@ def test_a_python_block_compiles_and_its_imports_give_what_they_name(block):
     imports = [line for line in block.splitlines() if re.match(r"(from|import) ", line)]
     names = re.findall(r"import (.+)", "\n".join(imports))
     called = [name.strip() for line in names for name in line.split(",")]
-    code = "\n".join([*imports, f"assert all(callable(f) for f in [{', '.join(called)}])"])
+    there = f"assert all(callable(f) or hasattr(f, '__path__') for f in [{', '.join(called)}])"
+    code = "\n".join([*imports, there])
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

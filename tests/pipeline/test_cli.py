@@ -153,7 +153,7 @@ def test_debug_shows_where_an_error_came_from(tmp_path):
 
 
 def test_every_command_has_help_with_an_example():
-    for command in ("build", "plan", "info", "failures", "verify", "demo"):
+    for command in ("build", "plan", "info", "failures", "verify", "diff", "gc", "demo"):
         done = strata(command, "--help")
         assert done.returncode == 0
         assert f"Example: strata {command}" in " ".join(done.stdout.split())

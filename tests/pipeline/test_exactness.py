@@ -4,6 +4,7 @@ The bounds are shares of an output's largest value, stated in RECOMPUTE.md; larg
 from float16 and 5.6e-3 from bfloat16, over ViT-B-16, DINOv2 ViT-S and ResNets, from every stage.
 """
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -38,11 +39,11 @@ def test_a_resumed_run_is_the_whole_run_from_every_stage(name):
     with torch.inference_mode():
         outputs = backbone.run(pictures(backbone), names)
         last = names[-1]
-        for start, following in zip(names, names[1:], strict=False):
+        for start, following in itertools.pairwise(names):
             resumed = backbone.run(outputs[start].clone(), [following], start=start)
             assert torch.equal(resumed[following], outputs[following]), start
         for dtype, bound in BOUND.items():
-            for start in names[-2::-6]:
+            for start in (names[-2], names[len(names) // 2]):
                 rounded = backbone.run(outputs[start].to(dtype), [last], start=start)[last]
                 error = (rounded - outputs[last]).abs().max() / outputs[last].abs().max()
                 assert error <= bound, (start, dtype, error)
@@ -114,7 +115,7 @@ def train(step, module, batches, classes=3, seed=0):
 
 @pytest.mark.parametrize(
     ("layers", "after"),
-    [([11], "blocks.11.attn:cls"), ([10, 11], "blocks.10.attn"), ([0, 5, 11], "blocks.0.attn")],
+    [([11], "blocks.11.attn:cls"), ([10, 11], "blocks.10.attn"), ([0, 6], "blocks.0.attn")],
 )
 def test_training_on_cached_tokens_is_training_with_the_whole_network(layers, after):
     """The same losses step by step: same seed, frames and precision, clips of two frames."""
@@ -122,7 +123,7 @@ def test_training_on_cached_tokens_is_training_with_the_whole_network(layers, af
     stage, _, reduction = after.partition(":")
     clips = [pictures(base, seed=i)[:2] for i in range(6)]
     labels = torch.arange(6) % 3
-    order = np.random.default_rng(0).permuted(np.tile(np.arange(6), (4, 1)), axis=1)
+    order = np.random.default_rng(0).permuted(np.tile(np.arange(6), (2, 1)), axis=1)
     batches = [torch.from_numpy(part) for row in order for part in (row[:3], row[3:])]
     with torch.inference_mode():
         cached = torch.stack([base.run(clip, [stage])[stage] for clip in clips])
@@ -139,11 +140,11 @@ def test_training_on_cached_tokens_is_training_with_the_whole_network(layers, af
     expected = train(whole_network, modules, [(rows, labels[rows]) for rows in batches])
     suffix = adapted(base, layers).suffix(after)
     found = train(suffix, suffix, [(cached[rows], labels[rows]) for rows in batches])
-    assert len(set(expected)) > 6, "nothing was learnt"
+    assert len(set(expected)) == 4, "nothing was learnt"
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 
 
-def test_training_from_rounded_tokens_stays_near_the_whole_networks(tmp_path):
+def test_training_from_rounded_tokens_stays_near_the_whole_networks():
     base = backbones.load("ViT-S-32:random-0")
     clips = torch.stack([pictures(base, seed=i)[:2] for i in range(6)])
     labels = torch.arange(6) % 3
@@ -153,6 +154,6 @@ def test_training_from_rounded_tokens_stays_near_the_whole_networks(tmp_path):
     losses = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         suffix = adapted(base, [10, 11]).suffix("blocks.9.mlp")
-        losses[dtype] = train(suffix, suffix, [(cached.to(dtype), labels)] * 6)
+        losses[dtype] = train(suffix, suffix, [(cached.to(dtype), labels)] * 3)
     np.testing.assert_allclose(losses[torch.float16], losses[torch.float32], rtol=2e-3)
     np.testing.assert_allclose(losses[torch.bfloat16], losses[torch.float32], rtol=2e-2)
