@@ -21,7 +21,7 @@ import torch
 
 from pipeline import backbones as networks
 from pipeline import layouts, prompts
-from pipeline.backbones import Backbone
+from pipeline.backbones import Backbone, _grafts
 from pipeline.carrying import Done, carry_out, device_of, job_of
 from pipeline.columns import passes
 from pipeline.decoders._pool import require
@@ -120,7 +120,7 @@ def build(
     """
     runtime, watch = runtime or Runtime(), watch or Watch()
     began = time.perf_counter()
-    root, path = Path(dataset), Path(store)
+    root, path = Path(dataset), local_folder(store)
     ready = None
     if not (path / "zarr.json").exists():
         # A request that cannot be met leaves nothing behind, so it is looked at first.
@@ -221,7 +221,7 @@ def _plan_build(
     watch: Watch | None = None,
     estimate: bool = True,
 ) -> tuple[Plan, Estimate | None]:
-    runtime, watch, path = runtime or Runtime(), watch or Watch(), Path(store)
+    runtime, watch, path = runtime or Runtime(), watch or Watch(), local_folder(store)
     opened = FeatureStore.open(path) if (path / "zarr.json").exists() else None
     if opened is None and path.is_dir():
         FeatureStore.refuse_strangers(path)
@@ -249,7 +249,7 @@ def prepare(
     precision = getattr(torch, spec.precision)
     # A weight file by its whole path: workers may run elsewhere, and one file is one network.
     names = dict.fromkeys(weights_in_full(name) for name in spec.backbones)
-    chosen = {name: networks.load(name, precision) for name in names}
+    chosen = {name: _grafts.sealed(networks.load(name, precision)) for name in names}
     asked = passes(spec, chosen, opened, device_of(runtime))
     old = opened.clips if opened else clips.empty()
     base = listing.root.absolute()

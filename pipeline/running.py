@@ -78,7 +78,8 @@ def run_pass(
     torch.set_num_threads(execution.threads or threads)
     try:
         for count, padded in _batches(inputs, one.batch_clips):
-            with torch.inference_mode():
+            # What is around a call, such as autocast in a training loop, decides no value.
+            with torch.inference_mode(), torch.autocast(execution.device, enabled=False):
                 x = torch.from_numpy(padded.reshape(-1, *padded.shape[2:]))
                 x = x.view(torch.bfloat16) if source and source.dtype == "bfloat16" else x
                 results = _results(backbone, source, chosen, x.to(execution.device), counted)

@@ -59,6 +59,7 @@ def report_summary(report: "BuildReport") -> str:
         lines.append(
             f"  decoded {report.decoded} files, computed {report.computed} clips "
             f"({report.frames} frames) in {clock(seconds['all'])}, {rate:.1f} frames/s"
+            + (f"; read {size(report.bytes_read)} of features" if report.bytes_read else "")
         )
         parts = ", ".join(
             f"{part} {seconds[part]:.1f} s" for part in ("decode", "forward", "write")
@@ -167,6 +168,8 @@ def store_facts(opened: FeatureStore) -> dict[str, Any]:
             "view": feature.spec["frames"]["view"],
             "shape": list(feature.shape),
             "dtype": feature.dtype,
+            "changed_at": feature.spec.get("grafts", []),
+            "resumed_from": feature.spec.get("resumed", []),
             "valid": int(feature.valid.sum()),
             "bytes": _folder_bytes(feature.path) + _folder_bytes(Path(f"{feature.path}.done")),
         }
@@ -202,6 +205,8 @@ def store_summary(opened: FeatureStore) -> str:
         lines.append(
             f"  {f['backbone']}  {f['feature']}{view}  {tuple(f['shape'])} {f['dtype']}  "
             f"{f['valid']} valid  {size(f['bytes'])}  {f['fingerprint'][:16]}"
+            + (f"  changed at {', '.join(f['changed_at'])}" if f["changed_at"] else "")
+            + (f"  from {' and '.join(f['resumed_from'])}" if f["resumed_from"] else "")
         )
     return "\n".join(lines)
 

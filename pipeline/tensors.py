@@ -26,7 +26,7 @@ class FeatureTensors:
 
     Args:
         feature: Of an open store.
-        rows: Of the table of clips, in any order; by default every valid one.
+        rows: Of the table of clips as `Feature.read` takes them; by default every valid one.
         device: Where batches are wanted.
         budget_bytes: Up to this size the cells stay whole on the device.
 
@@ -39,16 +39,12 @@ class FeatureTensors:
     def __init__(
         self,
         feature: Feature,
-        rows: Sequence[int] | np.ndarray | None = None,
+        rows: Sequence[int] | np.ndarray | slice | None = None,
         device: str | torch.device = "cpu",
         budget_bytes: int = BUDGET_BYTES,
     ) -> None:
         self.feature, self.device = feature, torch.device(device)
-        self.rows = np.flatnonzero(feature.valid) if rows is None else np.asarray(rows, np.int64)
-        if len(self.rows) and not (self.rows.min() >= 0 and self.rows.max() < feature.shape[0]):
-            raise IndexError(
-                f"rows {self.rows.min()} to {self.rows.max()} asked of {feature.shape[0]} clips"
-            )
+        self.rows = np.flatnonzero(feature.valid) if rows is None else feature.rows(rows)
         self.dtype: torch.dtype = getattr(torch, feature.dtype)
         self.stays = len(self.rows) * self.cell_bytes <= budget_bytes
 
@@ -75,11 +71,24 @@ class FeatureTensors:
         return self._read(self.rows).to(self.device)
 
     def __getitem__(self, places: Tensor | np.ndarray | Sequence[int]) -> Tensor:
-        """Cells [B, T, ...] of some of the clips, by their places in `rows`."""
-        chosen = torch.as_tensor(places, dtype=torch.int64)
+        """Cells [B, T, ...] of some of the clips, by their places in `rows` or a mask of them.
+
+        Raises:
+            IndexError: A place is outside, or no whole number.
+        """
+        given = torch.as_tensor(places).reshape(-1).cpu()
+        if given.dtype == torch.bool and len(given) != len(self):
+            raise IndexError(f"a mask of {len(given)} for {len(self)} clips")
+        if len(given) and (given.is_floating_point() or given.is_complex()):
+            raise IndexError(f"places are whole numbers or a mask, not {given.dtype}")
+        chosen = given.nonzero()[:, 0] if given.dtype == torch.bool else given.to(torch.int64)
+        if len(chosen) and not (chosen.min() >= 0 and chosen.max() < len(self)):
+            raise IndexError(
+                f"places {int(chosen.min())} to {int(chosen.max())} of {len(self)} clips"
+            )
         if self.stays:
             return self.whole[chosen.to(self.device)]
-        return self._read(self.rows[chosen.cpu().numpy()]).to(self.device)
+        return self._read(self.rows[chosen.numpy()]).to(self.device)
 
     def batches(
         self, size: int, generator: np.random.Generator | None = None

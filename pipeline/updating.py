@@ -6,6 +6,7 @@ are those of the table; a video is opened only where no feature can serve.
 """
 
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from pipeline.probe import Estimate, probe
 from pipeline.progress import Watch
 from pipeline.spec import BuildSpec, Runtime
 from stores import FeatureStore, SpecMismatch, atomic, lock
+from stores.clips import row_ids
 
 Rows = Sequence[int] | np.ndarray | slice | None
 
@@ -164,16 +166,16 @@ def _prepare(
     frozen = _grafts.snapshot(backbone)
     precision = str(backbone.precision).removeprefix("torch.")
     _check_precision(opened, backbone.name, precision)
-    # Two states of one network in one process are two names.
-    last = frozen.keys("")[frozen.stage_names[-1]]
-    name = f"{backbone.name}#{last[:16]}"
+    # Two states of one network may be worked on in one process at once.
+    name = f"{backbone.name}#{uuid.uuid4().hex[:12]}"
     wanted = replace(
         spec or recorded_request(opened), backbones=(name,), keep=tuple(keep), precision=precision
     )
     require(wanted.decoder)
     asked = passes(wanted, {name: frozen}, opened, device_of(runtime))
     table = opened.clips
-    chosen = _rows(table, rows)
+    ready = (table["status"] == "ready").to_numpy()
+    chosen = np.flatnonzero(ready) if rows is None else np.unique(row_ids(rows, len(table)))
     base = Path(str(opened.attributes.get("dataset", "")))
     base = base.parent if base.is_file() else base
     plan = make_plan(
@@ -210,25 +212,6 @@ def _check_precision(opened: FeatureStore, name: str, precision: str) -> None:
             f"backbones.load(..., torch.{held[0]}), or build the store with --precision "
             f"{precision} first"
         )
-
-
-def _rows(table: pd.DataFrame, rows: Rows) -> np.ndarray:
-    if rows is None:
-        return np.flatnonzero((table["status"] == "ready").to_numpy())
-    if isinstance(rows, slice):
-        return np.arange(len(table))[rows]
-    given = np.asarray(rows).reshape(-1)
-    if given.dtype == bool:
-        if len(given) != len(table):
-            raise IndexError(f"a mask of {len(given)} for a table of {len(table)} clips")
-        return np.flatnonzero(given)
-    if len(given) and not np.issubdtype(given.dtype, np.integer):
-        raise IndexError(f"rows are whole numbers or a mask, not {given.dtype}")
-    if len(given) and not (given.min() >= 0 and given.max() < len(table)):
-        raise IndexError(
-            f"rows {given.min()} to {given.max()} asked of a table of {len(table)} clips"
-        )
-    return np.unique(given).astype(np.int64)
 
 
 def _fingerprints(plan: Plan) -> dict[str | tuple[str, int], str]:

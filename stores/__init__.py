@@ -1,7 +1,8 @@
 """Stores: bytes on disk. Knows clips, features and fingerprints; numpy in and out.
 
 A store is a folder: a Zarr v3 group that any Zarr library opens, and beside it `clips.parquet`,
-a row per clip. `FeatureStore` is how to read one; the pipeline's build is how to make one.
+a row per clip. `FeatureStore` is how to read one, there or on object storage; the pipeline's build is
+how to make one, on a local disk.
 """
 
 import json
@@ -18,8 +19,17 @@ from stores.columns import FEATURES, Damaged, group_json
 from stores.feature import Feature, FeatureDataset
 from stores.garbage import Garbage
 from stores.identity import store_name
+from stores.remote import Place, Unreachable, local_folder, place_of
 
-__all__ = ["Damaged", "Feature", "FeatureDataset", "FeatureStore", "NotAStore", "SpecMismatch"]
+__all__ = [
+    "Damaged",
+    "Feature",
+    "FeatureDataset",
+    "FeatureStore",
+    "NotAStore",
+    "SpecMismatch",
+    "Unreachable",
+]
 
 FORMAT = 1
 
@@ -35,25 +45,37 @@ class SpecMismatch(ValueError):
 class FeatureStore:
     """Features of a data set's clips, by backbone and stage.
 
+    Attributes:
+        place: Where it lies, on local disk or on object storage; `str` of it is the path or URL.
+        attributes: The store's own: where the data set lies, its classes.
+
     >>> FeatureStore.open("no/such.zarr")
     Traceback (most recent call last):
     stores.NotAStore: no/such.zarr: no such folder; `strata build DATASET --store ...` makes one
     """
 
-    def __init__(self, path: Path, attributes: Mapping[str, Any]) -> None:
-        self.path, self.attributes = path, dict(attributes)
+    def __init__(self, place: Place, attributes: Mapping[str, Any]) -> None:
+        self.place, self.attributes = place, dict(attributes)
 
     @classmethod
-    def open(cls, path: str | Path) -> "FeatureStore":
+    def open(
+        cls, path: str | Path, storage_options: Mapping[str, Any] | None = None
+    ) -> "FeatureStore":
         """Open a store to read it.
+
+        Args:
+            path: A folder, or s3://BUCKET/PREFIX, gs://... or az://... of a copy of one.
+            storage_options: For a URL: what `obstore.store.from_url` takes (`endpoint`, `region`,
+                `access_key_id`, ...), in place of environment variables.
 
         Raises:
             NotAStore: There is none, or a newer version made it; the message says which.
+            Unreachable: Object storage gives no answer, or refuses.
         """
-        folder = Path(path)
-        if not folder.is_dir():
+        place = place_of(path, storage_options)
+        if isinstance(place, Path) and not place.is_dir():
             raise NotAStore(f"{path}: no such folder; `strata build DATASET --store ...` makes one")
-        return cls(folder, _attributes(folder))
+        return cls(place, _attributes(place))
 
     @classmethod
     def create(cls, path: str | Path) -> "FeatureStore":
@@ -61,8 +83,9 @@ class FeatureStore:
 
         Raises:
             NotAStore: The folder holds something else, or a newer version's store.
+            io.UnsupportedOperation: It is a URL, as for all that writes.
         """
-        folder = Path(path)
+        folder = local_folder(path)
         if folder.exists() and not folder.is_dir():
             raise NotAStore(f"{path} is a file; a store is a folder: give a new path")
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,19 +114,28 @@ class FeatureStore:
 
     def __repr__(self) -> str:
         return (
-            f"<FeatureStore {self.path}: {len(self.clips)} clips, {len(self.features())} features>"
+            f"<FeatureStore {self.place}: {len(self.clips)} clips, {len(self.features())} features>"
         )
+
+    @property
+    def path(self) -> Path:
+        """The folder, for who writes.
+
+        Raises:
+            io.UnsupportedOperation: The store lies on object storage, where it is read only.
+        """
+        return local_folder(self.place)
 
     @cached_property
     def clips(self) -> pd.DataFrame:
         """The table of clips, indexed by row id; see `stores.clips.COLUMNS`."""
-        return clips.read(self.path)
+        return clips.read(self.place)
 
     def features(self) -> list[Feature]:
         """Every column of the store, by backbone, stage and fingerprint."""
         return [
-            Feature(path, backbone, name, self.clips)
-            for backbone, name, path in sorted(self.columns())
+            Feature(place, backbone, name, self.clips)
+            for backbone, name, place in sorted(self.columns())
         ]
 
     def feature(
@@ -148,9 +180,9 @@ class FeatureStore:
         asked += "" if view is None else f", view {view}"
         if not features:
             held = "\n".join(f"  {b} {n} {p.name}" for b, n, p in columns) or "  no feature at all"
-            raise SpecMismatch(f"{self.path} has no {asked}; it holds\n{held}")
+            raise SpecMismatch(f"{self.place} has no {asked}; it holds\n{held}")
         raise SpecMismatch(
-            f"{len(features)} columns of {self.path} are {asked}; give `fingerprint=` (or `view=`) "
+            f"{len(features)} columns of {self.place} are {asked}; give `fingerprint=` (or `view=`) "
             "as well:\n" + "\n".join(differences(features))
         )
 
@@ -165,7 +197,7 @@ class FeatureStore:
             LookupError: The store lacks them; the message says what it has.
         """
         names = list(self.attributes["classes"] if classes is None else classes)
-        return text.read(self.path, store_name(backbone), names)
+        return text.read(self.place, store_name(backbone), names)
 
     def hold(self, holder: str | Path, fingerprints: Iterable[str]) -> None:
         """Say that a run folder needs columns: `gc` leaves them while the folder exists.
@@ -197,20 +229,20 @@ class FeatureStore:
 
     def set_attributes(self, changes: Mapping[str, Any]) -> None:
         """Change the store's own attributes (where the data set lies, its classes)."""
+        file = self.path / "zarr.json"
         self.attributes |= changes
         text = group_json({"strata": self.attributes})
-        file = self.path / "zarr.json"
         if not file.exists() or file.read_bytes() != text:
             atomic.write(self.path, file, text)
 
-    def columns(self) -> Iterator[tuple[str, str, Path]]:
+    def columns(self) -> Iterator[tuple[str, str, Place]]:
         """Backbone, feature and array of every column, in no order."""
-        root = self.path / FEATURES
-        for metadata in root.glob("*/*/*/zarr.json"):
-            path = metadata.parent
-            if not path.name.endswith(".done") and not garbage.is_shell(path):
-                backbone, name = (unquote(part) for part in path.relative_to(root).parts[:2])
-                yield backbone, name, path
+        found = {metadata.parent for metadata in (self.place / FEATURES).glob("*/*/*/zarr.json")}
+        for place in found:
+            marked = place.with_name(f"{place.name}.done") in found
+            if not place.name.endswith(".done") and (marked or not garbage.is_shell(place)):
+                backbone, name = (unquote(part) for part in place.parts[-3:-1])
+                yield backbone, name, place
 
 
 def differences(features: list[Feature]) -> list[str]:
@@ -220,7 +252,7 @@ def differences(features: list[Feature]) -> list[str]:
     differing = [k for k in keys if len({json.dumps(one.get(k)) for one in flat}) > 1]
     telling = [k for k in differing if "parameters" not in k and k != "fingerprint"] or differing
     return [
-        f"  {feature.path.name}: " + ", ".join(f"{k}={one.get(k)}" for k in telling[:8])
+        f"  {feature.place.name}: " + ", ".join(f"{k}={one.get(k)}" for k in telling[:8])
         for feature, one in zip(features, flat, strict=True)
     ]
 
@@ -236,13 +268,14 @@ def _flatten(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         yield place, value
 
 
-def _attributes(folder: Path) -> dict[str, Any]:
+def _attributes(folder: Place) -> dict[str, Any]:
     try:
         root = json.loads((folder / "zarr.json").read_bytes())
         ours = root["attributes"]["strata"]
         version = ours["format"]
-    except FileNotFoundError:
-        raise NotAStore(f"{folder} is no store: it has no zarr.json") from None
+    except FileNotFoundError as error:
+        why = "it has no zarr.json" if isinstance(folder, Path) else str(error)
+        raise NotAStore(f"{folder} is no store: {why}") from None
     except (ValueError, KeyError, TypeError):
         raise NotAStore(f"{folder} is no store: its zarr.json was not written by Strata") from None
     if not isinstance(version, int) or version > FORMAT:

@@ -6,6 +6,7 @@ with the interval it gives the row key. `reason` is empty unless the row is quar
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 
 from stores import atomic
 from stores.identity import digest
+from stores.remote import Place, Unreachable, mending
 
 FILE = "clips.parquet"
 KEY_BYTES = 16
@@ -54,22 +56,26 @@ def blank(path: str, label: str, split: str) -> dict[str, object]:
     return row | whole | {"path": path, "label": label, "split": split, "status": "pending"}
 
 
-def read(store: Path) -> pd.DataFrame:
+def read(store: Place) -> pd.DataFrame:
     """The store's table, indexed by `row`.
 
     Raises:
         ValueError: The file is damaged; the message says how to go on.
     """
     file = store / FILE
-    if not file.exists():
-        return empty()
     try:
-        return pq.read_table(file).to_pandas().set_index("row").astype(COLUMNS)
+        table = pq.read_table(io.BytesIO(file.read_bytes()))
+        return table.to_pandas().set_index("row").astype(COLUMNS)
+    except FileNotFoundError:
+        return empty()
+    except Unreachable:
+        raise
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise ValueError(
-            f"{file} is damaged ({error}). Move it away and build again: the clips are listed "
-            "anew, and their features found by their keys without computing"
-        ) from error
+        again = (
+            "Move it away and build again: the clips are listed anew, and their features found by "
+            "their keys without computing"
+        )
+        raise ValueError(f"{file} is damaged ({error}). {mending(file, again)}") from error
 
 
 def encode(table: pd.DataFrame) -> bytes:
@@ -112,3 +118,28 @@ def row_keys(table: pd.DataFrame) -> np.ndarray:
         )
     ]
     return np.frombuffer(b"".join(keys), np.uint8).reshape(len(table), KEY_BYTES)
+
+
+def row_ids(rows: Sequence[int] | np.ndarray | slice, clips: int) -> np.ndarray:
+    """Rows of a table of `clips` clips as int64: given as ids in any order, a slice or a mask.
+
+    Raises:
+        IndexError: A row is outside the table or no whole number, or a mask of another length.
+
+    >>> row_ids(slice(2), 5).tolist(), row_ids([True, False, True], 3).tolist()
+    ([0, 1], [0, 2])
+    """
+    if isinstance(rows, slice):
+        return np.arange(clips)[rows]
+    given = np.asarray(rows).reshape(-1)
+    if given.dtype == bool:
+        if len(given) != clips:
+            raise IndexError(f"a mask of {len(given)} for a table of {clips} clips")
+        return np.flatnonzero(given)
+    if len(given) and given.dtype.kind not in "iu":
+        raise IndexError(f"rows are whole numbers or a mask, not {given.dtype}")
+    wanted = given.astype(np.int64, copy=False)
+    # Without its sign a negative number is larger than any row.
+    if len(wanted) and wanted.view(np.uint64).max() >= clips:
+        raise IndexError(f"rows {wanted.min()} to {wanted.max()} asked of a table of {clips} clips")
+    return wanted

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import MemoryStore
 
 from stores import atomic
 from stores.clips import KEY_BYTES
+from stores.remote import Place, Unreachable, mending, open_array
 
 FEATURES = "features"
 SHARD_BYTES = 64 << 20
@@ -209,7 +210,7 @@ class Column:
 
     @cached_property
     def _values(self) -> zarr.Array[Any]:
-        return _open(self.path)
+        return open_array(self.path)
 
 
 def node_name(name: str) -> str:
@@ -241,23 +242,19 @@ def runs(rows: np.ndarray) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def read_all(path: Path) -> np.ndarray:
+def read_all(path: Place) -> np.ndarray:
     """A whole small array.
 
     Raises:
         Damaged: It cannot be read.
     """
     try:
-        return np.asarray(_open(path)[:])
+        return np.asarray(open_array(path)[:])
+    except Unreachable:
+        raise
     except (*CODEC_ERRORS, OSError) as error:
-        raise Damaged(
-            f"{path} is damaged ({error}). Remove the folder and build again: what it marks is "
-            "computed anew"
-        ) from error
-
-
-def _open(path: Path) -> "zarr.Array[Any]":
-    return zarr.open_array(LocalStore(path, read_only=True), mode="r", zarr_format=3)
+        again = "Remove the folder and build again: what it marks is computed anew"
+        raise Damaged(f"{path} is damaged ({error}). {mending(path, again)}") from error
 
 
 def _values(spec: ColumnSpec, clips: int, memory: dict[str, Any]) -> "zarr.Array[Any]":

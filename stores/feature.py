@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import zarr
 
-from stores.clips import row_keys
+from stores.clips import row_ids, row_keys
 from stores.columns import CODEC_ERRORS, MISSING, Damaged, read_all
 from stores.reader import KEEP_BYTES, Reader, ShardReader, Unreadable, plain_shards
+from stores.remote import REQUESTS, Objects, Place, local_folder, mending, open_array
 from stores.zarr_reader import ZarrReader
 
 if TYPE_CHECKING:
@@ -24,26 +25,35 @@ class Feature:
     Attributes:
         backbone: "ViT-B-16:openai".
         name: Stage, or stage:reduction.
-        path: Of the Zarr array.
+        place: Where the Zarr array lies, on local disk or on object storage.
         keep_bytes: A column of small cells that is read at random again and again is kept in this
             process's memory up to that size; 0 for never. To be set before the first read.
     """
 
     keep_bytes = KEEP_BYTES
 
-    def __init__(self, path: Path, backbone: str, name: str, clips: pd.DataFrame) -> None:
-        self.path, self.backbone, self.name = path, backbone, name
+    def __init__(self, place: Place, backbone: str, name: str, clips: pd.DataFrame) -> None:
+        self.place, self.backbone, self.name = place, backbone, name
         self._clips = clips
         try:
-            self._array: zarr.Array[Any] = zarr.open_array(str(path), mode="r", zarr_format=3)
+            self._array: zarr.Array[Any] = open_array(place)
         except CODEC_ERRORS as error:
+            again = "Remove it and build again: it is made anew, and the cells stay"
             raise Damaged(
-                f"{path}/zarr.json is damaged ({error}). Remove it and build again: it is made "
-                "anew, and the cells stay"
+                f"{place}/zarr.json is damaged ({error}). {mending(place, again)}"
             ) from error
 
     def __repr__(self) -> str:
-        return f"<Feature {self.backbone} {self.name} {self.shape} {self.dtype} {self.path.name}>"
+        return f"<Feature {self.backbone} {self.name} {self.shape} {self.dtype} {self.place.name}>"
+
+    @property
+    def path(self) -> Path:
+        """Of the Zarr array, on local disk.
+
+        Raises:
+            io.UnsupportedOperation: It lies on object storage; see `place`.
+        """
+        return local_folder(self.place)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,7 +78,7 @@ class Feature:
     @cached_property
     def valid(self) -> np.ndarray:
         """bool [clips]: whether the cell was made from the clip's present bytes."""
-        done = read_all(Path(f"{self.path}.done"))
+        done = read_all(self.place.with_name(f"{self.place.name}.done"))
         keys = row_keys(self._clips)
         valid = np.zeros(len(keys), bool)
         length = min(len(keys), len(done))
@@ -99,7 +109,7 @@ class Feature:
             Damaged: A shard's file is missing, cut off or changed.
             ValueError: `out` does not fit; the message says what would.
         """
-        wanted = self._rows(rows)
+        wanted = self.rows(rows)
         valid = self.valid[wanted]
         if not valid.all():
             raise LookupError(self._absence(wanted[~valid]))
@@ -134,25 +144,9 @@ class Feature:
             f"rows take a writeable, C-contiguous numpy array {shape} of {types}"
         )
 
-    def _rows(self, rows: Sequence[int] | np.ndarray | slice) -> np.ndarray:
-        """Row ids as int64, whichever way they were given."""
-        clips = len(self._clips)
-        if isinstance(rows, slice):
-            return np.arange(clips)[rows]
-        given = np.asarray(rows).reshape(-1)
-        if given.dtype == bool:
-            if len(given) != clips:
-                raise IndexError(f"a mask of {len(given)} for a table of {clips} clips")
-            return np.flatnonzero(given)
-        if len(given) and given.dtype.kind not in "iu":
-            raise IndexError(f"rows are whole numbers or a mask, not {given.dtype}")
-        wanted = given.astype(np.int64, copy=False)
-        # Without its sign a negative number is larger than any row.
-        if len(wanted) and wanted.view(np.uint64).max() >= clips:
-            raise IndexError(
-                f"rows {wanted.min()} to {wanted.max()} asked of a table of {clips} clips"
-            )
-        return wanted
+    def rows(self, rows: Sequence[int] | np.ndarray | slice) -> np.ndarray:
+        """Row ids as int64, whichever way they were given; see `stores.clips.row_ids`."""
+        return row_ids(rows, len(self._clips))
 
     def bits(self, rows: np.ndarray) -> np.ndarray:
         """Cells as stored (bfloat16 as uint16), valid or not; the fill value where none is."""
@@ -175,6 +169,10 @@ class Feature:
     @cached_property
     def _reader(self) -> Reader:
         folder = plain_shards(self._array)
+        objects = self._array.store
+        if isinstance(objects, Objects):
+            version = lambda first, last: objects.replaced  # noqa: E731
+            return ZarrReader(self._array, self.is_fill, version, REQUESTS)
         if folder is None:
             return ZarrReader(self._array, self.is_fill, self._state)
         reader = ShardReader(folder, self._array)
@@ -195,10 +193,13 @@ class Feature:
         return fill
 
     def _damage(self, row: int, why: str) -> str:
+        again = (
+            "`strata verify` says what else is; remove the file and build again, and its cells are "
+            "computed anew"
+        )
         return (
             f"{self.shard_of(row)} is damaged near row {row} "
-            f"({self._clips.at[row, 'path']}): {why}. `strata verify` says what else is; remove "
-            "the file and build again, and its cells are computed anew"
+            f"({self._clips.at[row, 'path']}): {why}. {mending(self.place, again)}"
         )
 
     def _state(self, first: int, last: int) -> list[tuple[int, int] | None]:
@@ -216,7 +217,7 @@ class Feature:
     def shard_of(self, row: int) -> str:
         """The file that holds a row's cell, relative to the store."""
         parts = [str(row // self._shard_clips), *["0"] * (len(self.shape) - 1)]
-        return "/".join([*self.path.parts[-4:], "c", *parts])
+        return "/".join([*self.place.parts[-4:], "c", *parts])
 
     @property
     def _shard_clips(self) -> int:
@@ -237,7 +238,7 @@ class Feature:
                 data set keeps its feature, and is not learnt from).
         """
         ready = self.valid & (self._clips["status"] == "ready").to_numpy()
-        chosen = np.flatnonzero(ready) if rows is None else self._rows(rows)
+        chosen = np.flatnonzero(ready) if rows is None else self.rows(rows)
         labels = sorted(self._clips["label"].unique())
         numbers = self._clips["label"].map({label: i for i, label in enumerate(labels)})
         return FeatureDataset(self, chosen, numbers.to_numpy()[chosen], labels)
@@ -269,7 +270,7 @@ class FeatureDataset:
 
     def __getitems__(self, items: list[int]) -> list[tuple[np.ndarray, int]]:
         cells = self.feature.read(self.rows[items])
-        return [(cell, int(self.numbers[i])) for cell, i in zip(cells, items, strict=True)]
+        return list(zip(cells, self.numbers[items].tolist(), strict=True))
 
 
 def _widen(bits: np.ndarray) -> np.ndarray:

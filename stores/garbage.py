@@ -21,6 +21,7 @@ from urllib.parse import unquote
 from stores import atomic, lock, references, staging
 from stores.columns import FEATURES
 from stores.references import Reference
+from stores.remote import Place
 
 MIN_DIGITS = 6
 
@@ -82,9 +83,9 @@ def collect(store: Path, dry_run: bool = False, drop: Sequence[str] = ()) -> Gar
     return replace(report, dry_run=False)
 
 
-def is_shell(path: Path) -> bool:
+def is_shell(path: Place) -> bool:
     """Whether a column's folder is what an interrupted removal left: no marks, no cells."""
-    return not Path(f"{path}.done").exists() and not (path / "c").exists()
+    return not path.with_name(f"{path.name}.done").exists() and not (path / "c").exists()
 
 
 @dataclass(frozen=True)

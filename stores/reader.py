@@ -166,7 +166,7 @@ class ShardReader:
         shards: dict[int, Shard | str | None] = {}
         pieces: list[tuple[int, int, int]] = []
         for place, row in enumerate(rows.tolist()):
-            number, slot = divmod(row, self._shard_clips)
+            number = row // self._shard_clips
             if number not in shards:
                 if len(shards) == OPEN_FILES:
                     self._copy_all(pieces, out, verify, failed)
@@ -174,7 +174,7 @@ class ShardReader:
                 shards[number] = self._shards.get(number)
             shard = shards[number]
             if isinstance(shard, Shard):
-                start = shard.starts[slot]
+                start = shard.starts[row % self._shard_clips]
                 if start >= 0:
                     pieces.append((shard.descriptor, place, start))
                 elif start == ABSENT:
@@ -200,8 +200,9 @@ class ShardReader:
         # a pool that outlives it would be gone in a fork's child.
         work = (iter(pieces), out.reshape(-1).view(np.uint8), verify, failed)
         count = min(self.threads, len(pieces) * self._cell_bytes // THREAD_BYTES)
-        # A loader's workers are many already, and threads without a core of their own cost time.
-        count = count if multiprocessing.parent_process() is None else 1
+        # A loader's workers are many already, and a thread without a core of its own is waited for.
+        if count > 1:
+            count = 1 if multiprocessing.parent_process() else min(count, 1 + _idle_cores())
         helpers = [threading.Thread(target=self._copy, args=work) for _ in range(1, count)]
         for helper in helpers:
             helper.start()
@@ -222,8 +223,9 @@ class ShardReader:
         buffer, whole = memoryview(out_B), size + len(checksum)
         for descriptor, place, start in pieces:
             a, b = place * size, place * size + size
+            buffers = (buffer[a:b], checksum) if verify else (buffer[a:b],)
             try:
-                got = os.preadv(descriptor, (buffer[a:b], checksum), start)
+                got = os.preadv(descriptor, buffers, start)
                 if got < whole:  # cut off, or one of the kernel's own limits
                     data = np.empty(whole, np.uint8)
                     got = fill(descriptor, memoryview(data), start)
@@ -343,8 +345,20 @@ class ShardReader:
             there[absent] = there[[place for place, _ in failed]] = False
             self._kept = _Kept(cells, there, stamps)
             return self._kept
+        except MemoryError:
+            self.keep_bytes = 0
+            return None
         finally:
             del self._keepers[process]
+
+
+def _idle_cores() -> int:
+    """How many of this process's cores have nothing to run at this moment."""
+    try:
+        running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+    except (OSError, IndexError, ValueError):
+        return 0
+    return max(0, len(os.sched_getaffinity(0)) - running)
 
 
 def _dense(rows: np.ndarray) -> bool:

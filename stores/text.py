@@ -19,6 +19,7 @@ from zarr.storage import MemoryStore
 from stores import atomic
 from stores.columns import group_json, node_name
 from stores.identity import digest
+from stores.remote import Place, open_array
 
 FOLDER = "text"
 
@@ -31,17 +32,17 @@ class TextFeatures:
     values: np.ndarray
 
 
-def held(store: Path, backbone: str, key: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def held(store: Place, backbone: str, key: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Every class's feature that the store has under `key`, by class name."""
     found: dict[str, np.ndarray] = {}
     for path, attributes in _arrays(store, backbone):
         if attributes["key"] == key:
-            values = np.asarray(zarr.open_array(str(path), mode="r", zarr_format=3)[:])
+            values = np.asarray(open_array(path)[:])
             found |= dict(zip(attributes["classes"], values, strict=True))
     return found
 
 
-def read(store: Path, backbone: str, classes: list[str]) -> TextFeatures:
+def read(store: Place, backbone: str, classes: list[str]) -> TextFeatures:
     """The features of exactly these classes, in this order.
 
     Raises:
@@ -50,7 +51,7 @@ def read(store: Path, backbone: str, classes: list[str]) -> TextFeatures:
     best: dict[str, np.ndarray] = {}
     for path, attributes in _arrays(store, backbone):
         if set(classes) <= set(attributes["classes"]):
-            values = np.asarray(zarr.open_array(str(path), mode="r", zarr_format=3)[:])
+            values = np.asarray(open_array(path)[:])
             best = dict(zip(attributes["classes"], values, strict=True))
     if not best:
         have = [backbone for backbone in _backbones(store)]
@@ -80,12 +81,12 @@ def write(store: Path, backbone: str, key: Mapping[str, Any], features: TextFeat
         atomic.write(store, path / name, data.to_bytes())
 
 
-def _arrays(store: Path, backbone: str) -> list[tuple[Path, dict[str, Any]]]:
-    found = []
+def _arrays(store: Place, backbone: str) -> list[tuple[Place, dict[str, Any]]]:
+    found: list[tuple[Place, dict[str, Any]]] = []
     for metadata in sorted((store / FOLDER / node_name(backbone)).glob("*/zarr.json")):
         found.append((metadata.parent, json.loads(metadata.read_bytes())["attributes"]))
     return found
 
 
-def _backbones(store: Path) -> list[str]:
+def _backbones(store: Place) -> list[str]:
     return sorted(path.parent.name for path in (store / FOLDER).glob("*/zarr.json"))

@@ -1,8 +1,8 @@
 """Reading cells of any Zarr array through zarr-python, wherever it lies.
 
 For what `stores.reader.ShardReader` does not serve: compressed or unsharded arrays, other stores.
-A slice a run of neighbours, several at a time; never fancy indexing, which took twenty times as
-long as slices.
+A slice a run of neighbours, several at a time; never fancy indexing, which took forty times as
+long.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from stores.columns import CODEC_ERRORS, runs
 from stores.reader import Unreadable
 
 REQUESTS = 8
+TRIES = 20
 REQUEST_BYTES = 64 << 20
 
 
@@ -29,6 +30,7 @@ class ZarrReader:
         is_fill: Of some cells, bool [n]: which are the fill value, as where there is no chunk.
         version: Of what holds rows [first, last]; where a request ends under another version than
             it began under it is made again, since index and chunks may be of two.
+        requests: So many slices at a time.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class ZarrReader:
         array: "zarr.Array[Any]",
         is_fill: Callable[[np.ndarray], np.ndarray],
         version: Callable[[int, int], object] = lambda first, last: None,
+        requests: int = REQUESTS,
     ) -> None:
         self._array, self._is_fill, self._version = array, is_fill, version
+        self._requests = requests
 
     def read(self, rows: np.ndarray, out: np.ndarray, verify: bool = True) -> list[int]:
         """Fill `out`; see `stores.reader`."""
@@ -54,7 +58,7 @@ class ZarrReader:
             cells[a:b] = self._slice(int(distinct[a]), int(distinct[b - 1]))
 
         if len(parts) > 1:
-            with ThreadPoolExecutor(min(REQUESTS, len(parts))) as pool:
+            with ThreadPoolExecutor(min(self._requests, len(parts))) as pool:
                 list(pool.map(fetch, parts))
         else:
             fetch(parts[0])
@@ -64,7 +68,7 @@ class ZarrReader:
         return [int(place) for place in np.flatnonzero(self._is_fill(out))]
 
     def _slice(self, first: int, last: int) -> Any:
-        while True:
+        for _ in range(TRIES):
             before = self._version(first, last)
             try:
                 cells = self._array[first : last + 1]
@@ -74,3 +78,4 @@ class ZarrReader:
             else:
                 if before == self._version(first, last):
                     return cells
+        raise Unreadable(first, f"it was replaced {TRIES} times while it was read")

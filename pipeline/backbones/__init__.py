@@ -55,7 +55,8 @@ class Stage:
         frames: T of a module that looks across the frames of a clip; 0 where it looks at each
             frame alone.
         original: The stage whose place a method's module has taken; None for the network's own.
-        sealed: Nobody else holds the module, so what it is now it stays.
+        sealed: What it is now it stays: its identity and digest are taken once.
+        structure: The module's parts and attributes as they were loaded; see `structure_of`.
     """
 
     name: str
@@ -68,39 +69,45 @@ class Stage:
     frames: int = 0
     original: "Stage | None" = None
     sealed: bool = False
+    structure: Any = field(default=None, repr=False, compare=False)
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        if self.structure is None:
+            object.__setattr__(self, "structure", structure_of(self.module))
+
     def identity(self) -> dict[str, Any]:
-        """What the module computes besides its parameters: `code` and `options`, as JSON."""
-        if self.code != GRAFT:
-            return {"code": self.code, "options": dict(self.options)}
+        """What the module computes besides its parameters, as JSON.
+
+        `code` and `options`; and where something was put into the module since it was loaded (a
+        part, an attribute, another forward), `altered`, what it is now.
+
+        Raises:
+            ValueError, TypeError: It holds what no key can name, such as a hook.
+        """
         from pipeline.backbones._identity import identity
 
         if self.sealed and "identity" in self._known:
             return dict(self._known["identity"])
-        known, stage = [], self.original
-        while stage is not None:
-            if stage.module is not self.module:
+        if self.code != GRAFT:
+            found: dict[str, Any] = {"code": self.code, "options": dict(self.options)}
+            if structure_of(self.module) != self.structure:
+                found["altered"] = identity(self.module)
+        else:
+            known, stage = [], self.original
+            while stage is not None:
                 known.append((stage.module, stage.identity()))
-            stage = stage.original
-        self._known["identity"] = {"code": GRAFT, "options": identity(self.module, known)}
-        return dict(self._known["identity"])
+                stage = stage.original
+            found = {"code": GRAFT, "options": identity(self.module, known)}
+        self._known["identity"] = found
+        return dict(found)
 
     @property
     def parameters(self) -> str:
-        """Digest of the module's parameters and buffers.
-
-        Kept for a frozen stage while no tensor is replaced or changed in place; taken anew each
-        time where anything may be training.
-        """
-        tensors = tensors_of(self.module).values()
-        live = self.original is not None or any(tensor.requires_grad for tensor in tensors)
-        if live and not self.sealed:
-            return parameter_digest(self.module)
-        state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-        if self._known.get("state") != state:
-            self._known.update(state=state, digest=parameter_digest(self.module))
-        held: str = self._known["digest"]
+        """Digest of the module's parameters and buffers as they are now."""
+        if not (self.sealed and "parameters" in self._known):
+            self._known["parameters"] = parameter_digest(self.module)
+        held: str = self._known["parameters"]
         return held
 
 
@@ -259,6 +266,8 @@ class Backbone:
                     f"{stage.name} looks across clips of {stage.frames} frames, and {len(x)} "
                     "frames are no whole number of them"
                 )
+            if stage.code == GRAFT and any(x is kept for kept in outputs.values()):
+                x = x.clone()  # a method's module may work in place
             x = stage.module(x)
             if calls is not None:
                 calls[stage.name] += 1
@@ -321,6 +330,32 @@ class TextTower(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the features of given prompts, as JSON."""
+
+
+_INTERNAL = {*vars(nn.Module())}
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+
+
+def structure_of(module: nn.Module) -> list[Any]:
+    """A module's parts, their plain attributes and whether they have hooks: a quick look.
+
+    Compared within a run of Python, to see whether a module is still as it was loaded.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(plain(inner) for inner in value)
+        return value if isinstance(value, _PLAIN) else type(value).__qualname__
+
+    return [
+        (
+            path,
+            type(part).__qualname__,
+            {name: plain(v) for name, v in sorted(vars(part).items()) if name not in _INTERNAL},
+            bool(part._forward_hooks or part._forward_pre_hooks),
+        )
+        for path, part in module.named_modules()
+    ]
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.backbones import GRAFT, Backbone, Stage, tensors_of
-from pipeline.reductions import canonical_reduction, expand, why_not
+from pipeline.reductions import canonical_reduction, expand, reduce, why_not
 
 NDIM = {"tokens": 3, "map": 4, "vector": 2}
 
@@ -40,6 +40,7 @@ def graft(backbone: Backbone, name: str, module: nn.Module) -> Backbone:
     if _check_shapes(backbone, grafted, new):
         grafted.__dict__["shapes"] = backbone.shapes
     new.identity()  # what no key can name is refused now, and not when the training is over
+    _check_token_wise(grafted, new)
     return grafted
 
 
@@ -48,23 +49,41 @@ def unfreeze(backbone: Backbone, names: Sequence[str]) -> Backbone:
     changes = {}
     for name in names:
         stage = backbone.stage(name)
-        module = copy.deepcopy(stage.module).requires_grad_(True)
-        changes[name] = replace(stage, module=module, original=stage)
+        # Of a graft with what it stands for, by which its key knows its parts.
+        own = copy.deepcopy(stage)
+        own.module.requires_grad_(True)
+        changes[name] = replace(own, original=own.original or stage, sealed=False)
     return _as_it_is(backbone, changes)
 
 
-def snapshot(backbone: Backbone) -> Backbone:
-    """The backbone as it is now, in eval mode: training that goes on changes nothing of it."""
+def sealed(backbone: Backbone) -> Backbone:
+    """The backbone, which nothing will change any more: its digests are taken once."""
     changes = {}
     for stage in backbone.stages:
+        new = replace(stage, sealed=True)
+        new._known.update(stage._known if stage.sealed else {})
+        changes[stage.name] = new
+    return _with(backbone, changes)
+
+
+def snapshot(backbone: Backbone) -> Backbone:
+    """The backbone as it is now, in eval mode: training that goes on changes nothing of it.
+
+    Raises:
+        ValueError: A module says that it is token-wise, and is not.
+    """
+    changes = {}
+    for stage in backbone.stages:
+        known = {"identity": stage.identity(), "parameters": stage.parameters}
         live = any(t.requires_grad for t in tensors_of(stage.module).values())
         if stage.original is not None or live or stage.module.training:
-            stage.identity()  # of the module as it lies in its place, with what it stands for
             module = copy.deepcopy(stage.module).eval().requires_grad_(False)
-            sealed = replace(stage, module=module, sealed=True)
-            sealed._known.update(stage._known)
-            sealed._known.pop("state", None)
-            changes[stage.name] = sealed
+            new = replace(stage, module=module, sealed=True)
+            _check_token_wise(backbone, new)
+        else:
+            new = replace(stage, sealed=True)
+        new._known.update(known)
+        changes[stage.name] = new
     return without_text(_as_it_is(backbone, changes))
 
 
@@ -105,6 +124,7 @@ class Suffix(nn.Module):
         self._backbone = (without_text(backbone),)  # in a tuple: no module, nothing to walk
         self._first, self._reduction = first, reduction
         self._wanted, self._alone = wanted, not keep
+        self._frames = max(stage.frames for stage in backbone.stages[begin + 1 :])
         end = max(backbone.stage_names.index(one) for one in wanted)
         self.stages = nn.ModuleList(s.module for s in backbone.stages[begin + 1 : end + 1])
 
@@ -116,7 +136,8 @@ class Suffix(nn.Module):
                 type. bfloat16 and float16 are taken up to the backbone's precision.
 
         Returns:
-            The last stage's output, or a dict of those in `keep`, with the same leading axes.
+            The last stage's output, or a dict of those in `keep`, with the same leading axes. Of
+            tokens, the part that was given, in its form: from a class token, class tokens.
 
         Raises:
             ValueError: The shape is not that of the feature.
@@ -132,18 +153,26 @@ class Suffix(nn.Module):
                 f"{list(x.shape)}"
             )
         (backbone,) = self._backbone
+        if clips and self._frames not in (0, x.shape[1]):
+            raise ValueError(
+                f"the suffix looks across clips of {self._frames} frames, and these have "
+                f"{x.shape[1]}: {list(x.shape)}"
+            )
         outputs = backbone.run(
             expand(frames, self._first, self._reduction), self._wanted, self._first.name
         )
+        for name, y in outputs.items():
+            if backbone.stage(name).form == "tokens":
+                outputs[name] = reduce(y, backbone.stage(name), self._reduction)
         if clips:
             outputs = {n: y.reshape(*x.shape[:2], *y.shape[1:]) for n, y in outputs.items()}
         return outputs[self._wanted[0]] if self._alone else outputs
 
     def train(self, mode: bool = True) -> "Suffix":
-        """Training mode for what trains; frozen stages stay in eval."""
+        """Training mode for what trains; whatever is frozen stays in eval, within grafts too."""
         self.training = mode
         for stage in self.stages:
-            stage.train(mode and any(p.requires_grad for p in stage.parameters()))
+            _train(stage, mode)
         return self
 
     def _shape(self) -> tuple[int, ...]:
@@ -155,6 +184,43 @@ class Suffix(nn.Module):
             side = round((whole[0] - self._first.prefix) ** 0.5)
             return (whole[1], side, side)
         return whole
+
+
+def _train(module: nn.Module, mode: bool) -> None:
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        mode = False
+    module.training = mode
+    for child in module.children():
+        _train(child, mode)
+
+
+def _check_token_wise(backbone: Backbone, stage: Stage) -> None:
+    """Look whether a method's module gives the class token alone what it gives it among others.
+
+    The planner feeds it so where only the class token is kept, and takes its word for it.
+    """
+    if stage.original is None or not stage.token_wise:
+        return
+    before = backbone.stages[backbone.stage_names.index(stage.name) - 1]
+    device = next((t.device for t in tensors_of(stage.module).values()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *backbone.shapes[before.name], generator=generator)
+    other = torch.cat([x[:, :1], x[:, 1:].flip(1) + 1], dim=1)
+    with _eval(stage.module), torch.no_grad():
+        first, second, alone = (
+            stage.module(tokens.to(device, backbone.precision)).float().flatten(1)
+            for tokens in (x, other, x[:, :1])
+        )
+    width = alone.shape[1]
+    off = max((first[:, :width] - y[:, :width]).abs().max().item() for y in (second, alone))
+    largest = first.abs().max().item()
+    if not off <= (1e-3 if backbone.precision == torch.float32 else 5e-2) * largest:
+        raise ValueError(
+            f"{stage.name}: {type(stage.module).__name__} says token_wise, but what it gives for "
+            f"the class token changes with the other tokens (by {off:.2g} of {largest:.2g}); set "
+            "token_wise = False"
+        )
 
 
 def _frames(name: str, module: nn.Module) -> int:

@@ -152,7 +152,7 @@ class _Walk:
             return self.function(v, place)
         if isinstance(v, types.ModuleType):
             if origin(v.__name__) != "user":
-                return {"module": v.__name__, "version": _version(v.__name__)}
+                return {"module": v.__name__, "version": version(v.__name__)}
             inside = {k: x for k, x in vars(v).items() if k[:2] != "__" or k == "__getattr__"}
             return self.node("module", v, lambda: self.attributes(inside, place))
         if isinstance(v, enum.Enum):
@@ -160,7 +160,7 @@ class _Walk:
         if (parts := parts_of(v)) is not None:
             return {type(v).__name__: [self.value(part, place) for part in parts]}
         if type(v) in (*CONTAINERS, OrderedDict, torch.Size):
-            if self.nodes.building or id(v) in self.open:
+            if id(v) in self.open:
                 return self.node(type(v).__name__, v, lambda: self.items(v, place))
             self.open.add(id(v))
             try:
@@ -190,7 +190,7 @@ class _Walk:
         cls = type(v)
         if (kept := kept_by(v)) is None:
             if origin(cls.__module__) != "user" and (name := importable(v)):
-                return {"name": name, "version": _version(v.__module__)}
+                return {"name": name, "version": version(v.__module__)}
             raise nameless(place, f"a {cls.__module__}.{cls.__qualname__}")
 
         def build() -> Any:
@@ -226,7 +226,7 @@ class _Walk:
                 described[name] = describe_code(v.__code__)
             else:
                 described[name] = self.lenient(v, f"{place}.{name}", weak)
-        return [cls.__name__, _version(cls.__module__), described]
+        return [cls.__name__, version(cls.__module__), described]
 
     def function(self, f: types.FunctionType, place: str) -> Any:
         where = origin_of(f)
@@ -254,7 +254,7 @@ class _Walk:
                 return [describe_code(f.__code__), inner, used]
             home = f.__globals__["__name__"]
             code = describe_code(f.__code__) if where == "package" else None
-            return [f"{home}.{f.__qualname__}", _version(home), code, inner]
+            return [f"{home}.{f.__qualname__}", version(home), code, inner]
 
         return self.node("function", f, build)
 
@@ -284,7 +284,7 @@ class _Walk:
         name = importlib.util.resolve_name(use.name, parent)
         key, where = f"import {name}", origin(name, look=True)
         if where != "user":
-            return {key: version(name) if where == "package" else where}
+            return {key: [where, version(name, look=True)]}
         if name not in sys.modules:
             raise TypeError(f"{place} imports {name} as it runs, unknown till then: load it first")
         module, place = sys.modules[name], f"{place}: {name}"
@@ -294,7 +294,3 @@ class _Walk:
 
     def node(self, kind: str, thing: Any, build: Any, use: str = "") -> Any:
         return self.nodes.add(kind, thing, build, use, self.weak, origin_of(thing) == "user")
-
-
-def _version(module: str) -> str | None:
-    return version(module) if origin(module) == "package" else None

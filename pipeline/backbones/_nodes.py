@@ -37,10 +37,9 @@ class _Node:
 
 
 class Nodes:
-    """All things met in one reading. `building` once the nodes themselves are described."""
+    """All things met in one reading."""
 
     def __init__(self) -> None:
-        self.building = False
         self._nodes: list[_Node] = []
         self._seen: dict[tuple[int, str], int] = {}
 
@@ -64,7 +63,6 @@ class Nodes:
         Raises:
             TypeError: What `build` raised for a node that the tree cannot do without.
         """
-        self.building = True
         for node in self._nodes:  # grows on the way
             try:
                 node.text, node.refs = flat(node.build())

@@ -56,10 +56,13 @@ def origin(module: str, look: bool = False) -> str:
     return "user"
 
 
+def version(module: str, look: bool = False) -> str | None:
+    """Of the package that holds the module, without a build's suffix (+cu130); else None."""
+    return _number(module.partition(".")[0]) if origin(module, look) == "package" else None
+
+
 @functools.cache
-def version(module: str) -> str | None:
-    """Of the package that holds it, without a build's suffix (+cu130)."""
-    root = module.partition(".")[0]
+def _number(root: str) -> str | None:
     try:
         found = metadata.version(root)
     except metadata.PackageNotFoundError:
@@ -87,7 +90,8 @@ def class_origin(cls: type) -> str:
 def origin_of(thing: Any) -> str:
     """Of a function by its globals (functools.wraps lends it a `__module__`), else of the class."""
     if isinstance(thing, FunctionType):
-        return origin(str(thing.__globals__.get("__name__", "")))
+        home = str(thing.__globals__.get("__name__", ""))
+        return "user" if home == "builtins" else origin(home)  # exec's default; nothing else is
     if isinstance(thing, ModuleType):
         return origin(thing.__name__)
     return class_origin(thing if isinstance(thing, type) else type(thing))

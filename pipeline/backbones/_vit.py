@@ -33,8 +33,8 @@ class Normalise(nn.Module):
     def forward(self, x_NSS3: Tensor) -> Tensor:
         # Tuples and not buffers: a module's cast to bfloat16 would round them.
         x = x_NSS3.permute(0, 3, 1, 2).to(torch.float32).div(255)
-        mean = torch.tensor(self.mean, device=x.device)[:, None, None]
-        std = torch.tensor(self.std, device=x.device)[:, None, None]
+        mean = torch.tensor(self.mean, dtype=x.dtype, device=x.device)[:, None, None]
+        std = torch.tensor(self.std, dtype=x.dtype, device=x.device)[:, None, None]
         return x.sub_(mean).div_(std).to(self.dtype).contiguous(memory_format=self.format)
 
     def options(self) -> dict[str, Any]:

@@ -302,3 +302,146 @@ def test_the_suffix_trains_the_module_that_was_grafted(vit):
     optimizer.step()
     after = new.keys(FRAMES_KEY)
     assert [n for n in before if before[n] != after[n]] == ["blocks.11.mlp", "proj"]
+
+
+class LoRA(nn.Module):
+    def __init__(self, base, alpha):
+        super().__init__()
+        self.base, self.alpha = base, alpha
+        self.a = nn.Parameter(torch.full((2, base.in_features), 0.01))
+        self.b = nn.Parameter(torch.full((base.out_features, 2), 0.01))
+
+    def forward(self, x):
+        return self.base(x) + self.alpha * (x @ self.a.T @ self.b.T)
+
+
+def test_what_is_put_into_an_unfrozen_or_a_frozen_stage_is_part_of_the_key():
+    def lora(backbone, alpha):
+        module = backbone.stage("blocks.10.mlp").module
+        module.mlp.c_fc = LoRA(module.mlp.c_fc, alpha)
+        return backbone
+
+    def graft(backbone):
+        return backbone.graft("blocks.10.mlp", Scaled(backbone.stage("blocks.10.mlp").module))
+
+    def activation(backbone, kind):
+        backbone.stage("blocks.10.mlp").module.mlp.gelu = kind
+        return backbone
+
+    def keys(backbone):
+        return backbone.keys(FRAMES_KEY)["proj"]
+
+    def load():
+        return backbones.load(VIT)
+
+    plain = keys(load())
+    found = [
+        plain,
+        *(keys(lora(load().unfreeze("blocks.10.mlp"), alpha)) for alpha in (1.0, 4.0)),
+        *(keys(graft(lora(load(), alpha))) for alpha in (1.0, 4.0)),
+        keys(activation(load().unfreeze("blocks.10.mlp"), nn.ReLU())),
+        keys(activation(load(), nn.Tanh())),
+        keys(lora(load(), 1.0).unfreeze("blocks.10.mlp").unfreeze("blocks.10.mlp")),
+    ]
+    assert found[1] == found[-1]
+    assert len(set(found)) == len(found) - 1
+    assert keys(load().unfreeze("blocks.10.mlp").unfreeze("blocks.10.mlp")) == plain
+    assert keys(copy.deepcopy(load())) == plain
+
+
+@pytest.mark.parametrize("through", [lambda b: b, lambda b: b.unfreeze("blocks.10.mlp")])
+def test_a_hook_on_a_stage_is_refused(through):
+    backbone = backbones.load(VIT)
+    backbone.stage("blocks.10.mlp").module.register_forward_hook(lambda m, i, o: o * 2)
+    with pytest.raises(ValueError, match="forward hooks"):
+        through(backbone).keys(FRAMES_KEY)
+
+
+def test_a_write_past_autograd_changes_a_frozen_stages_key():
+    backbone = backbones.load(RESNET)
+    before = backbone.keys(FRAMES_KEY)
+    backbone.stage("layer4.1").module.conv1.weight.data.mul_(1.1)
+    after = backbone.keys(FRAMES_KEY)
+    assert [n for n in before if before[n] != after[n]] == ["layer4.1", "pool", "fc"]
+    backbone.stage("layer4.0").module.conv1.weight.detach().numpy()[:] *= 2
+    assert backbone.keys(FRAMES_KEY)["layer4.0"] != after["layer4.0"]
+
+
+def test_unfreezing_a_graft_keeps_its_key(vit):
+    grafted = adapted(vit, 11)
+    thawed = grafted.unfreeze("blocks.11.mlp")
+    assert thawed.keys(FRAMES_KEY) == grafted.keys(FRAMES_KEY)
+    assert all(p.requires_grad for p in thawed.stage("blocks.11.mlp").module.parameters())
+    assert not any(p.requires_grad for p in vit.stage("blocks.11.mlp").module.parameters())
+
+
+class InPlace(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        out = self.inner(x)
+        x.zero_()
+        return out
+
+
+def test_a_graft_that_works_in_place_spoils_no_kept_output(vit):
+    x = pictures(vit)
+    spoiling = vit.graft("blocks.10.mlp", InPlace(vit.stage("blocks.10.mlp").module))
+    with torch.inference_mode():
+        expected = vit.run(x, ["blocks.10.attn", "proj"])
+        found = spoiling.run(x, ["blocks.10.attn", "proj"])
+    for name, output in expected.items():
+        assert torch.equal(found[name], output), name
+
+
+class Context(nn.Module):
+    token_wise = True
+
+    def __init__(self, inner, share):
+        super().__init__()
+        self.inner = inner
+        self.share = nn.Parameter(torch.tensor(share))
+
+    def forward(self, x):
+        return self.inner(x) + self.share * x.mean(dim=1, keepdim=True)
+
+
+def test_a_module_that_says_token_wise_and_is_not_is_refused(vit):
+    inner = vit.stage("blocks.11.mlp").module
+    with pytest.raises(ValueError, match="says token_wise, but what it gives for the class token"):
+        vit.graft("blocks.11.mlp", Context(inner, 0.5))
+    late = vit.graft("blocks.11.mlp", Context(inner, 0.0))
+    with torch.no_grad():
+        late.stage("blocks.11.mlp").module.share.fill_(0.5)
+    with pytest.raises(ValueError, match="says token_wise"):
+        _grafts.snapshot(late)
+
+
+def test_a_wrapper_in_training_leaves_a_frozen_batch_norm_alone(resnet):
+    inner = resnet.stage("layer4.0").module
+    before = {name: t.clone() for name, t in inner.state_dict().items()}
+    new = resnet.graft("layer4.0", nn.Sequential(Scaled(inner), nn.Dropout(0.5)))
+    suffix = new.suffix("layer3.1").train()
+    dropout, scaled = new.stage("layer4.0").module[1], new.stage("layer4.0").module[0]
+    assert (dropout.training, scaled.training, inner.bn1.training) == (True, True, False)
+    suffix(torch.rand(4, *resnet.shapes["layer3.1"]))
+    assert all(torch.equal(t, before[name]) for name, t in inner.state_dict().items())
+
+
+def test_clips_of_another_length_than_a_temporal_graft_looks_across_are_refused(resnet):
+    inner = resnet.stage("layer4.0").module
+    suffix = resnet.graft("layer4.0", TemporalShift(inner, frames=4)).suffix("layer3.1")
+    with pytest.raises(ValueError, match="looks across clips of 4 frames, and these have 8"):
+        suffix(torch.rand(1, 8, *resnet.shapes["layer3.1"]))
+    assert suffix(torch.rand(2, 4, *resnet.shapes["layer3.1"])).shape == (2, 4, 1000)
+
+
+def test_of_tokens_a_suffix_gives_the_part_that_it_was_given(vit):
+    whole = vit.suffix("blocks.11.attn", keep=["blocks.11.mlp"])(torch.ones(2, 3, 50, 384))
+    assert whole["blocks.11.mlp"].shape == (2, 3, 50, 384)
+    token = vit.suffix("blocks.11.attn:cls", keep=["blocks.11.mlp", "proj"])(torch.ones(2, 3, 384))
+    assert token["blocks.11.mlp"].shape == (2, 3, 384)
+    patches = vit.suffix("blocks.11.attn:map", keep=["blocks.11.mlp"])(torch.ones(2, 3, 384, 7, 7))
+    assert patches["blocks.11.mlp"].shape == (2, 3, 384, 7, 7)

@@ -22,9 +22,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.backbones import load
+from pipeline.backbones import _origin, load
 from pipeline.backbones._identity import identity
-from pipeline.backbones._origin import version
 from stores.identity import canonical, digest
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +49,10 @@ def deepest(x):
 
 def deeper(x):
     return deepest(x) + 1
+
+
+def aside(x):
+    return x * 29
 
 
 def powers(by):
@@ -165,7 +168,7 @@ class Graft(nn.Module):
                 y = deeper(power(y)) if n else F.gelu(y)
         except ValueError:
             y = self.still(self.wrapped(y))
-        y = Doubling.apply(y)
+        y = Doubling.apply(y) + sum(aside(n) for n in ())
         return y * GAIN + shift + settings.rate() + TABLE["gain"][0] * math.pi
 '''
 
@@ -185,6 +188,7 @@ DECIDES = {
     "a global constant": ("GAIN = 2.5", "GAIN = 2.25"),
     "a global container": ("[1, 2]", "(1, 2)"),
     "a function two calls deep": ("x * 3", "x * 4"),
+    "a function called in a generator": ("x * 29", "x * 28"),
     "the value in a closure": ("powers(5)", "powers(6)"),
     "a default": ("power=2", "power=3"),
     "a keyword's default": ("offset=7", "offset=8"),
@@ -217,10 +221,6 @@ DECIDES = {
     "a named tuple": ("Pair()", "Pair(3)"),
     "a function with gradients": ("x * 23", "x * 22"),
     "a branch turned round": ("if n else F.gelu(y)", "if not n else F.gelu(y)"),
-    "the order of children": (
-        "self.inner = Inner()",
-        "self.inner = Inner()\n        self.norm = self._modules.pop('norm')",
-    ),
     "a base": ("class Inner(nn.Module)", "class Inner(nn.Identity)"),
     "a method more": ("    @property", "    def more(self):\n        pass\n\n    @property"),
 }
@@ -290,6 +290,157 @@ def test_what_decides_a_value_changes_the_identity(edit):
     assert key(edited(edit)) != key(run(TEXT).Graft())
 
 
+FUNCTIONS = """
+    lambda x: x + 1
+    lambda x: x - 1
+    lambda x: x + 1.0
+    lambda x: x + 1.5
+    lambda x: x + 2.5
+    lambda x: x + 1j
+    lambda x: b"a"
+    lambda x: b"b"
+    lambda x: x in {"a", "b", "c"}
+    lambda x: x in ("a", "b", "c")
+    lambda x, y: x
+    lambda y, x: x
+    lambda x, *, y: x
+    lambda x, /, y: x
+    lambda x, *y: x
+    lambda x, **y: x
+    lambda *y: 1
+    lambda **y: 1
+    lambda x=1: x
+    lambda x=2: x
+    lambda *, x=1: x
+    lambda x: lambda y: x + y
+    lambda x: lambda y: x - y
+    lambda x: x.sum()
+    lambda x: x.mean()
+    lambda x: x[1:2]
+    lambda x: (yield x)
+    lambda x: f"{x}"
+    lambda x: f"{x!r}"
+    lambda x: x < 1
+    lambda x: x > 1
+    lambda x: x and 1
+    lambda x: x or 1
+"""
+BODIES = """
+    if x:
+        a()
+    b()
+    return 1
+---
+    if x:
+        a()
+        b()
+    return 1
+---
+    a()
+    try:
+        b()
+    except ValueError:
+        return 1
+---
+    try:
+        a()
+        b()
+    except ValueError:
+        return 1
+---
+    try:
+        b()
+        a()
+    except ValueError:
+        return 1
+"""
+
+
+def test_functions_that_differ_in_one_thing_have_other_identities():
+    bodies = [f"def f(x):\n{body}" for body in BODIES.split("---\n")]
+    texts = [f"f = {text.strip()}" for text in FUNCTIONS.strip().splitlines()] + bodies
+    keys = [key(Holder(value=run(text).f)) for text in texts]
+    assert keys == [key(Holder(value=run(text).f)) for text in texts]
+    assert len(set(keys)) == len(keys)
+
+
+def test_where_a_function_was_written_decides_nothing():
+    inside = run("def made():\n    return lambda x: x + 1\n\nf = made()").f
+    assert key(Holder(value=inside)) == key(Holder(value=run("f = lambda x: x + 1").f))
+
+    def nowhere(text):
+        space = {"nn": nn}
+        exec(text, space)
+        assert space["Graft"].__module__ == "builtins"
+        return space["Graft"]()
+
+    text = "class Graft(nn.Module):\n    def forward(self, x): return x + 1"
+    assert key(nowhere(text)) == key(run(text).Graft())
+    assert key(nowhere(text.replace("+", "-"))) != key(nowhere(text))
+
+
+def test_what_hangs_on_a_function_counts():
+    one, two = (run("def f(x): return x").f for _ in range(2))
+    one.scale, two.scale = 1, 2
+    assert key(Holder(value=one)) != key(Holder(value=two))
+
+
+def test_a_name_of_a_library_says_which_library():
+    text = """
+        class Graft(nn.Module):
+            def forward(self, x):
+                return xp.exp(x)
+    """
+    keys = {key(run(text, xp=xp).Graft()) for xp in (torch, np, importlib.import_module("math"))}
+    assert len(keys) == 3
+
+
+def test_what_is_torchs_is_told_by_its_name():
+    described = identity(Holder(act=nn.GELU("tanh"), up=nn.functional.interpolate, kind=nn.ReLU))
+    assert described["children"][0][1]["code"] == {"name": "torch.nn.modules.activation.GELU"}
+    assert described["attributes"] == {
+        "kind": {"name": "torch.nn.modules.activation.ReLU"},
+        "up": {"name": "torch.nn.functional.interpolate"},
+    }
+
+
+def test_what_a_constructor_calls_is_past_unless_the_code_will_call_it():
+    text = """
+        class Part(nn.Module):
+            def __init__(self):
+                super().__init__()
+                drawn()
+
+        class Graft(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.part = Part()
+
+            def forward(self, x):
+                return {}(x)
+
+        def drawn():
+            return {}
+    """
+    for part, follows in ("self.part", False), ("Part()", True):
+        keys = {key(run(text.format(part, one)).Graft()) for one in ("1", "2")}
+        assert (len(keys) == 2) == follows
+
+
+def test_options_and_the_order_of_torchs_layers_count():
+    made = [
+        *(nn.LayerNorm(4, eps=1e-5), nn.LayerNorm(4, eps=1e-6), nn.LayerNorm((4,), eps=1)),
+        *(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 4, 3, padding=1)),
+        *(nn.Conv2d(4, 4, 3, padding_mode="reflect"), nn.Conv2d(4, 4, 3, dilation=2)),
+        *(nn.GELU(), nn.GELU("tanh"), nn.LeakyReLU(0.1), nn.LeakyReLU(0.2), nn.Dropout(0.1)),
+        *(nn.MultiheadAttention(4, 2), nn.MultiheadAttention(4, 4), nn.Upsample(scale_factor=2)),
+        *(nn.Sequential(nn.ReLU(), nn.GELU()), nn.Sequential(nn.GELU(), nn.ReLU())),
+        *(Holder(a=nn.ReLU(), b=nn.ReLU()), Holder(b=nn.ReLU(), a=nn.ReLU())),
+    ]
+    keys = [key(nn.Sequential(module)) for module in made]
+    assert len(set(keys)) == len(keys)
+
+
 @pytest.mark.parametrize("edit", DECIDES_NOTHING.values(), ids=list(DECIDES_NOTHING))
 def test_what_decides_no_value_changes_nothing(edit):
     assert identity(edited(edit)) == identity(run(TEXT).Graft())
@@ -341,7 +492,7 @@ def write(tmp_path, monkeypatch):
             if name.startswith("my_"):
                 del sys.modules[name]
         importlib.invalidate_caches()
-        version.cache_clear()
+        _origin._number.cache_clear()
 
     yield write
     write("")
@@ -370,6 +521,7 @@ MY_HELPERS = """
         ("import my_helpers as m; return m.f(x)", True),
         ("return getattr(my_helpers, 'f')(x)", True),
         ("return my_helpers.made_up(x)", True),
+        ("return my_helpers.made_up.g(x)", True),
     ],
 )
 def test_of_the_users_own_modules_what_is_used_counts(write, forward, whole):
@@ -452,6 +604,7 @@ ATTRIBUTES = [
     *([], (), {}, set(), [[]], OrderedDict(a=1, b=2), {"tuple": [1, 2]}, "{'a': 1}"),
     *(torch.float32, torch.float16, torch.Size([3]), torch.channels_last, np.dtype("f4")),
     *(np.float32(1), np.float64(1), np.arange(3), np.arange(3.0), np.arange(3)[::-1]),
+    *(torch.zeros(2), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int32), np.zeros((2, 1), "f4")),
     *(torch.arange(3), torch.arange(3.0), torch.arange(4).reshape(2, 2), torch.tensor(1)),
     *(Path("a"), Path("b"), slice(1), slice(2), range(3), enum.Enum("E", "A B").A),
     *(enum.Enum("E", "A B").B, functools.partial(doubled), functools.partial(doubled, x=1)),
@@ -472,7 +625,32 @@ def test_no_two_values_of_an_attribute_look_alike():
 
 
 def test_sets_and_attributes_have_no_order():
-    assert key(Holder(a={"x", "y", "z"}, b=1)) == key(Holder(b=1, a={"z", "y", "x"}))
+    one, two = {0, 8}, {8, 0}
+    assert list(one) != list(two)
+    assert key(Holder(a=one, b=1)) == key(Holder(b=1, a=two))
+    assert key(Holder(a=SimpleNamespace(b=1, c=2))) == key(Holder(a=SimpleNamespace(c=2, b=1)))
+
+
+class Row(list):
+    """A list of its own kind."""
+
+
+class Name(str):
+    """A string of its own kind."""
+
+
+def test_what_extends_a_plain_type_counts_with_what_it_holds():
+    values = [Row([1]), Row([2]), [1], Name("a"), Name("b"), "a", Row([Name("a")])]
+    assert len({key(Holder(value=value)) for value in values}) == len(values)
+
+
+def test_a_container_may_hold_itself():
+    def made(value):
+        values = [value]
+        values.append({"again": values})
+        return key(Holder(values=values))
+
+    assert made(1) == made(1) != made(2)
 
 
 NAMELESS = {
@@ -523,12 +701,38 @@ def test_what_has_no_name_is_refused_in_code_too_even_under_torchs_decorators():
             def forward(self, x):
                 return noisy(x)
     """
-    with pytest.raises(TypeError, match=r"Graft\.forward: noisy.*: RNG is a numpy\.random"):
-        identity(run(text, RNG=np.random.default_rng(0)).Graft())
+    twice = ("@torch", "@torch.inference_mode()\n        @torch")
+    for edit in ("", ""), ("@torch.no_grad()", ""), twice:
+        with pytest.raises(TypeError, match=r"Graft\.forward: noisy.*: RNG is a numpy\.random"):
+            identity(run(text.replace(*edit), RNG=np.random.default_rng(0)).Graft())
+
+
+def test_a_decorator_of_a_library_may_hold_what_has_no_name():
+    text = """
+        import functools
+
+        @functools.singledispatch
+        def shifted(x):
+            return x
+
+        @shifted.register
+        def _(x: int):
+            return x + 5
+
+        class Graft(nn.Module):
+            def forward(self, x):
+                return shifted(x)
+    """
+    graft = run(text).Graft()
+    before = key(graft)
+    assert graft(1) == 6
+    assert key(graft) == key(run(text).Graft()) == before
+    assert key(run(text.replace("x + 5", "x + 6")).Graft()) != before
 
 
 def test_an_underscore_lets_a_class_with_code_keep_what_has_no_name():
     assert key(Vouched(_rng=np.random.default_rng(0)))
+    assert key(Vouched(_rng=SimpleNamespace(kept=[np.random.default_rng(0)])))
     with pytest.raises(TypeError, match=r"Vouched\.rng"):
         identity(Vouched(rng=np.random.default_rng(0)))
     with pytest.raises(TypeError, match=r"Holder\._rng"):
@@ -578,6 +782,10 @@ def test_a_function_put_into_a_class_of_torch_counts(monkeypatch):
     before = key(nn.Sequential(nn.GELU()))
     monkeypatch.setattr(nn.GELU, "forward", lambda self, x: x)
     assert key(nn.Sequential(nn.GELU())) != before
+    heir = type("Heir", (nn.GELU,), {})
+    first = key(heir())
+    monkeypatch.setattr(nn.GELU, "forward", lambda self, x: -x)
+    assert key(heir()) != first
     monkeypatch.undo()
     assert key(nn.Sequential(nn.GELU())) == before
 
@@ -596,6 +804,7 @@ def test_parameters_and_buffers_do_not_count_nor_do_devices_and_modes():
     with torch.no_grad():
         made[0].weight.add_(1)
         made[1].running_mean.add_(1)
+        made[2].weight_ih_l0.add_(1)
     assert key(made) == before
     made[-1].device = torch.device("meta")
     assert key(made.eval()) == before
@@ -709,6 +918,7 @@ def test_circles_of_two_and_of_three_that_look_alike_nearby_are_told_apart():
         return key(Holder(ring=nodes[0]))
 
     assert ring(1) == ring(1, 1) == ring(1, 1, 1)
+    assert len({ring(1, 1, 2), ring(1, 1, 1, 2), ring(1, 1, 1, 1, 2)}) == 3
     assert len({ring(1), ring(1, 2), ring(1, 1, 2), ring(1, 2, 2), ring(2, 1), ring(2)}) == 6
     lasso = SimpleNamespace(value=1)
     lasso.next = SimpleNamespace(value=2)
@@ -727,6 +937,28 @@ def test_a_chain_of_calls_may_be_longer_than_pythons_stack():
 class Options:
     depth: int = 2
     names: tuple[str, ...] = ()
+
+
+class First(nn.Module):
+    def forward(self, x):
+        return x + 1
+
+
+class Second(nn.Module):
+    def forward(self, x):
+        return x + 2
+
+
+def heir(base):
+    class Heir(base):
+        def forward(self, x):
+            return super().forward(x)
+
+    return Heir.forward
+
+
+def test_a_method_of_another_class_brings_that_classs_bases():
+    assert key(Holder(value=heir(First))) != key(Holder(value=heir(Second)))
 
 
 class Kind(enum.Enum):

@@ -55,6 +55,21 @@ def test_rows_may_be_chosen_and_repeat(feature):
         assert torch.equal(tensors[torch.tensor([0, 1, 2])], stored[[7, 2, 7]])
 
 
+@pytest.mark.parametrize("budget", [1 << 30, 0])
+def test_masks_are_masks_and_what_is_no_place_is_refused(feature, budget):
+    found, stored = feature
+    mask = np.zeros(CLIPS, bool)
+    mask[[3, 5]] = True
+    tensors = FeatureTensors(found, mask, budget_bytes=budget)
+    assert tensors.rows.tolist() == [3, 5]
+    assert torch.equal(tensors[torch.tensor([False, True])], stored[[5]])
+    for places in ([2], [-1], [0.5], [True]):
+        with pytest.raises(IndexError, match=r"places|mask"):
+            tensors[places]
+    with pytest.raises(IndexError, match="whole numbers"):
+        FeatureTensors(found, np.array([0.5]))
+
+
 def test_what_fits_is_read_once_and_what_does_not_a_batch_at_a_time(feature, monkeypatch):
     found, stored = feature
     reads = []
@@ -103,7 +118,7 @@ def test_a_clip_without_the_feature_is_told_of_and_not_made_up(feature):
         tensors = FeatureTensors(found, [0, CLIPS - 1], budget_bytes=budget)
         with pytest.raises(LookupError, match=f"row {CLIPS - 1}"):
             list(tensors.batches(2))
-    with pytest.raises(IndexError, match=f"rows 0 to {CLIPS} asked of {CLIPS} clips"):
+    with pytest.raises(IndexError, match=f"rows 0 to {CLIPS} asked of a table of {CLIPS} clips"):
         FeatureTensors(found, [0, CLIPS])
     with pytest.raises(ValueError, match="at least one clip"):
         list(FeatureTensors(found).batches(0))

@@ -1,6 +1,7 @@
 """Updating: what a changed network costs a store, and from where each cell comes."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -442,3 +443,22 @@ def test_the_calls_that_are_reported_are_the_calls_that_are_made(store, resnet, 
     report = update(store, new, keep=["pool"])
     made = {f"{RESNET} {name}": n for name, n in taken["calls"].items() if n}
     assert made == report.calls
+
+
+def test_what_is_around_a_call_decides_no_value(store, resnet, tmp_path):
+    other = Path(shutil.copytree(store, tmp_path / "other.zarr"))
+    new = moved(resnet, "layer4.0")
+    update(store, new, keep=["pool"])
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+        update(other, new, keep=["pool"])
+    assert files(store / "features") == files(other / "features")
+
+
+def test_two_stores_are_updated_by_one_network_at_once(store, resnet, tmp_path):
+    stores = [Path(shutil.copytree(store, tmp_path / f"{i}.zarr")) for i in range(3)]
+    new = moved(resnet, "layer4.0")
+    with ThreadPoolExecutor(3) as pool:
+        reports = list(pool.map(lambda one: update(one, new, keep=["pool"]), stores))
+    assert [report.computed for report in reports] == [6, 6, 6]
+    found = [files(one / "features") for one in stores]
+    assert found[0] == found[1] == found[2]
