@@ -180,7 +180,7 @@ def forward(job: Job, decoded: DecodedBlock) -> Report:
     works = decoded.block.clips
     answers: tuple[Decoded | Failure | None, ...] = decoded.clips or (None,) * len(works)
     overflows: dict[int, list[str]] = {}
-    ready: list[tuple[str, StagedBlock]] = []
+    ready: list[tuple[tuple[int, int, int], str, StagedBlock]] = []
     for number, one in enumerate(job.passes):
         wanted = {
             i: needed
@@ -209,15 +209,18 @@ def forward(job: Job, decoded: DecodedBlock) -> Report:
                 elif c in needed:
                     overflows.setdefault(i, []).append(overflow.sentence(one.outputs[c].spec))
             if chosen:
-                ready.append((one.outputs[c].spec.place, _staged(chosen, cells, works)))
+                staged_block = _staged(chosen, cells, works)
+                ready.append((_order(number, one, c), one.outputs[c].spec.place, staged_block))
     facts = [_fact(work, answers[i], overflows.get(i, [])) for i, work in enumerate(works)]
     began = time.perf_counter()
     # Facts go first: a cell found staged by the next build must not lack what goes with it.
     if job.describe and (told := [fact for fact in facts if "detail" in fact]):
         staging.put_facts(job.store, told)
+    # What can be computed from another goes before it: were the first lost by a kill and the other
+    # not, the next build would take it from there, rounded, and not from the video.
     staged = {
         place: (staging.put(job.store, place, block).name, block.rows.tolist())
-        for place, block in ready
+        for _, place, block in sorted(ready, key=lambda one: one[0])
     }
     seconds["write"] += time.perf_counter() - began
     return Report(decoded.block, facts, staged, seconds, calls)
@@ -249,6 +252,13 @@ def _pictures(decoded: DecodedBlock, clip: int, pass_number: int) -> np.ndarray:
     answer = decoded.clips[clip]
     assert isinstance(answer, Decoded)
     return answer.frames[decoded.places[clip][pass_number]]
+
+
+def _order(number: int, one: Pass, output: int) -> tuple[int, int, int]:
+    """Deepest first; at one stage, what others are parts of comes last."""
+    chosen = one.outputs[output]
+    depth = list(one.stage_keys).index(chosen.stage)
+    return (number, -depth, {"": 2, "map": 1}.get(chosen.reduction, 0))
 
 
 def _staged(chosen: list[tuple[int, int]], cells: np.ndarray, works: list[ClipWork]) -> StagedBlock:

@@ -35,6 +35,7 @@ from pipeline.scan import Scan, scan
 from pipeline.spec import BuildSpec, Runtime
 from pipeline.updating import Rows, plan_update
 from stores import FeatureStore, atomic, clips, lock, staging, text
+from stores.remote import local_folder
 
 LOGS = "logs"
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STDLIB = sys.stdlib_module_names
 MAY_IMPORT = {
-    "stores": {"stores", "numpy", "zarr", "pandas", "pyarrow", "dask", "google_crc32c"},
+    "stores": {"stores", "numpy", "zarr", "pandas", "pyarrow", "dask", "google_crc32c", "obstore"},
     "heads": {"heads", "torch", "numpy", "faiss"},
 }
 
@@ -34,7 +34,7 @@ def test_a_room_imports_only_what_it_may(room):
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("stores", ["torch", "av", "pipeline", "heads", "dask"]),
+        ("stores", ["torch", "av", "pipeline", "heads", "dask", "obstore"]),
         ("heads.nearest_mean", ["av", "zarr", "stores", "pipeline", "dask"]),
         ("pipeline.decoders._child", ["torch", "dask", "zarr", "pandas"]),
         ("pipeline.show", ["torch", "av", "dask"]),

@@ -24,6 +24,7 @@ def graft(backbone: Backbone, name: str, module: nn.Module) -> Backbone:
     stage = backbone.stage(name)
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name}: a graft is a torch module, not a {type(module).__name__}")
+    _check_registered(name, module)
     frames = _frames(name, module)
     new = Stage(
         name,
@@ -50,7 +51,7 @@ def unfreeze(backbone: Backbone, names: Sequence[str]) -> Backbone:
     for name in names:
         stage = backbone.stage(name)
         # Of a graft with what it stands for, by which its key knows its parts.
-        own = copy.deepcopy(stage)
+        own = _copied(name, stage)
         own.module.requires_grad_(True)
         changes[name] = replace(own, original=own.original or stage, sealed=False)
     return _as_it_is(backbone, changes)
@@ -77,7 +78,7 @@ def snapshot(backbone: Backbone) -> Backbone:
         known = {"identity": stage.identity(), "parameters": stage.parameters}
         live = any(t.requires_grad for t in tensors_of(stage.module).values())
         if stage.original is not None or live or stage.module.training:
-            module = copy.deepcopy(stage.module).eval().requires_grad_(False)
+            module = _copied(stage.name, stage.module).eval().requires_grad_(False)
             new = replace(stage, module=module, sealed=True)
             _check_token_wise(backbone, new)
         else:
@@ -95,7 +96,8 @@ def without_text(backbone: Backbone) -> Backbone:
 
 
 class Suffix(nn.Module):
-    """The chain after a cached feature. Shares its modules with the backbone it comes from.
+    """The chain after a cached feature. Shares its modules with the backbone it comes from: what
+    moves or casts the suffix moves or casts them there too.
 
     `train()` puts in training mode what is trainable, and leaves frozen stages as they are: a batch
     norm that does not train keeps its running statistics.
@@ -223,6 +225,35 @@ def _check_token_wise(backbone: Backbone, stage: Stage) -> None:
         )
 
 
+def _copied[T](name: str, thing: T) -> T:
+    """A deep copy of a stage or module.
+
+    Raises:
+        ValueError: It holds what cannot be copied.
+    """
+    try:
+        return copy.deepcopy(thing)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name}: its module cannot be copied ({error}). Does it keep a tensor of its last "
+            "call in an attribute? Keep it detached, or not at all"
+        ) from error
+
+
+def _check_registered(name: str, module: nn.Module) -> None:
+    """Refuse modules in plain containers: eval(), copies to a device and training miss them."""
+    for path, part in module.named_modules():
+        for attribute, value in vars(part).items():
+            inner = value.values() if isinstance(value, dict) else value
+            plain = isinstance(value, list | tuple | dict) and attribute != "_modules"
+            if plain and any(isinstance(one, nn.Module) for one in inner):
+                raise ValueError(
+                    f"{name}: {'.'.join(filter(None, (path, attribute)))} of "
+                    f"{type(module).__name__} is a {type(value).__name__} of modules, which torch "
+                    "does not see: make it an nn.ModuleList or nn.ModuleDict"
+                )
+
+
 def _frames(name: str, module: nn.Module) -> int:
     """T, as the module or a part of it says; 0 where none looks across frames."""
     said = [getattr(part, "frames", 0) for part in module.modules()]
@@ -266,9 +297,14 @@ def _check_shapes(backbone: Backbone, grafted: Backbone, new: Stage) -> bool:
     if before is not None:
         shape, dtype = (frames, *backbone.shapes[before.name]), backbone.precision
     said = f"{new.name}: {type(new.module).__name__}"
-    with _eval(new.module), torch.no_grad():
+    # A copy: what the module keeps of a call, such as statistics, is not to be of this one.
+    module = _copied(new.name, new.module).eval()
+    x = torch.zeros(shape, dtype=torch.float32)
+    x = x.uniform_(0, 1 if before else 255, generator=torch.Generator().manual_seed(0))
+    x = x.to(device, dtype)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            y = new.module(torch.zeros(shape, dtype=dtype, device=device))
+            y, again = (module(x.clone()) for _ in range(2))
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ValueError(
                 f"{said} does not take the stage's input, {str(dtype).removeprefix('torch.')} "
@@ -279,6 +315,11 @@ def _check_shapes(backbone: Backbone, grafted: Backbone, new: Stage) -> bool:
         raise ValueError(
             f"{said} gives {found} for {frames} frames; the stage gives {new.form} "
             f"{[frames, *expected]}"
+        )
+    if not torch.equal(y, again):
+        raise ValueError(
+            f"{said} gives other numbers each time, in eval mode too: a feature is one value. Let "
+            "what is drawn depend on self.training, and hold dropouts as registered submodules"
         )
     if y.dtype != backbone.precision:
         raise ValueError(

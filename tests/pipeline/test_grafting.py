@@ -445,3 +445,62 @@ def test_of_tokens_a_suffix_gives_the_part_that_it_was_given(vit):
     assert token["blocks.11.mlp"].shape == (2, 3, 384)
     patches = vit.suffix("blocks.11.attn:map", keep=["blocks.11.mlp"])(torch.ones(2, 3, 384, 7, 7))
     assert patches["blocks.11.mlp"].shape == (2, 3, 384, 7, 7)
+
+
+class Noisy(nn.Module):
+    def __init__(self, inner, how):
+        super().__init__()
+        self.inner, self.how = inner, how
+        if how == "a list":
+            self.drops = [nn.Dropout(0.5)]
+        elif how == "a stubborn dropout":
+            self.drop = nn.Dropout(0.5)
+            self.drop.train = lambda mode=True: self.drop
+
+    def forward(self, x):
+        y = self.inner(x)
+        if self.how == "a draw":
+            return y + torch.randn_like(y)
+        return (self.drops[0] if self.how == "a list" else self.drop)(y)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("a list", "drops of Noisy is a list of modules, which torch does not see"),
+        ("a draw", "gives other numbers each time, in eval mode too"),
+    ],
+)
+def test_a_graft_without_one_value_is_refused_and_draws_nothing_of_the_callers(vit, how, said):
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    with pytest.raises(ValueError, match=said):
+        vit.graft("blocks.10.mlp", Noisy(vit.stage("blocks.10.mlp").module, how))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+class Remembering(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.gain = nn.Parameter(torch.ones(1))
+        self._last = None
+
+    def forward(self, x):
+        self._last = self.inner(x) * self.gain
+        return self._last
+
+
+def test_a_graft_that_keeps_a_tensor_of_its_last_call_is_told_so(vit):
+    new = vit.graft("blocks.11.mlp", Remembering(vit.stage("blocks.11.mlp").module))
+    new.suffix("blocks.11.attn")(torch.rand(1, 50, 384))
+    with pytest.raises(ValueError, match=r"blocks.11.mlp: .*Keep it detached|cannot be copied"):
+        _grafts.snapshot(new)
+
+
+def test_grafting_moves_no_statistics_of_the_module(resnet):
+    norm = nn.BatchNorm2d(512)
+    module = nn.Sequential(resnet.stage("layer4.0").module, norm).train()
+    resnet.graft("layer4.0", module)
+    assert norm.training
+    assert int(norm.num_batches_tracked) == 0

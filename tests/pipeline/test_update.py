@@ -462,3 +462,33 @@ def test_two_stores_are_updated_by_one_network_at_once(store, resnet, tmp_path):
     assert [report.computed for report in reports] == [6, 6, 6]
     found = [files(one / "features") for one in stores]
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("puts", [5, 6, 7])
+def test_builds_stopped_twice_end_in_the_bytes_of_an_undisturbed_one(
+    videos, tmp_path, monkeypatch, puts
+):
+    """A rounded feature of the same request must not stand in for the video it came from."""
+    monkeypatch.setattr("pipeline.planning.CPU_BLOCK_PICTURES", 8)
+    asked = spec(keep=("layer4.0", "layer4.0:grid7", "layer4.0:pool", "pool"), dtype="float16")
+    whole, store = tmp_path / "whole.zarr", tmp_path / "s.zarr"
+    build(videos, whole, asked, runtime=SERIAL)
+    real, left = {"put": staging.put, "write": Column.write_shard}, {}
+
+    def dying(name):
+        def call(*arguments):
+            if not left[name]:
+                raise KeyboardInterrupt
+            left[name] -= 1
+            return real[name](*arguments)
+
+        return call
+
+    for name, count in (("put", puts), ("write", 1)):
+        left = {"put": 99, "write": 99, name: count}
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("stores.staging.put", dying("put"))
+            patch.setattr(Column, "write_shard", dying("write"))
+            build(videos, store, asked, runtime=SERIAL)
+    build(videos, store, asked, runtime=SERIAL)
+    assert files(store / "features") == files(whole / "features")
