@@ -1,8 +1,8 @@
 """Stores: bytes on disk. Knows clips, features and fingerprints; numpy in and out.
 
 A store is a folder: a Zarr v3 group that any Zarr library opens, and beside it `clips.parquet`,
-a row per clip. `FeatureStore` is how to read one, there or on object storage; the pipeline's build is
-how to make one, on a local disk.
+a row per clip. `FeatureStore` is how to read one, there or on object storage; the
+pipeline's build is how to make one, on a local disk.
 """
 
 import json
@@ -182,8 +182,8 @@ class FeatureStore:
             held = "\n".join(f"  {b} {n} {p.name}" for b, n, p in columns) or "  no feature at all"
             raise SpecMismatch(f"{self.place} has no {asked}; it holds\n{held}")
         raise SpecMismatch(
-            f"{len(features)} columns of {self.place} are {asked}; give `fingerprint=` (or `view=`) "
-            "as well:\n" + "\n".join(differences(features))
+            f"{len(features)} columns of {self.place} are {asked}; give `fingerprint=` (or "
+            "`view=`) as well:\n" + "\n".join(differences(features))
         )
 
     def text(self, backbone: str, classes: Sequence[str] | None = None) -> text.TextFeatures:

@@ -169,10 +169,8 @@ class Feature:
     @cached_property
     def _reader(self) -> Reader:
         folder = plain_shards(self._array)
-        objects = self._array.store
-        if isinstance(objects, Objects):
-            version = lambda first, last: objects.replaced  # noqa: E731
-            return ZarrReader(self._array, self.is_fill, version, REQUESTS)
+        if not isinstance(self.place, Path):
+            return ZarrReader(self._array, self.is_fill, self._replaced, REQUESTS)
         if folder is None:
             return ZarrReader(self._array, self.is_fill, self._state)
         reader = ShardReader(folder, self._array)
@@ -209,6 +207,11 @@ class Feature:
         files.append(store / self.shard_of(last))
         stats = [file.stat() if file.exists() else None for file in files]
         return [stat and (stat.st_ino, stat.st_mtime_ns) for stat in stats]
+
+    def _replaced(self, first: int, last: int) -> int:
+        """As `_state`, on object storage: how often a shard was found to be replaced."""
+        objects = self._array.store
+        return objects.replaced if isinstance(objects, Objects) else 0
 
     def values(self, bits: np.ndarray) -> np.ndarray:
         """Stored bits as numbers."""

@@ -1,8 +1,8 @@
 """Stores on object storage (`s3://`, `gs://`, `az://`), for reading.
 
-`RemotePath` answers what reading asks of `pathlib.Path`, and opens Zarr arrays; who writes asks for
-`local_folder` and is refused. obstore does the talking. It is imported when a URL is opened: a store
-on local disk does without.
+`RemotePath` answers what reading asks of `pathlib.Path`, and opens Zarr arrays; who writes asks
+for `local_folder` and is refused. obstore does the talking. It is imported when a URL is opened: a
+store on local disk does without.
 
 An object is replaced whole, so one request never sees two versions of it; a shard takes several,
 its index first. Each is bound to the version (ETag) that the index had: two versions may differ in
@@ -175,9 +175,10 @@ class _Bucket:
                 f"{url} is read with obstore, which is not installed: pip install 'obstore>=0.12'"
             ) from error
         self.url = url
-        endpoint = options.get("endpoint") or next(filter(None, map(os.environ.get, _ENDPOINTS)), "")
+        endpoints = [options.get("endpoint"), *map(os.environ.get, _ENDPOINTS)]
+        endpoint = str(next(filter(None, endpoints), ""))
+        plain = {"allow_http": True} if endpoint.startswith("http://") else {}
         given: dict[str, Any] = {"retry_config": _RETRIES, **options}
-        plain = {"allow_http": True} if str(endpoint).startswith("http://") else {}
         given["client_options"] = _PATIENCE | plain | dict(options.get("client_options", {}))
         try:
             self.client: Client = from_url(url, **given)
@@ -212,7 +213,7 @@ class _Bucket:
         global _threads_of
         _threads_of = _threads_of or os.getpid()
         if _threads_of != os.getpid():
-            raise RuntimeError(
+            raise Unreachable(
                 f"{self.url} was read before this process was forked, and obstore's threads stayed "
                 'behind. Start workers afresh: DataLoader(..., multiprocessing_context="spawn")'
             )
@@ -226,10 +227,12 @@ class _Bucket:
             if isinstance(error, PermissionDeniedError | UnauthenticatedError):
                 move = "Check the keys, and that they may read and list the bucket"
             if "169.254.169.254" in said:
-                move = "No keys were found: " + move.lower()
+                move = "No keys were found: set them, or `skip_signature` for a public bucket"
+            where = "the provider's environment variables"
+            if self.url.startswith("s3"):
+                where = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL"
             raise Unreachable(
-                f"{self.url}/{key} cannot be read: {said}. {move} (AWS_ACCESS_KEY_ID, "
-                "AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, or storage_options)"
+                f"{self.url}/{key} cannot be read: {said}. {move} ({where}, or storage_options)"
             ) from error
 
 
@@ -270,7 +273,7 @@ class Objects(ObjectStore["Client"]):
             async for group in super().get_ranges(key, byte_ranges, **options):
                 yield group
         except BaseExceptionGroup as group:
-            ours, _ = group.split((Unreachable, Replaced, RuntimeError))
+            ours, _ = group.split((Unreachable, Replaced))
             if ours is None:
                 raise
             raise ours.exceptions[0] from None
@@ -329,7 +332,7 @@ class Objects(ObjectStore["Client"]):
         except PreconditionError:
             self.replaced += 1
             self._indices.pop(key, None)
-            raise Replaced(f"{self._bucket.url}/{key} was replaced meanwhile: read it again") from None
+            raise Replaced(f"{self._bucket.url}/{key} was replaced; read it again") from None
         return found, await result.bytes_async()
 
 

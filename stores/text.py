@@ -83,9 +83,10 @@ def write(store: Path, backbone: str, key: Mapping[str, Any], features: TextFeat
 
 def _arrays(store: Place, backbone: str) -> list[tuple[Place, dict[str, Any]]]:
     found: list[tuple[Place, dict[str, Any]]] = []
-    for metadata in sorted((store / FOLDER / node_name(backbone)).glob("*/zarr.json")):
+    folder = store / FOLDER / node_name(backbone)
+    for metadata in folder.glob("*/zarr.json"):
         found.append((metadata.parent, json.loads(metadata.read_bytes())["attributes"]))
-    return found
+    return sorted(found, key=lambda one: str(one[0]))
 
 
 def _backbones(store: Place) -> list[str]:
