@@ -42,6 +42,7 @@ from pipeline.backbones._origin import (
     origin,
     origin_of,
     patches,
+    release,
     version,
 )
 from pipeline.backbones._values import CONTAINERS, OTHER, exact, kept_by, nameless, parts_of
@@ -152,7 +153,7 @@ class _Walk:
             return self.function(v, place)
         if isinstance(v, types.ModuleType):
             if origin(v.__name__) != "user":
-                return {"module": v.__name__, "version": version(v.__name__)}
+                return {"module": v.__name__, **release(v.__name__)}
             inside = {k: x for k, x in vars(v).items() if k[:2] != "__" or k == "__getattr__"}
             return self.node("module", v, lambda: self.attributes(inside, place))
         if isinstance(v, enum.Enum):
@@ -190,7 +191,7 @@ class _Walk:
         cls = type(v)
         if (kept := kept_by(v)) is None:
             if origin(cls.__module__) != "user" and (name := importable(v)):
-                return {"name": name, "version": version(v.__module__)}
+                return {"name": name, **release(v.__module__)}
             raise nameless(place, f"a {cls.__module__}.{cls.__qualname__}")
 
         def build() -> Any:
@@ -262,7 +263,7 @@ class _Walk:
         """What a name in code stands for now. In a library's module, the name says enough."""
         if use.imported:
             return self.imported(use, space, place)
-        if use.name not in space:
+        if use.name not in space or use.name == "__name__":  # a class inside a function reads it
             return {}
         found: dict[str, Any] = {}
         v, path, within = space[use.name], use.name, "user"

@@ -61,6 +61,12 @@ def version(module: str, look: bool = False) -> str | None:
     return _number(module.partition(".")[0]) if origin(module, look) == "package" else None
 
 
+def release(module: str) -> dict[str, str]:
+    """The version as an entry of a description, if there is one."""
+    number = version(module)
+    return {} if number is None else {"version": number}
+
+
 @functools.cache
 def _number(root: str) -> str | None:
     try:

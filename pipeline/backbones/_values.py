@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.backbones._origin import class_origin, release
+
 OTHER = object()
 CONTAINERS = (dict, list, tuple, set, frozenset)
 
@@ -25,6 +27,7 @@ _PRINTED = {  # by their repr, which is exact
     *(float, complex, bytes, bytearray, range, type(...), type(NotImplemented)),
     *(torch.dtype, torch.layout, torch.memory_format, torch.finfo, torch.iinfo),
 }
+_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, or as if
 _COMPILED = (
     *(types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType),
     *(types.MethodWrapperType, types.ClassMethodDescriptorType, types.GetSetDescriptorType),
@@ -35,7 +38,7 @@ def exact(v: Any, place: str) -> Any:
     """The value as JSON; OTHER where it is a container, code or an object.
 
     Raises:
-        TypeError: An array of objects, or a tensor without plain values.
+        TypeError: An array or tensor of another kind than plain values.
     """
     kind = type(v)
     if v is None or kind in (bool, int, str) or (kind is float and math.isfinite(v)):
@@ -47,25 +50,32 @@ def exact(v: Any, place: str) -> Any:
     if isinstance(v, (torch.device, logging.Logger, logging.LoggerAdapter)):
         return {kind.__name__: None}  # they decide no value
     if isinstance(v, torch.Tensor):
-        if v.layout != torch.strided or v.is_meta or v.is_quantized:
-            raise nameless(place, f"a tensor of layout {v.layout} on {v.device}")
+        if v.layout != torch.strided or v.is_meta or v.is_quantized or class_origin(kind) == "user":
+            raise nameless(place, f"a {kind.__name__} of layout {v.layout} on {v.device}")
         plain = v.detach().cpu().resolve_conj().resolve_neg().contiguous()
         data = plain.reshape(-1).view(torch.uint8).numpy()
         return {"tensor": [str(v.dtype), list(v.shape), hashlib.sha256(data).hexdigest()]}
     if isinstance(v, (np.ndarray, np.generic)):
-        if v.dtype.hasobject:
-            raise nameless(place, "an array of objects")
+        if v.dtype.hasobject or not (kind in (np.ndarray, np.memmap) or isinstance(v, np.generic)):
+            raise nameless(place, f"a {kind.__name__} of {v.dtype}")
         return {"array": [str(v.dtype), list(v.shape), hashlib.sha256(v.tobytes()).hexdigest()]}
     if isinstance(v, _COMPILED):
         owner = getattr(v, "__self__", getattr(v, "__objclass__", None))
         module = getattr(v, "__module__", None)
         if module is not None or isinstance(owner, (type(None), type, types.ModuleType)):
-            return {"name": f"{module or getattr(owner, '__module__', '')}.{v.__qualname__}"}
+            module = module or getattr(owner, "__module__", "")
+            return {"name": f"{module}.{v.__qualname__}", **release(str(module))}
     return OTHER
 
 
 def parts_of(v: Any) -> tuple[Any, ...] | None:
-    """What a wrapper is made of; None for anything else."""
+    """What a wrapper is made of, its class first if that is the user's; None for anything else."""
+    parts = _parts_of(v)
+    users = type(v).__flags__ & _HEAP and class_origin(type(v)) == "user"
+    return (type(v), *parts) if users and parts is not None else parts
+
+
+def _parts_of(v: Any) -> tuple[Any, ...] | None:
     match v:
         case types.MethodType():
             return v.__func__, v.__self__

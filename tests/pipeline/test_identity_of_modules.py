@@ -68,6 +68,14 @@ def tripled(f):
 
     return g
 
+def nested():
+    class Nested:
+        def value(self):
+            return 31
+
+    return Nested()
+
+
 class Settings:
     """Told from outside."""
 
@@ -152,7 +160,7 @@ class Graft(nn.Module):
                 y = deeper(power(y)) if n else F.gelu(y)
         except ValueError:
             y = self.still(self.wrapped(y))
-        y = Doubling.apply(y) + sum(aside(n) for n in ())
+        y = Doubling.apply(y) + sum(aside(n) for n in ()) + nested().value()
         return y * GAIN + shift + settings.rate() + TABLE["gain"][0] * math.pi
 '''
 
@@ -194,6 +202,7 @@ DECIDES = {
     "which function a name means": ("import relu as squash", "import silu as squash"),
     "which module a name means": ("torch.nn.functional as F", "torch as F"),
     "what an exception catches": ("ValueError", "KeyError"),
+    "a class inside a function": ("return 31", "return 37"),
     "an enum's value": ('"sum"', '"mean"'),
     "an enum's method": ("(x, self.value)(0)", "(x, self.value)(1)"),
     "a protocol's method": ("x + 19", "x + 18"),
@@ -585,6 +594,17 @@ def test_sets_and_attributes_have_no_order():
     assert key(Holder(a=SimpleNamespace(b=1, c=2))) == key(Holder(a=SimpleNamespace(c=2, b=1)))
 
 
+def partial(text):
+    made = run(f"""
+        import functools
+
+        class Partial(functools.partial):
+            def __call__(self, x):
+                return {text}
+    """)
+    return made.Partial(doubled)
+
+
 class Row(list):
     """A list of its own kind."""
 
@@ -595,6 +615,7 @@ class Name(str):
 
 def test_what_extends_a_plain_type_counts_with_what_it_holds():
     values = [Row([1]), Row([2]), [1], Name("a"), Name("b"), "a", Row([Name("a")])]
+    values += [partial("x"), partial("-x"), functools.partial(doubled)]
     assert len({key(Holder(value=value)) for value in values}) == len(values)
 
 
@@ -607,6 +628,10 @@ def test_a_container_may_hold_itself():
     assert made(1) == made(1) != made(2)
 
 
+class Marked(torch.Tensor):
+    """A tensor with a mind of its own."""
+
+
 NAMELESS = {
     "an open file": (io.StringIO, "_io.StringIO"),
     "numpy's generator": (np.random.default_rng, "numpy.random._generator.Generator"),
@@ -614,7 +639,9 @@ NAMELESS = {
     "python's generator": (random.Random, "random.Random"),
     "an iterator": (lambda: iter([1]), "builtins.list_iterator"),
     "a lock": (threading.Lock, "_thread.lock"),
-    "objects in an array": (lambda: np.array([object()]), "an array of objects"),
+    "objects in an array": (lambda: np.array([object()]), "ndarray of object"),
+    "another kind of array": (lambda: np.ma.array([1]), "MaskedArray"),
+    "another kind of tensor": (lambda: torch.ones(2).as_subclass(Marked), "Marked"),
     "no data": (lambda: torch.ones(2, device="meta"), "meta"),
 }
 
