@@ -339,6 +339,18 @@ def test_where_a_function_was_written_decides_nothing():
     text = "class Graft(nn.Module):\n    def forward(self, x): return x + 1"
     assert key(nowhere(text)) == key(run(text).Graft())
     assert key(nowhere(text.replace("+", "-"))) != key(nowhere(text))
+    text = textwrap.dedent("""
+        import dataclasses
+
+        @dataclasses.dataclass
+        class Options:
+            depth: int = dataclasses.field(default=1, compare=True)
+
+        class Graft(nn.Module):
+            def forward(self, x):
+                return Options(2) == Options(x)
+    """)
+    assert key(nowhere(text.replace("True", "False"))) != key(nowhere(text))
 
 
 def test_what_hangs_on_a_function_counts():
@@ -408,7 +420,7 @@ def test_what_decides_no_value_changes_nothing(edit):
     assert identity(edited(edit)) == identity(run(TEXT).Graft())
 
 
-def test_a_file_a_script_and_a_pickled_class_have_the_notebooks_identity(tmp_path, monkeypatch):
+def test_files_scripts_and_pickled_classes_have_the_notebooks_identity(tmp_path, monkeypatch):
     cloudpickle = pytest.importorskip("cloudpickle")
     notebook = run(TEXT, "__main__")
     (tmp_path / "a_file.py").write_text(TEXT)
@@ -532,12 +544,13 @@ def test_an_installed_package_counts_by_its_version_and_by_what_is_used_of_it(wr
         called = "class Graft(nn.Module):\n    def forward(self, x): return {}(x)"
         inside = run(called.format("my_package.f"), my_package=module).Graft()
         alone = run(called.format("f"), f=module.f).Graft()
-        return [key(graft) for graft in (inside, alone, module.Part())]
+        other = run(called.format("my_package.REGISTRY.get"), my_package=module).Graft()
+        return [key(graft) for graft in (inside, alone, module.Part(), other)]
 
     before = made()
     assert made() == before
-    for other in made("1.1"), made(times=3):
-        assert all(one != two for one, two in zip(before, other, strict=True))
+    assert all(one != two for one, two in zip(before, made("1.1"), strict=True))
+    assert all(one != two for one, two in zip(before[:3], made(times=3)[:3], strict=True))
     assert made("1.0+cu130") == before
 
 
