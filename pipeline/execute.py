@@ -8,6 +8,7 @@ forward worker are in flight, which bounds memory by the number of blocks, not o
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -236,24 +237,51 @@ def _client(job: Job, runtime: Runtime, device: str, events: Events) -> Iterator
         yield client
 
 
+def _packed(networks: "dict[str, Backbone]") -> bytes:
+    """Networks with the classes that a worker could not import: a script's, a notebook's."""
+    import cloudpickle
+
+    from pipeline.backbones._origin import origin
+
+    stages = [stage for backbone in networks.values() for stage in backbone.stages]
+    parts = {type(part).__module__ for stage in stages for part in stage.module.modules()}
+    ours = ("pipeline", "heads", "stores", "__main__")
+    theirs = [
+        sys.modules[name]
+        for name in parts
+        if name in sys.modules and name.partition(".")[0] not in ours and origin(name) == "user"
+    ]
+    for module in theirs:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return bytes(cloudpickle.dumps(networks))
+    finally:
+        for module in theirs:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
 @contextlib.contextmanager
 def _given(client: Any, networks: "dict[str, Backbone]") -> Iterator[None]:
     """Workers have these networks meanwhile, those that start later too."""
+    import cloudpickle
     from distributed import WorkerPlugin
+
+    payload = _packed(networks)
 
     class Given(WorkerPlugin):  # type: ignore[misc]
         def setup(self, worker: Any) -> None:
-            for name, backbone in networks.items():
+            for name, backbone in cloudpickle.loads(payload).items():
                 adopt(name, backbone)
 
         def teardown(self, worker: Any) -> None:
-            for name in networks:
+            for name in names:
                 dismiss(name)
 
-    if not networks:
+    names = list(networks)
+    if not names:
         yield
         return
-    name = "strata-networks-" + "-".join(networks)
+    name = "strata-networks-" + "-".join(names)
     client.register_plugin(Given(), name=name)
     try:
         yield

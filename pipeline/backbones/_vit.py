@@ -28,14 +28,16 @@ class Normalise(nn.Module):
         self.mean = tuple(float(value) for value in mean)
         self.std = tuple(float(value) for value in std)
         self.dtype = dtype
-        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        # Not the memory format itself, which pickles as a name in whichever module has `torch`.
+        self.channels_last = channels_last
 
     def forward(self, x_NSS3: Tensor) -> Tensor:
         # Tuples and not buffers: a module's cast to bfloat16 would round them.
         x = x_NSS3.permute(0, 3, 1, 2).to(torch.float32).div(255)
         mean = torch.tensor(self.mean, dtype=x.dtype, device=x.device)[:, None, None]
         std = torch.tensor(self.std, dtype=x.dtype, device=x.device)[:, None, None]
-        return x.sub_(mean).div_(std).to(self.dtype).contiguous(memory_format=self.format)
+        form = torch.channels_last if self.channels_last else torch.contiguous_format
+        return x.sub_(mean).div_(std).to(self.dtype).contiguous(memory_format=form)
 
     def options(self) -> dict[str, Any]:
         return {"mean": list(self.mean), "std": list(self.std)}
