@@ -20,6 +20,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import zarr
@@ -40,7 +41,7 @@ _PATIENCE = {"connect_timeout": "3s", "read_timeout": "10s", "timeout": "10min"}
 _RETRIES = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 # The version of each object that the current read began with.
-_VERSIONS: ContextVar[Mapping[str, str]] = ContextVar("_VERSIONS", default={})  # noqa: B039
+_VERSIONS: ContextVar[Mapping[str, str]] = ContextVar("_VERSIONS", default=MappingProxyType({}))
 _threads_of: int | None = None
 
 
@@ -249,11 +250,8 @@ class Objects(ObjectStore["Client"]):
         # Touched in zarr's own thread alone.
         self._indices: dict[str, asyncio.Task[tuple[str | None, Any]]] = {}
 
-    def __getstate__(self) -> dict[Any, Any]:
-        return {"_bucket": self._bucket}
-
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        self.__init__(state["_bucket"])  # type: ignore[misc]
+    def __reduce__(self) -> "tuple[type[Objects], tuple[_Bucket]]":
+        return Objects, (self._bucket,)
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
@@ -297,7 +295,7 @@ class Objects(ObjectStore["Client"]):
             self._indices[key] = task = asyncio.create_task(self._end(key, size))
         try:
             return await asyncio.shield(task)
-        except Exception:
+        except Exception:  # whichever it is, the next to ask tries again
             self._indices.pop(key, None)
             raise
 
