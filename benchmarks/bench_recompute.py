@@ -11,6 +11,9 @@ In one run, over the same clips of T frames:
   epoch    one epoch of training what changed (SGD, batches of 4 clips, forward and backward) on
            the cached feature, against the same epoch from video: decord, the frozen part without
            gradients, then the same suffix
+  losses   four steps (batches of 3 clips) of training adapters and a classifier on the cached
+           feature and with the whole network in the loop, on the same pictures: the largest
+           difference of a loss, relative
   expert   one epoch of a spatiotemporal expert of StPR (three layers, width 512, 9.46 M
            parameters, batches of 40) on a frozen CLIP: cached frame features against video
 
@@ -44,6 +47,9 @@ from heads.grafts.adapter import Adapter
 from pipeline import BuildSpec, Runtime, backbones, build, update
 from pipeline.backbones import Backbone
 from pipeline.columns import new_execution
+from pipeline.decoders import Decoded, Request, Stretch
+from pipeline.decoders._child import decode
+from pipeline.spec import FrameSet
 from stores import Feature, FeatureStore
 
 VIT, RESNET = "ViT-B-16:random-0", "resnet50:random-0"
@@ -51,6 +57,7 @@ LAYERS = (1, 2, 3, 6, 12)
 FIRST = {"layer4": "layer3.5", "layer3": "layer2.3", "layer2": "layer1.2", "layer1": "stem"}
 CLASSES = 12
 BATCH = 4
+PARTS = ("vit", "resnet", "losses", "expert")
 
 
 def keep_freed_memory() -> None:
@@ -202,6 +209,47 @@ def one_change(
     }
 
 
+def losses(store: Path, paths: list[Path], vit: Backbone, layers: int) -> dict[str, float]:
+    """Training from the cache and with the whole network, step by step."""
+    feature = FeatureStore.open(store).feature(vit.name, source_of(layers))
+    frames = FrameSet(frames=feature.shape[1], picture=vit.picture)
+    pictures = []
+    for path in paths[:6]:
+        answer = decode(Request(str(path), (Stretch(),), (frames,)))[0]
+        assert isinstance(answer, Decoded), answer
+        pictures.append(torch.from_numpy(answer.frames[0]))
+    cells = torch.from_numpy(feature.read(np.arange(len(pictures))))
+    whole, ours = adapted(vit, layers), adapted(vit, layers)
+    suffix = ours.suffix(source_of(layers))
+
+    def in_loop(rows: Tensor) -> Tensor:
+        x = torch.cat([pictures[row] for row in rows.tolist()])
+        return whole.run(x, ["proj"])["proj"].unflatten(0, (len(rows), -1))
+
+    runs = []
+    modules = nn.ModuleList(stage.module for stage in whole.stages)
+    for forward, module in ((in_loop, modules), (lambda rows: suffix(cells[rows]), suffix)):
+        weight = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
+        weight.requires_grad_(True)
+        trained = [*(p for p in module.parameters() if p.requires_grad), weight]
+        optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+        steps = []
+        for step in range(4):
+            rows = torch.arange(6)[step % 2 :: 2]
+            logits = forward(rows).float().mean(dim=1) @ weight.T
+            loss = nn.functional.cross_entropy(logits, rows % 3)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            steps.append(loss.item())
+        runs.append(np.array(steps))
+    return {
+        "first_loss": runs[0][0],
+        "last_loss": runs[0][-1],
+        "largest_difference": float(np.max(np.abs(runs[0] - runs[1]) / runs[0])),
+    }
+
+
 class Expert(nn.Module):
     """StPR's spatiotemporal expert: [CLS; V_1 ... V_T] through three pre-norm layers."""
 
@@ -270,10 +318,10 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--precision", default="float32")
-    parser.add_argument("--part", choices=("vit", "resnet", "expert"), action="append")
+    parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    parts = options.part or ["vit", "resnet", "expert"]
+    parts = options.part or list(PARTS)
     logging.disable(logging.INFO)
     keep_freed_memory()
     precision = getattr(torch, options.precision)
@@ -284,8 +332,9 @@ def main() -> int:
         common = {"frames": options.frames, "precision": options.precision, "text": False,
                   "dtype": options.precision}  # fmt: skip
         serial = Runtime(serial=True)
-        if "vit" in parts or "expert" in parts:
-            keep = ("proj", *(source_of(k) for k in LAYERS if "vit" in parts))
+        if {"vit", "expert", "losses"} & set(parts):
+            layers = LAYERS if "vit" in parts else LAYERS[:3] if "losses" in parts else ()
+            keep = ("proj", *map(source_of, layers))
             build(root, store, BuildSpec((VIT,), keep, **common), runtime=serial)
             vit = backbones.load(VIT, precision)
         if "resnet" in parts:
@@ -310,6 +359,9 @@ def main() -> int:
                 results[f"ResNet-50, {layer} on"] = one_change(
                     store, paths, new, source, share, options
                 )
+        for layers in LAYERS[:3] if "losses" in parts else ():
+            found = losses(store, paths, vit, layers)
+            results[f"losses, last {layers}"] = found
         if "expert" in parts:
             results["StPR expert, frozen CLIP"] = expert(store, paths, vit, options)
     machine = {
@@ -329,6 +381,9 @@ def main() -> int:
                "to_limit", "epoch_cache_seconds", "epoch_video_seconds",
                "epoch_speedup")  # fmt: skip
     for name, result in results.items():
+        if "largest_difference" in result:
+            print(f"{name:26}" + ", ".join(f"{key} {value:.3g}" for key, value in result.items()))
+            continue
         cells = (f"{result[c]:10.3f}" if c in result else " " * 10 for c in columns)
         print(f"{name:26}" + "".join(cells))
     print(machine)

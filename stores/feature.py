@@ -27,7 +27,8 @@ class Feature:
         name: Stage, or stage:reduction.
         place: Where the Zarr array lies, on local disk or on object storage.
         keep_bytes: A column of small cells that is read at random again and again is kept in this
-            process's memory up to that size; 0 for never. To be set before the first read.
+            process's memory up to that size (an eighth of it in a process that another one
+            started, such as a loader's worker); 0 for never. To be set before the first read.
     """
 
     keep_bytes = KEEP_BYTES

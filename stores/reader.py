@@ -27,7 +27,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.storage import LocalStore
 
 from stores.columns import CRC_BYTES
-from stores.shards import ABSENT, OPEN_FILES, Shard, Shards, Stamp, differs, fill
+from stores.shards import ABSENT, OPEN_FILES, Shard, Shards, differs, fill
 
 # A thread starts in 0.1 ms, in which another copies a megabyte.
 THREAD_BYTES = 8 << 20
@@ -35,7 +35,8 @@ THREAD_BYTES = 8 << 20
 SMALL_BYTES = 256 << 10
 SPAN_BYTES = 512 << 10
 NEAR_ROWS = 4
-KEEP_BYTES = 512 << 20
+KEEP_BYTES = min(4 << 30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8)
+WORKERS = 8
 KEEP_AFTER = 1 / 16
 # A place is an index into the rows asked for. Those without a chunk; those that failed, and why.
 Outcome = tuple[list[int], list[tuple[int, str]]]
@@ -95,11 +96,11 @@ def plain_shards(array: "zarr.Array[Any]") -> Path | None:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Verified cells in memory: of which rows, and of which version of each shard."""
+    """Verified cells in memory: of which rows, and of which shards, which it holds open."""
 
     cells: np.ndarray
     rows: np.ndarray
-    stamps: dict[int, Stamp]
+    shards: dict[int, Shard]
 
 
 class ShardReader:
@@ -115,7 +116,8 @@ class ShardReader:
 
     Attributes:
         threads: At most so many copy at once, where each has megabytes to copy.
-        keep_bytes: Of a column that may be kept in memory; 0 for none.
+        keep_bytes: Of a column that may be kept in memory; 0 for none. A process that another one
+            started takes an eighth of it.
     """
 
     def __init__(self, folder: Path, array: "zarr.Array[Any]") -> None:
@@ -245,9 +247,9 @@ class ShardReader:
         rows: np.ndarray,
         out: np.ndarray,
         verify: bool,
-        stamps: dict[int, Stamp] | None = None,
+        seen: dict[int, Shard] | None = None,
     ) -> Outcome:
-        """As `_singly`; `stamps` is told the version of each shard that was read."""
+        """As `_singly`; `seen` is told each shard that was read."""
         scratch = np.empty(SPAN_BYTES + self._chunk_bytes, np.uint8)
         out_NB = out.reshape(-1).view(np.uint8).reshape(len(rows), self._cell_bytes)
         absent: list[int] = []
@@ -263,8 +265,8 @@ class ShardReader:
             if isinstance(shard, str):
                 failed += [(place, shard) for place in places.tolist()]
                 continue
-            if stamps is not None:
-                stamps[number] = shard.stamp
+            if seen is not None:
+                seen[number] = shard
             slots = rows[places] - number * self._shard_clips
             starts = np.frombuffer(shard.starts, np.int64)[slots]
             absent += places[starts == ABSENT].tolist()
@@ -316,14 +318,17 @@ class ShardReader:
         kept = self._kept
         if kept is None:
             clips = self._shape[0]
-            if self._singles < clips * KEEP_AFTER or clips * self._cell_bytes > self.keep_bytes:
+            # Of a loader's workers each would keep one.
+            share = WORKERS if multiprocessing.parent_process() else 1
+            limit = self.keep_bytes // share
+            if self._singles < clips * KEEP_AFTER or clips * self._cell_bytes > limit:
                 return False
             kept = self._keep()
         if kept is None or not kept.rows[rows].all():
             return False
-        few = len(kept.stamps) <= 16
-        numbers_asked = kept.stamps if few else set((rows // self._shard_clips).tolist())
-        if any(self._shards.now(number) != kept.stamps[number] for number in numbers_asked):
+        few = len(kept.shards) <= 16
+        numbers = kept.shards if few else set((rows // self._shard_clips).tolist())
+        if not all(kept.shards[number].is_current() for number in numbers):
             # Dropped, not mended in place: another thread may be copying from it.
             self._kept, self._singles = None, 0
             return False
@@ -339,11 +344,11 @@ class ShardReader:
         try:
             rows = np.arange(self._shape[0])
             cells = np.empty(self._shape, self._dtype)
-            stamps: dict[int, Stamp] = {}
-            absent, failed = self._spans(rows, cells, self._has_checksums, stamps)
+            shards: dict[int, Shard] = {}
+            absent, failed = self._spans(rows, cells, self._has_checksums, shards)
             there = np.ones(len(rows), bool)
             there[absent] = there[[place for place, _ in failed]] = False
-            self._kept = _Kept(cells, there, stamps)
+            self._kept = _Kept(cells, there, shards)
             return self._kept
         except MemoryError:
             self.keep_bytes = 0
