@@ -1,16 +1,48 @@
-"""Heads: classifiers that grow class by class over cached features.
+"""Heads: methods that learn classes task by task, from cached features.
 
-This file is the contract; every other module here is one head, found by its file name. A head
-module has `build(**options) -> Head`, whose options have defaults and are JSON values. A head sees
-tensors only: it imports torch and numpy, and nothing of `stores` or `pipeline`.
+This file is the contract; every other module here is one head, found by its file name, with
+`build(**options) -> Head`, whose options have defaults and are JSON values. A head sees tensors
+only: it imports torch, numpy and faiss, and nothing of `stores` or `pipeline`. What several heads
+share is in `heads/parts`, what is put into a network in `heads/grafts`. A head that keeps
+exemplars, changes the network or routes among experts has what the second group of protocols asks.
 
-Shapes: N clips, T frames a clip, D feature width, C classes learned so far.
+Shapes: N clips, B clips of a batch, T frames a clip, D feature width, C classes learned so far,
+K experts.
 """
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from heads.parts.clips import Batch, Clips
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a head learns from at one time.
+
+    Attributes:
+        clips: The task's own. Those of earlier tasks are gone.
+        number: 0 for the first. What is drawn in `learn` depends on a head's `seed` and on this
+            alone, so that learning can go on from a state with the same numbers.
+        text: float32 [len(classes), W], the text features of `classes`, made unit; None where the
+            network has no text tower.
+        memory: The clips that `Rehearses.exemplars` asked for; None for other heads.
+        progress: Told of every finished epoch: how many are done, of how many, and the mean loss.
+    """
+
+    clips: Clips
+    number: int = 0
+    text: Tensor | None = None
+    memory: Clips | None = None
+    progress: Callable[[int, int, float], object] = lambda done, epochs, loss: None
+
+    @property
+    def classes(self) -> list[int]:
+        """Of the task's clips, ascending."""
+        return sorted(set(self.clips.labels.tolist()))
 
 
 class Head(Protocol):
@@ -18,26 +50,36 @@ class Head(Protocol):
 
     Column j of `scores` is always `classes[j]`: columns are appended, in ascending order of label
     within one `learn`, and never moved. Equal calls give equal numbers, whatever the state of any
-    global random generator: a head that draws takes `seed` as an option.
+    global random generator.
+
+    Attributes:
+        classes: Learned so far.
+        reads: The features that it needs of a clip: a stage, or stage:reduction. "vector" is the
+            network's own last vector; "blocks.-1" is the last block of whatever network there is,
+            "blocks.-2.attn" the state after the attention of the last but one.
+        trainable: How many numbers gradient descent has trained so far; 0 for closed forms.
     """
 
     classes: list[int]
 
-    def learn(self, feats_NTD: Tensor, labels_N: Tensor) -> None:
+    @property
+    def reads(self) -> Sequence[str]: ...
+
+    @property
+    def trainable(self) -> int: ...
+
+    def learn(self, task: Task) -> None:
         """Absorb one task's clips; classes known already are updated.
 
-        Args:
-            feats_NTD: float32, finite, one feature a frame, N at least 1. Neither this nor
-                `labels_N` is kept or modified.
-            labels_N: int64.
+        Nothing of the task is kept but what `state_dict` gives, and nothing of it is modified.
 
         Raises:
-            ValueError: The shapes do not fit each other or what was learned before, or a feature
-                is not finite. Nothing has been learned then.
+            ValueError: The task does not fit what was learned before, a feature is not finite, or
+                the training ended in numbers that are not. What was learned before stays.
         """
 
-    def scores(self, feats_NTD: Tensor) -> Tensor:
-        """Return float32 [N, C], higher is likelier. Row n depends on clip n alone.
+    def scores(self, batch: Batch) -> Tensor:
+        """Return float32 [B, C], higher is likelier. Row b depends on clip b alone.
 
         Raises:
             ValueError: Nothing was learned yet, or the shape is another than was learned.
@@ -48,3 +90,86 @@ class Head(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the place of a head built with the same options, whose `state_dict` this was."""
+
+
+@runtime_checkable
+class Rehearses(Protocol):
+    """A head that keeps clips of earlier tasks: their rows in the table of clips.
+
+    Attributes:
+        exemplars: int64 [M]. The next task's `memory` has exactly these.
+    """
+
+    @property
+    def exemplars(self) -> Tensor: ...
+
+    def nearest(self, batch: Batch) -> Tensor:
+        """As `scores`, by the nearest mean of exemplars (NME)."""
+
+
+class Network(Protocol):
+    """A frozen network, as who changes it sees it.
+
+    Attributes:
+        stages: Names in order.
+        frames: T.
+    """
+
+    stages: Sequence[str]
+    frames: int
+
+    def find(self, name: str) -> str:
+        """The stage or feature that a name of `Head.reads` means here."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a feature, one frame's."""
+
+    def module(self, stage: str) -> nn.Module:
+        """The frozen module itself, to put a graft around; see `heads.grafts`."""
+
+    def suffix(
+        self,
+        changes: Mapping[str, nn.Module],
+        after: str,
+        keep: Sequence[str] = (),
+        unfreeze: Sequence[str] = (),
+    ) -> nn.Module:
+        """The network after a feature, with modules of one's own in place of stages.
+
+        Args:
+            changes: By stage.
+            after: The feature that the module takes, [B, T, ...].
+            keep: Stages whose outputs it gives, as a dict; by default the last one's alone.
+            unfreeze: Stages to be trained themselves; the module has copies of them.
+        """
+
+
+@runtime_checkable
+class Changes(Protocol):
+    """A head that trains a part of the network."""
+
+    def attach(self, network: Network) -> None:
+        """Told of the network before anything else is called."""
+
+
+class Routing(NamedTuple):
+    """How clips were routed. Experts are in the order of their tasks.
+
+    Attributes:
+        experts: int64 [B, S], the experts that were asked, by descending weight.
+        weights: float32 [B, S], each expert's share in the prediction.
+        nearest: int64 [B, S], the class of the expert's whose anchor is nearest.
+        similarities: float32 [B, S], the cosine to that anchor.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    nearest: Tensor
+    similarities: Tensor
+
+
+@runtime_checkable
+class Routes(Protocol):
+    """A head that weighs experts by a clip's nearest anchors."""
+
+    def routing(self, batch: Batch) -> Routing: ...

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from heads import Head
+from heads import Head, Task
+from heads.parts.clips import Clips
+from pipeline.tensors import FeatureTensors
 from stores import Feature
 
 
@@ -79,7 +81,7 @@ def learn_by_task(
     """
     accuracy = np.full((len(tasks), len(tasks)), np.nan)
     counts = np.zeros(len(tasks), np.int64)
-    seen: list[tuple[torch.Tensor, np.ndarray]] = []
+    seen: list[tuple[Clips, np.ndarray]] = []
     for i, classes in enumerate(tasks):
         fit, held_out = (rows[np.isin(numbers[rows], classes)] for rows in (train, test))
         if not len(fit) or not len(held_out):
@@ -87,15 +89,31 @@ def learn_by_task(
                 f"task {i} (classes {list(classes)}) has {len(fit)} clips to learn from and "
                 f"{len(held_out)} to test on; it needs some of both"
             )
-        head.learn(_tensor(feature, fit), torch.from_numpy(numbers[fit]))
-        seen.append((_tensor(feature, held_out), numbers[held_out]))
+        (name,) = head.reads
+        head.learn(Task(_clips(name, feature, fit, numbers), number=i))
+        seen.append((_clips(name, feature, held_out, numbers), numbers[held_out]))
         counts[i] = len(held_out)
         columns = np.array(head.classes)
-        for j, (features, truth) in enumerate(seen):
-            named = columns[head.scores(features).argmax(dim=1).numpy()]
+        for j, (clips, truth) in enumerate(seen):
+            scores = torch.cat([head.scores(batch) for _, batch in clips.batches(256)])
+            named = columns[scores.argmax(dim=1).numpy()]
             accuracy[i, j] = (named == truth).mean()
     return Matrix(accuracy, counts)
 
 
-def _tensor(feature: Feature, rows: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(feature.read(rows).astype(np.float32)).flatten(2)
+def _clips(name: str, feature: Feature, rows: np.ndarray, numbers: np.ndarray) -> Clips:
+    cells = _Flat(FeatureTensors(feature, rows))
+    return Clips({name: cells}, torch.from_numpy(numbers[rows]), torch.from_numpy(rows))
+
+
+class _Flat:
+    """Cells with everything after T laid flat, for heads that take one vector a frame."""
+
+    def __init__(self, cells: FeatureTensors) -> None:
+        self.cells, self.stays = cells, cells.stays
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __getitem__(self, places: torch.Tensor) -> torch.Tensor:
+        return self.cells[places].flatten(2)

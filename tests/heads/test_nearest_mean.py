@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 
+from heads import Task
 from heads.nearest_mean import NearestMean
+from heads.parts.clips import Clips
+
+
+def learn(head, feats, labels):
+    head.learn(Task(Clips({"vector": feats}, labels)))
+
+
+def scores(head, feats):
+    return head.scores({"vector": feats.float()})
 
 
 def draw(seed, clips=12, frames=3, width=5):
@@ -33,17 +43,17 @@ def test_scores_are_cosines_to_the_class_means(time, unit_first):
     expected = unit(vectors(asked)) @ unit(means).T
 
     head = NearestMean(time=time, unit=unit_first)
-    head.learn(torch.from_numpy(feats), torch.from_numpy(labels))
-    np.testing.assert_allclose(head.scores(torch.from_numpy(asked)), expected, atol=1e-6)
+    learn(head, torch.from_numpy(feats), torch.from_numpy(labels))
+    np.testing.assert_allclose(scores(head, torch.from_numpy(asked)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("time", "apart"), [("mean", False), ("order", True)])
 def test_only_order_tells_a_motion_from_its_reverse(time, apart):
     feats = torch.from_numpy(draw(0)[0])
     head = NearestMean(time=time)
-    head.learn(torch.cat([feats, feats.flip(1)]), torch.arange(2).repeat_interleave(len(feats)))
-    scores = head.scores(feats)
-    assert torch.allclose(scores[:, 0], scores[:, 1]) is not apart
+    learn(head, torch.cat([feats, feats.flip(1)]), torch.arange(2).repeat_interleave(len(feats)))
+    forwards_N, backwards_N = scores(head, feats).T
+    assert torch.allclose(forwards_N, backwards_N) is not apart
 
 
 def test_a_class_learned_in_parts_is_the_class_learned_at_once():
@@ -51,9 +61,9 @@ def test_a_class_learned_in_parts_is_the_class_learned_at_once():
     feats = torch.from_numpy(rng.normal(10.0, 1.0, size=(4000, 2, 8)).astype(np.float32))
     labels = torch.from_numpy(np.arange(4000) // 2 % 2)
     once, parts = NearestMean(), NearestMean()
-    once.learn(feats, labels)
+    learn(once, feats, labels)
     for start in range(0, 4000, 100):
-        parts.learn(feats[start : start + 100], labels[start : start + 100])
+        learn(parts, feats[start : start + 100], labels[start : start + 100])
     # In float32 these sums differ from 1e-5 on.
     sums = (head.state_dict()["sums"] for head in (once, parts))
     torch.testing.assert_close(*sums, rtol=1e-13, atol=0)
@@ -65,15 +75,15 @@ def test_unit_keeps_a_long_feature_from_outvoting_short_ones():
     asked = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
     short_wins, long_wins = NearestMean(unit=True), NearestMean(unit=False)
     for head in (short_wins, long_wins):
-        head.learn(feats, labels)
-    assert short_wins.scores(asked).argmax(dim=0).tolist() == [0]
-    assert long_wins.scores(asked).argmax(dim=0).tolist() == [1]
+        learn(head, feats, labels)
+    assert scores(short_wins, asked).argmax(dim=0).tolist() == [0]
+    assert scores(long_wins, asked).argmax(dim=0).tolist() == [1]
 
 
 def test_a_clip_of_zeros_scores_zero_and_not_nan():
     head = NearestMean()
-    head.learn(torch.ones(2, 1, 4), torch.tensor([0, 1]))
-    assert head.scores(torch.zeros(1, 1, 4)).tolist() == [[0.0, 0.0]]
+    learn(head, torch.ones(2, 1, 4), torch.tensor([0, 1]))
+    assert scores(head, torch.zeros(1, 1, 4)).tolist() == [[0.0, 0.0]]
 
 
 def test_an_unknown_way_to_treat_time_is_refused():
@@ -83,13 +93,13 @@ def test_an_unknown_way_to_treat_time_is_refused():
 
 def test_labels_that_are_no_whole_numbers_are_refused():
     with pytest.raises(ValueError, match="int64"):
-        NearestMean().learn(torch.ones(1, 1, 4), torch.tensor([0.5]))
+        learn(NearestMean(), torch.ones(1, 1, 4), torch.tensor([0.5]))
 
 
 def test_half_precision_features_are_summed_exactly():
     feats = torch.full((3000, 1, 2), 0.1, dtype=torch.float16)
     head = NearestMean(unit=False)
-    head.learn(feats, torch.zeros(3000, dtype=torch.int64))
+    learn(head, feats, torch.zeros(3000, dtype=torch.int64))
     expected = float(torch.tensor(0.1, dtype=torch.float16)) * 3000
     sums = head.state_dict()["sums"]
     torch.testing.assert_close(

@@ -1,0 +1,207 @@
+"""A runner in small, for heads: blobs that move, a tiny network, tasks one after the other.
+
+Shapes: N clips, T frames, L tokens, D width.
+"""
+
+import copy
+import inspect
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from heads import Changes, Rehearses, Task
+from heads.parts.clips import Clips
+
+T, L, D = 4, 5, 16
+BLOCKS = 3
+
+
+class Attention(nn.Module):
+    """Looks across the tokens of a frame, so that none can be computed alone."""
+
+    token_wise = False
+
+    def __init__(self, generator):
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(D, D, generator=generator) / D**0.5)
+
+    def forward(self, x):
+        return x + 0.1 * torch.tanh(x.mean(dim=-2, keepdim=True) @ self.mix)
+
+
+class Mlp(nn.Module):
+    token_wise = True
+
+    def __init__(self, generator):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(D, D, generator=generator) / D**0.5)
+
+    def forward(self, x):
+        return x + 0.1 * torch.relu(x @ self.weight)
+
+
+class Projection(nn.Module):
+    def forward(self, x):
+        return nn.functional.layer_norm(x[:, 0], (D,))
+
+
+class TinyNetwork:
+    """What `heads.Network` asks: three blocks of two steps and a last vector, tokens before it."""
+
+    frames = T
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.modules = {}
+        for i in range(BLOCKS):
+            self.modules[f"blocks.{i}.attn"] = Attention(generator)
+            self.modules[f"blocks.{i}.mlp"] = Mlp(generator)
+        self.modules["vector"] = Projection()
+        for module in self.modules.values():
+            module.requires_grad_(False)
+        self.stages = tuple(self.modules)
+
+    def find(self, name):
+        stage, colon, reduction = name.partition(":")
+        if stage.startswith("blocks.-"):
+            number, *step = stage.removeprefix("blocks.-").split(".")
+            stage = f"blocks.{BLOCKS - int(number)}.{(step or ['mlp'])[0]}"
+        assert stage in self.modules
+        return stage + colon + reduction
+
+    def shape(self, name):
+        return (D,) if name == "vector" or name.endswith(":cls") else (L, D)
+
+    def module(self, stage):
+        return self.modules[self.find(stage)]
+
+    def suffix(self, changes, after, keep=(), unfreeze=()):
+        changes = {self.find(stage): module for stage, module in changes.items()}
+        for stage in map(self.find, unfreeze):
+            changes[stage] = copy.deepcopy(self.modules[stage]).requires_grad_(True)
+        first, _, reduction = self.find(after).partition(":")
+        return Chain(self, changes, first, reduction, [self.find(stage) for stage in keep])
+
+    def run(self, x_NLD, name):
+        """A feature of frames, from what goes into the first block."""
+        stage, _, reduction = self.find(name).partition(":")
+        with torch.no_grad():
+            for one in self.stages[: self.stages.index(stage) + 1]:
+                x_NLD = self.modules[one](x_NLD)
+        return x_NLD[:, 0] if reduction == "cls" else x_NLD
+
+
+class Chain(nn.Module):
+    def __init__(self, network, changes, first, reduction, keep):
+        super().__init__()
+        names = network.stages[network.stages.index(first) + 1 :]
+        self.names, self.reduction, self.keep = names, reduction, keep
+        self.stages = nn.ModuleList(changes.get(name, network.modules[name]) for name in names)
+
+    def forward(self, x):
+        lead = x.shape[: 2 if x.ndim == (3 if self.reduction else 4) else 1]
+        x = x.flatten(0, len(lead) - 1).float()
+        x = x[:, None] if self.reduction else x
+        kept = {}
+        for name, stage in zip(self.names, self.stages, strict=True):
+            x = stage(x)
+            kept[name] = x.unflatten(0, lead)
+        return {name: kept[name] for name in self.keep} if self.keep else kept[self.names[-1]]
+
+
+class Counted:
+    """Cells that count how often each of their clips was read."""
+
+    def __init__(self, cells, rows, reads):
+        self.cells, self.rows, self.reads = cells, rows, reads
+
+    def __len__(self):
+        return len(self.cells)
+
+    def __getitem__(self, places):
+        self.reads.update(self.rows[places].tolist())
+        return self.cells[places]
+
+
+class Runner:
+    """Plays the experiment runner for one head.
+
+    Attributes:
+        reads: How often each row was read, since the last `reads.clear()`.
+    """
+
+    def __init__(self, build, **options):
+        known = inspect.signature(build).parameters
+        quick = {name: 25 for name in ("epochs", "first_epochs") if name in known}
+        self.head = build(**quick | options)
+        self.network = TinyNetwork()
+        if isinstance(self.head, Changes):
+            self.head.attach(self.network)
+        self.number, self.next_row, self.reads = 0, 0, Counter()
+        self.seen = {}
+
+    def tokens(self, labels, clips=6, seed=0):
+        """Clips that move from one place to another, of their class: [N, T, L, D], in any order."""
+        rng = np.random.default_rng([seed, 1])
+        made, numbers = [], []
+        for label in labels:
+            ends = np.random.default_rng([label, 2]).normal(size=(2, 1, D))
+            path = np.linspace(0, 1, T)[:, None, None]
+            centre_TLD = (1 - path) * ends[0] + path * ends[1]
+            made.append(2 * centre_TLD + 0.3 * rng.normal(size=(clips, T, L, D)))
+            numbers += [label] * clips
+        order = rng.permutation(len(numbers))
+        cells = torch.from_numpy(np.concatenate(made)[order]).float()
+        return cells, torch.tensor(numbers)[torch.from_numpy(order)]
+
+    def batch(self, tokens):
+        flat = tokens.flatten(0, 1)
+        return {
+            name: self.network.run(flat, name).unflatten(0, tokens.shape[:2])
+            for name in self.head.reads
+        }
+
+    def clips(self, tokens, labels, rows=None):
+        if rows is None:
+            rows = torch.arange(self.next_row, self.next_row + len(labels))
+            self.next_row += len(labels)
+        for row, cell, label in zip(rows.tolist(), tokens, labels.tolist(), strict=True):
+            self.seen[row] = (cell, label)
+        features = {
+            name: Counted(cells, rows, self.reads) for name, cells in self.batch(tokens).items()
+        }
+        return Clips(features, labels, rows)
+
+    def text(self, classes):
+        """A unit vector a class, near its clips' mean frame."""
+        means = [self.network.run(self.tokens([c], 8, 99)[0].flatten(0, 1), "vector").mean(0)
+                 for c in classes]  # fmt: skip
+        return nn.functional.normalize(torch.stack(means), dim=1)
+
+    def task(self, labels, clips=6, seed=0):
+        own = self.clips(*self.tokens(labels, clips, seed))
+        memory = None
+        if isinstance(self.head, Rehearses) and len(self.head.exemplars):
+            rows = self.head.exemplars
+            cells, numbers = zip(*(self.seen[row] for row in rows.tolist()), strict=True)
+            memory = self.clips(torch.stack(cells), torch.tensor(numbers), rows)
+        return Task(own, self.number, self.text(sorted(set(labels))), memory)
+
+    def learn(self, labels, clips=6, seed=0):
+        self.head.learn(self.task(labels, clips, seed))
+        self.number += 1
+
+    def scores(self, tokens):
+        return self.head.scores(self.batch(tokens))
+
+    def predicted(self, tokens):
+        return torch.tensor(self.head.classes)[self.scores(tokens).argmax(dim=1)]
+
+
+@pytest.fixture(scope="session")
+def runner():
+    """`runner(build, **options)` is a runner of the head that `build` builds."""
+    return Runner
