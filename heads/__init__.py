@@ -115,8 +115,10 @@ class Network(Protocol):
         frames: T.
     """
 
-    stages: Sequence[str]
     frames: int
+
+    @property
+    def stages(self) -> Sequence[str]: ...
 
     def find(self, name: str) -> str:
         """The stage or feature that a name of `Head.reads` means here."""

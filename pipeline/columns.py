@@ -204,6 +204,7 @@ def _output(
     }
     if grafts := [name for name in backbone.changed if name in backbone.stage_names[:upto]]:
         attributes["grafts"] = grafts
+        attributes["modules"] = [type(backbone.stage(name).module).__name__ for name in grafts]
     draft = ColumnSpec(backbone.name, name, fingerprint, (1,), spec.dtype, attributes)
     held = draft.group(store.path) / draft.short / "zarr.json" if store else None
     if held is not None and held.exists():

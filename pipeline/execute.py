@@ -1,13 +1,12 @@
 """Execution: blocks onto workers, and what to do when a worker dies.
 
-Dask appears here alone. A cluster of the build's own has CPU workers that decode and, without a
-GPU, also run the forward; each GPU has a worker of its own next to them. At most `AHEAD` blocks a
-forward worker are in flight, which bounds memory by the number of blocks, not of clips.
+A cluster of the build's own has CPU workers that decode and, without a GPU, also run the forward;
+each GPU has a worker of its own next to them. At most `AHEAD` blocks a forward worker are in
+flight, which bounds memory by the number of blocks, not of clips.
 """
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from pipeline.blocks import (
     decode,
     forward,
 )
+from pipeline.cluster import connected
 from pipeline.decoders import Failure
 from pipeline.running import adopt, dismiss
 from pipeline.spec import Runtime
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from pipeline.backbones import Backbone
 
 AHEAD = 3
-# Deaths of its worker that a block is forgiven before it is tried alone. At 0, whatever ran beside
-# the culprit would be blamed with it.
-ALLOWED_FAILURES = 1
 FORWARD, GPU = "FORWARD", "GPU"
 LOOK_SECONDS = 20.0
 GONE_SECONDS = 120.0
@@ -212,29 +209,24 @@ def _offering(client: Any, device: str) -> int:
 
 @contextlib.contextmanager
 def _client(job: Job, runtime: Runtime, device: str, events: Events) -> Iterator[Any]:
-    import dask
-    from distributed import Client
-
-    with contextlib.ExitStack() as stack:
-        if runtime.scheduler:
-            client = stack.enter_context(Client(runtime.scheduler))
-        else:
-            # Workers have decoding children, which a daemonic process may not.
-            threads = max((one.execution.threads for one in job.passes), default=1)
-            settings = {
-                "distributed.worker.daemon": False,
-                "distributed.scheduler.allowed-failures": ALLOWED_FAILURES,
-                # Its two sampling threads wake every 10 ms on cores that the forward fills.
-                "distributed.worker.profile.enabled": False,
-                "distributed.nanny.pre-spawn-environ": _environment(threads),
-            }
-            stack.enter_context(dask.config.set(settings))
-            with _ctrl_c_for_us_alone():
-                cluster = stack.enter_context(_local_cluster(job, runtime, device))
-            client = stack.enter_context(Client(cluster))
+    threads = max((one.execution.threads for one in job.passes), default=1)
+    with connected(runtime.scheduler, _workers(threads, runtime, device), threads) as client:
         _require(client, device, runtime.scheduler)
         events.said(f"Dask dashboard: {client.dashboard_link}")
         yield client
+
+
+def _workers(threads: int, runtime: Runtime, device: str) -> list[dict[str, Any]]:
+    """Of a cluster of the build's own: one of each for CPUs, and one for each GPU beside them."""
+    cpu: dict[str, Any] = {} if device == "cuda" else {"resources": {FORWARD: 1}}
+    workers = [cpu] * local_workers(threads, runtime.workers)
+    if device == "cuda":
+        import torch
+
+        for i in range(torch.cuda.device_count()):
+            environment = {"CUDA_VISIBLE_DEVICES": str(i)}
+            workers.append({"resources": {GPU: 1}, "env": environment})
+    return [{"nthreads": 2, **worker} for worker in workers]
 
 
 def _packed(networks: "dict[str, Backbone]") -> bytes:
@@ -288,58 +280,6 @@ def _given(client: Any, networks: "dict[str, Backbone]") -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError, RuntimeError, ValueError):
             client.unregister_worker_plugin(name)
-
-
-@contextlib.contextmanager
-def _ctrl_c_for_us_alone() -> Iterator[None]:
-    """Processes and threads started meanwhile never see SIGINT; a Ctrl-C now is seen at the end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """Of worker processes, before they start: later the allocator would not look.
-
-    Dask's own gives freed memory back from 64 kB on, and a forward's activations come and go by
-    the gigabyte: 16,000 page faults a frame of a ViT-S; ViT-B-16 in bfloat16 ran at 12.9 in place
-    of 16.4 frames/s.
-    """
-    return {
-        "OMP_NUM_THREADS": str(max(1, threads)),
-        "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
-        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-        "MALLOC_ARENA_MAX": "1",
-    }
-
-
-def _local_cluster(job: Job, runtime: Runtime, device: str) -> Any:
-    from distributed import Nanny, Scheduler, SpecCluster
-
-    threads = max((one.execution.threads for one in job.passes), default=1)
-    options: dict[str, Any] = {
-        "nthreads": 2,
-        "memory_limit": 0,
-        "dashboard_address": None,
-        "silence_logs": 40,
-    }
-    cpu = options | ({} if device == "cuda" else {"resources": {FORWARD: 1}})
-    workers = {
-        f"cpu-{i}": {"cls": Nanny, "options": cpu}
-        for i in range(local_workers(threads, runtime.workers))
-    }
-    if device == "cuda":
-        import torch
-
-        for i in range(torch.cuda.device_count()):
-            environment = {"CUDA_VISIBLE_DEVICES": str(i)}
-            gpu = options | {"resources": {GPU: 1}, "env": environment}
-            workers[f"gpu-{i}"] = {"cls": Nanny, "options": gpu}
-    scheduler = {"cls": Scheduler, "options": {"dashboard_address": "127.0.0.1:0",
-                                               "host": "127.0.0.1"}}  # fmt: skip
-    return SpecCluster(scheduler=scheduler, workers=workers, silence_logs=40)
 
 
 def _require(client: Any, device: str, address: str) -> None:

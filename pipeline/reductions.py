@@ -91,7 +91,8 @@ def why_not(held: str, stages: Sequence[Stage], wanted: str) -> str:
         return f"{name} is an average, and cannot be taken apart again: keep {first.name} whole"
     mixing = next((stage for stage in stages[1:] if not stage.token_wise), None)
     if mixing is not None:
-        return f"{mixing.name} needs all that {first.name} gives, and {name} is a part of it"
+        said = "" if mixing.original is None else " (its module does not say token_wise)"
+        return f"{mixing.name} needs all that {first.name} gives{said}, and {name} is a part of it"
     if held == "cls" and (last.form == "vector" or wanted == "cls"):
         return ""
     if held == "map" and last.form == "tokens" and wanted in ("map", "mean", "grid7"):

@@ -1,5 +1,6 @@
 """Facts and summaries: what commands print, as JSON for programs and as text for people."""
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ def report_summary(report: "BuildReport") -> str:
     return "\n".join(lines)
 
 
-def plan_facts(made: "Plan", seconds: "Estimate | None", store: Path) -> dict[str, Any]:
+def plan_facts(made: "Plan", seconds: "Estimate | None", store: str | Path) -> dict[str, Any]:
     """A plan as JSON."""
     from pipeline.disk import free_bytes, needed_bytes
 
@@ -103,6 +104,7 @@ def plan_facts(made: "Plan", seconds: "Estimate | None", store: Path) -> dict[st
             )
     return {
         "clips": len(made.table),
+        "not_there": _not_there(made),
         "decodes": made.decodes,
         "clips_to_compute": made.clips,
         "block_calls": sum(made.calls(i) for i in range(len(made.passes))),
@@ -111,16 +113,20 @@ def plan_facts(made: "Plan", seconds: "Estimate | None", store: Path) -> dict[st
         "bytes": made.file_bytes,
         "bytes_to_write": made.file_bytes - made.held_bytes,
         "bytes_needed": needed_bytes(made),
-        "bytes_free": free_bytes(store),
+        "bytes_free": free_bytes(Path(store)),
         "seconds": None if seconds is None else round(seconds.seconds, 1),
         "columns": columns,
     }
 
 
-def plan_summary(made: "Plan", seconds: "Estimate | None", store: Path) -> str:
+def plan_summary(made: "Plan", seconds: "Estimate | None", store: str | Path) -> str:
     """A plan for a person."""
     facts = plan_facts(made, seconds, store)
     lines = [f"{facts['clips']} clips; columns of {store}:"]
+    if facts["not_there"]:
+        first, *more = facts["not_there"]
+        rest = f" and {len(more)} more" if more else ""
+        lines.insert(0, f"NOT THERE: {first}{rest}: looked for in the data set's folder")
     for c in facts["columns"]:
         view = f" view {c['view']}" if c["view"] else ""
         sources = ", ".join(f"{count} from {source}" for source, count in c["from"].items())
@@ -157,6 +163,11 @@ def plan_summary(made: "Plan", seconds: "Estimate | None", store: Path) -> str:
     return "\n".join(lines)
 
 
+def _not_there(made: "Plan") -> list[str]:
+    """Paths of listed clips without a file."""
+    return sorted(set(made.table.loc[made.table["reason"] == "missing", "path"]))
+
+
 def store_facts(opened: FeatureStore) -> dict[str, Any]:
     """What a store holds, as JSON."""
     table = opened.clips
@@ -169,6 +180,7 @@ def store_facts(opened: FeatureStore) -> dict[str, Any]:
             "shape": list(feature.shape),
             "dtype": feature.dtype,
             "changed_at": feature.spec.get("grafts", []),
+            "modules": feature.spec.get("modules", []),
             "resumed_from": feature.spec.get("resumed", []),
             "valid": int(feature.valid.sum()),
             "bytes": _folder_bytes(feature.path) + _folder_bytes(Path(f"{feature.path}.done")),
@@ -205,10 +217,15 @@ def store_summary(opened: FeatureStore) -> str:
         lines.append(
             f"  {f['backbone']}  {f['feature']}{view}  {tuple(f['shape'])} {f['dtype']}  "
             f"{f['valid']} valid  {size(f['bytes'])}  {f['fingerprint'][:16]}"
-            + (f"  changed at {', '.join(f['changed_at'])}" if f["changed_at"] else "")
+            + (f"  changed at {_changes(f)}" if f["changed_at"] else "")
             + (f"  from {' and '.join(f['resumed_from'])}" if f["resumed_from"] else "")
         )
     return "\n".join(lines)
+
+
+def _changes(facts: dict[str, Any]) -> str:
+    named = itertools.zip_longest(facts["changed_at"], facts["modules"], fillvalue="?")
+    return ", ".join(f"{stage} ({module})" for stage, module in named)
 
 
 def failure_lines(failed: pd.DataFrame) -> str:

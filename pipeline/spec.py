@@ -122,6 +122,9 @@ class BuildSpec:
     text: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("backbones", "keep"):
+            if isinstance(getattr(self, name), str):  # ("a") is no tuple, and easily written
+                object.__setattr__(self, name, (getattr(self, name),))
         if not self.backbones:
             raise ValueError("no backbone asked for; name one, such as --backbone ViT-B-16:openai")
         for name, value in (("precision", self.precision), ("dtype", self.dtype)):

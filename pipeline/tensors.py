@@ -30,6 +30,9 @@ class FeatureTensors:
         device: Where batches are wanted.
         budget_bytes: Up to this size the cells stay whole on the device.
 
+    Attributes:
+        bytes_read: Of the store so far.
+
     Raises:
         IndexError: A row is outside the table.
 
@@ -47,6 +50,7 @@ class FeatureTensors:
         self.rows = np.flatnonzero(feature.valid) if rows is None else feature.rows(rows)
         self.dtype: torch.dtype = getattr(torch, feature.dtype)
         self.stays = len(self.rows) * self.cell_bytes <= budget_bytes
+        self.bytes_read = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -101,6 +105,8 @@ class FeatureTensors:
         """
         if size < 1:
             raise ValueError(f"{size=}: a batch has at least one clip")
+        if generator is not None and not isinstance(generator, np.random.Generator):
+            raise TypeError(f"{generator!r} draws the order; give a numpy.random.Generator")
         order = np.arange(len(self)) if generator is None else generator.permutation(len(self))
         parts = [order[start : start + size] for start in range(0, len(order), size)]
         if self.stays:
@@ -124,4 +130,5 @@ class FeatureTensors:
         cells = torch.empty((len(rows), *self.feature.shape[1:]), dtype=self.dtype, pin_memory=pin)
         bits = cells.view(torch.uint16) if self.dtype is torch.bfloat16 else cells
         self.feature.read(rows, out=bits.numpy())
+        self.bytes_read += cells.nbytes
         return cells

@@ -168,8 +168,9 @@ def _prepare(
     _check_precision(opened, backbone.name, precision)
     # Two states of one network may be worked on in one process at once.
     name = f"{backbone.name}#{uuid.uuid4().hex[:12]}"
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
     wanted = replace(
-        spec or recorded_request(opened), backbones=(name,), keep=tuple(keep), precision=precision
+        spec or recorded_request(opened), backbones=(name,), keep=keep, precision=precision
     )
     require(wanted.decoder)
     asked = passes(wanted, {name: frozen}, opened, device_of(runtime))

@@ -49,7 +49,8 @@ class Stage:
             activation, mean and std...).
         form: Of the output: `tokens` [N, L, C] with `prefix` class tokens first, `map`
             [N, C, H, W], or `vector` [N, C].
-        token_wise: Each output token depends on the input token in its place alone. A vector made
+        token_wise: Each output token depends on the input token in its place alone (with
+            `frames`, on those in its place in the clip's frames). A vector made
             of the class token alone counts as standing in that token's place.
         prefix: Class (and register) tokens before the patch tokens; `tokens` only.
         frames: T of a module that looks across the frames of a clip; 0 where it looks at each

@@ -5,6 +5,7 @@ themselves. Nothing here changes a backbone: each call gives another one.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,7 +33,7 @@ def graft(backbone: Backbone, name: str, module: nn.Module) -> Backbone:
         GRAFT,
         {},
         stage.form,
-        stage.token_wise and bool(getattr(module, "token_wise", False)) and not frames,
+        stage.token_wise and bool(getattr(module, "token_wise", False)),
         stage.prefix,
         frames,
         stage,
@@ -104,7 +105,10 @@ class Suffix(nn.Module):
 
     Attributes:
         stages: The modules, by number of the stage.
+        calls: Where set, counts the calls of each stage.
     """
+
+    calls: "Counter[str] | None" = None
 
     def __init__(self, backbone: Backbone, after: str, keep: Sequence[str] = ()) -> None:
         super().__init__()
@@ -161,7 +165,10 @@ class Suffix(nn.Module):
                 f"{x.shape[1]}: {list(x.shape)}"
             )
         outputs = backbone.run(
-            expand(frames, self._first, self._reduction), self._wanted, self._first.name
+            expand(frames, self._first, self._reduction),
+            self._wanted,
+            self._first.name,
+            self.calls,
         )
         for name, y in outputs.items():
             if backbone.stage(name).form == "tokens":
@@ -207,7 +214,7 @@ def _check_token_wise(backbone: Backbone, stage: Stage) -> None:
     before = backbone.stages[backbone.stage_names.index(stage.name) - 1]
     device = next((t.device for t in tensors_of(stage.module).values()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, *backbone.shapes[before.name], generator=generator)
+    x = torch.randn(stage.frames or 1, *backbone.shapes[before.name], generator=generator)
     other = torch.cat([x[:, :1], x[:, 1:].flip(1) + 1], dim=1)
     with _eval(stage.module), torch.no_grad():
         first, second, alone = (
@@ -217,12 +224,20 @@ def _check_token_wise(backbone: Backbone, stage: Stage) -> None:
     width = alone.shape[1]
     off = max((first[:, :width] - y[:, :width]).abs().max().item() for y in (second, alone))
     largest = first.abs().max().item()
+    if not first.isfinite().all():
+        raise ValueError(_not_finite(stage.name, stage.module))
     if not off <= (1e-3 if backbone.precision == torch.float32 else 5e-2) * largest:
         raise ValueError(
             f"{stage.name}: {type(stage.module).__name__} says token_wise, but what it gives for "
             f"the class token changes with the other tokens (by {off:.2g} of {largest:.2g}); set "
             "token_wise = False"
         )
+
+
+def _not_finite(name: str, module: nn.Module) -> str:
+    parameters = [key for key, t in tensors_of(module).items() if not t.isfinite().all()]
+    where = f", and neither is {parameters[0]} (did its training diverge?)" if parameters else ""
+    return f"{name}: what {type(module).__name__} gives is not finite{where}"
 
 
 def _copied[T](name: str, thing: T) -> T:
@@ -316,6 +331,8 @@ def _check_shapes(backbone: Backbone, grafted: Backbone, new: Stage) -> bool:
             f"{said} gives {found} for {frames} frames; the stage gives {new.form} "
             f"{[frames, *expected]}"
         )
+    if not y.isfinite().all():
+        raise ValueError(_not_finite(new.name, new.module))
     if not torch.equal(y, again):
         raise ValueError(
             f"{said} gives other numbers each time, in eval mode too: a feature is one value. Let "

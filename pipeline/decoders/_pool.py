@@ -24,6 +24,7 @@ import pebble
 
 from pipeline.decoders import Decoded, Failure, Request
 from pipeline.decoders._child import decode
+from pipeline.guard import require_guard
 
 Answers = list[Decoded | Failure]
 
@@ -47,7 +48,8 @@ class DecodePool:
         timeout_seconds: Wall-clock deadline for one file.
 
     Raises:
-        RuntimeError: This process may not have children (a daemonic worker).
+        RuntimeError: This process may not have children (a daemonic worker, a script without a
+            guard).
     """
 
     def __init__(self, children: int, timeout_seconds: float) -> None:
@@ -58,6 +60,7 @@ class DecodePool:
                 "this process is daemonic and may not start decoding children; start Dask workers "
                 "with the setting distributed.worker.daemon: False"
             )
+        require_guard()
         self.timeout_seconds = timeout_seconds
         self._requests: queue.SimpleQueue[tuple[Request, Future[Answers]] | None] = (
             queue.SimpleQueue()
@@ -167,8 +170,9 @@ class _Child:
                 # The child was lost before it took the file up: the file is not to blame.
                 self.kill()
         raise RuntimeError(
-            "decoding children end before they begin: a script that builds must do so under "
-            "`if __name__ == '__main__':`, and must be able to import pipeline.decoders"
+            "decoding children end before they begin: what they are started from must be able to "
+            "import pipeline.decoders, and a script must start them under "
+            "`if __name__ == '__main__':`"
         )
 
     def kill(self) -> None:
