@@ -134,7 +134,7 @@ def place_of(path: "str | Path | RemotePath", options: Mapping[str, Any] | None 
         raise ValueError(f"{path}: a store is a folder, or a URL of {', '.join(SCHEMES)}")
     if options:
         raise ValueError(f"storage_options are for object storage; {path} is a local folder")
-    return Path(path)
+    return Path(path).absolute()
 
 
 def local_folder(path: "str | Path | RemotePath") -> Path:
@@ -149,7 +149,8 @@ def local_folder(path: "str | Path | RemotePath") -> Path:
             f"{path} is on object storage, where a store is read only. Build on a local disk and "
             "copy the store there (`aws s3 sync STORE s3://...`, or `rclone sync`)"
         )
-    return Path(path)
+    # Whole: the same file by two names would be two files to who compares names.
+    return Path(path).absolute()
 
 
 def open_array(place: Place) -> "zarr.Array[Any]":
