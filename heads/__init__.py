@@ -148,7 +148,15 @@ class Network(Protocol):
 
 @runtime_checkable
 class Changes(Protocol):
-    """A head that trains a part of the network."""
+    """A head that trains a part of the network.
+
+    Attributes:
+        changes: Whether it does, with the options that it was built with. If not, there is no need
+            to attach it.
+    """
+
+    @property
+    def changes(self) -> bool: ...
 
     def attach(self, network: Network) -> None:
         """Told of the network before anything else is called."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline import cli_runs
+
 if TYPE_CHECKING:
     from pipeline.spec import BuildSpec, Runtime
 
@@ -329,6 +331,9 @@ def demo(
     from pipeline.progress import for_this_output
 
     run(out, backbone, precision, clips_per_class, for_this_output())
+
+
+app.add_typer(cli_runs.app)
 
 
 def main() -> None:

@@ -3,15 +3,14 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
-
-from pipeline._variants import variant
+from pipeline import experiment
 from pipeline.building import build
+from pipeline.experiment import Run
 from pipeline.progress import Watch
 from pipeline.show import report_summary
+from pipeline.show_runs import run_summary
 from pipeline.spec import BuildSpec
 from pipeline.synthetic import make_dataset
-from pipeline.tasks import Matrix, learn_by_task, split_classes
 from stores import Feature, FeatureStore
 
 RANDOM = ("ViT-S-32:random-0", "resnet18:random-0")
@@ -44,7 +43,7 @@ def run(
     keep = () if backbones else RANDOM_KEEP
     report = build(videos, store, BuildSpec(names, keep, precision=precision), watch=watch)
     print(f"\n{report_summary(report)}\n")
-    _learn(FeatureStore.open(store))
+    _learn(FeatureStore.open(store), out / "runs")
     options = [f"--backbone {name}" for name in names] + [f"--keep {feature}" for feature in keep]
     asked = "".join(f" \\\n      {option}" for option in options)
     print(
@@ -55,58 +54,39 @@ next:
   strata verify {store}
   strata build {videos} --store {store}{asked}
       (again: nothing is decoded, nothing computed)
+  strata run {store} --head stpr --backbone {names[0].partition(":")[0]} --scenario demo \\
+      --set position=learned
   strata plan YOUR_VIDEOS --store yours.zarr --backbone ViT-B-16:openai --keep proj"""
     )
 
 
-def _learn(store: FeatureStore) -> None:
-    table, classes = store.clips, store.attributes["classes"]
-    numbers = table["label"].map({label: i for i, label in enumerate(classes)}).to_numpy()
-    tasks = split_classes(len(classes), base=4, increment=2)
-    ready = table["status"] == "ready"
-    train, test = (np.flatnonzero(ready & (table["split"] == name)) for name in ("train", "test"))
-    head = variant("heads", "nearest_mean")
+def _learn(store: FeatureStore, runs: Path) -> None:
+    head, scenario = "nearest_mean", "demo"
+
+    def done(feature: Feature, time: str) -> Run:
+        options = {"feature": feature.name, "time": time}
+        return experiment.run(
+            store, head, scenario, options=options, backbone=feature.backbone, out=runs
+        )
+
+    ready = store.clips[store.clips["status"] == "ready"]
+    clips = ready["split"].value_counts()
+    count = len(store.attributes["classes"])
     print(
-        f"nearest class mean, {len(tasks)} tasks ({len(classes)} classes, 4 and then 2 at a time; "
-        f"{len(train)} clips to learn from, {len(test)} to test on; chance {1 / len(classes):.0%})"
+        f"nearest class mean, scenario {scenario} ({count} classes, 4 and then 2 at a time; "
+        f"{clips['train']} clips to learn from, {clips['test']} to test on; chance {1 / count:.0%})"
     )
     print("final accuracy, with the frames' features averaged / kept in order:")
-    best: tuple[float, Feature, Matrix] | None = None
+    best: Run | None = None
     for feature in store.features():
-        averaged, ordered = (
-            learn_by_task(head.build(time=time), feature, numbers, train, test, tasks)
-            for time in ("mean", "order")
-        )
+        averaged, ordered = (done(feature, time) for time in ("mean", "order"))
         print(
             f"  {feature.backbone:24} {feature.name:20} "
-            f"{averaged.final:4.0%} / {ordered.final:4.0%}"
+            f"{averaged.matrix.final:4.0%} / {ordered.matrix.final:4.0%}"
         )
         whole_vector = ":" not in feature.name
-        if whole_vector and (best is None or ordered.final > best[0]):
-            best = (ordered.final, feature, ordered)
+        if whole_vector and (best is None or ordered.matrix.final > best.matrix.final):
+            best = ordered
     print("Most classes are motions: an average over frames cannot tell one from its reverse.")
     assert best is not None
-    _, feature, matrix = best
-    print(f"\naccuracy matrix of {feature.backbone} {feature.name}, frames in order")
-    print("(row: after learning task i; column: on the test clips of task j)")
-    print(matrix_text(matrix))
-    print(
-        f"final accuracy {matrix.final:.1%}, average incremental accuracy "
-        f"{matrix.average_incremental:.1%}"
-    )
-
-
-def matrix_text(matrix: Matrix) -> str:
-    """The accuracy matrix as a table.
-
-    >>> print(matrix_text(Matrix(np.array([[1.0, np.nan], [0.5, 0.75]]), np.array([4, 4]))))
-          task 0  task 1     all
-      0   100.0%          100.0%
-      1    50.0%   75.0%   62.5%
-    """
-    tasks = len(matrix.clips)
-    lines = ["    " + "".join(f"  task {j}" for j in range(tasks)) + "     all"]
-    for i, row in enumerate(matrix.accuracy):
-        cells = "".join("        " if np.isnan(value) else f"{value:8.1%}" for value in row)
-        lines.append(f"  {i} {cells}{matrix.stage(i):8.1%}")
-    return "\n".join(lines)
+    print(f"\n{run_summary(best)}")

@@ -32,7 +32,8 @@ itself, in attributes:
         identified by its source.
     token_wise: bool
         Each output token depends on the token in its place alone (with `frames`, on those in its
-        place in the clip's frames), so that the class token may be computed without the others. Counts only where the stage it replaces is token-wise too.
+        place in the clip's frames), so that the class token may be computed without the others.
+        Counts only where the stage it replaces is token-wise too.
         Left out: False; a graft around another module is it only if that module says so.
     frames: int
         T, where frames of a clip look at each other: N is then whole clips, and the frame set is

@@ -167,6 +167,8 @@ TIMES = ("mean", "order")
 def vectors(batch: Batch, name: str, time: str, width: int | None = None) -> Tensor:
     """One vector a clip, float64 [B, W]: its frames' mean, or its frames one after the other.
 
+    Of a feature of more than a vector a frame all numbers are taken, laid flat.
+
     The mean cannot tell a motion from its reverse; the order can.
 
     Args:
@@ -177,7 +179,8 @@ def vectors(batch: Batch, name: str, time: str, width: int | None = None) -> Ten
     """
     if time not in TIMES:
         raise ValueError(f"no {time=}; choose from {', '.join(TIMES)}")
-    wide_BTD = frames(batch, name).double()
+    laid = {name: batch[name].flatten(2)} if batch[name].ndim > 3 else batch
+    wide_BTD = frames(laid, name).double()
     vectors_BW = wide_BTD.mean(dim=1) if time == "mean" else wide_BTD.flatten(1)
     if width is not None and vectors_BW.shape[1] != width:
         raise ValueError(

@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from heads.parts.clips import Clips
 from pipeline._variants import available, variant
 
 HEADS = available("heads")
+# Fewer numbers, or a greater rate: sigmoids that nothing sets against each other take more steps.
+QUICK = {"RanPAC": {"projection": 64}, "LwF": {"lr": 0.03}}
 FOLDER = Path(heads.__file__).parent
 
 
@@ -26,8 +29,8 @@ def build(request):
 
 @pytest.fixture
 def made(build, runner):
-    """A runner of the head, anew at each call."""
-    return lambda **options: runner(build, **options)
+    """A runner of the head, anew at each call, with what makes it quick on a dozen clips."""
+    return lambda **options: runner(build, **QUICK.get(build.__name__, {}) | options)
 
 
 def test_columns_are_appended_and_never_moved(made):
@@ -201,6 +204,90 @@ def test_old_clips_are_read_only_where_the_head_says_that_it_keeps_them(made):
         assert run.head.nearest(run.batch(run.tokens([0, 3])[0])).shape == (12, 4)
 
 
+def test_exemplars_are_of_all_classes_and_within_the_budget(build, made):
+    if not isinstance(made().head, Rehearses):
+        assert not hasattr(made().head, "exemplars")
+        return
+    known = inspect.signature(build).parameters
+    budgets = [{"budget": 2}, {"budget": 7, "shared": True}] if "budget" in known else [{}]
+    for options in budgets:
+        run = made(**options)
+        for number, labels in enumerate(([3, 1], [2], [1, 4])):
+            run.learn(labels, seed=number)
+            rows = run.head.exemplars.tolist()
+            kept = Counter(run.seen[row][1] for row in rows)
+            assert len(rows) == len(set(rows))
+            assert set(kept) == set(run.head.classes)
+            if options.get("shared"):
+                assert set(kept.values()) == {7 // len(kept)}
+            elif options:
+                assert set(kept.values()) == {2}
+            else:  # a head without a budget says that it keeps everything
+                assert set(rows) == set(run.seen)
+
+
+def test_memory_is_asked_back_row_by_row(made):
+    run = made()
+    if not isinstance(run.head, Rehearses):
+        return
+    run.learn([0, 1])
+    task = run.task([2], seed=1)
+    fewer = {name: cells[torch.arange(3)] for name, cells in task.memory.features.items()}
+    fewer = Clips(fewer, task.memory.labels[:3], task.memory.rows[:3])
+    for memory in (None, fewer):
+        with pytest.raises(ValueError, match="exemplars"):
+            run.head.learn(Task(task.clips, 1, task.text, memory))
+    assert run.head.classes == [0, 1]
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_known_class_that_comes_again_is_updated(made, label):
+    """Clips of a kind not seen before are taught as one known class or as the other."""
+    run = made()
+    run.learn([0, 1], clips=4)
+    cells, _ = run.tokens([7], clips=24, seed=6)
+    memory = run.task([label], seed=9).memory
+    clips = run.clips(cells, torch.full((24,), label))
+    run.head.learn(Task(clips, 1, run.text([7]), memory))
+    assert run.head.classes == [0, 1]
+    asked, _ = run.tokens([7], seed=5)
+    assert (run.predicted(asked) == label).all()
+
+
+class Streaming:
+    """Cells on disk, as it were: half precision, and not there before they are asked for."""
+
+    stays = False
+
+    def __init__(self, cells):
+        self.cells = cells.half()
+
+    def __len__(self):
+        return len(self.cells)
+
+    def __getitem__(self, places):
+        return self.cells[places].clone()
+
+
+def test_cells_that_stream_in_half_precision_are_the_same_numbers(made):
+    scores = []
+    for form in (lambda cells: cells.half().float(), Streaming):
+        run = made()
+        for labels, seed in (([0, 1], 0), ([2, 1], 1)):
+            task = run.task(labels, seed=seed)
+
+            def formed(clips, form=form):
+                if clips is None:
+                    return None
+                features = {name: form(cells.cells) for name, cells in clips.features.items()}
+                return Clips(features, clips.labels, clips.rows)
+
+            run.head.learn(Task(formed(task.clips), task.number, task.text, formed(task.memory)))
+            run.number += 1
+        scores.append(run.scores(run.tokens([0, 1, 2], seed=5)[0]))
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-5)
+
+
 def test_progress_is_told_of_every_epoch(made):
     run = made()
     task = run.task([0, 1])
@@ -234,6 +321,26 @@ def test_a_refused_task_leaves_no_trace(made, spoil, said):
     assert torch.equal(run.scores(tokens), before)
     run.learn([2])
     assert run.head.classes == [0, 1, 2]
+
+
+def test_a_task_that_fails_at_its_last_clip_leaves_no_trace(made):
+    run = made()
+    run.learn([0, 1])
+    if set(run.reads) != set(run.seen):
+        return  # a head that learns from something else than clips
+    tokens, _ = run.tokens([0, 1], seed=1)
+    before, state = run.scores(tokens), run.head.state_dict()
+    task = run.task([1, 2], seed=2)
+    spoilt = {name: cells.cells.clone() for name, cells in task.clips.features.items()}
+    for cells in spoilt.values():
+        cells[-1] = torch.nan
+    spoilt = Clips(spoilt, task.clips.labels, task.clips.rows)
+    with pytest.raises(ValueError, match="finite"):
+        run.head.learn(Task(spoilt, 1, task.text, task.memory))
+    assert run.head.classes == [0, 1]
+    assert torch.equal(run.scores(tokens), before)
+    after = run.head.state_dict()
+    assert all(torch.equal(after[name], state[name]) for name in state)
 
 
 def test_scoring_before_learning_is_refused(made):

@@ -1,0 +1,184 @@
+"""The spatiotemporal expert: T frame vectors become one, by a small transformer and its CLS token.
+
+StPR's expert: pre-norm layers over [cls; V_1 .. V_T], x <- x + MHSA(LN x), x <- x + FFN(LN x), and
+the CLS row is what comes out. Without a position embedding, as published, the order of the frames
+makes no difference; a learned one ends that.
+
+Ours, where StPR is silent: all tokens are taken times sqrt(D), since the channels of unit vectors
+would be lost beside those that a layer adds; ReLU in the FFN, no dropout, a last LayerNorm; and the
+start. CLS and positions are drawn from N(0, 0.02), the rest as torch's own encoder layers draw it,
+except that with `start="frames"` W_v and W_out are the identity and what the FFN adds is zero. The
+CLS row is then at first a mean of the frames, which can be compared with any text that CLIP knows, those of
+classes too that the expert is never trained on. `start="random"` leaves these to torch's start.
+
+Only the CLS row of the last layer is read, so the last layer computes that alone. One query looks
+at all tokens there, hence keys and values need not be computed a token either: with
+q . (W_k x_t + b_k) = (W_k' q) . x_t + a constant, and sum a_t (W_v x_t + b_v) = W_v (sum a_t x_t)
++ b_v, every product of the last layer has one row a clip. Same numbers, three tenths fewer
+multiply-adds.
+
+Shapes: B clips, T frames, L = T + 1 tokens, D width, H attention heads, E = D / H, F hidden width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+STARTS = ("frames", "random")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Layer(nn.Module):
+    """One pre-norm layer: what `nn.TransformerEncoderLayer(norm_first=True)` computes."""
+
+    def __init__(
+        self, width: int, heads: int, ffn: int, start: str, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = _empty(width, 3 * width)
+        self.out = _empty(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = _empty(width, ffn)
+        self.down = _empty(ffn, width)
+        with torch.no_grad():
+            nn.init.xavier_uniform_(self.qkv.weight, generator=generator)
+            _uniform(self.out.weight, width, generator)
+            for attention in (self.qkv, self.out):
+                attention.bias.zero_()
+            for linear in (self.up, self.down):
+                _uniform(linear.weight, linear.in_features, generator)
+                _uniform(linear.bias, linear.in_features, generator)
+            if start == "frames":
+                self.qkv.weight[2 * width :].copy_(torch.eye(width))
+                self.out.weight.copy_(torch.eye(width))
+                self.down.weight.zero_()
+                self.down.bias.zero_()
+
+    def forward(self, x_BLD: Tensor, dtype: torch.dtype) -> Tensor:
+        B, L, D = x_BLD.shape
+        x = x_BLD.flatten(0, 1)
+        qkv = _linear(self.norm1(x), self.qkv.weight, self.qkv.bias, dtype)
+        q, k, v = qkv.view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        # On so few tokens two products are faster than torch's attention, above all backwards.
+        weights_BHLL = torch.softmax((q * q.shape[-1] ** -0.5 @ k.mT).to(x.dtype), dim=-1)
+        mixed = (weights_BHLL.to(dtype) @ v).transpose(1, 2).reshape(B * L, D)
+        x = x + _linear(mixed, self.out.weight, self.out.bias, dtype)
+        return self._ffn(x, dtype).view(B, L, D)
+
+    def first(self, x_BLD: Tensor, dtype: torch.dtype) -> Tensor:
+        """The first row of `forward`, [B, D], and no more."""
+        D, H = x_BLD.shape[2], self.heads
+        h_BLD = self.norm1(x_BLD)
+        q_HED, k_HED, v_HED = self.qkv.weight.to(dtype).view(3, H, -1, D).unbind(0)
+        q_HE, _, v_HE = self.qkv.bias.view(3, H, -1).unbind(0)  # the keys' shifts all logits alike
+        query_BHE = torch.einsum("bd,hed->bhe", h_BLD[:, 0].to(dtype), q_HED) + q_HE
+        asked_BHD = torch.einsum("bhe,hed->bhd", query_BHE.to(dtype), k_HED).to(h_BLD.dtype)
+        weights_BHL = torch.softmax(asked_BHD @ h_BLD.mT * (D // H) ** -0.5, dim=-1)
+        mixed_BHE = torch.einsum("bhd,hed->bhe", (weights_BHL @ h_BLD).to(dtype), v_HED) + v_HE
+        mixed_BD = mixed_BHE.flatten(1)
+        x_BD = x_BLD[:, 0] + _linear(mixed_BD, self.out.weight, self.out.bias, dtype)
+        return self._ffn(x_BD, dtype)
+
+    def _ffn(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        hidden = torch.relu(_linear(self.norm2(x), self.up.weight, self.up.bias, dtype))
+        return x + _linear(hidden, self.down.weight, self.down.bias, dtype)
+
+
+class Expert(nn.Module):
+    """Unit vectors [B, T, D] to [B, D], whose length says nothing.
+
+    Args:
+        width: D.
+        layers: At least 1.
+        heads: H, a divisor of D.
+        ffn: F.
+        frames: T, for a learned position embedding; None for no positions and any T.
+        start: `frames` or `random`; see above.
+        generator: What the parameters are drawn from, on the CPU.
+
+    Raises:
+        ValueError: No layer, or heads that do not divide the width.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: int = 3,
+        heads: int = 2,
+        ffn: int = 2048,
+        frames: int | None = None,
+        start: str = "frames",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if start not in STARTS:
+            raise ValueError(f"no {start=}; choose from {', '.join(STARTS)}")
+        if layers < 1 or heads < 1 or ffn < 1 or width % heads:
+            raise ValueError(
+                f"an expert of {width=}, {layers=}, {heads=}, {ffn=}: give at least 1 of each, and "
+                "as many heads as divide the width"
+            )
+        generator = generator or torch.Generator().manual_seed(0)
+        self.cls = nn.Parameter(0.02 * torch.randn(width, generator=generator))
+        self.layers = nn.ModuleList(
+            Layer(width, heads, ffn, start, generator) for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.position: nn.Parameter | None = None
+        if frames is not None:
+            self.position = nn.Parameter(0.02 * torch.randn(frames, width, generator=generator))
+
+    def forward(self, x_BTD: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Encode clips.
+
+        Args:
+            dtype: What matrix products compute in. Norms, softmax and sums are float32 always, and
+                so is the result. bfloat16 is for training.
+
+        Raises:
+            ValueError: As `check`.
+        """
+        self.check(x_BTD)
+        if self.position is not None:
+            x_BTD = x_BTD + self.position
+        x = torch.cat([self.cls.expand(len(x_BTD), 1, -1), x_BTD], dim=1) * len(self.cls) ** 0.5
+        *inner, last = self.layers
+        for layer in inner:
+            x = layer(x, dtype)
+        assert isinstance(last, Layer)
+        out_BD: Tensor = self.norm(last.first(x, dtype))
+        return out_BD
+
+    def check(self, x_BTD: Tensor) -> None:
+        """Look at clips before they are encoded.
+
+        Raises:
+            ValueError: Another width than was built, or, with positions, another number of frames.
+        """
+        if x_BTD.ndim != 3 or x_BTD.shape[2] != len(self.cls):
+            raise ValueError(
+                f"an expert of width {len(self.cls)} was given {list(x_BTD.shape)}, not [clips, "
+                "frames, width]"
+            )
+        if self.position is not None and x_BTD.shape[1] != len(self.position):
+            raise ValueError(
+                f"clips of {x_BTD.shape[1]} frames, where positions were learned for "
+                f"{len(self.position)}: use the same number of frames throughout, or position=None"
+            )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    # By hand and not by autocast, which leaves open what runs in which type.
+    return functional.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+
+
+def _empty(width: int, out: int) -> nn.Linear:
+    """Not drawn yet: nn.Linear itself would draw from the global generator."""
+    linear: nn.Linear = nn.utils.skip_init(nn.Linear, width, out)  # type: ignore[no-untyped-call]
+    return linear
+
+
+def _uniform(x: Tensor, fan_in: int, generator: torch.Generator) -> None:
+    x.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)

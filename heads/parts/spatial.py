@@ -1,0 +1,138 @@
+"""StPR's spatial features V^s: a frame's vector, as it is cached or from an adapted network.
+
+K adapters stand beside the MLPs of the last K blocks. What a clip has at the first of these MLPs
+never changes, so it is read from the store and only what follows is run: with K = 1 on the class
+token alone, since behind the last attention each token is for itself.
+
+Shapes: N clips, B clips a batch, T frames, D width of V^s.
+"""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from heads import Network
+from heads.grafts.adapter import Adapter
+from heads.parts.clips import Batch, Clips, frames
+
+READ = 64  # clips at a time, where nothing trains
+
+
+class Spatial:
+    """From a batch to V^s, L2-normalised, [B, T, D].
+
+    Args:
+        adapters: How many blocks from the end have one; 0 for the cached vectors, or "all".
+        feature: What is cached where there are no adapters; with them it is the network's vector.
+        form, bottleneck, scale: Of `Adapter`.
+    """
+
+    def __init__(
+        self,
+        adapters: int | str = 0,
+        feature: str = "vector",
+        form: str = "parallel",
+        bottleneck: int = 64,
+        scale: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(adapters, str) and adapters != "all":
+            raise ValueError(f"no {adapters=}; give a number of blocks from the end, or 'all'")
+        if not isinstance(adapters, str) and adapters < 0:
+            raise ValueError(f"{adapters=}: give a number of blocks from the end, or 'all'")
+        if adapters and feature != "vector":
+            raise ValueError(
+                f"{feature=} with {adapters=}: an adapted network gives its own last vector; leave "
+                "feature at 'vector'"
+            )
+        self.adapters = adapters
+        self.form, self.bottleneck, self.scale = form, bottleneck, scale
+        self.seed = seed
+        if not adapters:
+            self.read = feature
+        elif adapters == 1:
+            self.read = "blocks.-1.attn:cls"
+        else:
+            self.read = "blocks.0.attn" if adapters == "all" else f"blocks.-{adapters}.attn"
+        self._suffix: nn.Module | None = None
+        self._shape: tuple[int, ...] = ()
+        self._adapters: dict[int, Adapter] = {}
+
+    def attach(self, network: Network) -> None:
+        """Put the adapters in.
+
+        Raises:
+            ValueError: The network has no such blocks.
+        """
+        if not self.adapters:
+            return
+        blocks = sum(bool(re.fullmatch(r"blocks\.\d+\.mlp", stage)) for stage in network.stages)
+        count = blocks if self.adapters == "all" else int(self.adapters)
+        if not 1 <= count <= blocks:
+            raise ValueError(
+                f"adapters={self.adapters!r} on a network of {blocks} blocks with an MLP: adapters "
+                "stand in vision transformers; give as many as there are blocks at most, or 0"
+            )
+        self._shape = tuple(network.shape(self.read))
+        self._adapters = {}
+        for number in range(1, count + 1):
+            inner = network.module(f"blocks.-{number}.mlp")
+            draw = int(np.random.default_rng([self.seed, number]).integers(2**31))
+            adapter = Adapter(
+                inner, self._shape[-1], self.bottleneck, self.scale, self.form, seed=draw
+            )
+            where = next(inner.parameters()).device
+            adapter.down.data, adapter.up.data = adapter.down.to(where), adapter.up.to(where)
+            self._adapters[number] = adapter
+        changes = {f"blocks.-{number}.mlp": one for number, one in self._adapters.items()}
+        self._suffix = network.suffix(changes, after=self.read)
+
+    def __call__(self, batch: Batch, width: int | None = None) -> Tensor:
+        """V^s of some clips; gradients reach the adapters.
+
+        Args:
+            width: D of what was learned before.
+
+        Raises:
+            ValueError: The feature has another shape, or is not finite.
+        """
+        if not self.adapters:
+            return normalize(frames(batch, self.read, width), dim=2)
+        if self._suffix is None:
+            raise ValueError(f"adapters={self.adapters!r} without a network: attach one first")
+        x = batch[self.read]
+        if tuple(x.shape[2:]) != self._shape or not x.isfinite().all():
+            raise ValueError(
+                f"features {self.read!r} are {list(x.shape)} where the suffix of the network takes "
+                f"[clips, frames, {', '.join(map(str, self._shape))}], or are not finite: leave "
+                "out the clips that the store has not marked as done"
+            )
+        return normalize(frames({"vector": self._suffix(x).float()}, "vector", width), dim=2)
+
+    @torch.no_grad()
+    def whole(self, clips: Clips, width: int | None = None) -> Tensor:
+        """V^s of all clips by the adapters as they are, [N, T, D]."""
+        return torch.cat([self(batch, width) for _, batch in clips.batches(READ)])
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [weight for one in self._adapters.values() for weight in (one.down, one.up)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`adapter.N.down` and `.up` of the N-th block from the end."""
+        return {
+            f"adapter.{number}.{name}": getattr(one, name).detach().to("cpu", copy=True)
+            for number, one in self._adapters.items()
+            for name in ("down", "up")
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if self.adapters and self._suffix is None:
+            raise ValueError(f"adapters={self.adapters!r} without a network: attach one first")
+        for number, one in self._adapters.items():
+            one.down.copy_(state[f"adapter.{number}.down"])
+            one.up.copy_(state[f"adapter.{number}.up"])

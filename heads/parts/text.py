@@ -1,0 +1,136 @@
+"""What stands for a class on the text side: the features of its prompts, or a code of its own.
+
+`Given` keeps what comes with the tasks, as from CLIP's text tower. `Codes` is for networks without
+one: each class has a fixed random unit vector, told by its number and a seed alone, and a matrix W,
+trained with the first task, takes it to where the clips are. Ours: W starts as the identity, so
+that what stands for classes to come is nearly orthogonal to the rest and to each other.
+
+Neither is changed by a task: `grown` gives another, to be dropped if the training fails.
+
+Shapes: C classes, D feature width.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+TRAINED = ("first", "always")
+
+
+class Text(Protocol):
+    """A unit vector a class."""
+
+    def grown(self, classes: Sequence[int], text_CD: Tensor | None, like: Tensor) -> Self:
+        """With a task's classes too.
+
+        Args:
+            text_CD: `Task.text`.
+            like: [..., D], the clips that the vectors are compared with, for width and device.
+
+        Raises:
+            ValueError: No text where it is needed, another width, or numbers that are not finite.
+        """
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What was trained so far; it trains on where it asks for gradients."""
+
+    def rows(self, classes: Sequence[int]) -> Tensor:
+        """[C, D], L2-normalised. Gradients reach the parameters that train."""
+
+    def state_dict(self, classes: Sequence[int]) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor], classes: Sequence[int]) -> None: ...
+
+
+class Given:
+    """The text features of the tasks; the newest of a class that came more than once."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, Tensor] = {}
+
+    def grown(self, classes: Sequence[int], text_CD: Tensor | None, like: Tensor) -> Self:
+        if text_CD is None:
+            raise ValueError(
+                "the task has no text features, as the network has no text tower: take a CLIP "
+                "network, or text='codes'"
+            )
+        expected = (len(classes), like.shape[-1])
+        if text_CD.shape != expected or not text_CD.isfinite().all():
+            raise ValueError(
+                f"text features {list(text_CD.shape)} for {expected[0]} classes and clips of width "
+                f"{expected[1]}: they must be finite and of one space with the clips; read the "
+                "feature that CLIP compares with text, or use text='codes'"
+            )
+        grown = type(self)()
+        rows = self._rows | dict(zip(classes, normalize(text_CD.float(), dim=1), strict=True))
+        grown._rows = {label: row_D.to(like.device) for label, row_D in rows.items()}
+        return grown
+
+    def parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def rows(self, classes: Sequence[int]) -> Tensor:
+        return torch.stack([self._rows[label] for label in classes])
+
+    def state_dict(self, classes: Sequence[int]) -> dict[str, Tensor]:
+        return {"text": self.rows(classes).cpu()} if classes else {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], classes: Sequence[int]) -> None:
+        rows = state["text"].clone() if classes else ()
+        self._rows = dict(zip(classes, rows, strict=True))
+
+
+class Codes:
+    """W times the code of a class, made unit.
+
+    Args:
+        seed: The codes are drawn from it and the class's number, whatever the order of classes.
+        trained: W trains with the `first` task alone, or `always`; what stands for old classes
+            then moves a little too.
+    """
+
+    def __init__(self, seed: int = 0, trained: str = "first") -> None:
+        if trained not in TRAINED:
+            raise ValueError(f"no {trained=}; choose from {', '.join(TRAINED)}")
+        self.seed = seed
+        self.trained = trained
+        self.weight: nn.Parameter | None = None
+
+    def grown(self, classes: Sequence[int], text_CD: Tensor | None, like: Tensor) -> Self:
+        grown = type(self)(self.seed, self.trained)
+        if self.weight is None:
+            grown.weight = nn.Parameter(torch.eye(like.shape[-1], device=like.device))
+        else:
+            trains = self.trained == "always"
+            weight_DD = self.weight.detach().to(like.device, copy=True)
+            grown.weight = nn.Parameter(weight_DD, requires_grad=trains)
+        return grown
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [] if self.weight is None else [self.weight]
+
+    def rows(self, classes: Sequence[int]) -> Tensor:
+        assert self.weight is not None
+        codes_CD = torch.stack([code(label, len(self.weight), self.seed) for label in classes])
+        return normalize(codes_CD.to(self.weight) @ self.weight.T, dim=1)
+
+    def state_dict(self, classes: Sequence[int]) -> dict[str, Tensor]:
+        if self.weight is None:
+            return {}
+        return {"text.weight": self.weight.detach().to("cpu", copy=True)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], classes: Sequence[int]) -> None:
+        weight_DD = state.get("text.weight")
+        self.weight = None if weight_DD is None else nn.Parameter(weight_DD.clone())
+
+
+@lru_cache(4096)
+def code(label: int, width: int, seed: int = 0) -> Tensor:
+    """The unit vector [D] of a class, one tensor for all who ask."""
+    drawn_D = np.random.default_rng([seed, label]).normal(size=width)
+    return torch.from_numpy(drawn_D / np.linalg.norm(drawn_D)).float()

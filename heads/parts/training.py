@@ -1,0 +1,97 @@
+"""The loop of gradient descent that trained heads share.
+
+SGD with momentum over a task's clips. A head trains copies of its parameters and takes them over
+when `fit` returns, so that a refusal in its midst leaves what was learned before.
+
+Shapes: N clips, B clips a batch.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from heads.parts.clips import Batch, Clips
+
+SCHEDULES = ("cosine", "step", "constant")
+
+
+def fit(
+    step: Callable[[Tensor, Batch], Tensor],
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+    clips: Clips,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    rng: np.random.Generator,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    schedule: str = "cosine",
+    milestones: Sequence[int] = (),
+    gamma: float = 0.1,
+    clip_norm: float | None = None,
+    progress: Callable[[int, int, float], object] = lambda done, epochs, loss: None,
+) -> None:
+    """Train parameters where they are, on every clip once an epoch.
+
+    Equal arguments, parameters and states of `rng` give equal bits, on one machine and number of
+    threads. The global generators are neither read nor moved; a `step` that draws (dropout) has to
+    do so from its own.
+
+    Args:
+        step: From places, int64 [B], and their features to the loss, the mean over these clips. The
+            labels are `clips.labels[places]`, on the CPU. Modes (`train`, `eval`) and autocast are
+            its own.
+        parameters: Or groups of them, as torch's optimizers take them: a dict with "params" may
+            have an "lr" or "weight_decay" of its own.
+        rng: Draws the order of the clips anew for every epoch.
+        schedule: What becomes of a rate after each epoch: `cosine` goes from `lr` towards 0 at the
+            end, `step` multiplies by `gamma` when as many epochs as a milestone are done.
+        clip_norm: Greatest 2-norm of the gradients of a group, all parameters where there are no
+            groups; None leaves them.
+        progress: `Task.progress`. The mean loss is over clips.
+
+    Raises:
+        ValueError: A loss or a parameter became infinite or not a number, or an option is none.
+    """
+    if epochs < 0 or schedule not in SCHEDULES:
+        raise ValueError(
+            f"{epochs=} by {schedule=}: give at least 0, and one of {', '.join(SCHEDULES)}"
+        )
+    # Fused: one pass over the numbers in place of one each for momentum, decay and step.
+    optimizer = torch.optim.SGD(
+        parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=True
+    )
+    rates = [group["lr"] for group in optimizer.param_groups]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for epoch in range(epochs):
+        factor = 1.0
+        if schedule == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        elif schedule == "step":
+            factor = gamma ** sum(epoch >= done for done in milestones)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        # Summed where it is: asking for the number after each batch would make a GPU wait.
+        total = torch.zeros((), dtype=torch.float64, device=trained[0].device)
+        for places, batch in clips.batches(batch_size, rng):
+            with torch.enable_grad():
+                loss = step(places, batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+            if clip_norm is not None:
+                for group in optimizer.param_groups:
+                    nn.utils.clip_grad_norm_(group["params"], clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            total += loss.detach() * len(places)
+        mean = float(total) / len(clips)
+        if not math.isfinite(mean) or not all(p.isfinite().all() for p in trained):
+            raise ValueError(
+                f"training diverged: the mean loss of epoch {epoch + 1} of {epochs} is {mean}, "
+                f"at {lr=}; try a smaller rate, or give clip_norm"
+            )
+        progress(epoch + 1, epochs, mean)

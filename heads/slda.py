@@ -1,0 +1,137 @@
+"""Streaming linear discriminant analysis: Deep SLDA (Hayes and Kanan, CVPR workshops 2020).
+
+One mean a class and one covariance for all, moved by every clip; no clip is kept:
+
+    score_c = mu_c' P x - mu_c' P mu_c / 2,   P = [(1 - s) S + s I]^-1,   s = 1e-4
+
+Ours: exactly streaming. A clip of class c moves the scatter by (x - mu_c before)(x - mu_c after)',
+so that after any order and cut into tasks S is the covariance of all clips about their class means,
+divided by N. The paper weighs a clip by all clips seen in place of those of its class, t / (t + 1),
+and its S then depends a little on the order. Ours too: s I is scaled by the mean variance,
+trace(S) / W, so that s means the same on features of any length; `shrinkage=None` takes s by the
+oracle approximating formula (OAS: Chen et al., 2010), which the published code has for its first
+task.
+
+Shapes: N clips, B clips a batch, W width of a clip's vector, C classes.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from heads import Task
+from heads.parts.classifiers import columns
+from heads.parts.clips import TIMES, Batch, vectors
+
+BATCH = 256
+
+
+class StreamingLDA:
+    """See the module.
+
+    Args:
+        feature: One vector a frame.
+        time: How T frames become one vector a clip: `mean`, or `order`, one after the other.
+        shrinkage: s in [0, 1]; None chooses it anew after every task.
+    """
+
+    trainable = 0
+
+    def __init__(
+        self, feature: str = "vector", time: str = "mean", shrinkage: float | None = 1e-4
+    ) -> None:
+        if time not in TIMES:
+            raise ValueError(f"no {time=}; choose from {', '.join(TIMES)}")
+        if shrinkage is not None and not 0 < shrinkage <= 1:
+            raise ValueError(f"{shrinkage=}: give a number above 0 and up to 1, or None for OAS")
+        self.reads = (feature,)
+        self.time, self.shrinkage = time, shrinkage
+        self.classes: list[int] = []
+        self._counts_C = torch.zeros(0, dtype=torch.float64)
+        self._means_CW = torch.zeros(0, 0, dtype=torch.float64)
+        self._scatter_WW = torch.zeros(0, 0, dtype=torch.float64)
+        self._precise_CW = self._means_CW  # P mu_c
+
+    def learn(self, task: Task) -> None:
+        classes = self.classes + [c for c in task.classes if c not in self.classes]
+        columns_N = columns(classes, task.clips.labels)
+        means_CW: Tensor | None = None
+        # float64: of differences from means that themselves move.
+        for places, batch in task.clips.batches(BATCH):
+            x_BW = self._vectors(batch)
+            if means_CW is None:
+                counts_C, means_CW, scatter_WW = self._copies(len(classes), x_BW)
+            columns_B = columns_N[places].to(x_BW.device)
+            before_BW = x_BW - means_CW[columns_B]
+            counts_C.index_add_(0, columns_B, torch.ones_like(before_BW[:, 0]))
+            moved_CW = torch.zeros_like(means_CW).index_add_(0, columns_B, before_BW)
+            means_CW += moved_CW / counts_C.clamp(min=1)[:, None]
+            # Summed over a class's clips of the batch this is Welford's update, in one product.
+            scatter_WW.addmm_(before_BW.T, x_BW - means_CW[columns_B])
+        assert means_CW is not None
+        counts_C, means_CW, scatter_WW = counts_C.cpu(), means_CW.cpu(), scatter_WW.cpu()
+        precise_CW = self._solved(counts_C, means_CW, scatter_WW)
+        self.classes, self._precise_CW = classes, precise_CW
+        self._counts_C, self._means_CW, self._scatter_WW = counts_C, means_CW, scatter_WW
+
+    def scores(self, batch: Batch) -> Tensor:
+        if not self.classes:
+            raise ValueError("nothing was learned yet, so there is nothing to score: learn first")
+        x_BW = self._vectors(batch)
+        precise_CW, means_CW = self._precise_CW.to(x_BW.device), self._means_CW.to(x_BW.device)
+        return (x_BW @ precise_CW.T - (precise_CW * means_CW).sum(dim=1) / 2).float()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            "classes": torch.tensor(self.classes, dtype=torch.int64),
+            "counts": self._counts_C.clone(),
+            "means": self._means_CW.clone(),
+            "scatter": self._scatter_WW.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._counts_C, self._means_CW, self._scatter_WW = (
+            state[name].to("cpu", torch.float64, copy=True)
+            for name in ("counts", "means", "scatter")
+        )
+        self.classes = state["classes"].tolist()
+        self._precise_CW = self._solved(self._counts_C, self._means_CW, self._scatter_WW)
+
+    def _solved(self, counts_C: Tensor, means_CW: Tensor, scatter_WW: Tensor) -> Tensor:
+        """P mu_c of each class."""
+        if not len(counts_C):
+            return means_CW
+        N, W = float(counts_C.sum()), len(scatter_WW)
+        covariance_WW = (scatter_WW + scatter_WW.T) / (2 * N)
+        variance = float(covariance_WW.trace()) / W
+        s = oas(covariance_WW, N) if self.shrinkage is None else self.shrinkage
+        # Classes of one clip each have no spread: then any scale gives the nearest mean.
+        shrunk_WW = (1 - s) * covariance_WW + s * (variance or 1.0) * torch.eye(W).double()
+        precise_WC: Tensor = torch.linalg.solve(shrunk_WW, means_CW.T)
+        return precise_WC.T
+
+    def _copies(self, classes: int, x_BW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of counts, means and scatter, with places for so many classes."""
+        C, W = len(self.classes), x_BW.shape[1]
+        counts_C, means_CW = x_BW.new_zeros(classes), x_BW.new_zeros(classes, W)
+        scatter_WW = x_BW.new_zeros(W, W)
+        if C:
+            counts_C[:C], means_CW[:C] = self._counts_C, self._means_CW
+            scatter_WW += self._scatter_WW.to(x_BW.device)
+        return counts_C, means_CW, scatter_WW
+
+    def _vectors(self, batch: Batch) -> Tensor:
+        width = self._means_CW.shape[1] if self.classes else None
+        return vectors(batch, self.reads[0], self.time, width)
+
+
+def oas(covariance_WW: Tensor, clips: float) -> float:
+    """The share of the identity in [0, 1] by OAS (Chen et al., IEEE TSP 2010, Eq. 23)."""
+    W = len(covariance_WW)
+    square, whole = float((covariance_WW**2).sum()), float(covariance_WW.trace()) ** 2
+    spread = (clips + 1 - 2 / W) * (square - whole / W)
+    return min(1.0, ((1 - 2 / W) * square + whole) / spread) if spread > 0 else 1.0
+
+
+build = StreamingLDA

@@ -1,0 +1,214 @@
+"""Ablations: a grid of runs, side by side, as one table."""
+
+import contextlib
+import itertools
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipeline import results, scenarios
+from pipeline._variants import variant
+from pipeline.experiment import inspect_options, prepare, run
+from pipeline.progress import Watch
+from pipeline.spec import Runtime
+from stores import FeatureStore
+
+SEEDS = scenarios.SEEDS
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What an ablation runs.
+
+    Attributes:
+        heads: File names in `heads/`.
+        scenario: A name or `BASE+KxN`.
+        grid: Values of options, by "head.option", or "option" for every head that has it. Every
+            combination is run.
+        seeds: Of class order and head: a list, or how many of 1000, 1993, 2021.
+        options: Of heads, the same in all runs: by head, a table of options.
+        backbone: Whose features, where the store has several.
+        splits: To learn from, and to test on.
+    """
+
+    heads: Sequence[str]
+    scenario: str
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    seeds: int | Sequence[int] = len(SEEDS)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    backbone: str = ""
+    splits: Sequence[str] = ("train", "test")
+
+    @classmethod
+    def read(cls, file: str | Path) -> "Sweep":
+        """From TOML, with the attributes as keys.
+
+        Raises:
+            ValueError: It is no such file.
+        """
+        try:
+            given = tomllib.loads(Path(file).read_text())
+            return cls(**given)
+        except (tomllib.TOMLDecodeError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{file} is no sweep: {error}. It has `heads`, `scenario`, and maybe `seeds`, "
+                "`backbone`, [grid] and [options.HEAD]"
+            ) from error
+
+    def seed_list(self) -> list[int]:
+        if isinstance(self.seeds, int):
+            if not 1 <= self.seeds <= len(SEEDS):
+                raise ValueError(
+                    f"seeds={self.seeds}: a number from 1 to {len(SEEDS)}, or a list of seeds"
+                )
+            return list(SEEDS[: self.seeds])
+        return [int(seed) for seed in self.seeds]
+
+    def runs(self) -> list[tuple[str, int, dict[str, Any]]]:
+        """Head, seed and options of every run, each once, seeds of one combination together.
+
+        Raises:
+            ValueError: The grid names a head or an option that there is not.
+        """
+        known = {head: inspect_options(variant("heads", head).build) for head in self.heads}
+        for name in self.options:
+            if name not in known:
+                raise ValueError(f"options of {name}, which is none of {', '.join(self.heads)}")
+        axes: dict[str, dict[str, Sequence[Any]]] = {head: {} for head in self.heads}
+        for name, values in self.grid.items():
+            head, dot, option = name.rpartition(".")
+            having = [one for one in self.heads if option in known[one] and one in (head or one)]
+            if not having or (dot and head not in known):
+                raise ValueError(
+                    f"the grid's {name}: none of {', '.join(self.heads)} has it; options are\n"
+                    + "\n".join(f"  {one}: {', '.join(known[one])}" for one in self.heads)
+                )
+            if isinstance(values, str) or not isinstance(values, Sequence) or not len(values):
+                raise ValueError(f"the grid's {name} = {values!r}: give a list of values")
+            for one in having:
+                axes[one][option] = values
+        found = []
+        for head in self.heads:
+            fixed = dict(self.options.get(head, {}))
+            for values in itertools.product(*axes[head].values()):
+                options = fixed | dict(zip(axes[head], values, strict=True))
+                found += [(head, seed, options) for seed in self.seed_list()]
+        return found
+
+
+def ablate(
+    store: str | Path | FeatureStore,
+    heads: str | Sequence[str],
+    scenario: str,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    seeds: int | Sequence[int] = len(SEEDS),
+    *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    backbone: str = "",
+    splits: Sequence[str] = ("train", "test"),
+    out: str | Path = "runs",
+    device: str = "cpu",
+    runtime: Runtime | None = None,
+    client: Any = None,
+    keep_checkpoints: bool = False,
+    watch: Watch | None = None,
+) -> pd.DataFrame:
+    """Run every combination of a grid for every seed, and tell mean and deviation over the seeds.
+
+    What has a finished run folder with the same specification is not run again. A run that fails
+    leaves the others alone; its error is in the table.
+
+    Args:
+        heads, scenario, grid, seeds, options, backbone, splits: See `Sweep`.
+        out: Where the run folders are made.
+        runtime: Where the runs run: by default side by side, a process for each core.
+        client: A Dask client to run them on, in the place of `runtime`.
+        keep_checkpoints: Whether they stay when a run has ended.
+
+    Returns:
+        A row a combination; `pipeline.results` says which columns. The row of every single run is
+        in `.attrs["runs"]`, as a DataFrame's records.
+
+    Raises:
+        ValueError, SpecMismatch: As `run`, before anything is run.
+        RuntimeError: Every run failed.
+    """
+    opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+    named = (heads,) if isinstance(heads, str) else tuple(heads)
+    sweep = Sweep(named, scenario, grid or {}, seeds, options or {}, backbone)
+    watch, runtime = watch or Watch(), runtime or Runtime()
+    out = Path(out).absolute()
+    learn, test = splits
+    folders: list[Path] = []
+    waiting: list[dict[str, Any]] = []
+    for head, seed, chosen in sweep.runs():
+        plan = prepare(opened, head, scenario, seed, chosen, backbone, (learn, test), device)
+        folder = out / plan.name
+        folders.append(folder)
+        if not (folder / "metrics.json").exists():
+            waiting.append({"head": head, "seed": seed, "options": chosen})
+    done = len(folders) - len(waiting)
+    watch.said(f"{len(folders)} runs" + (f", {done} of them finished before" if done else ""))
+    common = {"scenario": scenario, "backbone": backbone, "out": out, "device": device,
+              "splits": (learn, test), "keep_checkpoints": keep_checkpoints}  # fmt: skip
+    errors: list[str] = []
+    if waiting:
+        with watch.bars(runs=(len(waiting), "runs")):
+            for spec, error in _spread(opened, common, waiting, runtime, client, watch):
+                watch.advance("runs", 1)
+                if error is not None:
+                    errors.append(f"{spec['head']} {spec['options']} seed {spec['seed']}: {error}")
+                    watch.said(f"FAILED {errors[-1]}")
+    if errors and len(errors) == len(folders):
+        raise RuntimeError(f"every run failed; the first: {errors[0]}")
+    finished = [folder for folder in dict.fromkeys(folders) if (folder / "metrics.json").exists()]
+    runs = results.read(finished)
+    table = results.summary(runs)
+    table.attrs["runs"], table.attrs["errors"] = runs.to_dict("records"), errors
+    return table
+
+
+def _spread(
+    store: FeatureStore,
+    common: Mapping[str, Any],
+    waiting: list[dict[str, Any]],
+    runtime: Runtime,
+    client: Any,
+    watch: Watch,
+) -> Iterator[tuple[dict[str, Any], Exception | None]]:
+    """Run them; each comes with its error when it ends."""
+    place = str(store.place)
+    if runtime.serial:
+        for spec in waiting:
+            try:
+                run(store, watch=watch, **spec, **common)
+                yield spec, None
+            except (ValueError, LookupError, OSError, RuntimeError) as error:
+                yield spec, error
+        return
+    from distributed import as_completed
+
+    from pipeline.cluster import connected
+
+    count = min(len(waiting), runtime.workers or os.cpu_count() or 1)
+    with contextlib.ExitStack() as stack:
+        if client is None:
+            workers = [{"nthreads": 1}] * count
+            client = stack.enter_context(connected(runtime.scheduler, workers, threads=1))
+        watch.said(f"Dask dashboard: {client.dashboard_link}")
+        futures = {
+            # One thread: as many runs as cores go on beside each other.
+            client.submit(_one, place, threads=1, pure=False, **spec, **common): spec
+            for spec in waiting
+        }
+        for future in as_completed(futures):
+            yield futures[future], future.exception()
+
+
+def _one(store: str, **options: Any) -> str:
+    return str(run(store, **options).folder)

@@ -1,0 +1,445 @@
+"""Experiments: one head through one scenario on one store, in a run folder.
+
+For each task: its clips -> learn -> scores of all test clips seen so far -> a row of the accuracy
+matrix -> a checkpoint. A run folder holds
+
+    spec.json            what decides the numbers, and its digest
+    matrix.json          accuracy after each task on each task's test clips, CNN and NME
+    metrics.json         written last: a folder that has it is finished
+    cost.json            see `Run.cost`
+    predictions.parquet  stage, row, label, classifier, top1 to top5
+    checkpoints/         see `pipeline.checkpoints`
+
+A killed run goes on from its last whole task to the same numbers, on a CPU to the bit.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+import heads
+from heads import Changes, Head, Rehearses, Task
+from heads.parts.clips import Batch, Clips
+from pipeline import backbones, checkpoints, offering, scenarios
+from pipeline._variants import variant
+from pipeline.attaching import HeadNetwork
+from pipeline.measuring import memory_peak, multiply_adds
+from pipeline.metrics import Matrix
+from pipeline.progress import Watch
+from pipeline.scenarios import Scenario, divide
+from stores import Feature, FeatureStore, SpecMismatch, atomic, lock
+from stores.identity import digest
+
+SCORE_BATCH_BYTES = 64 << 20
+TOP = 5
+CNN, NME = "cnn", "nme"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: Where it lies.
+        spec: What decided its numbers.
+        matrix: Accuracy by the head's own classifier.
+        nme: By the nearest mean of exemplars; None for heads that keep none.
+        metrics: "cnn" and "nme", the figures of `Matrix.figures`; `left_out`, how many clips of
+            the store neither taught nor tested, and why.
+        cost: `trainable` numbers; `multiply_adds` of the head for a clip, its network's included
+            where it runs; `seconds` of learning and `score_seconds` by task; `peak_memory_bytes` of
+            the process; `bytes_read` of the store; `state_bytes` and `exemplar_bytes` that the
+            head keeps; `stages_recomputed`, calls of each stage by task.
+    """
+
+    folder: Path
+    spec: Mapping[str, Any]
+    matrix: Matrix
+    nme: Matrix | None
+    metrics: Mapping[str, Any]
+    cost: Mapping[str, Any]
+
+    @cached_property
+    def predictions(self) -> pd.DataFrame:
+        return pd.read_parquet(self.folder / "predictions.parquet")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Run":
+        """A finished run's folder.
+
+        Raises:
+            ValueError: It is none, or not finished.
+        """
+        folder = Path(folder)
+        if not (folder / "metrics.json").exists():
+            raise ValueError(f"{folder} is no finished run: it has no metrics.json")
+        spec, both, metrics, cost = (
+            json.loads((folder / f"{name}.json").read_bytes())
+            for name in ("spec", "matrix", "metrics", "cost")
+        )
+        nme = Matrix.from_json(both, NME) if both[NME] else None
+        return cls(folder, spec, Matrix.from_json(both), nme, metrics, cost)
+
+
+def run(
+    store: str | Path | FeatureStore,
+    head: str,
+    scenario: str | Scenario,
+    *,
+    seed: int = 1000,
+    options: Mapping[str, Any] | None = None,
+    backbone: str = "",
+    splits: tuple[str, str] = ("train", "test"),
+    out: str | Path = "runs",
+    device: str = "cpu",
+    threads: int = 0,
+    keep_checkpoints: bool = True,
+    watch: Watch | None = None,
+) -> Run:
+    """Teach a head the classes of a store task by task, and measure it after each.
+
+    A finished run of the same specification is returned as it is; an unfinished one is gone on
+    with.
+
+    Args:
+        store: Built, with the features that the head reads.
+        head: Its file name in `heads/`.
+        scenario: A name, `BASE+KxN`, or a scenario of one's own.
+        seed: Of the class order, and of the head where `options` has no seed for it.
+        options: Of the head.
+        backbone: Whose features, where the store has several.
+        splits: To learn from, and to test on.
+        out: The run folder is made here.
+        device: Where the head works.
+        threads: Of torch; 0 leaves them. A resumed run takes those that it began with.
+        keep_checkpoints: Whether they stay when the run has ended.
+
+    Raises:
+        ValueError: No such head, option, scenario or backbone; classes that have no clips.
+        SpecMismatch: The store lacks a feature; the message has the command that adds it.
+        StoreLocked: Another process works on this run.
+    """
+    watch = watch or Watch()
+    plan = prepare(store, head, scenario, seed, options or {}, backbone, splits, device)
+    folder = Path(out) / plan.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock.held(folder):
+        if not (folder / "metrics.json").exists():
+            atomic.clear_temporary(folder)
+            with _threads(_written(folder, plan, threads)):
+                _carry_out(plan, folder, watch)
+        if not keep_checkpoints:
+            checkpoints.remove(folder)
+    return Run.read(folder)
+
+
+@dataclass
+class Prepared:
+    """A run before its first task: the head, what it reads, and which clips are of which task."""
+
+    spec: dict[str, Any]
+    store: str
+    head: Head
+    network: HeadNetwork | None
+    features: dict[str, Feature]
+    tasks: tuple[tuple[str, ...], ...]
+    division: scenarios.Division
+    numbers: np.ndarray
+    classes: list[str]
+    text: Tensor | None  # of all classes
+    device: str
+    seen: list[Clips] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        return digest(self.spec)
+
+    @property
+    def name(self) -> str:
+        """Of the run folder."""
+        spec = self.spec
+        return f"{spec['head']}-{spec['scenario']}-{spec['seed']}-{self.digest[:8]}"
+
+    def clips(self, rows: np.ndarray) -> Clips:
+        return offering.clips_of(self.features, rows, self.numbers, self.device)
+
+
+def prepare(
+    store: str | Path | FeatureStore,
+    head: str,
+    scenario: str | Scenario,
+    seed: int = 1000,
+    options: Mapping[str, Any] = {},
+    backbone: str = "",
+    splits: tuple[str, str] = ("train", "test"),
+    device: str = "cpu",
+) -> Prepared:
+    """Everything that can be refused, before anything is computed. Arguments as `run`."""
+    opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+    known = inspect_options(variant("heads", head).build)
+    given = {**({"seed": seed} if "seed" in known else {}), **options}
+    name = offering.backbone_of(opened, backbone)
+    made, network, features = head_of(opened, head, given, name)
+    classes = list(opened.attributes["classes"])
+    chosen = scenario
+    if isinstance(chosen, str):
+        chosen = scenarios.scenario_of(chosen, classes, seed)
+    division = divide(opened.clips, chosen, *splits)
+    used = np.concatenate([*division.train, *division.test])
+    for feature in features.values():
+        if not feature.valid[used].all():
+            feature.read(used[~feature.valid[used]])  # raises, and says which and why
+    try:
+        text: Tensor | None = torch.from_numpy(opened.text(name, classes).values).float()
+    except LookupError:
+        text = None
+    spec = {
+        "head": head,
+        "options": known | given,
+        "scenario": chosen.name,
+        "seed": seed,
+        "backbone": name,
+        "tasks": [list(task) for task in chosen.tasks],
+        "features": {name: feature.fingerprint for name, feature in features.items()},
+        "network": network.identity() if network else None,
+        "text": None if text is None else hashlib.sha256(text.numpy().tobytes()).hexdigest(),
+        "clips": offering.clips_digest(opened, division),
+        "device": torch.device(device).type,
+        "code": code_of(head),
+    }
+    return Prepared(spec, str(opened.place), made, network, features, chosen.tasks, division,
+                    offering.numbers_of(opened), classes, text, device)  # fmt: skip
+
+
+def head_of(
+    store: FeatureStore, head: str, options: Mapping[str, Any], backbone: str
+) -> tuple[Head, HeadNetwork | None, dict[str, Feature]]:
+    """A head that has learned nothing, the network it changes, if any, and what it reads.
+
+    Args:
+        backbone: Its name in the store.
+
+    Raises:
+        ValueError: No such head or option.
+        SpecMismatch: The store lacks a feature, or is of another network than is loaded.
+    """
+    build = variant("heads", head).build
+    known = inspect_options(build)
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(
+            f"{head} has no option {', '.join(unknown)}; it has "
+            + (", ".join(f"{name}={value!r}" for name, value in known.items()) or "none")
+        )
+    made: Head = build(**options)
+    changes = isinstance(made, Changes) and made.changes
+    network: backbones.Backbone | None = None
+    if changes or any(map(offering.is_relative, made.reads)):
+        network = offering.load_network(store, backbone)
+    features = offering.features_of(store, backbone, made.reads, network)
+    if network is None or not (isinstance(made, Changes) and changes):
+        return made, None, features
+    offering.check_network(network, features)
+    attached = HeadNetwork(network, next(iter(features.values())).shape[1])
+    made.attach(attached)
+    return made, attached, features
+
+
+def inspect_options(build: Callable[..., Head]) -> dict[str, Any]:
+    """Options of a head and their defaults."""
+    import inspect
+
+    return {name: one.default for name, one in inspect.signature(build).parameters.items()}
+
+
+def code_of(head: str) -> str:
+    """Digest of the code of a head and of what heads share: edited code is another run."""
+    folder = Path(heads.__file__).parent
+    shared = sorted([*(folder / "parts").glob("*.py"), *(folder / "grafts").glob("*.py")])
+    files = [folder / "__init__.py", folder / f"{head}.py", *shared]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def _written(folder: Path, plan: Prepared, threads: int) -> int:
+    """Write the specification, or read how the run was begun. Returns its threads."""
+    file = folder / "spec.json"
+    if file.exists():
+        held = json.loads(file.read_bytes())
+        if held["digest"] != plan.digest:
+            raise SpecMismatch(f"{folder} is a run of another specification; remove it")
+        return int(held["threads"])
+    own = threads or torch.get_num_threads()
+    text = {**plan.spec, "digest": plan.digest, "store": plan.store, "threads": own}
+    atomic.write(folder, file, json.dumps(text, indent=1, ensure_ascii=False).encode())
+    return own
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _carry_out(plan: Prepared, folder: Path, watch: Watch) -> None:
+    last, state, known = checkpoints.read(folder)
+    rows: dict[str, list[list[float]]] = known.get("rows", {CNN: [], NME: []})
+    cost: dict[str, list[Any]] = known.get(
+        "cost", {"seconds": [], "score_seconds": [], "bytes_read": [], "peak_memory_bytes": [],
+                 "stages_recomputed": []}
+    )  # fmt: skip
+    told = [pd.read_parquet(folder / "predictions.parquet")] if last >= 0 else []
+    told = [frame[frame["stage"] <= last] for frame in told]
+    head = plan.head
+    if last >= 0:
+        head.load_state_dict(state)
+        watch.said(f"going on after task {last + 1} of {len(plan.tasks)}")
+    plan.seen = [plan.clips(rows) for rows in plan.division.test[: last + 1]]
+    for number in range(last + 1, len(plan.tasks)):
+        with memory_peak() as peak:
+            clips = plan.clips(plan.division.train[number])
+            memory = None
+            if isinstance(head, Rehearses) and len(head.exemplars):
+                memory = plan.clips(head.exemplars.numpy())
+            began = time.perf_counter()
+            with _told(watch, f"task {number + 1}/{len(plan.tasks)}") as progress:
+                head.learn(Task(clips, number, _text(plan, clips), memory, progress))
+            learned = time.perf_counter()
+            plan.seen.append(plan.clips(plan.division.test[number]))
+            answers = {CNN: head.scores}
+            if isinstance(head, Rehearses):
+                answers[NME] = head.nearest
+            for classifier, answer in answers.items():
+                row, frame = _answers(plan, answer, number, classifier)
+                rows[classifier].append(row)
+                told.append(frame)
+        cost["seconds"].append(learned - began)
+        cost["score_seconds"].append(time.perf_counter() - learned)
+        cost["peak_memory_bytes"].append(peak())
+        cost["bytes_read"].append(_bytes_read([clips, *([memory] if memory else []), *plan.seen]))
+        calls = plan.network.calls if plan.network else Counter[str]()
+        cost["stages_recomputed"].append(dict(calls))
+        calls.clear()
+        _write_parquet(folder, pd.concat(told, ignore_index=True))
+        checkpoints.write(folder, number, head.state_dict(), {"rows": rows, "cost": cost})
+        seen = slice(0, number + 1)
+        counts = [len(part) for part in plan.division.test[seen]]
+        watch.said(
+            f"task {number + 1}/{len(plan.tasks)}: {np.average(rows[CNN][-1], weights=counts):.1%} "
+            f"of {sum(counts)} clips of {len(head.classes)} classes, "
+            f"{learned - began:.1f} s of learning"
+        )
+    _finish(plan, folder, rows, cost)
+
+
+def _finish(
+    plan: Prepared, folder: Path, rows: Mapping[str, list[list[float]]], cost: dict[str, list[Any]]
+) -> None:
+    counts = np.array([len(part) for part in plan.division.test])
+    matrices = {kind: Matrix.from_rows(rows[kind], counts) for kind in (CNN, NME) if rows[kind]}
+    head = plan.head
+    kept = len(head.exemplars) if isinstance(head, Rehearses) else 0
+    cell_bytes = sum(cells.cell_bytes for cells in plan.seen[0].features.values())  # type: ignore[attr-defined]
+    bytes_read = cost["bytes_read"]
+    _write_json(
+        folder,
+        "cost",
+        {
+            "trainable": head.trainable,
+            "multiply_adds": multiply_adds(head, plan.seen[0]),
+            "seconds": cost["seconds"],
+            "score_seconds": cost["score_seconds"],
+            "peak_memory_bytes": max(cost["peak_memory_bytes"]),
+            "bytes_read": sum(bytes_read),
+            "state_bytes": sum(tensor.nbytes for tensor in head.state_dict().values()),
+            "exemplars": kept,
+            "exemplar_bytes": kept * cell_bytes,
+            "stages_recomputed": cost["stages_recomputed"],
+        },
+    )
+    table = {kind: one.to_json() for kind, one in matrices.items()}
+    tasks = [list(task) for task in plan.tasks]
+    _write_json(folder, "matrix", {NME: None, **table, "clips": counts.tolist(), "tasks": tasks})
+    figures = {kind: one.figures() for kind, one in matrices.items()}
+    _write_json(folder, "metrics",
+                {NME: None, **figures, "left_out": dict(plan.division.left_out)})  # fmt: skip
+
+
+def _answers(
+    plan: Prepared, answer: Callable[[Batch], Tensor], number: int, classifier: str
+) -> tuple[list[float], pd.DataFrame]:
+    """Accuracy on each task's test clips, and the table of predictions."""
+    accuracy, frames = [], []
+    names = np.array([plan.classes[label] for label in plan.head.classes])
+    for clips in plan.seen:
+        scores = scores_of(answer, clips)
+        count = min(TOP, scores.shape[1])
+        # Stable: of equal scores the class that was learned first.
+        top = scores.argsort(dim=1, descending=True, stable=True)[:, :count].numpy()
+        labels = np.array([plan.classes[label] for label in clips.labels.tolist()])
+        accuracy.append(float((names[top[:, 0]] == labels).mean()))
+        frame = {"stage": number, "row": clips.rows.numpy(), "label": labels,
+                 "classifier": classifier}  # fmt: skip
+        for rank in range(TOP):
+            frame[f"top{rank + 1}"] = names[top[:, rank]] if rank < count else ""
+        frames.append(pd.DataFrame(frame))
+    return accuracy, pd.concat(frames, ignore_index=True)
+
+
+def scores_of(answer: Callable[[Batch], Tensor], clips: Clips) -> Tensor:
+    """A head's scores of all the clips, float32 [N, C], on the CPU."""
+    cell_bytes = sum(cells.cell_bytes for cells in clips.features.values())  # type: ignore[attr-defined]
+    size = int(min(256, max(1, SCORE_BATCH_BYTES // cell_bytes)))
+    return torch.cat([answer(batch).cpu() for _, batch in clips.batches(size)])
+
+
+def _text(plan: Prepared, clips: Clips) -> Tensor | None:
+    if plan.text is None:
+        return None
+    return plan.text[sorted(set(clips.labels.tolist()))].to(plan.device)
+
+
+def _bytes_read(clips: Sequence[Clips]) -> int:
+    """Of the store, since the last time it was asked."""
+    total = 0
+    for one in clips:
+        for cells in one.features.values():
+            total += cells.bytes_read  # type: ignore[attr-defined]
+            cells.bytes_read = 0  # type: ignore[attr-defined]
+    return total
+
+
+@contextlib.contextmanager
+def _told(watch: Watch, name: str) -> Iterator[Callable[[int, int, float], None]]:
+    """A bar over the epochs of a task, which is there from the first one on."""
+    with contextlib.ExitStack() as stack:
+
+        def progress(done: int, epochs: int, loss: float) -> None:
+            if done == 1:
+                stack.enter_context(watch.bars(**{name: (epochs, "epochs")}))
+            watch.advance(name, 1)
+
+        yield progress
+
+
+def _write_json(folder: Path, name: str, value: Any) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    atomic.write(folder, folder / f"{name}.json", text.encode())
+
+
+def _write_parquet(folder: Path, frame: pd.DataFrame) -> None:
+    atomic.write(folder, folder / "predictions.parquet", frame.to_parquet(index=False))

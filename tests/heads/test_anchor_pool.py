@@ -1,0 +1,446 @@
+"""The anchor pool against loops in float64: routing, search, ties, growth, keys."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+from heads.parts.anchor_pool import ROOM, AnchorPool
+from heads.parts.neighbours import Neighbours, queries
+
+
+def cosine(a, b):
+    """As float32, in which ties are ties; 0 with zeros."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norms = np.sqrt((a * a).sum()) * np.sqrt((b * b).sum())
+    return np.float32((a * b).sum() / norms) if norms else np.float32(0)
+
+
+def routed(blocks, residuals_BKD, top_k, asked=None):
+    """What `route` must say: lists of (similarity, expert, place of the class), best first."""
+    out = []
+    for b, row in enumerate(residuals_BKD):
+        found = []
+        for s, residual in enumerate(row):
+            k = s if asked is None else int(asked[b, s])
+            best, place = None, None
+            for c, anchor in enumerate(blocks[k]):
+                similarity = cosine(residual, anchor)
+                if best is None or similarity > best:
+                    best, place = similarity, c
+            found.append((-best, k, place))
+        out.append(sorted(found)[:top_k])
+    return out
+
+
+def grown(blocks, classes=None, key="", pool=None, **options):
+    pool = pool or AnchorPool(blocks[0].shape[1], **options)
+    for k, block in enumerate(blocks):
+        labels = [100 * k + c for c in range(len(block))] if classes is None else classes[k]
+        pool.add(k, labels, torch.from_numpy(block), key)
+    return pool
+
+
+def drawn(seed, sizes, width):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(size, width)).astype(np.float32) for size in sizes]
+
+
+def same_routing(pool, blocks, residuals_BKD, top_k):
+    routing = pool.route(torch.from_numpy(residuals_BKD), top_k)
+    expected = routed(blocks, residuals_BKD, top_k)
+    assert routing.experts.tolist() == [[k for _, k, _ in row] for row in expected]
+    assert routing.nearest.tolist() == [[100 * k + c for _, k, c in row] for row in expected]
+    similarities = np.array([[-s for s, _, _ in row] for row in expected])
+    np.testing.assert_allclose(routing.similarities, similarities, rtol=0, atol=2e-7)
+    assert torch.equal(routing.weights, routing.similarities)
+    return routing
+
+
+@pytest.mark.parametrize(("sizes", "width"), [((1,), 3), ((3, 1, 40), 16), ((2,) * 100, 64)])
+def test_routing_is_brute_force(sizes, width):
+    blocks = drawn(0, sizes, width)
+    pool = grown(blocks)
+    residuals = np.random.default_rng(1).normal(size=(7, len(sizes), width)).astype(np.float32)
+    routing = same_routing(pool, blocks, residuals, min(3, len(sizes)))
+    assert [x.dtype for x in routing] == [torch.int64, torch.float32, torch.int64, torch.float32]
+    # One clip is routed as it is among others, to the bit.
+    alone = pool.route(torch.from_numpy(residuals[2:3]), min(3, len(sizes)))
+    assert all(torch.equal(a[0], b[2]) for a, b in zip(alone, routing, strict=True))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_routing_and_search_are_brute_force_whatever_the_ties(data):
+    # Small whole numbers: equal, opposite, parallel and zero vectors, and equal cosines between
+    # different ones, in most pools.
+    width = data.draw(st.integers(1, 5))
+    numbers = st.lists(st.integers(-2, 2), min_size=width, max_size=width)
+    sizes = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+    blocks = [np.array([data.draw(numbers) for _ in range(n)], np.float32) for n in sizes]
+    rows = data.draw(st.integers(1, 4))
+    residuals = np.array([[data.draw(numbers) for _ in sizes] for _ in range(rows)], np.float32)
+    pool = grown(blocks)
+    top_k = data.draw(st.integers(1, len(sizes)))
+    same_routing(pool, blocks, residuals, top_k)
+
+    every = np.concatenate(blocks)
+    labels = [(k, 100 * k + c) for k, n in enumerate(sizes) for c in range(n)]
+    top_k = data.draw(st.integers(1, len(every) + 2))
+    near = pool.nearest(torch.from_numpy(residuals[:, 0]), top_k)
+    for b, row in enumerate(residuals[:, 0]):
+        order = sorted(range(len(every)), key=lambda n: (-cosine(row, every[n]), n))[:top_k]
+        found = zip(near.experts[b].tolist(), near.classes[b].tolist(), strict=True)
+        assert list(found) == [labels[n] for n in order]
+
+
+def test_the_first_of_equal_classes_and_of_equal_experts_wins():
+    same = np.ones((1, 512), np.float32) / 3
+    other = np.random.default_rng(0).normal(size=(40, 512)).astype(np.float32)
+    # 40 copies: more than are looked at first, and enough for FAISS to go another way (BLAS).
+    blocks = [np.concatenate([other, same.repeat(40, 0)]) for _ in range(3)]
+    pool = grown(blocks)
+    for batch in (1, 50):
+        asked = torch.from_numpy(same).expand(batch, 512)
+        routing = pool.route(asked[:, None].expand(-1, 3, -1))
+        assert routing.experts.tolist() == [[0, 1, 2]] * batch
+        assert routing.nearest.tolist() == [[40, 140, 240]] * batch
+        near = pool.nearest(asked, 45)
+        first = [*range(40, 80), *range(140, 145)]
+        assert near.classes.tolist() == [first] * batch
+        assert near.similarities.unique().tolist() == [1.0]
+
+
+def test_similarities_that_float32_sums_cannot_order_are_in_the_right_order():
+    # Anchors a few units in the last place apart: sums of 512 products in float32 are further off.
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=512).astype(np.float32)
+    steps = 1 + 3e-6 * rng.normal(size=(64, 512))
+    block = (start * steps).astype(np.float32)
+    asked = (start * (1 + 0.3 * rng.normal(size=(30, 1, 512)))).astype(np.float32)
+    pool = grown([block])
+    same_routing(pool, [block], asked, 1)
+    near = pool.nearest(torch.from_numpy(asked[:, 0]), 5)
+    for b in range(len(asked)):
+        order = sorted(range(64), key=lambda n: (-cosine(asked[b, 0], block[n]), n))[:5]
+        assert near.classes[b].tolist() == order
+
+
+def test_only_some_experts_may_be_asked():
+    blocks = drawn(0, (2, 3, 1, 4), 8)
+    pool = grown(blocks)
+    rng = np.random.default_rng(1)
+    residuals = rng.normal(size=(6, 2, 8)).astype(np.float32)
+    asked = torch.from_numpy(np.stack([rng.permutation(4)[:2] for _ in range(6)]))
+    routing = pool.route(torch.from_numpy(residuals), experts=asked)
+    expected = routed(blocks, residuals, 2, asked)
+    assert routing.experts.tolist() == [[k for _, k, _ in row] for row in expected]
+    assert routing.nearest.tolist() == [[100 * k + c for _, k, c in row] for row in expected]
+    # `compare` leaves them in the order in which they were asked.
+    similarities, nearest = pool.compare(torch.from_numpy(residuals), experts=asked)
+    for b, row in enumerate(expected):
+        for similarity, k, c in row:
+            s = asked[b].tolist().index(k)
+            assert similarities[b, s] == pytest.approx(-similarity, abs=2e-7)
+            assert nearest[b, s] == 100 * k + c
+    # One row of numbers is for all clips.
+    alike = pool.route(torch.from_numpy(residuals), experts=torch.tensor([3, 1]))
+    assert set(alike.experts.flatten().tolist()) == {1, 3}
+    with pytest.raises(ValueError, match="no expert 4 in a pool of 4"):
+        pool.route(torch.from_numpy(residuals), experts=torch.tensor([3, 4]))
+
+
+def test_a_pool_that_grew_is_a_pool_made_at_once():
+    # More experts than there is room for at first, so that the lists are moved.
+    sizes = [1 + k % 3 for k in range(2 * ROOM + 5)]
+    blocks = drawn(0, sizes, 12)
+    residuals = drawn(1, [9], len(sizes) * 12)[0].reshape(9, len(sizes), 12)
+    once = grown(blocks)
+    slow = AnchorPool(12)
+    for k, block in enumerate(blocks):
+        slow.add(k, [100 * k + c for c in range(len(block))], torch.from_numpy(block))
+        # Asked in between, so that what is made when first asked has to grow.
+        slow.nearest(torch.ones(1, 12), 3)
+        slow.route(torch.ones(1, k + 1, 12))
+    for a, b in (
+        (once.route(torch.from_numpy(residuals)), slow.route(torch.from_numpy(residuals))),
+        (once.nearest(torch.ones(30, 12), 9), slow.nearest(torch.ones(30, 12), 9)),
+    ):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    same_routing(slow, blocks, residuals, 5)
+    # Each is in its list: what is not found there would be compared one by one.
+    assert slow._lists.invlists.compute_ntotal() == sum(sizes)
+    assert torch.equal(slow.anchors(7), torch.from_numpy(blocks[7]))
+
+
+def in_groups(seed=0, count=1600, width=16):
+    """Vectors in groups, as anchors are, and queries near some of them."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(40, width))
+    block = centres[rng.integers(40, size=count)] + 0.5 * rng.normal(size=(count, width))
+    asked = block[::13] + 0.1 * rng.normal(size=block[::13].shape)
+    return block.astype(np.float32), torch.from_numpy(asked.astype(np.float32))
+
+
+def recall(found, exact):
+    pairs = zip(found.classes.tolist(), exact.classes.tolist(), strict=True)
+    return np.mean([len(set(a) & set(b)) / len(b) for a, b in pairs])
+
+
+@pytest.mark.parametrize("approximate", ["ivf", "hnsw"])
+def test_an_approximate_pool_that_grew_is_one_made_at_once_and_one_loaded(approximate):
+    # One cell, or a walk with hardly a memory: what is found depends on how the index was made.
+    block = drawn(0, (1600,), 64)[0]
+    asked = torch.from_numpy(block[::13] + drawn(1, (124,), 64)[0])
+    options = {"approximate": approximate, "above": 400, "probes": 1}
+    made = {}
+    for step in (1600, 100, 7):
+        pool = AnchorPool(64, **options)
+        for k, first in enumerate(range(0, 1600, step)):
+            part = torch.from_numpy(block[first : first + step])
+            pool.add(k, range(first, first + len(part)), part)
+            if step == 100:
+                pool.nearest(asked[:1], 2)
+        made[step] = pool
+    made["loaded"] = AnchorPool(64, **options)
+    made["loaded"].load_state_dict(made[100].state_dict())
+    first = made[1600].nearest(asked, 5)
+    for pool in made.values():
+        near = pool.nearest(asked, 5)
+        assert torch.equal(near.classes, first.classes)
+        assert torch.equal(near.similarities, first.similarities)
+    assert recall(first, grown([block]).nearest(asked, 5)) < 1
+    # More than a cell has, up to all there are.
+    everything = made[1600].nearest(asked[:3], 1600).classes
+    assert everything.sort().values.tolist() == [[*range(1600)]] * 3
+
+
+@pytest.mark.parametrize("approximate", ["ivf", "hnsw"])
+def test_an_approximate_pool_finds_nearly_all(approximate):
+    block, asked = in_groups()
+    found = grown([block], approximate=approximate, above=400, probes=6).nearest(asked, 5)
+    assert recall(found, grown([block]).nearest(asked, 5)) > 0.95
+
+
+def test_cells_come_from_the_state_and_are_not_trained_again():
+    block, asked = in_groups()
+    pool = grown([block], approximate="ivf", above=400, probes=1)
+    assert "centroids" not in pool.state_dict()  # not asked yet
+    pool.nearest(asked, 1)
+    state = pool.state_dict()
+    assert state["centroids"].shape == (20, 16)
+    # As from another machine, whose sums are others.
+    state["centroids"] = torch.nn.functional.normalize(state["centroids"].flip(0) + 0.01, dim=1)
+    again = AnchorPool(16, approximate="ivf", above=400, probes=1)
+    again.load_state_dict(state)
+    again.nearest(asked, 1)
+    assert torch.equal(again.state_dict()["centroids"], state["centroids"])
+
+
+def test_up_to_its_stated_size_an_approximate_pool_is_exact():
+    block = drawn(0, (500,), 8)[0]
+    asked = torch.from_numpy(drawn(1, (50,), 8)[0])
+    exact = grown([block]).nearest(asked, 10)
+    for approximate in ("ivf", "hnsw"):
+        pool = grown([block], approximate=approximate, above=500, probes=1)
+        assert torch.equal(pool.nearest(asked, 10).classes, exact.classes)
+        assert "centroids" not in pool.state_dict()
+
+
+def test_a_state_is_tensors_of_its_own_and_goes_through_safetensors():
+    blocks = drawn(0, (2, 5), 6)
+    pool = AnchorPool(6)
+    for k, key in enumerate(("", "ViT-B-16 · é")):
+        classes = [7 + k, *range(10 * k, 10 * k + len(blocks[k]) - 1)]
+        pool.add(k, classes, torch.from_numpy(blocks[k]), key)
+    state = pool.state_dict()
+    again = AnchorPool(6)
+    again.load_state_dict(load(save(state)))
+    assert again.classes == pool.classes == [[7, 0], [8, 10, 11, 12, 13]]
+    assert again.keys == ["", "ViT-B-16 · é"]
+    second = again.state_dict()
+    assert second.keys() == state.keys()
+    assert all(torch.equal(second[name], state[name]) for name in state)
+    assert torch.equal(state["expert.1.anchors"], torch.from_numpy(blocks[1]))
+    for tensor in state.values():
+        tensor.zero_()
+    assert all(torch.equal(pool.state_dict()[name], second[name]) for name in second)
+    # It goes on where the first would have.
+    for one in (pool, again):
+        one.add(2, [50], torch.ones(1, 6), "ViT-B-16 · é")
+    asked, both = torch.from_numpy(drawn(1, (8,), 6)[0]).reshape(4, 2, 6), torch.tensor([2, 1])
+    routings = [one.route(asked, key="ViT-B-16 · é", experts=both) for one in (pool, again)]
+    assert all(torch.equal(*parts) for parts in zip(*routings, strict=True))
+
+
+def test_what_was_added_outlives_the_tensor_that_it_came_from():
+    anchors = torch.eye(3)
+    pool = AnchorPool(3)
+    pool.add(0, [0, 1, 2], anchors)
+    anchors.zero_()
+    assert pool.nearest(torch.eye(3), 1).classes.tolist() == [[0], [1], [2]]
+    assert pool.route(torch.eye(3)[:, None]).nearest.tolist() == [[0], [1], [2]]
+    assert torch.equal(pool.anchors(0), torch.eye(3))
+
+
+def test_anchors_of_another_column_refuse_the_query():
+    pool = AnchorPool(4)
+    pool.add(0, [0], torch.ones(1, 4), "frozen")
+    pool.add(1, [1], torch.ones(1, 4), "moved")
+    ones = torch.ones(2, 2, 4)
+    for key in ("frozen", "moved", "", "foreign"):
+        with pytest.raises(ValueError, match=f"from column '{key}'.*were made from"):
+            pool.route(ones, key=key)
+        with pytest.raises(ValueError, match="were made from"):
+            pool.nearest(ones[:, 0], 1, key)
+    # Experts whose anchors are of the query's own column may be asked.
+    assert pool.route(ones[:, :1], key="moved", experts=torch.tensor([1])).experts.tolist() == [
+        [1],
+        [1],
+    ]
+    with pytest.raises(ValueError, match=r"experts \[0\] were made from 'frozen'"):
+        pool.compare(ones[:, :1], key="moved", experts=torch.tensor([0]))
+
+
+def test_in_a_runs_own_lineage_the_newest_column_may_ask_of_older_anchors():
+    pool = AnchorPool(4, lineage=True)
+    pool.add(0, [0], torch.ones(1, 4), "frozen")
+    ones = torch.ones(2, 2, 4)
+    assert pool.route(ones[:, :1], key="frozen").experts.tolist() == [[0], [0]]
+    pool.add(1, [1], torch.ones(1, 4), "moved")
+    assert pool.route(ones, key="moved").experts.tolist() == [[0, 1], [0, 1]]
+    assert pool.nearest(ones[:, 0], 2, "moved").experts.tolist() == [[0, 1], [0, 1]]
+    # The state before the move did not make the newer anchors; another run's made none.
+    for key in ("frozen", "foreign", ""):
+        with pytest.raises(ValueError, match="'moved'"):
+            pool.route(ones, key=key)
+
+
+@pytest.mark.parametrize("top_k", [3, 4, 1000])
+def test_asking_for_more_than_there_are_gives_all(top_k):
+    blocks = drawn(0, (1, 1, 1), 4)
+    pool = grown(blocks)
+    assert pool.route(torch.ones(2, 3, 4), top_k).experts.shape == (2, 3)
+    assert pool.nearest(torch.ones(2, 4), top_k).classes.shape == (2, 3)
+    assert pool.route(torch.ones(2, 3, 4)).experts.shape == (2, 3)
+
+
+def test_no_clip_is_routed_to_nothing():
+    pool = grown(drawn(0, (2, 2), 4))
+    assert [x.shape for x in pool.route(torch.ones(0, 2, 4), 1)] == [(0, 1)] * 4
+    assert [x.shape for x in pool.nearest(torch.ones(0, 4), 3)] == [(0, 3)] * 3
+
+
+def test_zeros_are_at_nothing_from_everything_and_the_first_wins():
+    pool = grown([np.eye(4, dtype=np.float32)[1:3], np.zeros((2, 4), np.float32)])
+    routing = pool.route(torch.zeros(1, 2, 4))
+    assert routing.similarities.tolist() == [[0.0, 0.0]]
+    assert routing.experts.tolist() == [[0, 1]]
+    assert routing.nearest.tolist() == [[0, 100]]
+    assert pool.nearest(torch.zeros(1, 4), 3).classes.tolist() == [[0, 1, 100]]
+    # An anchor of zeros is nearer than an opposite one.
+    near = pool.nearest(-torch.eye(4)[1:2], 4)
+    assert near.classes.tolist() == [[1, 100, 101, 0]]
+    assert near.similarities.tolist() == [[0.0, 0.0, 0.0, -1.0]]
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30, 3e38])
+def test_the_length_of_a_vector_does_not_matter(scale):
+    blocks = [np.sign(block) for block in drawn(0, (3, 3), 8)]
+    residuals = np.sign(drawn(1, (4,), 16)[0]).reshape(4, 2, 8)
+    scaled = grown([block * np.float32(scale) for block in blocks])
+    for asked in (residuals, residuals * np.float32(scale)):
+        for pool in (grown(blocks), scaled):
+            same_routing(pool, blocks, asked, 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none_are_refused(value):
+    pool = grown(drawn(0, (2, 2), 4))
+    before = pool.state_dict()
+    spoilt = torch.ones(3, 2, 4)
+    spoilt[1, 1, 2] = value
+    with pytest.raises(ValueError, match="residuals are not finite"):
+        pool.route(spoilt)
+    with pytest.raises(ValueError, match="queries are not finite"):
+        pool.nearest(spoilt[:, 1], 1)
+    with pytest.raises(ValueError, match="anchors of expert 2 are not finite"):
+        pool.add(2, [0, 1, 2], spoilt[:, 1])
+    assert len(pool) == 2
+    assert all(torch.equal(pool.state_dict()[name], before[name]) for name in before)
+
+
+def test_what_does_not_fit_is_refused_with_what_was_found():
+    pool = AnchorPool(4)
+    with pytest.raises(ValueError, match=r"no anchors yet.*learn first"):
+        pool.route(torch.ones(1, 0, 4))
+    with pytest.raises(ValueError, match=r"no anchors yet.*learn first"):
+        pool.nearest(torch.ones(1, 4), 1)
+    assert pool.state_dict() == {}
+    pool.add(0, [3, 5], torch.eye(4)[:2])
+    for residuals, said in (
+        (torch.ones(1, 1, 5), r"\[1, 1, 5\], where the pool has vectors of 4"),
+        (torch.ones(1, 2, 4), r"\[1, 2, 4\] for \[1\] experts"),
+        (torch.ones(1, 4), r"\[1, 4\] for \[1\] experts"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pool.route(residuals)
+    with pytest.raises(ValueError, match="ask for one expert at least"):
+        pool.route(torch.ones(1, 1, 4), 0)
+    with pytest.raises(ValueError, match="ask for one anchor at least"):
+        pool.nearest(torch.ones(1, 4), 0)
+    with pytest.raises(ValueError, match="vectors of 4"):
+        pool.nearest(torch.ones(1, 3), 1)
+    for expert, classes, anchors, said in (
+        (0, [1], torch.ones(1, 4), "0 for a pool of 1.*1 is next"),
+        (2, [1], torch.ones(1, 4), "2 for a pool of 1.*1 is next"),
+        (1, [], torch.ones(0, 4), "at least one"),
+        (1, [1, 1], torch.ones(2, 4), "each class once"),
+        (1, [1, 2], torch.ones(1, 4), "for 2 classes"),
+        (1, [1], torch.ones(1, 5), "vectors of 4"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pool.add(expert, classes, anchors)
+    assert pool.classes == [[3, 5]]
+    # A state of another width leaves the pool as it is.
+    with pytest.raises(ValueError, match="vectors of 4"):
+        pool.load_state_dict(grown(drawn(0, (2,), 6)).state_dict())
+    assert pool.classes == [[3, 5]]
+    for options in ({"approximate": "lsh"}, {"above": 0}, {"probes": 0}):
+        with pytest.raises(ValueError, match=r"choose from|at least 1"):
+            AnchorPool(4, **options)
+
+
+def test_half_precision_and_views_are_taken_as_they_are():
+    blocks = drawn(0, (3, 3), 8)
+    pool = grown(blocks)
+    residuals = torch.from_numpy(drawn(1, (10,), 16)[0]).reshape(5, 2, 2, 8)[:, :, 1].half()
+    routing = pool.route(residuals)
+    expected = routed(blocks, residuals.float().numpy(), 2)
+    assert routing.experts.tolist() == [[k for _, k, _ in row] for row in expected]
+    assert routing.similarities.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("approximate", ["", "ivf"])
+def test_on_a_gpu_the_same_anchors_are_found(approximate):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(20_000, 64)).astype(np.float32)
+    vectors[5000:5100] = vectors[:100]
+    asked = torch.from_numpy(vectors[::7]).cuda()
+    near = {}
+    for gpu_above in (None, 1):
+        searched = Neighbours(64, approximate, 10_000, 100, gpu_above)
+        searched.add(vectors[:12_000])
+        searched.search(*queries(asked, 64, "queries"), 4)
+        searched.add(vectors[12_000:])
+        near[gpu_above] = searched.search(*queries(asked, 64, "queries"), 4)
+        assert (searched._gpu is None) == (gpu_above is None)
+    np.testing.assert_array_equal(near[None][1], near[1][1])
+    np.testing.assert_allclose(near[None][0], near[1][0], atol=1e-6)
+    pool = grown([vectors[:50], vectors[50:90]])
+    assert pool.route(asked[:8, None].expand(-1, 2, -1)).experts.device == asked.device

@@ -1,0 +1,169 @@
+"""Herding and the nearest mean against loops, and what of the memory stays when budgets change."""
+
+import numpy as np
+import pytest
+import torch
+
+from heads import Task
+from heads.parts.clips import Clips
+from heads.parts.exemplars import Exemplars, herd
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def herd_by_loops(vectors, count):
+    """iCaRL, Alg. 4."""
+    phi = unit(np.asarray(vectors, dtype=np.float64))
+    mean = sum(phi) / len(phi)
+    order = []
+    for k in range(1, min(count, len(phi)) + 1):
+        best, least = None, np.inf
+        for place in range(len(phi)):
+            if place in order:
+                continue
+            so_far = phi[place] + sum(phi[j] for j in order)
+            gap = np.sqrt(((mean - so_far / k) ** 2).sum())
+            if gap < least:
+                best, least = place, gap
+        order.append(best)
+    return order
+
+
+def clips(labels, rows=None, seed=0, width=6):
+    rng = np.random.default_rng(seed)
+    feats = torch.from_numpy(rng.normal(size=(len(labels), width)) * rng.uniform(0.1, 9))
+    return feats, Clips({"vector": feats[:, None]}, torch.tensor(labels), rows)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_herding_takes_what_the_loop_takes(seed):
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(30, 4)) * 10.0 ** rng.uniform(-2, 2, size=(30, 1))
+    assert herd(torch.from_numpy(vectors), 12).tolist() == herd_by_loops(vectors, 12)
+
+
+def test_herding_takes_each_clip_once_the_first_of_equals_and_no_more_than_there_are():
+    same = torch.ones(4, 3)
+    assert herd(same, 9).tolist() == [0, 1, 2, 3]
+    assert herd(same, 2).tolist() == [0, 1]
+
+
+def test_herding_stays_nearer_to_the_mean_than_a_draw():
+    rng = np.random.default_rng(0)
+    vectors = unit(rng.normal(size=(60, 8)) + 1)
+    mean = vectors.mean(axis=0)
+    taken = vectors[herd(torch.from_numpy(vectors), 5)].mean(axis=0)
+    drawn = [vectors[rng.permutation(60)[:5]].mean(axis=0) for _ in range(200)]
+    gaps = [np.linalg.norm(mean - one) for one in drawn]
+    assert np.linalg.norm(mean - taken) < min(gaps)
+
+
+def learn(exemplars, labels, classes, rows, seed, memory=None):
+    """One task; of every clip the vector is a function of its row."""
+    feats = torch.stack([vector_of(row) for row in rows])
+    own = Clips({"vector": feats[:, None]}, torch.tensor(labels), torch.tensor(rows))
+    task = Task(own, memory=memory)
+    whole = exemplars.rehearsal(task)
+    vectors = torch.stack([vector_of(row) for row in whole.rows.tolist()])
+    rng = np.random.default_rng(seed)
+    return exemplars.chosen(vectors, whole, task.classes, classes, rng)
+
+
+def vector_of(row):
+    return torch.from_numpy(np.random.default_rng([row, 7]).normal(size=5))
+
+
+def memory_of(exemplars):
+    feats = torch.stack([vector_of(row) for row in exemplars.rows.tolist()])
+    return Clips({"vector": feats[:, None]}, exemplars.labels, exemplars.rows)
+
+
+def test_a_shared_budget_shrinks_to_the_first_of_each_order():
+    first, places = learn(Exemplars(9, shared=True), [4] * 8 + [2] * 8, [2, 4], range(16), 0)
+    assert first.labels.tolist() == [2] * 4 + [4] * 4
+    assert torch.equal(first.rows, torch.arange(16)[places])
+    vectors = np.stack([vector_of(row) for row in range(16)])
+    assert first.rows[4:].tolist() == herd_by_loops(vectors[:8], 4)
+    assert first.rows[:4].tolist() == [8 + p for p in herd_by_loops(vectors[8:], 4)]
+    memory = memory_of(first)
+    # The memory may come in any order: which are the first is not told by its order.
+    back = torch.arange(7, -1, -1)
+    memory = Clips(
+        {"vector": memory.features["vector"][back]}, memory.labels[back], first.rows[back]
+    )
+    second, _ = learn(first, [7] * 5, [2, 4, 7], range(20, 25), 1, memory)
+    assert second.labels.tolist() == [2] * 3 + [4] * 3 + [7] * 3
+    assert second.rows[:3].tolist() == first.rows[:3].tolist()
+    assert second.rows[3:6].tolist() == first.rows[4:7].tolist()
+
+
+def test_a_class_that_comes_again_is_chosen_anew_from_old_and_new_clips():
+    first, _ = learn(Exemplars(3), [0] * 6 + [1] * 6, [0, 1], range(12), 0)
+    second, _ = learn(first, [1] * 6, [0, 1], range(12, 18), 1, memory_of(first))
+    assert torch.equal(second.rows[:3], first.rows[:3])
+    candidates = [*range(12, 18), *first.rows[3:].tolist()]
+    vectors = np.stack([vector_of(row) for row in candidates])
+    expected = [candidates[place] for place in herd_by_loops(vectors, 3)]
+    assert second.rows[3:].tolist() == expected
+
+
+def test_a_clip_that_is_both_new_and_kept_counts_once():
+    first, _ = learn(Exemplars(4), [0] * 4, [0], range(4), 0)
+    second, _ = learn(first, [0] * 4, [0], range(4), 1, memory_of(first))
+    assert sorted(second.rows.tolist()) == [0, 1, 2, 3]
+
+
+def test_a_random_choice_is_a_draw_without_replacement_from_the_generator_given():
+    found = [
+        learn(Exemplars(6, choice="random"), [0] * 20, [0], range(20), seed)[0].rows.tolist()
+        for seed in (0, 0, 1)
+    ]
+    assert found[0] == found[1] != found[2]
+    assert len(set(found[2])) == 6
+
+
+def test_no_budget_keeps_every_clip():
+    first, _ = learn(Exemplars(None), [0] * 6 + [1] * 2, [0, 1], range(8), 0)
+    assert sorted(first.rows.tolist()) == [*range(8)]
+
+
+def test_nearest_is_the_cosine_to_the_renormalised_mean_of_unit_exemplars():
+    exemplars, _ = learn(Exemplars(3), [5] * 7 + [3] * 2, [3, 5], range(9), 0)
+    asked = np.random.default_rng(1).normal(size=(4, 5))
+    expected = np.zeros((4, 2))
+    for column, label in enumerate([3, 5]):
+        rows = exemplars.rows[exemplars.labels == label].tolist()
+        mean = sum(unit(vector_of(row).numpy()) for row in rows) / len(rows)
+        for b in range(4):
+            expected[b, column] = unit(asked[b]) @ unit(mean)
+    found = exemplars.nearest(torch.from_numpy(asked).float())
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert exemplars.nearest(torch.zeros(1, 5)).tolist() == [[0.0, 0.0]]
+
+
+def test_what_cannot_be_kept_or_was_not_given_back_is_refused():
+    with pytest.raises(ValueError, match="give at least 1"):
+        Exemplars(0)
+    with pytest.raises(ValueError, match="herding, random"):
+        Exemplars(5, choice="best")
+    with pytest.raises(ValueError, match="shared by 3 classes leave some without: give at least 3"):
+        Exemplars(2, shared=True).quota(3)
+    first, _ = learn(Exemplars(2), [0] * 4, [0], range(4), 0)
+    for memory in (None, memory_of(learn(Exemplars(2), [0] * 4, [0], range(5, 9), 0)[0])):
+        with pytest.raises(ValueError, match="give `memory` the clips of the rows in `exemplars`"):
+            learn(first, [1] * 3, [0, 1], range(10, 13), 1, memory)
+
+
+def test_a_state_brings_back_rows_labels_and_means():
+    first, _ = learn(Exemplars(3), [5] * 7 + [3] * 2, [3, 5], range(9), 0)
+    again = Exemplars(3)
+    state = first.state()
+    again.load(state)
+    for tensor in state.values():
+        tensor.zero_()
+    asked = torch.from_numpy(np.random.default_rng(1).normal(size=(4, 5)))
+    assert torch.equal(again.rows, first.rows)
+    assert torch.equal(again.labels, first.labels)
+    assert torch.equal(again.nearest(asked), first.nearest(asked))

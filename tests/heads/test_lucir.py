@@ -1,0 +1,125 @@
+"""LUCIR: its start, its losses against loops, and what holds still."""
+
+import numpy as np
+import pytest
+import torch
+
+from heads import Task
+from heads.lucir import LUCIR
+from heads.parts.clips import Clips
+
+T, D = 3, 5
+SMALL = {"layers": 1, "heads": 1, "ffn": 16}
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def clips(labels, rows, seed):
+    feats = np.random.default_rng([seed, 3]).normal(size=(len(labels), T, D)).astype(np.float32)
+    return Clips({"vector": torch.from_numpy(feats)}, torch.tensor(labels), torch.tensor(rows))
+
+
+def memory_of(head, one):
+    place = {row: n for n, row in enumerate(one.rows.tolist())}
+    places = torch.tensor([place[row] for row in head.exemplars.tolist()])
+    return Clips({"vector": one.features["vector"][places]}, one.labels[places], head.exemplars)
+
+
+def encoded(head, feats):
+    """f(x), by the head's own encoder."""
+    with torch.no_grad():
+        return head._model.encoder(feats).double().numpy()
+
+
+def two_tasks(epochs, **options):
+    """A head after two tasks, what it was after the first, the clips and losses of the second."""
+    told = []
+    options = {"budget": 2, "batch_size": 99, "weight_decay": 0, "seed": 3, "momentum": 0} | options
+    head, old = (LUCIR(first_epochs=15, epochs=epochs, **options) for _ in range(2))
+    first, second = clips([4, 2] * 8, range(16), 0), clips([7, 9, 8] * 4, range(16, 28), 1)
+    head.learn(Task(first))
+    old.load_state_dict(head.state_dict())
+    memory = memory_of(head, first)
+    head.learn(Task(second, 1, None, memory, lambda done, epochs, loss: told.append(loss)))
+    feats = torch.cat([second.features["vector"], memory.features["vector"]])
+    columns = [2, 4, 3] * 4 + [0, 0, 1, 1]
+    return head, old, feats, columns, told
+
+
+def loss_by_loops(theta, eta, f, f_old, columns, lambda_base=5.0, margin=0.5):
+    cosines = unit(f) @ unit(theta).T
+    ce, forget, ranking = [], [], []
+    for n, own in enumerate(columns):
+        logits = eta * cosines[n]
+        ce.append(np.log(np.exp(logits).sum()) - logits[own])
+        forget.append(1 - unit(f[n]) @ unit(f_old[n]))
+        if own < 2:
+            hardest = sorted((cosines[n, k] for k in (2, 3, 4)), reverse=True)[:2]
+            ranking.append(sum(max(margin - cosines[n, own] + one, 0) for one in hardest))
+    weight = lambda_base * np.sqrt(2 / 3)
+    return np.mean(ce) + weight * np.mean(forget) + np.mean(ranking)
+
+
+def imprinted(theta_old, f, columns):
+    rows = [theta_old]
+    for column in (2, 3, 4):
+        mean = unit(unit(f)[np.array(columns) == column].mean(axis=0))
+        rows.append(np.linalg.norm(theta_old, axis=1).mean() * mean[None])
+    return np.concatenate(rows)
+
+
+def test_the_second_task_starts_from_imprinted_columns_with_all_three_losses():
+    _, old, feats, columns, told = two_tasks(epochs=1)
+    state = old.state_dict()
+    theta = state["classifier.weight"][:, 0].double().numpy()
+    f = encoded(old, feats)
+    start = imprinted(theta, f, columns)
+    expected = loss_by_loops(start, float(state["classifier.scale"]), f, f, columns)
+    assert told == pytest.approx([expected], rel=1e-5)
+
+
+def test_less_forget_holds_a_representation_that_moves():
+    options = {"encoder": "expert", "expert": SMALL, "lr": 0.05, "less_forget": 7.0, "margin": 0.3}
+    after_one, old, feats, columns, _ = two_tasks(1, **options)
+    # Both train their first epoch, one step, at the full rate: the second starts where one ends.
+    _, _, _, _, told = two_tasks(2, **options)
+    state = after_one.state_dict()
+    f, f_old = encoded(after_one, feats), encoded(old, feats)
+    assert np.abs(f - f_old).max() > 1e-3
+    theta = state["classifier.weight"][:, 0].double().numpy()
+    eta = float(state["classifier.scale"])
+    assert told[1] == pytest.approx(
+        loss_by_loops(theta, eta, f, f_old, columns, 7.0, 0.3), rel=1e-5
+    )
+    forgets = {}
+    for weight in (0.0, 100.0):
+        head, old, feats, _, _ = two_tasks(20, **options | {"less_forget": weight, "lr": 0.01})
+        f, f_old = unit(encoded(head, feats)), unit(encoded(old, feats))
+        forgets[weight] = (1 - (f * f_old).sum(axis=1)).mean()
+    assert forgets[100.0] < 0.2 * forgets[0.0]
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_old_columns_stay_to_the_bit_where_they_are_held(hold):
+    head, old, _, _, _ = two_tasks(10, hold=hold, weight_decay=0.1, momentum=0.9)
+    now, before = (one.state_dict()["classifier.weight"] for one in (head, old))
+    assert torch.equal(now[:2], before) == hold
+
+
+def test_scores_are_cosines(runner):
+    run = runner(LUCIR)
+    run.learn([0, 1, 2])
+    tokens, _ = run.tokens([0, 1, 2], seed=1)
+    x = run.batch(tokens)["vector"].double().mean(dim=1).numpy()
+    theta = run.head.state_dict()["classifier.weight"][:, 0].double().numpy()
+    np.testing.assert_allclose(run.scores(tokens), unit(x) @ unit(theta).T, atol=1e-6)
+
+
+def test_old_and_new_classes_are_told_apart(runner):
+    run = runner(LUCIR)
+    for number in range(4):
+        run.learn([2 * number, 2 * number + 1], clips=12, seed=number)
+    tokens, labels = run.tokens(range(8), seed=99)
+    assert (run.predicted(tokens) == labels).float().mean() > 0.95

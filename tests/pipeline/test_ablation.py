@@ -1,0 +1,137 @@
+"""Ablations: which runs a grid is, that finished ones stay, what the table says."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipeline import Runtime, ablate, ablation, run
+from pipeline.ablation import Sweep
+from pipeline.progress import Watch
+
+SERIAL = Runtime(serial=True)
+GRID = {"nearest_mean.time": ["mean", "order"], "unit": [True, False]}
+
+
+class Notes(Watch):
+    """Keeps what it was told."""
+
+    def __init__(self):
+        self.lines, self.done = [], 0
+
+    def said(self, line):
+        self.lines.append(line)
+
+    def advance(self, name, count, frames=0):
+        self.done += count * (name == "runs")
+
+
+def test_a_grid_is_every_combination_for_every_seed():
+    found = Sweep(("nearest_mean",), "demo", GRID, seeds=2).runs()
+    assert len(found) == 8
+    assert {(seed, o["time"], o["unit"]) for _, seed, o in found} == {
+        (seed, time, unit)
+        for seed in (1000, 1993)
+        for time in ("mean", "order")
+        for unit in (True, False)
+    }
+
+
+def test_an_option_of_one_head_is_not_given_to_another():
+    heads = ("nearest_mean", "linear")
+    sweep = Sweep(heads, "demo", {"nearest_mean.time": ["mean", "order"], "linear.lr": [0.1]},
+                  seeds=[5], options={"linear": {"epochs": 3}})  # fmt: skip
+    assert [(head, options) for head, _, options in sweep.runs()] == [
+        ("nearest_mean", {"time": "mean"}),
+        ("nearest_mean", {"time": "order"}),
+        ("linear", {"epochs": 3, "lr": 0.1}),
+    ]
+
+
+def test_a_table_has_mean_and_deviation_over_the_seeds(vector_store, tmp_path):
+    table = ablate(vector_store, "nearest_mean", "2+2x2", {"time": ["mean", "order"]}, seeds=3,
+                   out=tmp_path, runtime=SERIAL)  # fmt: skip
+    assert len(table) == 2
+    assert table["n"].tolist() == [3, 3]
+    for time, row in table.set_index("option.time").iterrows():
+        finals = [
+            run(vector_store, "nearest_mean", "2+2x2", seed=seed, options={"time": time},
+                out=tmp_path).matrix.final
+            for seed in (1000, 1993, 2021)
+        ]  # fmt: skip
+        assert row["cnn.final.mean"] == pytest.approx(np.mean(finals))
+        assert row["cnn.final.std"] == pytest.approx(np.std(finals, ddof=1))
+    assert len(pd.DataFrame(table.attrs["runs"])) == 6
+    assert table.attrs["errors"] == []
+
+
+def test_finished_runs_are_not_run_again(vector_store, tmp_path, monkeypatch):
+    first = ablate(vector_store, "nearest_mean", "2+2x2", seeds=2, out=tmp_path, runtime=SERIAL)
+    asked = []
+    monkeypatch.setattr(ablation, "run", lambda *rest, **options: asked.append(options["seed"]))
+    notes = Notes()
+    again = ablate(vector_store, "nearest_mean", "2+2x2", seeds=[1000, 1993], out=tmp_path,
+                   runtime=SERIAL, watch=notes)  # fmt: skip
+    assert asked == []
+    assert notes.lines == ["2 runs, 2 of them finished before"]
+    pd.testing.assert_frame_equal(first, again)
+
+
+def test_a_run_that_fails_leaves_the_others_alone(vector_store, tmp_path):
+    notes = Notes()
+    table = ablate(vector_store, "linear", "2+2x2", {"lr": [0.01, 1e30]}, seeds=1, out=tmp_path,
+                   options={"linear": {"epochs": 3}}, runtime=SERIAL, watch=notes)  # fmt: skip
+    assert table["option.lr"].tolist() == [0.01]
+    (error,) = table.attrs["errors"]
+    assert "1e+30" in error
+    assert any(line.startswith("FAILED linear") for line in notes.lines)
+    assert notes.done == 2
+
+
+def test_where_every_run_fails_there_is_no_table(vector_store, tmp_path):
+    with pytest.raises(RuntimeError, match="every run failed; the first: linear"):
+        ablate(vector_store, "linear", "2+2x2", {"lr": [1e30]}, seeds=1, out=tmp_path,
+               options={"linear": {"epochs": 3}}, runtime=SERIAL)  # fmt: skip
+
+
+def test_processes_give_the_numbers_of_one_after_the_other(vector_store, tmp_path):
+    asked = {"grid": {"time": ["mean", "order"]}, "seeds": 2}
+    one = ablate(vector_store, "nearest_mean", "2+2x2", out=tmp_path / "a", runtime=SERIAL, **asked)
+    notes = Notes()
+    both = ablate(vector_store, "nearest_mean", "2+2x2", out=tmp_path / "b", watch=notes,
+                  runtime=Runtime(workers=2), **asked)  # fmt: skip
+    numbers = [name for name in one if name.startswith("cnn.")]
+    pd.testing.assert_frame_equal(one[numbers], both[numbers])
+    assert any("Dask dashboard: http" in line for line in notes.lines)
+    assert notes.done == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"heads": "stprr"}, "no 'stprr' in heads/"),
+        ({"grid": {"nearest_mean.tiem": [1]}}, r"tiem: none of nearest_mean has it; options are"),
+        ({"grid": {"linear.lr": [1]}}, "linear.lr: none of nearest_mean has it"),
+        ({"grid": {"time": "mean"}}, "give a list of values"),
+        ({"seeds": 9}, "a number from 1 to 3, or a list of seeds"),
+        ({"options": {"linear": {}}}, "options of linear, which is none of nearest_mean"),
+        ({"scenario": "9+9x9"}, "90 classes"),
+        ({"grid": {"time": ["max"]}}, "choose from mean, order"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_anything_is_run(vector_store, tmp_path, asked, said):
+    given = {"heads": "nearest_mean", "scenario": "2+2x2", "out": tmp_path, "runtime": SERIAL}
+    with pytest.raises(ValueError, match=said):
+        ablate(vector_store, **given | asked)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_is_read_from_toml(tmp_path):
+    (tmp_path / "s.toml").write_text(
+        'heads = ["stpr"]\nscenario = "demo"\nseeds = [1, 2]\n[grid]\n"stpr.routing" = ["td"]\n'
+        "[options.stpr]\nepochs = 3\n"
+    )
+    read = Sweep.read(tmp_path / "s.toml")
+    assert read.runs() == [("stpr", seed, {"epochs": 3, "routing": "td"}) for seed in (1, 2)]
+    (tmp_path / "s.toml").write_text('head = "stpr"\n')
+    with pytest.raises(ValueError, match=r"s.toml is no sweep: .*head"):
+        Sweep.read(tmp_path / "s.toml")
