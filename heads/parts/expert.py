@@ -8,8 +8,8 @@ Ours, where StPR is silent: all tokens are taken times sqrt(D), since the channe
 would be lost beside those that a layer adds; ReLU in the FFN, no dropout, a last LayerNorm; and the
 start. CLS and positions are drawn from N(0, 0.02), the rest as torch's own encoder layers draw it,
 except that with `start="frames"` W_v and W_out are the identity and what the FFN adds is zero. The
-CLS row is then at first a mean of the frames, which can be compared with any text that CLIP knows, those of
-classes too that the expert is never trained on. `start="random"` leaves these to torch's start.
+CLS row is then at first a mean of the frames, which can be compared with any text that CLIP knows,
+those of classes too that the expert is never trained on. `start="random"` is torch's throughout.
 
 Only the CLS row of the last layer is read, so the last layer computes that alone. One query looks
 at all tokens there, hence keys and values need not be computed a token either: with

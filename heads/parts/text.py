@@ -2,8 +2,9 @@
 
 `Given` keeps what comes with the tasks, as from CLIP's text tower. `Codes` is for networks without
 one: each class has a fixed random unit vector, told by its number and a seed alone, and a matrix W,
-trained with the first task, takes it to where the clips are. Ours: W starts as the identity, so
-that what stands for classes to come is nearly orthogonal to the rest and to each other.
+trained with the first task, takes it to where the clips are. Ours: codes are orthogonal, as long as
+there are no more classes than channels, and W starts as the identity. Then what W learns of some
+classes leaves the others where they are.
 
 Neither is changed by a task: `grown` gives another, to be dropped if the training fails.
 
@@ -90,8 +91,7 @@ class Codes:
 
     Args:
         seed: The codes are drawn from it and the class's number, whatever the order of classes.
-        trained: W trains with the `first` task alone, or `always`; what stands for old classes
-            then moves a little too.
+        trained: W trains with the `first` task alone, or `always`.
     """
 
     def __init__(self, seed: int = 0, trained: str = "first") -> None:
@@ -129,8 +129,14 @@ class Codes:
         self.weight = None if weight_DD is None else nn.Parameter(weight_DD.clone())
 
 
-@lru_cache(4096)
 def code(label: int, width: int, seed: int = 0) -> Tensor:
-    """The unit vector [D] of a class, one tensor for all who ask."""
-    drawn_D = np.random.default_rng([seed, label]).normal(size=width)
-    return torch.from_numpy(drawn_D / np.linalg.norm(drawn_D)).float()
+    """The unit vector [D] of a class. Those of classes aD to aD + D - 1 are orthogonal."""
+    return _basis(label // width, width, seed)[label % width]
+
+
+@lru_cache(16)
+def _basis(number: int, width: int, seed: int) -> Tensor:
+    drawn_DD = np.random.default_rng([seed, number]).normal(size=(width, width))
+    basis_DD, upper_DD = np.linalg.qr(drawn_DD)
+    # A sign of its own for each column, or it would be the LAPACK's choice.
+    return torch.from_numpy(basis_DD * np.sign(np.diag(upper_DD))).float().T
