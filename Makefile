@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/strata demo --out demo
 
 test: $(STAMP)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal --durations=8
 
 slow: $(STAMP)
 	$(BIN)/pytest -m slow

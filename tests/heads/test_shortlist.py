@@ -1,127 +1,201 @@
-"""The shortlist against loops: descriptors, the experts asked, what runs, the weights."""
+"""The shortlist against loops in float64: what is told, what is assumed, who runs, the weights."""
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load, save
+from torch.nn.functional import normalize
 
-from heads.parts.shortlist import FORMS, Shortlist, descriptor, run, weights
+from heads.parts.anchor_pool import AnchorPool
+from heads.parts.shortlist import Shortlist, run, shared, weights
 
-
-def described(clip_TD, form):
-    frames = [np.array(frame, np.float64) for frame in clip_TD]
-    if form == "motion":
-        frames = [frame - sum(frames) / len(frames) for frame in frames]
-    row = np.concatenate(frames)
-    length = np.sqrt((row * row).sum())
-    return row / length if length else row
+T, D = 3, 6
 
 
-def cosine(a, b):
-    norms = np.sqrt((a * a).sum() * (b * b).sum())
-    return np.float32((a * b).sum() / norms) if norms else np.float32(0)
+def unit(x):
+    return x / np.sqrt((x * x).sum(axis=-1, keepdims=True))
 
 
-def drawn(seed, sizes, frames=3, width=4, clips=5):
-    """Of each expert: clips [N, T, D], their labels, its classes."""
+class Experts:
+    """A linear map of a clip's frames each; counts the clips that each ran on."""
+
+    def __init__(self, count, seed=0):
+        rng = np.random.default_rng(seed)
+        self.maps = [rng.normal(size=(T * D, D)) for _ in range(count)]
+        self.ran = dict.fromkeys(range(count), 0)
+
+    def by_hand(self, k, clip_TD):
+        return unit(np.asarray(clip_TD, np.float64).reshape(-1) @ self.maps[k])
+
+    def __call__(self, k, clips_BTD):
+        self.ran[k] += len(clips_BTD)
+        return normalize(clips_BTD.flatten(1) @ torch.from_numpy(self.maps[k]).float(), dim=1)
+
+
+def drawn(seed, sizes, clips=5):
+    """Of each task: unit frames [N, T, D], their labels, its classes."""
     rng = np.random.default_rng(seed)
     out, label = [], 0
     for size in sizes:
         classes = list(range(label, label + size))
         label += size
         labels = torch.tensor(rng.permutation(np.repeat(classes, clips)))
-        centres = rng.normal(size=(label, frames, width))
-        cells = centres[labels] + 0.5 * rng.normal(size=(len(labels), frames, width))
+        centres = np.random.default_rng(9).normal(size=(99, T, D))
+        cells = unit(centres[labels] + 0.5 * rng.normal(size=(len(labels), T, D)))
         out.append((torch.from_numpy(cells.astype(np.float32)), labels, classes))
     return out
 
 
-def learned(tasks, form="order"):
-    shortlist = Shortlist(form)
+def learned(tasks, experts, shortlist=None):
+    shortlist = shortlist or Shortlist()
     for task in tasks:
-        shortlist.add(*task)
+        shortlist.add(*task, experts)
     return shortlist
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_descriptors_are_frames_in_order(form):
-    clips = drawn(0, [2])[0][0]
-    for clip, row in zip(clips, descriptor(clips, form), strict=True):
-        np.testing.assert_allclose(row, described(clip.numpy(), form), atol=1e-6)
-    same, turned = descriptor(clips, form), descriptor(clips.flip(1), form)
-    assert (same * turned).sum(dim=1).max() < 0.99
+def pooled(tasks, experts):
+    """Anchors as StPR has them: the mean residual of each class's clips."""
+    pool = AnchorPool(D)
+    for k, (clips, labels, classes) in enumerate(tasks):
+        residuals = experts(k, clips) - clips.mean(dim=1)
+        pool.add(k, classes, torch.stack([residuals[labels == c].mean(dim=0) for c in classes]))
+    return pool
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("sizes", [(1,), (2, 2, 2, 2), (9, 1, 1, 3, 1)])
-def test_the_experts_of_the_nearest_class_means_are_asked(form, sizes):
-    tasks = drawn(0, sizes)
-    shortlist = learned(tasks, form)
-    asked = torch.cat([clips for clips, _, _ in drawn(1, sizes)])
-    for size in (1, 2, len(sizes), 100):
-        expected = []
-        for clip in asked.numpy():
-            best = []
-            for k, (clips, labels, classes) in enumerate(tasks):
-                near = []
-                for c in classes:
-                    own = [described(x, form) for x in clips[labels == c].numpy()]
-                    near.append(cosine(described(clip, form), sum(own) / len(own)))
-                best.append((-max(near), k))
-            expected.append([k for _, k in sorted(best)[:size]])
-        found = shortlist.ask(asked, size)
-        assert found.tolist() == expected
-        assert found.dtype == torch.int64
+def mean_clips(tasks):
+    """Of all classes, in the order in which they were learned."""
+    return [
+        sum(np.float64(x) for x in clips[labels == c].numpy()) / int((labels == c).sum())
+        for clips, labels, classes in tasks
+        for c in classes
+    ]
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.data())
-def test_the_shortlist_has_as_many_different_experts_as_asked(data):
-    # One expert with all the nearest classes must not crowd out the others.
-    sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=7))
-    shortlist = learned(drawn(data.draw(st.integers(0, 99)), sizes, clips=1))
-    size = data.draw(st.integers(1, 9))
-    found = shortlist.ask(torch.from_numpy(np.random.default_rng(0).normal(size=(4, 3, 4))), size)
-    assert found.shape == (4, min(size, len(sizes)))
-    assert all(len(set(row)) == len(row) for row in found.tolist())
+@pytest.mark.parametrize("sizes", [(1,), (2, 3, 1, 2)])
+def test_every_expert_is_heard_on_every_mean_clip(sizes):
+    tasks, experts = drawn(0, sizes), Experts(len(sizes))
+    shortlist = learned(tasks, experts)
+    assert len(shortlist) == len(sizes)
+    told = shortlist.residuals_CKD
+    assert told.shape == (sum(sizes), len(sizes), D)
+    for c, clip in enumerate(mean_clips(tasks)):
+        for k in range(len(sizes)):
+            expected = experts.by_hand(k, clip) - clip.mean(axis=0)
+            np.testing.assert_allclose(told[c, k], expected, atol=1e-6)
+    # Each once, and none of them anew when a task is added.
+    assert experts.ran == dict.fromkeys(range(len(sizes)), sum(sizes))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
+def test_few_experts_run_and_the_others_are_assumed(size):
+    sizes = (2, 3, 1, 2, 2)
+    tasks, experts = drawn(0, sizes), Experts(5)
+    shortlist, pool = learned(tasks, experts), pooled(tasks, experts)
+    asked = torch.cat([clips for clips, _, _ in drawn(1, sizes, clips=2)])
+    experts.ran = dict.fromkeys(range(5), 0)
+
+    def similar(encoded_BKD):
+        return pool.compare(encoded_BKD - asked.mean(dim=1, keepdim=True))[0]
+
+    encoded, ran = shortlist.encoded(asked, size, experts, similar)
+    assert encoded.shape == (len(asked), 5, D)
+    assert ran.shape == (len(asked), min(size, 5))
+    assert sum(experts.ran.values()) == ran.numel()
+
+    means = mean_clips(tasks)
+    rows = [unit(clip.reshape(-1)) for clip in means]
+    for b, clip in enumerate(np.float64(asked.numpy())):
+        near = max(range(len(rows)), key=lambda c: unit(clip.reshape(-1)) @ rows[c])
+        tem = [experts.by_hand(k, means[near]) - means[near].mean(axis=0) for k in range(5)]
+        loud = []
+        for k in range(5):
+            anchors = unit(np.float64(pool.anchors(k).numpy()))
+            loud.append((-(anchors @ unit(tem[k])).max(), k))
+        expected = [k for _, k in sorted(loud)[:size]]
+        assert ran[b].tolist() == expected
+        assumed = [clip.mean(axis=0) + tem[k] for k in range(5)]
+        errors = [experts.by_hand(k, clip) - assumed[k] for k in expected]
+        mean = sum(errors) / len(errors)
+        scatter = sum(((e - mean) ** 2).sum() for e in errors) / len(errors)
+        scatter = scatter / (len(errors) - 1) if len(errors) > 1 else np.inf
+        common = max(0, 1 - scatter / (mean**2).sum()) * mean
+        for k in range(5):
+            one = experts.by_hand(k, clip) if k in expected else assumed[k] + common
+            np.testing.assert_allclose(encoded[b, k], one, atol=2e-6)
+
+
+def test_with_all_experts_on_the_shortlist_nothing_is_assumed():
+    tasks, experts = drawn(0, (2, 2, 2)), Experts(3)
+    shortlist = learned(tasks, experts)
+    asked = drawn(1, (6,))[0][0]
+    encoded, ran = shortlist.encoded(asked, 3, experts, lambda e: e[..., 0])
+    everyone = torch.stack([experts(k, asked) for k in range(3)], dim=1)
+    assert torch.equal(encoded, everyone)
+    assert ran.sort().values.tolist() == [[0, 1, 2]] * len(asked)
+
+
+def test_what_errors_share_is_their_mean_as_far_as_they_agree():
+    rng = np.random.default_rng(0)
+    one = torch.from_numpy(rng.normal(size=(4, 1, 50)))
+    noise = torch.from_numpy(rng.normal(size=(4, 8, 50)))
+    torch.testing.assert_close(shared(one.expand(-1, 8, -1)), one)
+    assert torch.equal(shared(noise[:, :1]), torch.zeros(4, 1, 50, dtype=torch.float64))
+    assert torch.equal(shared(torch.zeros(4, 8, 50)), torch.zeros(4, 1, 50))
+    # Scattered errors share less than their mean, and nearer to what they share in truth.
+    found, plain = shared(one + 5 * noise), (one + 5 * noise).mean(dim=1, keepdim=True)
+    assert ((found - one).norm(dim=2) < (plain - one).norm(dim=2)).all()
 
 
 def test_a_shortlist_goes_on_from_its_state():
-    tasks = drawn(0, (2, 3, 1, 2))
-    whole, first = learned(tasks), learned(tasks[:2])
-    state = load(save(first.state_dict()))
+    tasks, experts = drawn(0, (2, 3, 1, 2)), Experts(4)
+    whole, first = learned(tasks, experts), learned(tasks[:3], experts)
+    saved = first.state_dict()
     again = Shortlist()
-    again.load_state_dict(state)
-    for tensor in state.values():
+    again.load_state_dict(load(save(saved)))
+    before = {name: tensor.clone() for name, tensor in saved.items()}
+    for tensor in saved.values():
         tensor.zero_()
-    for task in tasks[2:]:
-        again.add(*task)
+    for one in (first, again):
+        learned(tasks[3:], experts, one)
+        state = one.state_dict()
+        assert state.keys() == whole.state_dict().keys()
+        assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in state.items())
+        # What was learned before stays as it was: a checkpoint has it already.
+        assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
     asked = drawn(1, (6,))[0][0]
-    assert torch.equal(again.ask(asked, 3), whole.ask(asked, 3))
-    assert all(torch.equal(again.state_dict()[n], t) for n, t in whole.state_dict().items())
-    # Of nothing: it forgets.
-    again.load_state_dict(Shortlist().state_dict())
+    results = [one.encoded(asked, 2, experts, lambda e: e[..., 0]) for one in (again, whole)]
+    assert all(torch.equal(*parts) for parts in zip(*results, strict=True))
+    again.load_state_dict({})
     assert len(again) == 0
 
 
-def test_only_the_experts_asked_run_and_only_on_the_clips_that_ask():
-    spatial = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+def test_what_was_learned_outlives_the_tensors_it_came_from():
+    tasks, experts = drawn(0, (2, 2)), Experts(2)
+    shortlist = learned(tasks, experts)
+    asked = drawn(1, (4,))[0][0]
+    before, _ = shortlist.encoded(asked, 1, experts, lambda e: e[..., 0])
+    for clips, labels, _ in tasks:
+        clips.zero_()
+        labels.zero_()
+    assert torch.equal(shortlist.encoded(asked, 1, experts, lambda e: e[..., 0])[0], before)
+
+
+def test_an_expert_runs_once_and_only_where_it_is_asked():
+    spatial = torch.randn(5, T, D, generator=torch.Generator().manual_seed(0))
     asked = torch.tensor([[0, 7], [7, 3], [3, 0], [0, 3], [7, 0]])
-    ran = {}
+    calls = []
 
     def encode(k, clips):
-        ran[k] = len(clips)
+        calls.append((k, len(clips)))
         return clips.sum(dim=1) * (k + 1)
 
     encoded = run(encode, spatial, asked)
-    assert ran == {0: 4, 3: 3, 7: 3}
+    assert sorted(calls) == [(0, 4), (3, 3), (7, 3)]
     for b in range(5):
         for s in range(2):
             k = int(asked[b, s])
             assert torch.equal(encoded[b, s], encode(k, spatial[b : b + 1])[0])
-    assert run(encode, spatial[:0], asked[:0]).shape == (0, 2, 4)
+    assert run(encode, spatial[:0], asked[:0]).shape == (0, 2, D)
 
 
 @pytest.mark.parametrize("softmax", [None, 0.1])
@@ -138,22 +212,23 @@ def test_weights_are_of_the_kept(softmax, keep):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="choose from order, motion"):
-        Shortlist("mean")
-    with pytest.raises(ValueError, match="choose from order, motion"):
-        descriptor(torch.ones(1, 2, 3), "mean")
-    with pytest.raises(ValueError, match="of 0 experts"):
-        Shortlist().ask(torch.ones(1, 3, 4), 1)
-    shortlist = learned(drawn(0, (2, 2)))
-    with pytest.raises(ValueError, match="one at least"):
-        shortlist.ask(torch.ones(1, 3, 4), 0)
+    tasks, experts = drawn(0, (2, 2)), Experts(3)
+    shortlist = learned(tasks, experts)
+    before = shortlist.state_dict()
+    with pytest.raises(ValueError, match=r"of 0 experts.*one run at least"):
+        Shortlist().encoded(torch.ones(1, T, D), 1, experts, lambda e: e[..., 0])
+    with pytest.raises(ValueError, match="one run at least"):
+        shortlist.encoded(torch.ones(1, T, D), 0, experts, lambda e: e[..., 0])
     with pytest.raises(ValueError, match="number of frames"):
-        shortlist.ask(torch.ones(1, 5, 4), 1)
-    with pytest.raises(ValueError, match="number of frames"):
-        shortlist.add(torch.ones(1, 5, 4), torch.tensor([9]), [9])
+        shortlist.encoded(torch.ones(1, T + 1, D), 1, experts, lambda e: e[..., 0])
     with pytest.raises(ValueError, match="not finite"):
-        shortlist.add(torch.ones(1, 3, 4) / 0, torch.tensor([9]), [9])
+        shortlist.encoded(torch.ones(1, T, D) / 0, 1, experts, lambda e: e[..., 0])
+    longer, none = torch.ones(1, T + 1, D), torch.ones(1, T, D) / 0
+    for clips, said in ((longer, "number of frames"), (none, "not finite")):
+        with pytest.raises(ValueError, match=said):
+            shortlist.add(clips, torch.tensor([9]), [9], experts)
     assert len(shortlist) == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in shortlist.state_dict().items())
     for options in ({"keep": -1}, {"softmax": 0.0}):
         with pytest.raises(ValueError, match="temperature above 0"):
             weights(torch.ones(1, 2), **options)

@@ -1,8 +1,16 @@
-"""Videos whose every frame says its number, made with PyAV's own encoders."""
+"""What tests of builds share, and videos whose every frame says its number.
 
-from dataclasses import dataclass
+Data sets, stores and networks are made once for many tests, which read them alone: whatever a test
+changes it copies first.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -158,3 +166,116 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Video]:
         path = cut_copy(made[name].path, folder / f"cut_{name}", start=19)
         made[path.name] = Video(path, list(range(19, 60)))
     return made
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Iterator[Callable[..., Path]]:
+    """`dataset(classes, clips_per_class, broken=False)`: a synthetic one, made once for all."""
+    from pipeline.synthetic import make_dataset
+
+    made: dict[Path, dict[Path, tuple[int, int]]] = {}
+
+    def state(root: Path) -> dict[Path, tuple[int, int]]:
+        return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob("*.*")}
+
+    @cache
+    def make(classes: tuple[str, ...], clips_per_class: int, broken: bool = False) -> Path:
+        root = tmp_path_factory.mktemp("videos") / "set"
+        make_dataset(root, clips_per_class, broken=broken, classes=classes)
+        made[root] = state(root)
+        return root
+
+    yield make
+    for root, before in made.items():
+        assert state(root) == before, "a test changed a data set that others read"
+
+
+@pytest.fixture(scope="session")
+def built_once(tmp_path_factory) -> Callable[..., Path]:
+    """`built_once(videos, *specs)`: a store, by one build after the other in this process."""
+    from pipeline import Runtime, build
+
+    @cache
+    def make(videos: Path, *specs) -> Path:
+        store = tmp_path_factory.mktemp("stores") / "s.zarr"
+        for spec in specs:
+            build(videos, store, spec, runtime=Runtime(serial=True))
+        return store
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def loaded_once() -> Iterator[None]:
+    """Each network is made and digested once for the whole file, whose tests must leave it so."""
+    import torch
+
+    from pipeline import backbones
+    from pipeline.backbones import _grafts
+
+    made = {}
+
+    def load(name: str, precision: torch.dtype = torch.float32, real=backbones.load):
+        if (name, precision) not in made:
+            network = _grafts.sealed(real(name, precision))
+            made[name, precision] = (network, network.keys(""))
+        return made[name, precision][0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbones, "load", load)
+        yield
+    for network, keys in made.values():
+        stages = tuple(replace(stage, sealed=False) for stage in network.stages)
+        assert replace(network, stages=stages).keys("") == keys, f"a test changed {network}"
+
+
+@pytest.fixture(scope="module")
+def children_kept() -> Iterator[None]:
+    """Decoding children go on from build to build of this process, until the end of the file."""
+    from pipeline import blocks
+
+    made = []
+
+    class Kept(blocks.DecodePool):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+        def close(self) -> None:
+            """Not yet."""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "DecodePool", cache(Kept))
+        yield
+        blocks.close_pools()
+    for pool in made:
+        super(Kept, pool).close()
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    from pipeline import backbones
+
+    return backbones.load("resnet18:random-0")
+
+
+@pytest.fixture(scope="module")
+def vit():
+    from pipeline import backbones
+
+    return backbones.load("ViT-S-32:random-0")
+
+
+@pytest.fixture
+def strata(monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
+    """The command line within this process; says its exit code and what it printed."""
+    from pipeline import cli
+
+    def run(*arguments: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["strata", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=end.value.code, stdout=said.out, stderr=said.err)
+
+    return run

@@ -20,26 +20,22 @@ SERIAL = Runtime(serial=True)
 SPEC = BuildSpec(("resnet18:random-0",), ("layer1.0:pool",), frames=2)
 CLASSES = ("grow", "shrink", "sway ↔")
 
-
-@pytest.fixture(scope="session")
-def videos(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("videos") / "set"
-    make_dataset(root, clips_per_class=3, classes=CLASSES, broken=False)
-    return root
+pytestmark = pytest.mark.usefixtures("loaded_once", "children_kept")
 
 
-@pytest.fixture(scope="session")
-def broken_videos(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("broken") / "set"
-    make_dataset(root, clips_per_class=2, classes=CLASSES)
-    return root
+@pytest.fixture(scope="module")
+def videos(dataset) -> Path:
+    return dataset(CLASSES, 3)
 
 
-@pytest.fixture(scope="session")
-def built(videos, tmp_path_factory) -> Path:
-    store = tmp_path_factory.mktemp("stores") / "s.zarr"
-    build(videos, store, SPEC, runtime=SERIAL)
-    return store
+@pytest.fixture(scope="module")
+def broken_videos(dataset) -> Path:
+    return dataset(CLASSES, 2, broken=True)
+
+
+@pytest.fixture(scope="module")
+def built(videos, built_once) -> Path:
+    return built_once(videos, SPEC)
 
 
 @pytest.fixture
@@ -415,9 +411,9 @@ def test_a_store_in_use_is_left_alone(mine):
         build(root, store, SPEC, runtime=SERIAL)
 
 
-def test_every_array_says_how_to_make_it_again(built):
+def test_every_array_says_how_to_make_it_again(built, resnet):
     spec = only_feature(built).spec
-    assert spec["frames"] == SPEC.frame_sets(_picture())[0].identity()
+    assert spec["frames"] == SPEC.frame_sets(resnet.picture)[0].identity()
     assert [stage["stage"] for stage in spec["stages"]] == ["stem", "layer1.0"]
     assert all(len(stage["parameters"]) == 64 for stage in spec["stages"])
     assert spec["execution"] == {
@@ -428,9 +424,3 @@ def test_every_array_says_how_to_make_it_again(built):
     text = json.dumps(spec)
     assert str(Path.home()) not in text
     assert os.uname().nodename not in text
-
-
-def _picture():
-    from pipeline import backbones
-
-    return backbones.load("resnet18:random-0").picture

@@ -1,4 +1,8 @@
-"""The command line as its users run it: exit codes, what is printed, what is left on disk."""
+"""The command line as its users run it: exit codes, what is printed, what is left on disk.
+
+A process of its own takes seconds to start, so each kind of end (done, done with quarantined
+clips, refused, a traceback, help) is seen from outside once, and otherwise within this process.
+"""
 
 import json
 import shutil
@@ -8,34 +12,30 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.building import build
-from pipeline.spec import BuildSpec, Runtime
-from pipeline.synthetic import make_dataset
+from pipeline.spec import BuildSpec
 from stores import FeatureStore
 
 NETWORK = ["--backbone", "resnet18:random-0", "--keep", "layer1.0:pool", "--frames", "2"]
 SPEC = BuildSpec(("resnet18:random-0",), ("layer1.0:pool",), frames=2)
 
+pytestmark = pytest.mark.usefixtures("loaded_once", "children_kept")
 
-def strata(*arguments: object) -> subprocess.CompletedProcess:
+
+def process(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
         capture_output=True, text=True, timeout=180, cwd=Path(__file__).parents[2],
     )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def videos(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("cli") / "set"
-    make_dataset(root, clips_per_class=2, classes=("grow", "bob ↕"))
-    return root
+@pytest.fixture(scope="module")
+def videos(dataset) -> Path:
+    return dataset(("grow", "bob ↕"), 2, broken=True)
 
 
-@pytest.fixture(scope="session")
-def built(videos, tmp_path_factory) -> Path:
-    store = tmp_path_factory.mktemp("cli") / "s.zarr"
-    build(videos, store, SPEC, runtime=Runtime(serial=True))
-    return store
+@pytest.fixture(scope="module")
+def built(videos, built_once) -> Path:
+    return built_once(videos, SPEC)
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def store(built, tmp_path) -> Path:
     return tmp_path / "s.zarr"
 
 
-def test_build_says_what_it_did_and_1_for_quarantined_clips(videos, tmp_path):
-    done = strata("build", videos, "--store", tmp_path / "s.zarr", *NETWORK)
+def test_build_says_what_it_did_and_1_for_quarantined_clips(videos, tmp_path, strata):
+    done = process("build", videos, "--store", tmp_path / "s.zarr", *NETWORK)
     assert done.returncode == 1
     assert "7 clips ready, 4 clips quarantined" in done.stdout
     assert "empty: the file has 0 bytes" in done.stdout
@@ -59,7 +59,7 @@ def test_build_says_what_it_did_and_1_for_quarantined_clips(videos, tmp_path):
     assert facts["seconds"]["all"] < 60
 
 
-def test_plan_prints_its_columns_and_writes_nothing(videos, tmp_path):
+def test_plan_prints_its_columns_and_writes_nothing(videos, tmp_path, strata):
     done = strata("plan", videos, "--store", tmp_path / "s.zarr", *NETWORK)
     assert done.returncode == 0
     assert "10 missing (10 from the video)" in done.stdout or "11 missing" in done.stdout
@@ -67,8 +67,9 @@ def test_plan_prints_its_columns_and_writes_nothing(videos, tmp_path):
     assert not (tmp_path / "s.zarr").exists()
 
 
-def test_info_and_failures_describe_the_store(built):
-    info = strata("info", built)
+def test_info_and_failures_describe_the_store(built, strata):
+    info = process("info", built)
+    assert strata("info", built).stdout == info.stdout
     assert info.returncode == 0
     assert "11 clips (7 ready, 4 quarantined" in info.stdout
     assert "layer1.0:pool  (11, 2, 64) float16  7 valid" in info.stdout
@@ -80,14 +81,14 @@ def test_info_and_failures_describe_the_store(built):
     assert reasons == {"empty", "not_video", "no_video_stream"}
 
 
-def test_verify_finds_nothing_in_a_good_store(built):
+def test_verify_finds_nothing_in_a_good_store(built, strata):
     done = strata("verify", built, "--sample", "7")
     assert done.returncode == 0, done.stdout
     assert "7 cells read" in done.stdout
     assert "7 cells computed again: 7 equal to the bit" in done.stdout
 
 
-def test_verify_names_the_shard_and_the_clip_of_a_flipped_bit(store):
+def test_verify_names_the_shard_and_the_clip_of_a_flipped_bit(store, strata):
     (feature,) = FeatureStore.open(store).features()
     row = int(feature.valid.nonzero()[0][2])
     shard = store / feature.shard_of(row)
@@ -101,7 +102,7 @@ def test_verify_names_the_shard_and_the_clip_of_a_flipped_bit(store):
     assert FeatureStore.open(store).clips.at[row, "path"] in line
 
 
-def test_verify_finds_values_that_their_video_does_not_give(store):
+def test_verify_finds_values_that_their_video_does_not_give(store, strata):
     """A wrong value under a right checksum: only computing it again can tell."""
     import numpy as np
 
@@ -124,24 +125,30 @@ def test_verify_finds_values_that_their_video_does_not_give(store):
     assert opened.clips.at[row, "path"] in line
 
 
+REFUSED = {
+    "no backbone": (["build", "{videos}", "--store", "{tmp}/s"], "no backbone asked for"),
+    "no videos": (["build", "/no/such", "--store", "{tmp}/s", *NETWORK], "/no/such"),
+    "no store": (["build", "{videos}", "--store", "{videos}", *NETWORK], "is no store"),
+    "views": (["build", "{videos}", "--store", "{tmp}/s", *NETWORK, "--views", "2"], "--flip"),
+    "dtype": (["build", "{videos}", "--store", "{tmp}/s", *NETWORK, "--dtype", "int8"], "bfloat16"),
+    "decoder": (["build", "{videos}", "--store", "{tmp}/s", *NETWORK, "--decoder", "x"], "pyav"),
+    "layout": (
+        ["build", "{videos}", "--store", "{tmp}/s", *NETWORK, "--layout", "ucf101"], "ucf101"
+    ),
+    "option": (["build", "{videos}", "--frames", "eight"], "'--frames'"),
+    "info": (["info", "{tmp}"], "is no store"),
+    "verify": (["verify", "{tmp}/nothing"], "no such folder"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["build", "{videos}", "--store", "{tmp}/s"], "no backbone asked for"),
-        (["build", "/no/such", "--store", "{tmp}/s", *NETWORK], "/no/such"),
-        (["build", "{videos}", "--store", "{videos}", *NETWORK], "is no store"),
-        (["build", "{videos}", "--store", "{tmp}/s", *NETWORK, "--views", "2"], "--flip"),
-        (["build", "{videos}", "--store", "{tmp}/s", *NETWORK, "--dtype", "int8"], "bfloat16"),
-        (["build", "{videos}", "--store", "{tmp}/s", *NETWORK, "--decoder", "x"], "pyav"),
-        (["build", "{videos}", "--store", "{tmp}/s", *NETWORK, "--layout", "ucf101"], "ucf101"),
-        (["build", "{videos}", "--frames", "eight"], "'--frames'"),
-        (["info", "{tmp}"], "is no store"),
-        (["verify", "{tmp}/nothing"], "no such folder"),
-    ],
+    ("request_", "outside"),
+    [*((name, False) for name in REFUSED), ("no backbone", True), ("option", True)],
 )
-def test_a_wrong_request_is_a_sentence_and_exit_code_2(videos, tmp_path, arguments, said):
+def test_a_wrong_request_is_a_sentence_and_exit_code_2(videos, tmp_path, strata, request_, outside):
+    arguments, said = REFUSED[request_]
     filled = [a.format(videos=videos, tmp=tmp_path) for a in arguments]
-    done = strata(*filled)
+    done = (process if outside else strata)(*filled)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -149,11 +156,12 @@ def test_a_wrong_request_is_a_sentence_and_exit_code_2(videos, tmp_path, argumen
 
 
 def test_debug_shows_where_an_error_came_from(tmp_path):
-    assert "Traceback" in strata("info", tmp_path, "--debug").stderr
+    assert "Traceback" in process("info", tmp_path, "--debug").stderr
 
 
-def test_every_command_has_help_with_an_example():
+def test_every_command_has_help_with_an_example(strata):
     for command in ("build", "plan", "info", "failures", "verify", "diff", "gc", "demo"):
         done = strata(command, "--help")
         assert done.returncode == 0
         assert f"Example: strata {command}" in " ".join(done.stdout.split())
+    assert process("gc", "--help").stdout == strata("gc", "--help").stdout

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import sys
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,15 +11,16 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline import BuildSpec, Runtime, backbones, build, cli, update
+from pipeline import BuildSpec, Runtime, backbones, build, update
 from pipeline.backbones import _weights
 from pipeline.differing import diff, lines, request_of
-from pipeline.synthetic import make_dataset
 from stores import FeatureStore, SpecMismatch
 
 SERIAL = Runtime(serial=True)
 KEEP = ("stem:pool", "layer4.0", "layer4.1:pool", "pool")
 FRAMES = "so every stage after them is another computation"
+
+pytestmark = pytest.mark.usefixtures("loaded_once", "children_kept")
 
 
 class Scaled(nn.Module):
@@ -39,14 +38,6 @@ class Scaled(nn.Module):
 class Shifted(Scaled):
     def forward(self, x):
         return self.stage(x) * self.gain + self.scale
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _loaded_once():
-    """Each network is read and digested once for the whole file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbones, "load", cache(backbones.load))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +71,12 @@ def grafted(weights):
 
 
 @pytest.fixture(scope="module")
-def store(spec, grafted, tmp_path_factory) -> Path:
+def store(dataset, built_once, spec, grafted, tmp_path_factory) -> Path:
     """Four columns of two views, and beside them two of a changed network."""
-    root = tmp_path_factory.mktemp("diff")
-    make_dataset(root / "set", clips_per_class=1, classes=("grow", "shrink"), broken=False)
-    build(root / "set", root / "s.zarr", spec, runtime=SERIAL)
-    update(root / "s.zarr", grafted(), ("layer4.1:pool", "layer4.1:grid7"))
-    return root / "s.zarr"
+    store = tmp_path_factory.mktemp("diff") / "s.zarr"
+    shutil.copytree(built_once(dataset(("grow", "shrink"), 1), spec), store)
+    update(store, grafted(), ("layer4.1:pool", "layer4.1:grid7"))
+    return store
 
 
 def told(store, spec=None, backbone=None, view=0):
@@ -347,23 +337,13 @@ def test_another_sampling_takes_over_no_rate_and_no_stride(store):
     assert request_of(opened, sampling="uniform_fps", fps=2.0).fps == 2.0
 
 
-def strata(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["strata", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    said = capsys.readouterr()
-    return end.value.code, said.out, said.err
-
-
-def test_the_command_compares_with_the_last_build_and_what_is_asked_anew(
-    store, monkeypatch, capsys
-):
-    code, out, _ = strata(monkeypatch, capsys, "diff", store)
-    assert code == 0
-    assert len([line for line in out.splitlines() if line.startswith("current ")]) == 8
-    code, out, _ = strata(monkeypatch, capsys, "diff", store, "--frames=3", "--keep=pool", "--json")
-    told = json.loads(out)
-    assert (code, len(told), {one["verdict"] for one in told}) == (0, 12, {"differs"})
+def test_the_command_compares_with_the_last_build_and_what_is_asked_anew(store, strata):
+    done = strata("diff", store)
+    assert done.returncode == 0
+    assert len([line for line in done.stdout.splitlines() if line.startswith("current ")]) == 8
+    done = strata("diff", store, "--frames=3", "--keep=pool", "--json")
+    told = json.loads(done.stdout)
+    assert (done.returncode, len(told), {one["verdict"] for one in told}) == (0, 12, {"differs"})
     assert told[0]["elements"][0] == {"element": "frames.frames", "old": 2, "asked": 3}
     for options, column in (
         (["--backbone=resnet18:random-3"], "[stem parameters "),
@@ -375,9 +355,9 @@ def test_the_command_compares_with_the_last_build_and_what_is_asked_anew(
         (["--precision=bfloat16"], "[precision float32, asked bfloat16]"),
         (["--decoder=pyav"], "[frames.decoder auto, asked pyav]"),
     ):
-        code, out, _ = strata(monkeypatch, capsys, "diff", store, *options)
-        assert code == 0
-        assert column in out
+        done = strata("diff", store, *options)
+        assert done.returncode == 0
+        assert column in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -389,10 +369,10 @@ def test_the_command_compares_with_the_last_build_and_what_is_asked_anew(
         (["--backbone=resnet18"], "names no weights"),
     ],
 )
-def test_a_request_that_no_build_could_meet_is_refused(store, monkeypatch, capsys, options, said):
-    code, _, err = strata(monkeypatch, capsys, "diff", store, *options)
-    assert code == 2
-    assert said in err
+def test_a_request_that_no_build_could_meet_is_refused(store, strata, options, said):
+    done = strata("diff", store, *options)
+    assert done.returncode == 2
+    assert said in done.stderr
 
 
 def test_nothing_is_written(store, spec, grafted):

@@ -10,18 +10,17 @@ import pytest
 
 from pipeline.building import build
 from pipeline.spec import BuildSpec, Runtime
-from pipeline.synthetic import make_dataset
 from stores import FeatureStore
 
 SERIAL = Runtime(serial=True)
 SPEC = BuildSpec(("resnet18:random-0",), ("stem:grid7",), frames=8)
 
+pytestmark = pytest.mark.usefixtures("loaded_once", "children_kept")
+
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("disk") / "set"
-    make_dataset(root, clips_per_class=4, classes=("grow", "shrink"), broken=False)
-    return root
+def videos(dataset) -> Path:
+    return dataset(("grow", "shrink"), 4)
 
 
 @pytest.fixture

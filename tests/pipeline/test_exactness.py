@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from heads.grafts.adapter import Adapter
-from pipeline import BuildSpec, Runtime, backbones, build, update
-from pipeline.synthetic import make_dataset
+from pipeline import BuildSpec, backbones, update
 from stores import FeatureStore
 
-SERIAL = Runtime(serial=True)
 BOUND = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 T = 8
+
+pytestmark = pytest.mark.usefixtures("loaded_once", "children_kept")
 
 
 def pictures(backbone, clips=1, seed=0):
@@ -50,25 +50,22 @@ def test_a_resumed_run_is_the_whole_run_from_every_stage(name):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Stores with every stage of two small networks in float32, and their videos."""
-    root = tmp_path_factory.mktemp("videos") / "set"
-    make_dataset(root, clips_per_class=1, classes=("grow", "sway ↔", "shrink"), broken=False)
-    made = {}
-    for name in ("ViT-S-32:random-0", "resnet18:random-0"):
-        store = tmp_path_factory.mktemp("stores") / "s.zarr"
+def whole(dataset, built_once):
+    """A store with every stage of a network in float32."""
+    videos = dataset(("grow", "sway ↔", "shrink"), 1)
+
+    def of(name):
         keep = tuple(backbones.load(name).stage_names)
-        spec = BuildSpec((name,), keep, frames=2, dtype="float32", text=False)
-        build(root, store, spec, runtime=SERIAL)
-        made[name] = store
-    return made
+        return built_once(videos, BuildSpec((name,), keep, frames=2, dtype="float32", text=False))
+
+    return of
 
 
 @pytest.mark.parametrize("name", ["ViT-S-32:random-0", "resnet18:random-0"])
 def test_a_column_resumed_from_any_float32_column_has_the_same_bytes(whole, name, tmp_path):
     backbone = backbones.load(name)
     last = backbone.stage_names[-1]
-    opened = FeatureStore.open(whole[name])
+    opened = FeatureStore.open(whole(name))
     wanted = opened.feature(name, last)
     expected = (wanted.path / "c/0/0/0").read_bytes()
     for start in backbone.stage_names[:-1]:

@@ -5,16 +5,13 @@ import itertools
 import json
 import os
 import shutil
-import sys
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline import BuildSpec, Runtime, backbones, build, cli, update
-from pipeline.synthetic import make_dataset
+from pipeline import BuildSpec, Runtime, build, cli, update
 from pipeline.verify import verify
 from stores import FeatureStore, lock, references
 
@@ -22,32 +19,12 @@ SERIAL = Runtime(serial=True)
 NETWORK = "resnet18:random-0"
 SPEC = BuildSpec((NETWORK,), ("layer4.0", "pool"), frames=2, dtype="float32")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _loaded_once():
-    """The network is made and digested once for the whole file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbones, "load", cache(backbones.load))
-        yield
+pytestmark = pytest.mark.usefixtures("loaded_once", "children_kept")
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("gc") / "set"
-    make_dataset(root, clips_per_class=1, classes=("grow", "shrink"), broken=False)
-    return root
-
-
-@pytest.fixture(scope="module")
-def built(videos, tmp_path_factory) -> Path:
-    store = tmp_path_factory.mktemp("gc") / "s.zarr"
-    build(videos, store, SPEC, runtime=SERIAL)
-    return store
-
-
-@pytest.fixture
-def store(built, tmp_path) -> Path:
-    return Path(shutil.copytree(built, tmp_path / "s.zarr"))
+def videos(dataset) -> Path:
+    return dataset(("grow", "shrink"), 1)
 
 
 @pytest.fixture
@@ -57,12 +34,21 @@ def run(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained():
+def built(videos, built_once) -> Path:
+    return built_once(videos, SPEC)
+
+
+@pytest.fixture
+def store(built, tmp_path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "s.zarr"))
+
+
+@pytest.fixture(scope="module")
+def trained(resnet):
     """The network as training leaves it after so many tasks."""
-    network = backbones.load(NETWORK)
 
     def after(tasks):
-        backbone = network.unfreeze("layer4.1")
+        backbone = resnet.unfreeze("layer4.1")
         with torch.no_grad():
             backbone.stage("layer4.1").module.conv1.weight.mul_(1 + tasks / 8)
         return backbone
@@ -182,23 +168,13 @@ def test_a_store_whose_collection_was_killed_opens_verifies_and_builds(
     assert moment > 12
 
 
-def strata(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["strata", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    said = capsys.readouterr()
-    return end.value.code, said.out, said.err
-
-
-def test_the_command_says_what_it_would_free_and_then_frees_it(
-    store, run, trained, monkeypatch, capsys
-):
+def test_the_command_says_what_it_would_free_and_then_frees_it(store, run, trained, strata):
     made = update(store, trained(1), ("layer4.1:pool",)).fingerprints["layer4.1:pool"]
     kept = update(store, trained(2), ("pool",), holder=run).fingerprints["pool"]
     before = features(store)
-    code, out, _ = strata(monkeypatch, capsys, "gc", store, "--dry-run")
-    assert (code, features(store)) == (0, before)
-    first, second, last = out.splitlines()
+    done = strata("gc", store, "--dry-run")
+    assert (done.returncode, features(store)) == (0, before)
+    first, second, last = done.stdout.splitlines()
     assert first.startswith("would free ")
     assert made[:16] in first
     assert "a method changed layer4.1" in first
@@ -206,22 +182,22 @@ def test_the_command_says_what_it_would_free_and_then_frees_it(
     assert second.endswith(f"{kept[:16]}: needed by {run}")
     assert last.startswith("would free ")
     assert last.endswith(" in 1 column")
-    code, out, _ = strata(monkeypatch, capsys, "gc", store, "--json")
-    told = json.loads(out)
+    done = strata("gc", store, "--json")
+    told = json.loads(done.stdout)
     freed = before.keys() - features(store).keys()
-    assert code == 0
+    assert done.returncode == 0
     assert [column["fingerprint"] for column in told["freed"]] == [made]
     assert [column["holders"] for column in told["kept"]] == [[str(run)]]
     sizes = [len(before[name]) for name in freed if made[:16] in name]
     assert told["freed_bytes"] == sum(sizes)
-    assert strata(monkeypatch, capsys, "gc", store)[1].splitlines()[-1] == "nothing is to be freed"
+    assert strata("gc", store).stdout.splitlines()[-1] == "nothing is to be freed"
     shutil.rmtree(run)
-    code, out, _ = strata(monkeypatch, capsys, "gc", store)
-    assert f"forgot the run folder {run}" in out
-    assert f"its run folder {run} is no longer there" in out
+    done = strata("gc", store)
+    assert f"forgot the run folder {run}" in done.stdout
+    assert f"its run folder {run} is no longer there" in done.stdout
 
 
-def test_the_command_refuses_with_a_sentence(store, run, trained, monkeypatch, capsys):
+def test_the_command_refuses_with_a_sentence(store, run, trained, strata):
     kept = update(store, trained(1), ("pool",), holder=run).fingerprints["pool"]
     before = features(store)
     for options, said in (
@@ -229,21 +205,14 @@ def test_the_command_refuses_with_a_sentence(store, run, trained, monkeypatch, c
         (["--drop", "123"], "too short"),
         (["--drop", "0123456789"], "begins with"),
     ):
-        code, _, err = strata(monkeypatch, capsys, "gc", store, *options)
-        assert code == 2
-        assert said in err
+        done = strata("gc", store, *options)
+        assert done.returncode == 2
+        assert said in done.stderr
     with lock.held(store):
-        code, _, err = strata(monkeypatch, capsys, "gc", store)
-        assert (code, f"process {os.getpid()}" in err) == (2, True)
-        assert strata(monkeypatch, capsys, "gc", store, "--dry-run")[0] == 0
+        done = strata("gc", store)
+        assert (done.returncode, f"process {os.getpid()}" in done.stderr) == (2, True)
+        assert strata("gc", store, "--dry-run").returncode == 0
     assert features(store) == before
     own = FeatureStore.open(store).feature(NETWORK, "pool").fingerprint
-    code, out, _ = strata(monkeypatch, capsys, "gc", store, "--drop", own[:8])
-    assert (code, "named to be dropped" in out) == (0, True)
-
-
-def test_both_commands_have_help_with_an_example(monkeypatch, capsys):
-    for command in ("gc", "diff"):
-        code, out, _ = strata(monkeypatch, capsys, command, "--help")
-        assert code == 0
-        assert f"Example: strata {command}" in " ".join(out.split())
+    done = strata("gc", store, "--drop", own[:8])
+    assert (done.returncode, "named to be dropped" in done.stdout) == (0, True)

@@ -29,16 +29,6 @@ class Scaled(nn.Module):
         return self.inner(x) * (self.factor * self.gain).to(x.dtype)
 
 
-@pytest.fixture(scope="module")
-def vit():
-    return backbones.load(VIT)
-
-
-@pytest.fixture(scope="module")
-def resnet():
-    return backbones.load(RESNET)
-
-
 def adapted(backbone, *blocks, **options):
     width = backbone.shapes["stem"][-1]
     for i in blocks:

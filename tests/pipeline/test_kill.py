@@ -1,11 +1,14 @@
 """Kills: at every write, at any moment, of any process; what a next build makes of it."""
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,8 +19,7 @@ from pipeline.blocks import Block, ClipWork, DecodedBlock, FileWork, Job, Report
 from pipeline.building import build
 from pipeline.execute import Events, Lost
 from pipeline.spec import BuildSpec, Runtime
-from pipeline.synthetic import make_dataset
-from stores import FeatureStore, atomic
+from stores import FeatureStore, atomic, lock
 
 SERIAL = Runtime(serial=True)
 SPEC = BuildSpec(("resnet18:random-0",), ("stem:pool", "layer1.0:pool"), frames=16)
@@ -28,19 +30,17 @@ OPTIONS = [
     "--frames=16",
 ]
 
-
-@pytest.fixture(scope="session")
-def videos(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("kill") / "set"
-    make_dataset(root, clips_per_class=8, classes=("grow", "fade in"))
-    return root
+pytestmark = pytest.mark.usefixtures("loaded_once", "children_kept")
 
 
-@pytest.fixture(scope="session")
-def undisturbed(videos, tmp_path_factory) -> dict[str, bytes]:
-    store = tmp_path_factory.mktemp("kill") / "s.zarr"
-    build(videos, store, SPEC, runtime=SERIAL)
-    return bytes_of(store)
+@pytest.fixture(scope="module")
+def videos(dataset) -> Path:
+    return dataset(("grow", "fade in"), 8, broken=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(videos, built_once) -> dict[str, bytes]:
+    return bytes_of(built_once(videos, SPEC))
 
 
 def bytes_of(store: Path) -> dict[str, bytes]:
@@ -57,14 +57,39 @@ def start(videos: Path, store: Path, *options: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
+def wait_for(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def wait_for_lock(process: subprocess.Popen, store: Path) -> None:
+    """Until it has imported what it needs and holds the store's lock, which tells its number."""
+    file = store / lock.FILE
+    wait_for(lambda: file.exists() and f'"pid": {process.pid},' in file.read_text())
+
+
+def staged(store: Path) -> list[Path]:
+    return list((store / ".staging").rglob("*.npz"))
+
+
+def named(*names: str) -> tuple[FileWork, ...]:
+    """Files of one clip each."""
+    return tuple(
+        FileWork(name, 0, 0, (ClipWork((i,), b"k" * 16, None, None, ()),))
+        for i, name in enumerate(names)
+    )
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing catches it on the way."""
 
 
-def test_a_kill_at_any_write_costs_nothing_but_that_write(
-    videos, undisturbed, tmp_path, monkeypatch
-):
+def test_a_kill_at_any_write_costs_nothing_but_that_write(dataset, tmp_path, monkeypatch):
     """The process ends before, and in another try after, each file it puts in place."""
+    monkeypatch.setattr("pipeline.planning.CPU_BLOCK_PICTURES", 8)
+    videos, spec = dataset(("grow", "fade in"), 2, broken=True), replace(SPEC, frames=2)
     real = atomic.write
     count = 0
 
@@ -74,11 +99,12 @@ def test_a_kill_at_any_write_costs_nothing_but_that_write(
         real(*arguments)
 
     monkeypatch.setattr(atomic, "write", counting)
-    build(videos, tmp_path / "count.zarr", SPEC, runtime=SERIAL)
+    build(videos, tmp_path / "count.zarr", spec, runtime=SERIAL)
+    undisturbed = bytes_of(tmp_path / "count.zarr")
     assert count > 15
     rng = random.Random(0)
     moments = [(n, after) for n in range(count) for after in (False, True)]
-    for n, after in rng.sample(moments, 6):
+    for n, after in rng.sample(moments, 8):
         store = tmp_path / f"{n}-{after}.zarr"
         left = n
 
@@ -93,24 +119,23 @@ def test_a_kill_at_any_write_costs_nothing_but_that_write(
 
         monkeypatch.setattr(atomic, "write", dying)
         with pytest.raises(Killed):
-            build(videos, store, SPEC, runtime=SERIAL)
+            build(videos, store, spec, runtime=SERIAL)
         monkeypatch.setattr(atomic, "write", real)
-        build(videos, store, SPEC, runtime=SERIAL)
+        build(videos, store, spec, runtime=SERIAL)
         assert bytes_of(store) == undisturbed, (n, after)
 
 
 def test_a_sigkill_of_the_whole_group_at_random_moments(videos, undisturbed, tmp_path):
-    store = tmp_path / "s.zarr"
-    rng = random.Random(int(time.time()))
-    seed_said = rng.random()
-    for attempt in range(3):
-        process = start(videos, store, *(["--serial"] if attempt else []))
-        time.sleep(4 + 5 * rng.random())
+    store, seed = tmp_path / "s.zarr", int(time.time())
+    rng = random.Random(seed)
+    for options, seconds in (((), 6), (("--serial",), 2), (("--serial",), 2)):
+        process = start(videos, store, *options)
+        wait_for_lock(process, store)
+        time.sleep(seconds * rng.random())
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    process = start(videos, store)
-    assert process.wait(timeout=120) == 1  # done, with the broken clips quarantined
-    assert bytes_of(store) == undisturbed, seed_said
+    build(videos, store, SPEC)
+    assert bytes_of(store) == undisturbed, seed
 
 
 def test_what_was_staged_before_a_kill_is_not_computed_again(
@@ -118,13 +143,10 @@ def test_what_was_staged_before_a_kill_is_not_computed_again(
 ):
     store = tmp_path / "s.zarr"
     process = start(videos, store, "--serial")
-    staged = store / ".staging"
-    deadline = time.monotonic() + 60
-    while not list(staged.rglob("*.npz")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: staged(store))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert list(staged.rglob("*.npz"))
+    assert staged(store)
     report = build(videos, store, SPEC, runtime=SERIAL)
     assert report.adopted
     assert report.computed < 23
@@ -133,20 +155,20 @@ def test_what_was_staged_before_a_kill_is_not_computed_again(
 
 def test_workers_and_children_end_with_a_killed_builder(videos, tmp_path):
     process = start(videos, tmp_path / "s.zarr")
-    family: list[psutil.Process] = []
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len(family) < 3:
-        family = psutil.Process(process.pid).children(recursive=True)
-        time.sleep(0.2)
-    assert len(family) >= 3
+    builder = psutil.Process(process.pid)
+    wait_for(lambda: len(builder.children(recursive=True)) >= 3)
+    family = builder.children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)  # the builder alone
     process.wait()
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, [p.cmdline() for p in alive]
 
 
-def test_four_workers_and_one_give_equal_bytes(videos, undisturbed, tmp_path):
-    build(videos, tmp_path / "s.zarr", SPEC, runtime=Runtime(workers=4))
+def test_many_small_blocks_over_workers_give_the_bytes_of_one_process(
+    videos, undisturbed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("pipeline.planning.CPU_BLOCK_PICTURES", 32)
+    build(videos, tmp_path / "s.zarr", SPEC, runtime=Runtime(workers=2))
     assert bytes_of(tmp_path / "s.zarr") == undisturbed
 
 
@@ -164,10 +186,7 @@ def test_a_file_that_kills_its_worker_is_given_up_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(execution, "decode", decode)
     monkeypatch.setattr(execution, "forward", forward)
-    names = ["a", "b", "poison", "c", "d"]
-    files = [FileWork(name, 0, 0, (ClipWork((i,), b"k" * 16, None, None, ()),))
-             for i, name in enumerate(names)]  # fmt: skip
-    blocks = [Block(0, tuple(files[:3])), Block(1, tuple(files[3:]))]
+    blocks = [Block(0, named("a", "poison")), Block(1, named("b"))]
     job = Job(tmp_path, (), 1, 10.0)
     answers = list(execution.execute(job, blocks, Runtime(workers=1), Events()))
     lost = [answer for answer in answers if isinstance(answer, Lost)]
@@ -175,15 +194,43 @@ def test_a_file_that_kills_its_worker_is_given_up_alone(tmp_path, monkeypatch):
     assert lost[0].failure.reason == "crashed"
     done = [file.path for answer in answers if isinstance(answer, Report)
             for file in answer.block.files]  # fmt: skip
-    assert sorted(done) == ["a", "b", "c", "d"]
+    assert sorted(done) == ["a", "b"]
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_of_many_files_the_one_that_kills_workers_is_found_and_no_other_is_lost(
+    tmp_path, monkeypatch, place
+):
+    """Without workers: what is tried next after a block was lost."""
+    tried = []
+
+    def run(client, job, blocks, device, events, in_flight, suspects):
+        for block in blocks:
+            tried.append([file.path for file in block.files])
+            if "poison" in tried[-1]:
+                suspects.append(block)
+            else:
+                yield Report(block, [], {}, {})
+
+    monkeypatch.setattr(execution, "_client", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(execution, "_slots", lambda *_: 1)
+    monkeypatch.setattr(execution, "_run", run)
+    names = [*"abcd"[:place], "poison", *"abcd"[place:]]
+    blocks = [Block(0, named(*names)), Block(1, named("e", "f"))]
+    job = Job(tmp_path, (), 1, 10.0)
+    answers = list(execution.execute(job, blocks, Runtime(), Events()))
+    lost = [answer for answer in answers if isinstance(answer, Lost)]
+    assert [[file.path for file in answer.block.files] for answer in lost] == [["poison"]]
+    done = [file.path for answer in answers if isinstance(answer, Report)
+            for file in answer.block.files]  # fmt: skip
+    assert sorted(done) == list("abcdef")
+    assert tried[:3] == [names, ["e", "f"], names], "tried alone before it is halved"
 
 
 def test_an_interrupt_ends_with_130_and_the_next_build_goes_on(videos, undisturbed, tmp_path):
     store = tmp_path / "s.zarr"
     process = start(videos, store)
-    deadline = time.monotonic() + 60
-    while not list((store / ".staging").rglob("*.npz")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: staged(store))
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130
     FeatureStore.open(store)

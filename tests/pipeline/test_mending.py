@@ -11,12 +11,13 @@ from PIL import Image
 
 from pipeline.building import build
 from pipeline.spec import BuildSpec, Runtime
-from pipeline.synthetic import make_dataset
 from pipeline.verify import verify
 from stores import FeatureStore, atomic, clips
 
 SERIAL = Runtime(serial=True)
 SPEC = BuildSpec(("resnet18:random-0",), ("layer1.0:pool",), frames=2)
+
+pytestmark = pytest.mark.usefixtures("loaded_once", "children_kept")
 
 
 class Killed(BaseException):
@@ -24,14 +25,23 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def videos(tmp_path) -> Path:
-    make_dataset(tmp_path / "set", clips_per_class=3, classes=("grow", "shrink"), broken=False)
-    return tmp_path / "set"
+def videos(dataset, tmp_path) -> Path:
+    return Path(shutil.copytree(dataset(("grow", "shrink"), 3), tmp_path / "set"))
 
 
 @pytest.fixture
 def store(tmp_path) -> Path:
     return tmp_path / "s.zarr"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset, built_once) -> Path:
+    return built_once(dataset(("grow", "shrink"), 3), SPEC)
+
+
+@pytest.fixture
+def built(undisturbed, store) -> Path:
+    return Path(shutil.copytree(undisturbed, store))
 
 
 def killed_before_the_shard(videos, store, spec, monkeypatch) -> None:
@@ -63,7 +73,7 @@ def loud_weights(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("what", ["cells", "half the file", "facts"])
-def test_damaged_staging_is_computed_again(videos, store, tmp_path, monkeypatch, what):
+def test_damaged_staging_is_computed_again(videos, store, undisturbed, monkeypatch, what):
     killed_before_the_shard(videos, store, SPEC, monkeypatch)
     pattern = "*.json" if what == "facts" else "*.npz"
     (file,) = (store / ".staging").rglob(pattern)
@@ -74,8 +84,7 @@ def test_damaged_staging_is_computed_again(videos, store, tmp_path, monkeypatch,
         data = data[: len(data) // 2]
     file.write_bytes(data)
     build(videos, store, SPEC, runtime=SERIAL)
-    build(videos, tmp_path / "other.zarr", SPEC, runtime=SERIAL)
-    assert features(store) == features(tmp_path / "other.zarr")
+    assert features(store) == features(undisturbed)
     assert FeatureStore.open(store).clips["num_frames"].min() > 0
 
 
@@ -147,52 +156,48 @@ def test_a_clip_that_changed_under_the_build_is_tried_again(videos, store, monke
     assert build(videos, store, SPEC, runtime=SERIAL).clips == {"ready": 6}
 
 
-def test_a_clip_that_left_is_not_learnt_from_and_no_fault_to_verify(videos, store):
-    build(videos, store, SPEC, runtime=SERIAL)
-    gone = FeatureStore.open(store).clips.at[1, "path"]
+def test_a_clip_that_left_is_not_learnt_from_and_no_fault_to_verify(videos, built):
+    gone = FeatureStore.open(built).clips.at[1, "path"]
     (videos / gone).rename(videos / "train" / "shrink" / "elsewhere.mp4")
-    report = build(videos, store, SPEC, runtime=SERIAL)
+    report = build(videos, built, SPEC, runtime=SERIAL)
     assert (report.decoded, report.copied, report.gone) == (0, 1, 1)
-    opened = FeatureStore.open(store)
+    opened = FeatureStore.open(built)
     (feature,) = opened.features()
     assert sorted(feature.dataset().rows.tolist()) == [0, 2, 3, 4, 5, 6]
     assert opened.clips.at[6, "detail"] == ""
-    assert verify(store, sample=7).findings == []
+    assert verify(built, sample=7).findings == []
 
 
-def test_bytes_that_went_and_came_back_are_described_again(videos, store):
-    build(videos, store, SPEC, runtime=SERIAL)
-    before = FeatureStore.open(store).clips
+def test_bytes_that_went_and_came_back_are_described_again(videos, built):
+    before = FeatureStore.open(built).clips
     path = videos / before.at[2, "path"]
     data = path.read_bytes()
     path.write_bytes(b"garbage")
-    assert len(build(videos, store, SPEC, runtime=SERIAL).quarantined) == 1
+    assert len(build(videos, built, SPEC, runtime=SERIAL).quarantined) == 1
     path.write_bytes(data)
-    report = build(videos, store, SPEC, runtime=SERIAL)
+    report = build(videos, built, SPEC, runtime=SERIAL)
     assert (report.decoded, report.computed) == (1, 0)
-    after = FeatureStore.open(store).clips
+    after = FeatureStore.open(built).clips
     columns = [name for name in clips.COLUMNS if name != "mtime_ns"]
     assert after[columns].equals(before[columns])
 
 
 @pytest.mark.parametrize("damage", ["marks", "metadata", "shard"])
-def test_damage_is_named_by_verify_and_mended_by_removal(videos, store, damage):
-    build(videos, store, SPEC, runtime=SERIAL)
-    whole = features(store)
-    (feature,) = FeatureStore.open(store).features()
+def test_damage_is_named_by_verify_and_mended_by_removal(videos, built, undisturbed, damage):
+    (feature,) = FeatureStore.open(built).features()
     file = {
         "marks": Path(f"{feature.path}.done", "c", "0", "0"),
         "metadata": feature.path / "zarr.json",
         "shard": feature.path / "c" / "0" / "0" / "0",
     }[damage]
     file.write_bytes(file.read_bytes()[:100])
-    findings = verify(store, sample=0).findings
+    findings = verify(built, sample=0).findings
     assert findings
     assert all(feature.path.name in f.column + f.shard + f.problem for f in findings)
     if damage == "marks":
         shutil.rmtree(f"{feature.path}.done")
     else:
         file.unlink()
-    assert build(videos, store, SPEC, runtime=SERIAL).clips == {"ready": 6}
-    assert features(store) == whole
-    assert verify(store, sample=6).findings == []
+    assert build(videos, built, SPEC, runtime=SERIAL).clips == {"ready": 6}
+    assert features(built) == features(undisturbed)
+    assert verify(built, sample=6).findings == []

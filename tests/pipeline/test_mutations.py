@@ -19,11 +19,11 @@ from torch import nn
 
 from heads.grafts.adapter import Adapter
 from heads.grafts.temporal_shift import TemporalShift
-from pipeline import BuildSpec, Runtime, backbones, build, plan, update
-from pipeline.backbones import _weights, clip_vit, resnet
+from pipeline import BuildSpec, Runtime, build, plan, update
+from pipeline.backbones import _weights, clip_vit
+from pipeline.backbones import resnet as resnet_family
 from pipeline.columns import frames_key
 from pipeline.spec import FrameSet, Picture
-from pipeline.synthetic import make_dataset
 from stores import FeatureStore
 
 SERIAL = Runtime(serial=True)
@@ -31,37 +31,20 @@ RESNET, VIT = "resnet18:random-0", "ViT-S-32:random-0"
 RESNET_STAGES = ("stem", *(f"layer{i}.{j}" for i in range(1, 5) for j in (0, 1)), "pool", "fc")
 VIT_KEEP = ("stem", "blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.11.mlp", "proj")
 CLIPS = 4
+SPEC = BuildSpec((RESNET,), RESNET_STAGES, frames=2, dtype="float32", text=False)
 
-
-def spec(network=RESNET, keep=RESNET_STAGES, **changes):
-    return BuildSpec(**{"backbones": (network,), "keep": keep, "frames": 2, "dtype": "float32",
-                        "text": False, **changes})  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("videos") / "set"
-    make_dataset(root, clips_per_class=2, classes=("grow", "shrink"), broken=False)
-    return root
+pytestmark = pytest.mark.usefixtures("loaded_once", "children_kept")
 
 
 @pytest.fixture(scope="module")
-def store(videos, tmp_path_factory) -> Path:
+def videos(dataset) -> Path:
+    return dataset(("grow", "shrink"), 2)
+
+
+@pytest.fixture(scope="module")
+def store(videos, built_once) -> Path:
     """Every stage of a ResNet, and some of a ViT."""
-    path = tmp_path_factory.mktemp("stores") / "s.zarr"
-    build(videos, path, spec(VIT, VIT_KEEP), runtime=SERIAL)
-    build(videos, path, spec(), runtime=SERIAL)
-    return path
-
-
-@pytest.fixture(scope="module")
-def network():
-    return backbones.load(RESNET)
-
-
-@pytest.fixture(scope="module")
-def vit():
-    return backbones.load(VIT)
+    return built_once(videos, replace(SPEC, backbones=(VIT,), keep=VIT_KEEP), SPEC)
 
 
 def files_of(root):
@@ -91,7 +74,7 @@ def assert_misses_from(made, first, stages=RESNET_STAGES):
 
 
 def test_nothing_changed_misses_nothing(videos, store):
-    made, _ = plan(videos, store, spec(), estimate=False)
+    made, _ = plan(videos, store, SPEC, estimate=False)
     assert_misses_from(made, None)
     assert not made.blocks
 
@@ -108,12 +91,12 @@ FRAMES = {
 
 @pytest.mark.parametrize("name", FRAMES)
 def test_what_decides_the_frames_or_the_precision_misses_everything(name, videos, store):
-    made, _ = plan(videos, store, spec(**FRAMES[name]), estimate=False)
+    made, _ = plan(videos, store, replace(SPEC, **FRAMES[name]), estimate=False)
     assert_misses_from(made, "stem")
 
 
 def test_each_view_is_another_column_and_the_plain_one_still_hits(videos, store):
-    asked = spec(views=3, flip=True)
+    asked = replace(SPEC, views=3, flip=True)
     made, _ = plan(videos, store, asked, estimate=False)
     valid = [(p.output.spec.feature, int(p.valid.sum())) for p in made.all_columns]
     assert valid == [(s, CLIPS) for s in RESNET_STAGES] + [(s, 0) for s in RESNET_STAGES] * 2
@@ -166,44 +149,44 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_another_picture_misses_everything(name, store, network):
-    changed = replace(network.picture, **PICTURES[name])
-    assert changed != network.picture
-    made, _ = plan(store, replace(network, picture=changed), keep=RESNET_STAGES, estimate=False)
+def test_another_picture_misses_everything(name, store, resnet):
+    changed = replace(resnet.picture, **PICTURES[name])
+    assert changed != resnet.picture
+    made, _ = plan(store, replace(resnet, picture=changed), keep=RESNET_STAGES, estimate=False)
     assert_misses_from(made, "stem")
 
 
 def rebuilt(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
     with _weights.seeded(0):
         whole = torchvision.models.resnet18()
-    return resnet.stages(whole, list(mean), list(std), torch.float32)
+    return resnet_family.stages(whole, list(mean), list(std), torch.float32)
 
 
-def test_the_mean_and_the_deviation_of_colours_decide_from_the_first_stage_on(store, network):
-    same = replace(network, stages=rebuilt())
+def test_the_mean_and_the_deviation_of_colours_decide_from_the_first_stage_on(store, resnet):
+    same = replace(resnet, stages=rebuilt())
     made, _ = plan(store, same, keep=RESNET_STAGES, estimate=False)
     assert_misses_from(made, None)
     for changed in ({"mean": (0.485, 0.456, 0.407)}, {"std": (0.229, 0.2241, 0.225)}):
-        other = replace(network, stages=rebuilt(**changed))
+        other = replace(resnet, stages=rebuilt(**changed))
         made, _ = plan(store, other, keep=RESNET_STAGES, estimate=False)
         assert_misses_from(made, "stem")
 
 
 @pytest.mark.parametrize("stage", [s for s in RESNET_STAGES if s != "pool"])
-def test_one_parameter_by_one_ulp_misses_from_its_stage_on(stage, store, network):
-    module = copy.deepcopy(network.stage(stage).module)
+def test_one_parameter_by_one_ulp_misses_from_its_stage_on(stage, store, resnet):
+    module = copy.deepcopy(resnet.stage(stage).module)
     last = list(module.state_dict().values())[-1].view(-1)[-1:]
     last.copy_(torch.nextafter(last, torch.full_like(last, torch.inf)))
-    made, _ = plan(store, swapped(network, stage, module=module), keep=RESNET_STAGES,
+    made, _ = plan(store, swapped(resnet, stage, module=module), keep=RESNET_STAGES,
                    estimate=False)  # fmt: skip
     assert_misses_from(made, stage)
 
 
-def test_a_running_statistic_by_one_ulp_misses_from_its_stage_on(store, network):
-    module = copy.deepcopy(network.stage("layer3.0").module)
+def test_a_running_statistic_by_one_ulp_misses_from_its_stage_on(store, resnet):
+    module = copy.deepcopy(resnet.stage("layer3.0").module)
     mean = module.bn2.running_mean[:1]
     mean.copy_(torch.nextafter(mean, torch.full_like(mean, torch.inf)))
-    made, _ = plan(store, swapped(network, "layer3.0", module=module), keep=RESNET_STAGES,
+    made, _ = plan(store, swapped(resnet, "layer3.0", module=module), keep=RESNET_STAGES,
                    estimate=False)  # fmt: skip
     assert_misses_from(made, "layer3.0")
 
@@ -216,8 +199,8 @@ def swapped(backbone, name, **changes):
 @pytest.mark.parametrize(
     "changes", [{"code": "resnet_block/2"}, {"options": {"block": "BasicBlock", "eps": 1e-4}}]
 )
-def test_the_code_and_the_options_of_a_stage_decide_from_it_on(changes, store, network):
-    other = swapped(network, "layer2.1", **changes)
+def test_the_code_and_the_options_of_a_stage_decide_from_it_on(changes, store, resnet):
+    other = swapped(resnet, "layer2.1", **changes)
     made, _ = plan(store, other, keep=RESNET_STAGES, estimate=False)
     assert_misses_from(made, "layer2.1")
 
@@ -282,10 +265,10 @@ def test_the_options_of_a_graft_decide_from_its_stage_on(name, grafted_store, vi
     assert_misses_from(made, "blocks.1.attn", VIT_KEEP)
 
 
-def test_the_share_of_channels_that_a_shift_moves_decides_from_its_stage_on(store, network):
+def test_the_share_of_channels_that_a_shift_moves_decides_from_its_stage_on(store, resnet):
     def shifted(fold):
-        inner = network.stage("layer3.1").module
-        return network.graft("layer3.1", TemporalShift(inner, frames=2, fold=fold))
+        inner = resnet.stage("layer3.1").module
+        return resnet.graft("layer3.1", TemporalShift(inner, frames=2, fold=fold))
 
     made, _ = plan(store, shifted(8), keep=RESNET_STAGES, estimate=False)
     assert_misses_from(made, "layer3.1")
@@ -306,7 +289,7 @@ def test_another_video_in_a_clips_place_misses_that_clip_in_every_column(mine):
     data = bytearray(other.read_bytes())
     first.write_bytes(bytes(data))
     os.utime(first, ns=(1, 1))
-    made, _ = plan(root, path, spec(), estimate=False)
+    made, _ = plan(root, path, SPEC, estimate=False)
     row = int(made.table.index[made.table["path"] == str(first.relative_to(root))][0])
     for column in made.all_columns:
         # Its bytes are another clip's now, whose cells are there.
@@ -314,7 +297,7 @@ def test_another_video_in_a_clips_place_misses_that_clip_in_every_column(mine):
         assert not column.compute.any()
     data[-1] ^= 1
     first.write_bytes(bytes(data))
-    made, _ = plan(root, path, spec(), estimate=False)
+    made, _ = plan(root, path, SPEC, estimate=False)
     for column in made.all_columns:
         assert np.flatnonzero(column.compute).tolist() == [row]
         assert column.from_video[row]
@@ -336,11 +319,11 @@ def test_another_interval_of_the_same_file_misses_that_clip(videos, tmp_path):
 
     keep = ("layer2.1", "pool")
     write(1.0)
-    build(listed, path, spec(keep=keep), runtime=SERIAL)
-    made, _ = plan(listed, path, spec(keep=keep), estimate=False)
+    build(listed, path, replace(SPEC, keep=keep), runtime=SERIAL)
+    made, _ = plan(listed, path, replace(SPEC, keep=keep), estimate=False)
     assert_misses_from(made, None, keep)
     write(1.1)
-    made, _ = plan(listed, path, spec(keep=keep), estimate=False)
+    made, _ = plan(listed, path, replace(SPEC, keep=keep), estimate=False)
     for column in made.all_columns:  # another clip: a row of its own, the old one's cells stay
         assert np.flatnonzero(column.compute).tolist() == [CLIPS]
         assert column.from_video[CLIPS]
@@ -353,18 +336,18 @@ def test_paths_times_order_and_workers_miss_nothing(mine, tmp_path):
     for file in files_of(moved):
         os.utime(file, ns=(7, 7))
     runtime = Runtime(serial=True, workers=3, deadline_seconds=7.0, retry=True)
-    made, _ = plan(moved, path, spec(), runtime=runtime, estimate=False)
+    made, _ = plan(moved, path, SPEC, runtime=runtime, estimate=False)
     assert_misses_from(made, None)
     # Some files under other names, which sort otherwise: rows of their own, cells by copy.
     for i, file in enumerate(reversed(files_of(moved)[1:])):
         file.rename(file.with_name(f"renamed_{i}{file.suffix}"))
-    made, _ = plan(moved, path, spec(), estimate=False)
+    made, _ = plan(moved, path, SPEC, estimate=False)
     assert not made.blocks
     assert all(len(p.copied) == CLIPS - 1 and not p.compute.any() for p in made.all_columns)
 
 
 def test_features_asked_for_in_another_order_or_beside_others_are_the_same(videos, store):
-    backwards = spec(keep=tuple(reversed(RESNET_STAGES)))
+    backwards = replace(SPEC, keep=tuple(reversed(RESNET_STAGES)))
     made, _ = plan(videos, store, backwards, estimate=False)
     assert_misses_from(made, None)
     both = BuildSpec(("resnet18:random-0", "resnet18:random-1"), ("pool",), frames=2,

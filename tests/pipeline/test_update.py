@@ -16,7 +16,6 @@ from heads.grafts.temporal_shift import TemporalShift
 from pipeline import BuildSpec, Runtime, backbones, blocks, build, plan, update
 from pipeline.backbones import _grafts, _weights
 from pipeline.show import plan_facts, plan_summary
-from pipeline.synthetic import make_dataset
 from pipeline.verify import verify
 from stores import FeatureStore, SpecMismatch, lock, staging
 from stores.columns import Column, ColumnSpec
@@ -26,6 +25,8 @@ RESNET, VIT = "resnet18:random-0", "ViT-S-32:random-0"
 CLASSES = ("grow", "shrink", "sway ↔")
 KEEP = ("layer2.1", "layer3.1", "layer3.1:pool", "pool")
 
+pytestmark = pytest.mark.usefixtures("loaded_once", "children_kept")
+
 
 def spec(network=RESNET, keep=KEEP, **changes):
     return BuildSpec(**{"backbones": (network,), "keep": keep, "frames": 2, "dtype": "float32",
@@ -33,17 +34,13 @@ def spec(network=RESNET, keep=KEEP, **changes):
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("videos") / "set"
-    make_dataset(root, clips_per_class=2, classes=CLASSES, broken=False)
-    return root
+def videos(dataset) -> Path:
+    return dataset(CLASSES, 2)
 
 
 @pytest.fixture(scope="module")
-def built(videos, tmp_path_factory) -> Path:
-    store = tmp_path_factory.mktemp("stores") / "s.zarr"
-    build(videos, store, spec(), runtime=SERIAL)
-    return store
+def built(videos, built_once) -> Path:
+    return built_once(videos, spec())
 
 
 @pytest.fixture
@@ -52,15 +49,8 @@ def store(built, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def vit_store(videos, tmp_path_factory) -> Path:
-    store = tmp_path_factory.mktemp("stores") / "vit.zarr"
-    build(videos, store, spec(VIT, ("blocks.10.mlp", "blocks.11.attn:cls", "proj")), runtime=SERIAL)
-    return store
-
-
-@pytest.fixture(scope="module")
-def resnet():
-    return backbones.load(RESNET)
+def vit_store(videos, built_once) -> Path:
+    return built_once(videos, spec(VIT, ("blocks.10.mlp", "blocks.11.attn:cls", "proj")))
 
 
 def moved(backbone, *stages, factor=1.01):
@@ -219,9 +209,10 @@ def test_a_pooled_map_feeds_no_block(videos, tmp_path, resnet):
     assert column_facts(made, store)["pool"]["from"] == {"the video": 6}
 
 
-def test_a_class_token_stands_in_after_the_last_attention_alone(vit_store, tmp_path, no_videos):
+def test_a_class_token_stands_in_after_the_last_attention_alone(
+    vit_store, vit, tmp_path, no_videos
+):
     store = Path(shutil.copytree(vit_store, tmp_path / "s.zarr"))
-    vit = backbones.load(VIT)
     last = vit.graft("blocks.11.mlp", Adapter(vit.stage("blocks.11.mlp").module, width=384))
     report = update(store, last, keep=["proj", "blocks.11.mlp:cls"])
     assert report.calls == {f"{VIT} blocks.11.mlp": 1, f"{VIT} proj": 1}
@@ -246,8 +237,7 @@ class Mixing(nn.Module):
         return self.inner(x + x.mean(dim=1, keepdim=True))
 
 
-def test_a_module_that_does_not_say_so_is_not_taken_to_be_token_wise(vit_store, no_videos):
-    vit = backbones.load(VIT)
+def test_a_module_that_does_not_say_so_is_not_taken_to_be_token_wise(vit_store, vit, no_videos):
     new = vit.graft("blocks.11.mlp", Mixing(vit.stage("blocks.11.mlp").module))
     made, _ = plan(vit_store, new, keep=["proj"], estimate=False)
     assert column_facts(made, vit_store)["proj"]["from"] == {"blocks.10.mlp float32": 6}

@@ -1,4 +1,11 @@
-"""A small store, written without a pipeline: two columns of three clips, the last one missing."""
+"""Small stores, written without a pipeline.
+
+`store` has two columns of three clips, the last one missing; `write_rows` fills a column with as
+many as a test asks for.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -46,3 +53,24 @@ def store(tmp_path, dtype) -> FeatureStore:
         cells = np.stack([bits_of(row, dtype) for row in range(2)])
         column.write_shard(0, np.arange(2), cells, keys[:2], 3)
     return FeatureStore.open(opened.path)
+
+
+@pytest.fixture(scope="session")
+def write_rows() -> Callable[..., None]:
+    """Writes clips and some rows of a column, a shard after the other, as a build writes them."""
+
+    def write(store: Path, column: Column, rows: np.ndarray, count: int, cells_of: Callable):
+        """The table gets `count` ready clips; `cells_of` gives the stored bits of some rows."""
+        table = pd.DataFrame(
+            clips.blank(f"{i}.mp4", "wave", "train") | {"digest": f"{i:064d}", "status": "ready"}
+            for i in range(count)
+        )
+        table = table.astype(clips.COLUMNS).rename_axis(index="row")
+        clips.write(store, table)
+        column.create(count)
+        keys = clips.row_keys(table)
+        for shard in np.unique(rows // column.spec.shard_clips):
+            mine = rows[rows // column.spec.shard_clips == shard]
+            column.write_shard(int(shard), mine, cells_of(mine), keys[mine], count)
+
+    return write

@@ -9,15 +9,15 @@ import pickle
 import resource
 import threading
 import time
+from functools import partial
 
 import google_crc32c
 import numpy as np
-import pandas as pd
 import pytest
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
-from stores import Damaged, Feature, FeatureStore, clips, columns, reader
+from stores import Damaged, Feature, FeatureStore, columns, reader
 from stores.columns import MISSING, STORED, Column, ColumnSpec
 from stores.reader import ShardReader
 from stores.zarr_reader import ZarrReader
@@ -43,24 +43,14 @@ def cells_of(rows, dtype="float16", salt=0):
 class Made:
     """A store with one column, a shard of 8 clips, written as a build writes it."""
 
-    def __init__(self, path, count, absent=(), dtype="float16"):
-        self.store, self.dtype = FeatureStore.create(path), dtype
+    def __init__(self, write_rows, path, count, absent=(), dtype="float16"):
+        self.store, self.dtype, self.write_rows = FeatureStore.create(path), dtype, write_rows
         self.column = Column(path, ColumnSpec("net:tag", "pool", "ab" * 32, CELL, dtype, {}))
         self.write(np.setdiff1d(np.arange(count), absent), count)
 
     def write(self, rows, count, salt=0):
-        table = pd.DataFrame(
-            clips.blank(f"{i}.mp4", "wave", "train") | {"digest": f"{i:064d}", "status": "ready"}
-            for i in range(count)
-        )
-        table = table.astype(clips.COLUMNS).rename_axis(index="row")
-        clips.write(self.store.path, table)
-        self.column.create(count)
-        keys = clips.row_keys(table)
-        for shard in np.unique(rows // SLOTS):
-            mine = rows[rows // SLOTS == shard]
-            cells = cells_of(mine, self.dtype, salt)
-            self.column.write_shard(int(shard), mine, cells, keys[mine], count)
+        cells = partial(cells_of, dtype=self.dtype, salt=salt)
+        self.write_rows(self.store.path, self.column, rows, count, cells)
 
     def feature(self) -> Feature:
         return FeatureStore.open(self.store.path).feature("net:tag", "pool")
@@ -92,6 +82,12 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
+@pytest.fixture
+def make(tmp_path, write_rows):
+    """Makes a store of so many clips, but for those `absent`."""
+    return lambda *of, name="s", **options: Made(write_rows, tmp_path / name, *of, **options)
+
+
 @pytest.fixture(params=["from files", "from memory"])
 def memory(request, monkeypatch):
     """Whether what was read once in single cells is kept; with it, at once."""
@@ -105,8 +101,8 @@ def numbers(bits, dtype):
 
 
 @pytest.mark.parametrize("dtype", STORED)
-def test_rows_in_any_order_are_what_zarr_reads(tmp_path, memory, dtype):
-    made = Made(tmp_path / "s", 60, absent=[*range(16, 24), 3, 40], dtype=dtype)
+def test_rows_in_any_order_are_what_zarr_reads(make, memory, dtype):
+    made = make(60, absent=[*range(16, 24), 3, 40], dtype=dtype)
     whole, feature = made.whole(), made.feature()
     assert isinstance(feature._reader, ShardReader)
     there, rng = np.flatnonzero(feature.valid), np.random.default_rng(0)
@@ -128,8 +124,8 @@ def test_rows_in_any_order_are_what_zarr_reads(tmp_path, memory, dtype):
     [lambda nth, size: nth * size, lambda nth, size: nth * 64, lambda nth, size: nth * nth * size],
     ids=["side by side", "aligned", "anywhere"],
 )
-def test_chunks_may_lie_anywhere_and_have_no_checksums(tmp_path, memory, checksums, moved):
-    made = Made(tmp_path / "s", 20, absent=[5])
+def test_chunks_may_lie_anywhere_and_have_no_checksums(make, memory, checksums, moved):
+    made = make(20, absent=[5])
     whole, rows = made.whole(), np.delete(np.arange(20), 5)
     made.stored(compressors=checksums)
     size = 48 + 4 * len(checksums)
@@ -165,8 +161,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_other_arrays_are_read_through_zarr(tmp_path, kind):
-    made = Made(tmp_path / "s", 20, absent=[5])
+def test_other_arrays_are_read_through_zarr(make, kind):
+    made = make(20, absent=[5])
     whole = made.whole()
     made.stored(**OTHERS[kind])
     feature = made.feature()
@@ -197,8 +193,8 @@ def test_zarr_is_asked_for_runs_of_neighbours_and_each_row_once():
     np.testing.assert_array_equal(out, cells_of(rows))
 
 
-def test_a_longer_column_is_seen_by_who_opens_it_and_hurts_nobody_else(tmp_path, memory):
-    made = Made(tmp_path / "s", 12)
+def test_a_longer_column_is_seen_by_who_opens_it_and_hurts_nobody_else(make, memory):
+    made = make(12)
     old = made.feature()
     for _ in range(2):
         np.testing.assert_array_equal(old.read([11, 3]), cells_of([11, 3]))
@@ -207,8 +203,8 @@ def test_a_longer_column_is_seen_by_who_opens_it_and_hurts_nobody_else(tmp_path,
     np.testing.assert_array_equal(made.feature().read(slice(5, 30)), cells_of(range(5, 30)))
 
 
-def test_a_replaced_shard_is_noticed(tmp_path, memory):
-    made = Made(tmp_path / "s", 20)
+def test_a_replaced_shard_is_noticed(make, memory):
+    made = make(20)
     feature = made.feature()
     for salt in (1, 0, 1):
         made.write(np.arange(8, 16), 20, salt)
@@ -218,9 +214,9 @@ def test_a_replaced_shard_is_noticed(tmp_path, memory):
             np.testing.assert_array_equal(feature.read(rows), expected)
 
 
-def test_a_read_that_a_replacement_interrupts_has_one_version_of_the_shard(tmp_path, monkeypatch):
+def test_a_read_that_a_replacement_interrupts_has_one_version_of_the_shard(make, monkeypatch):
     """Index and chunks of two versions would pass the checksums: here the rows have moved."""
-    made = Made(tmp_path / "s", 8, absent=[0, 1, 2])
+    made = make(8, absent=[0, 1, 2])
     feature, real = made.feature(), os.preadv
     feature.keep_bytes = 0
     feature.read([3])
@@ -260,8 +256,8 @@ def spoil(made, damage):
      "emptied"],
 )  # fmt: skip
 @pytest.mark.parametrize("rows", [[2], [17, 2, 18], range(20)], ids=["one", "few", "all"])
-def test_damage_is_named_whatever_was_read_before(tmp_path, memory, damage, rows):
-    made = Made(tmp_path / "s", 20)
+def test_damage_is_named_whatever_was_read_before(make, memory, damage, rows):
+    made = make(20)
     before, after = made.feature(), made.feature()
     before.read([18, 2])
     before.read([18, 2])
@@ -282,8 +278,8 @@ def test_damage_is_named_whatever_was_read_before(tmp_path, memory, damage, rows
 
 
 @pytest.mark.parametrize("rows", [[2, 4], range(8)], ids=["few", "all"])
-def test_checksums_can_be_left_out_and_the_index_is_checked_still(tmp_path, rows):
-    made = Made(tmp_path / "s", 8)
+def test_checksums_can_be_left_out_and_the_index_is_checked_still(make, rows):
+    made = make(8)
     spoil(made, "a cell")
     found = made.feature().read(rows, verify=False)
     wrong = (found != cells_of(rows)).any(axis=(1, 2))
@@ -298,8 +294,8 @@ def test_checksums_can_be_left_out_and_the_index_is_checked_still(tmp_path, rows
 
 @pytest.mark.parametrize("rows", [[2, 4], range(8)], ids=["few", "all"])
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_file_that_is_cut_off_during_a_read_is_damaged(tmp_path, monkeypatch, rows, verify):
-    made = Made(tmp_path / "s", 8)
+def test_a_file_that_is_cut_off_during_a_read_is_damaged(make, monkeypatch, rows, verify):
+    made = make(8)
     feature, real = made.feature(), os.preadv
     feature.keep_bytes = 0
     feature.read([1])
@@ -314,19 +310,19 @@ def test_a_file_that_is_cut_off_during_a_read_is_damaged(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("rows", [[2, 4], range(8)], ids=["few", "all"])
-def test_what_the_kernel_gives_in_parts_is_put_together(tmp_path, monkeypatch, rows):
+def test_what_the_kernel_gives_in_parts_is_put_together(make, monkeypatch, rows):
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda d, buffers, at: real(d, [buffers[0][:10]], at))
-    feature = Made(tmp_path / "s", 8).feature()
+    feature = make(8).feature()
     feature.keep_bytes = 0
     np.testing.assert_array_equal(feature.read(rows), cells_of(rows))
 
 
 @pytest.mark.parametrize(("code", "times", "ends"), [("EIO", 9, True), ("ESTALE", 1, False)])
 def test_a_disk_that_fails_is_named_and_a_stale_file_opened_again(
-    tmp_path, monkeypatch, code, times, ends
+    make, monkeypatch, code, times, ends
 ):
-    made = Made(tmp_path / "s", 8)
+    made = make(8)
     feature, real, left = made.feature(), os.preadv, times
     feature.read([1])
 
@@ -346,10 +342,10 @@ def test_a_disk_that_fails_is_named_and_a_stale_file_opened_again(
 
 
 @pytest.mark.parametrize("dtype", STORED)
-def test_a_given_buffer_is_filled_and_returned(tmp_path, memory, dtype):
+def test_a_given_buffer_is_filled_and_returned(make, memory, dtype):
     import torch
 
-    made = Made(tmp_path / "s", 20, dtype=dtype)
+    made = make(20, dtype=dtype)
     feature, rows = made.feature(), [3, 17, 3]
     whole = made.whole()
     kept = torch.zeros((5, *CELL), dtype=torch.float16 if dtype == "float16" else torch.float32)
@@ -365,8 +361,8 @@ def test_a_given_buffer_is_filled_and_returned(tmp_path, memory, dtype):
         assert torch.equal(bits.view(torch.bfloat16).float(), torch.tensor(feature.read(rows)))
 
 
-def test_a_buffer_that_does_not_fit_is_refused_with_both_shapes(tmp_path):
-    feature = Made(tmp_path / "s", 8).feature()
+def test_a_buffer_that_does_not_fit_is_refused_with_both_shapes(make):
+    feature = make(8).feature()
     fitting = r"rows take a writeable, C-contiguous numpy array \(2, 4, 6\) of float16"
     for wrong, named in [
         (np.zeros((3, 4, 6), np.float16), r"\(3, 4, 6\) float16"),
@@ -378,14 +374,14 @@ def test_a_buffer_that_does_not_fit_is_refused_with_both_shapes(tmp_path):
         with pytest.raises(ValueError, match=f"{named}.*{fitting}"):
             feature.read([0, 1], out=wrong)
     with pytest.raises(ValueError, match="of float32 or uint16"):
-        Made(feature.path.parents[4] / "b", 8, dtype="bfloat16").feature().read([0], np.zeros(3))
+        make(8, name="b", dtype="bfloat16").feature().read([0], np.zeros(3))
 
 
-def test_several_threads_copy_large_cells_and_tell_of_damage(tmp_path, monkeypatch):
+def test_several_threads_copy_large_cells_and_tell_of_damage(make, monkeypatch):
     monkeypatch.setattr(reader, "THREAD_BYTES", 100)
     monkeypatch.setattr(reader, "SMALL_BYTES", 0)
     monkeypatch.setattr(reader, "_idle_cores", lambda: 7)
-    made = Made(tmp_path / "s", 40)
+    made = make(40)
     feature, names = made.feature(), set()
     feature._reader.threads = 3
     real = os.preadv
@@ -413,8 +409,8 @@ def test_several_threads_copy_large_cells_and_tell_of_damage(tmp_path, monkeypat
         feature.read(rows)
 
 
-def test_threads_read_whole_cells_while_a_builder_replaces_shards(tmp_path, memory):
-    made = Made(tmp_path / "s", 24)
+def test_threads_read_whole_cells_while_a_builder_replaces_shards(make, memory):
+    made = make(24)
     files = [made.shard(number) for number in range(3)]
     versions = [[file.read_bytes() for file in files]]
     made.write(np.arange(24), 24, salt=1)
@@ -453,8 +449,8 @@ def test_threads_read_whole_cells_while_a_builder_replaces_shards(tmp_path, memo
 
 @FORKS
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes_read_what_this_one_reads(tmp_path, method):
-    made = Made(tmp_path / "s", 40)
+def test_other_processes_read_what_this_one_reads(make, method):
+    made = make(40)
     from_files, from_memory = made.feature(), made.feature()
     from_files.keep_bytes = 0
     batches = [np.random.default_rng(i).integers(0, 40, 20) for i in range(20)]
@@ -473,10 +469,10 @@ def test_other_processes_read_what_this_one_reads(tmp_path, method):
 @pytest.mark.parametrize(
     ("method", "kind"), [("fork", "plain"), ("fork", "compressed"), ("spawn", "plain")]
 )
-def test_a_data_loader_with_workers_gives_every_clip(tmp_path, method, kind):
+def test_a_data_loader_with_workers_gives_every_clip(make, method, kind):
     import torch
 
-    made = Made(tmp_path / "s", 40)
+    made = make(40)
     if kind == "compressed":
         made.stored(**OTHERS["compressed"])
     feature = made.feature()
@@ -488,8 +484,8 @@ def test_a_data_loader_with_workers_gives_every_clip(tmp_path, method, kind):
     np.testing.assert_array_equal(found, cells_of(range(40)))
 
 
-def test_a_pickled_feature_takes_no_descriptor_along(tmp_path):
-    feature = Made(tmp_path / "s", 8).feature()
+def test_a_pickled_feature_takes_no_descriptor_along(make):
+    feature = make(8).feature()
     feature.read([1])
     copy = pickle.loads(pickle.dumps(feature))
     assert "_reader" not in copy.__dict__
@@ -498,13 +494,12 @@ def test_a_pickled_feature_takes_no_descriptor_along(tmp_path):
         pickle.dumps(feature._reader)
 
 
-def test_many_shards_need_few_descriptors(tmp_path, monkeypatch):
+def test_many_shards_need_few_descriptors(make, monkeypatch):
     monkeypatch.setattr(Feature, "keep_bytes", 0)
     monkeypatch.setattr(columns, "MAX_SHARD_CLIPS", 1)
     monkeypatch.setattr("stores.atomic.write", lambda store, target, data: (
         target.parent.mkdir(parents=True, exist_ok=True), target.write_bytes(data)))  # fmt: skip
-    monkeypatch.setitem(globals(), "SLOTS", 1)
-    made = Made(tmp_path / "s", 120)
+    made = make(120)
     feature = made.feature()
     feature.valid  # noqa: B018
     gc.collect()
@@ -534,8 +529,8 @@ def test_many_shards_need_few_descriptors(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == held
 
 
-def test_a_small_column_is_kept_in_memory_once_a_sixteenth_was_read_singly(tmp_path, monkeypatch):
-    made = Made(tmp_path / "s", 64)
+def test_a_small_column_is_kept_in_memory_once_a_sixteenth_was_read_singly(make, monkeypatch):
+    made = make(64)
     feature = made.feature()
     feature.read()  # read whole, in spans: that alone keeps nothing
     feature.read([40, 3, 20, 60])

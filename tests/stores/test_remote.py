@@ -5,6 +5,7 @@ also says 206 where rclone answers a ranged request with 200, and keeps If-Match
 passes over.
 """
 
+import contextlib
 import http.client
 import io
 import multiprocessing
@@ -17,6 +18,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,7 +29,7 @@ import pytest
 from obstore.exceptions import NotSupportedError
 from obstore.store import from_url
 
-from stores import Damaged, FeatureStore, NotAStore, Unreachable, clips, columns, text
+from stores import Damaged, FeatureStore, NotAStore, Unreachable, columns, text
 from stores.columns import Column, ColumnSpec
 from stores.text import TextFeatures
 
@@ -70,12 +72,8 @@ class Forward(BaseHTTPRequestHandler):
             proxy.in_flight += 1
             proxy.most_in_flight = max(proxy.most_in_flight, proxy.in_flight)
         status = proxy.before(self.command, self.path, wanted)
-        upstream = http.client.HTTPConnection("127.0.0.1", proxy.upstream)
-        upstream.request(self.command, self.path, body, dict(self.headers))
-        response = upstream.getresponse()
-        data = response.read()
+        response, data = self.asked_upstream(body)
         headers = dict(response.getheaders())
-        upstream.close()
         data = b"" if status else data
         status = status or (206 if "Content-Range" in headers else response.status)
         asked_for = self.headers.get("If-Match")
@@ -90,6 +88,15 @@ class Forward(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
+
+    def asked_upstream(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+        """S3 answers with a whole object; rclone cuts one off that is replaced meanwhile."""
+        while True:
+            upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream)
+            with contextlib.closing(upstream), contextlib.suppress(http.client.IncompleteRead):
+                upstream.request(self.command, self.path, body, dict(self.headers))
+                response = upstream.getresponse()
+                return response, response.read()
 
     do_GET = do_PUT = do_HEAD = answer
 
@@ -171,30 +178,21 @@ def cells_of(rows, salt=0):
 class Made:
     """A local store with one column, in shards of 8 clips."""
 
-    def __init__(self, path: Path, count: int, absent=()) -> None:
-        self.store = FeatureStore.create(path)
+    def __init__(self, write_rows, path: Path, count: int, absent=()) -> None:
+        self.store, self.write_rows = FeatureStore.create(path), write_rows
         self.column = Column(path, ColumnSpec(BACKBONE, "pool", "ab" * 32, CELL, "float16", {}))
         self.write(np.setdiff1d(np.arange(count), absent), count)
 
     def write(self, rows, count, salt=0):
-        table = pd.DataFrame(
-            clips.blank(f"{i}.mp4", "wave", "train") | {"digest": f"{i:064d}", "status": "ready"}
-            for i in range(count)
-        )
-        table = table.astype(clips.COLUMNS).rename_axis(index="row")
-        clips.write(self.store.path, table)
-        self.column.create(count)
-        keys = clips.row_keys(table)
-        for shard in np.unique(rows // SLOTS):
-            mine = rows[rows // SLOTS == shard]
-            self.column.write_shard(int(shard), mine, cells_of(mine, salt), keys[mine], count)
+        cells = partial(cells_of, salt=salt)
+        self.write_rows(self.store.path, self.column, rows, count, cells)
 
 
 @pytest.fixture
-def made(tmp_path, monkeypatch):
+def made(tmp_path, write_rows, monkeypatch):
     monkeypatch.setattr(columns, "MAX_SHARD_CLIPS", SLOTS)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    return lambda count, absent=(): Made(tmp_path / "s.zarr", count, absent)
+    return lambda count, absent=(): Made(write_rows, tmp_path / "s.zarr", count, absent)
 
 
 def test_a_copied_store_reads_as_the_local_one(store, copied, options):
