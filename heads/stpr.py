@@ -37,6 +37,7 @@ from heads.parts.spatial import READ, Spatial
 from heads.parts.text import TRAINED, Codes, Given, Text
 from heads.parts.training import SCHEDULES, fit
 
+TAU = {"given": 0.01, "codes": 0.1}
 CHOICES = {
     "position": (None, "learned"),
     "routing": ("td", "average", "clip", "adapter"),
@@ -70,9 +71,11 @@ class StPR:
         softmax: Temperature of a softmax over the r_k. None for none, as published.
         distillation, weight: `fssd`, `uniform` or `none`, and lambda. Adapters only.
         eps: Added to the variances in the importance of a channel.
-        tau: Temperature of the contrast.
-        text: `given` with the tasks, or `codes`, whose projection trains with the task that `codes`
-            says, `first` or `always`; see `parts/text.py`.
+        tau: Temperature of the contrast. None for 0.01, CLIP's own, with text that is given, and
+            for 0.1 with codes.
+        text: `given` with the tasks, or `codes`, for networks without a text tower; see
+            `parts/text.py`.
+        codes: With which tasks their projection trains, `always` or the `first` alone.
         first_epochs: Of the first task; `epochs` of every later one.
         clip_norm: Of the gradients of the expert, and of the adapters. Ours: with tau = 0.01 they
             are a hundred times a cosine's, and some steps overshoot; None, as published.
@@ -100,9 +103,9 @@ class StPR:
         distillation: str = "fssd",
         weight: float = 1e4,
         eps: float = 1e-6,
-        tau: float = 0.01,
+        tau: float | None = None,
         text: str = "given",
-        codes: str = "first",
+        codes: str = "always",
         first_epochs: int = 60,
         epochs: int = 30,
         batch_size: int = 40,
@@ -119,7 +122,8 @@ class StPR:
                 known = ", ".join(map(str, choices))
                 raise ValueError(f"no {name}={given[name]!r}; choose from {known}")
         self.position, self.routing_by, self.softmax = position, routing, softmax
-        self.distillation, self.weight, self.eps, self.tau = distillation, weight, eps, tau
+        self.distillation, self.weight, self.eps = distillation, weight, eps
+        self.tau = tau or TAU[text]
         self.layers, self.heads, self.ffn, self.start = layers, heads, ffn, start
         self.first_epochs, self.epochs, self.batch_size = first_epochs, epochs, batch_size
         self.lr, self.momentum, self.schedule = lr, momentum, schedule

@@ -1,10 +1,12 @@
 """What stands for a class on the text side: the features of its prompts, or a code of its own.
 
 `Given` keeps what comes with the tasks, as from CLIP's text tower. `Codes` is for networks without
-one: each class has a fixed random unit vector, told by its number and a seed alone, and a matrix W,
-trained with the first task, takes it to where the clips are. Ours: codes are orthogonal, as long as
-there are no more classes than channels, and W starts as the identity. Then what W learns of some
-classes leaves the others where they are.
+one: each class has a fixed random unit vector, told by its number and a seed alone, and a matrix W
+is trained with the clips and takes it to where they are. Ours: codes are orthogonal, as long as
+there are no more classes than channels, and W starts as the identity. Then what W learns of a
+task's classes leaves the others where they are, and it can go on with every task (`always`). A W
+that is frozen after the first task (`first`) has nothing to say of later classes: by the mean frame
+alone, not one of their clips was told from the first task's classes.
 
 Neither is changed by a task: `grown` gives another, to be dropped if the training fails.
 
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-TRAINED = ("first", "always")
+TRAINED = ("always", "first")
 
 
 class Text(Protocol):
@@ -91,10 +93,10 @@ class Codes:
 
     Args:
         seed: The codes are drawn from it and the class's number, whatever the order of classes.
-        trained: W trains with the `first` task alone, or `always`.
+        trained: With which tasks, `always` or the `first` alone.
     """
 
-    def __init__(self, seed: int = 0, trained: str = "first") -> None:
+    def __init__(self, seed: int = 0, trained: str = "always") -> None:
         if trained not in TRAINED:
             raise ValueError(f"no {trained=}; choose from {', '.join(TRAINED)}")
         self.seed = seed

@@ -356,6 +356,15 @@ def test_the_length_of_a_vector_does_not_matter(scale):
             same_routing(pool, blocks, asked, 2)
 
 
+def test_what_is_asked_stays_as_it_was():
+    pool = grown(drawn(0, (2, 2), 4))
+    asked = torch.tensor([[[1e30, 1, 2, 3], [1e-30, 0, 0, 0]], [[0, 0, 0, 0], [1, 2, 3, 4]]])
+    before = asked.clone()
+    pool.route(asked)
+    pool.nearest(asked[:, 0], 2)
+    assert torch.equal(asked, before)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_numbers_that_are_none_are_refused(value):
     pool = grown(drawn(0, (2, 2), 4))

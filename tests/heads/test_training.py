@@ -141,6 +141,15 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_epoch():
         trained(draw(), lr=50.0, epochs=400)
 
 
+def test_a_loss_that_is_not_finite_is_refused_though_its_gradients_were():
+    clips, weight = draw(), nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match=r"epoch 1 of 1 is inf"):
+        fit(
+            lambda places, batch: weight.sum() + torch.inf,
+            [weight], clips, epochs=1, batch_size=N, lr=0.1, rng=np.random.default_rng(0),
+        )  # fmt: skip
+
+
 def test_a_parameter_that_is_not_finite_is_refused_though_its_loss_was():
     clips, weight = draw(), nn.Parameter(torch.zeros(1))
 
