@@ -5,10 +5,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import settings
 
 from stores import FeatureStore, clips
 from stores.columns import Column, ColumnSpec
 from stores.identity import digest
+
+# An example takes as long as a busy machine lets it.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox")
 T, D, TRAIN, TEST = 3, 12, 7, 3

@@ -1,6 +1,7 @@
 """Kills: at every write, at any moment, of any process; what a next build makes of it."""
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -87,24 +88,24 @@ class Killed(BaseException):
 
 
 def test_a_kill_at_any_write_costs_nothing_but_that_write(dataset, tmp_path, monkeypatch):
-    """The process ends before, and in another try after, each file it puts in place."""
+    """The process ends before, and in another try after, a file of each kind that it writes."""
     monkeypatch.setattr("pipeline.planning.CPU_BLOCK_PICTURES", 8)
     videos, spec = dataset(("grow", "fade in"), 2, broken=True), replace(SPEC, frames=2)
-    real = atomic.write
-    count = 0
+    real, kinds = atomic.write, []
 
-    def counting(*arguments):
-        nonlocal count
-        count += 1
-        real(*arguments)
+    def noting(store, target, *pieces):
+        place = target.relative_to(store).parts
+        kinds.append((place[0], len(place)))
+        real(store, target, *pieces)
 
-    monkeypatch.setattr(atomic, "write", counting)
-    build(videos, tmp_path / "count.zarr", spec, runtime=SERIAL)
-    undisturbed = bytes_of(tmp_path / "count.zarr")
-    assert count > 15
+    monkeypatch.setattr(atomic, "write", noting)
+    build(videos, tmp_path / "whole.zarr", spec, runtime=SERIAL)
+    undisturbed = bytes_of(tmp_path / "whole.zarr")
+    assert len(kinds) > 20
+    assert len(set(kinds)) > 10
     rng = random.Random(0)
-    moments = [(n, after) for n in range(count) for after in (False, True)]
-    for n, after in rng.sample(moments, 8):
+    writes = [[n for n, k in enumerate(kinds) if k == kind] for kind in sorted(set(kinds))]
+    for n, after in itertools.product(map(rng.choice, writes), (False, True)):
         store = tmp_path / f"{n}-{after}.zarr"
         left = n
 
