@@ -31,6 +31,8 @@ class Task:
             network has no text tower.
         memory: The clips that `Rehearses.exemplars` asked for; None for other heads.
         progress: Told of every finished epoch: how many are done, of how many, and the mean loss.
+        key: Of the columns that the clips come from. What is kept to be compared with clips later,
+            such as anchors, can say with it what it is of.
     """
 
     clips: Clips
@@ -38,6 +40,7 @@ class Task:
     text: Tensor | None = None
     memory: Clips | None = None
     progress: Callable[[int, int, float], object] = lambda done, epochs, loss: None
+    key: str = ""
 
     @property
     def classes(self) -> list[int]:
@@ -105,6 +108,19 @@ class Rehearses(Protocol):
 
     def nearest(self, batch: Batch) -> Tensor:
         """As `scores`, by the nearest mean of exemplars (NME)."""
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """A head with options that decide its scores and nothing of what it learns.
+
+    Attributes:
+        answering: Their names. Heads that differ in these alone learn the same state, and each can
+            go on from another's.
+    """
+
+    @property
+    def answering(self) -> Sequence[str]: ...
 
 
 class Network(Protocol):

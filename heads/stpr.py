@@ -13,16 +13,17 @@ with the adapters that all tasks share, where there are any:
     loss    = L_cont(V^st_k, text) + L_cont(Vbar^s, text) + weight * L_FSSD (parts/losses.py)
 
 As published: adapters="all". By default there are none: everything is then served from the cache
-(the paper's row "TD-MoE only"), FSSD is zero, and a task takes seconds.
+(the paper's row "TD-MoE only"), FSSD is zero, and a task takes seconds. With routing="none" there
+are no experts (its row "adapters + FSSD"): V = Vbar^s, and the loss has no term of an expert.
 
 Ours, where StPR is silent: what is made unit, and see `parts` for the rest. A class that comes
-again gets an anchor with the new expert too; its text and importance are then the newest.
+again gets an anchor with the new expert too; its text and importance are then the newest. For many
+experts a shortlist (parts/shortlist.py), by which only a few of them run on a clip.
 
 Shapes: N clips, B clips a batch, T frames, D width, C classes, K experts.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +32,10 @@ from torch.nn.functional import normalize
 
 from heads import Network, Routing, Task
 from heads.parts import losses
+from heads.parts.anchor_pool import AnchorPool
 from heads.parts.clips import Batch, Clips, frames
 from heads.parts.expert import PRECISIONS, STARTS, Expert
+from heads.parts.shortlist import Shortlist, weights
 from heads.parts.spatial import READ, Spatial
 from heads.parts.text import TRAINED, Codes, Given, Text
 from heads.parts.training import SCHEDULES, fit
@@ -40,7 +43,7 @@ from heads.parts.training import SCHEDULES, fit
 TAU = {"given": 0.01, "codes": 0.1}
 CHOICES = {
     "position": (None, "learned"),
-    "routing": ("td", "average", "clip", "adapter"),
+    "routing": ("td", "average", "clip", "adapter", "none"),
     "distillation": losses.DISTILLATIONS,
     "text": ("given", "codes"),
     "codes": TRAINED,
@@ -48,13 +51,6 @@ CHOICES = {
     "schedule": SCHEDULES,
     "precision": tuple(PRECISIONS),
 }
-
-
-class Anchors(NamedTuple):
-    """Of one expert: anchor j is that of `classes[j]`."""
-
-    classes: list[int]
-    vectors_CD: Tensor
 
 
 class StPR:
@@ -67,8 +63,12 @@ class StPR:
         layers, heads, ffn, position, start: Of the experts; see `parts/expert.py`. Without a
             position ("learned"), as published, a motion and its reverse are one.
         routing: `td` as above; `average` has r_k = 1 / K; `clip` compares the frozen network's
-            Vbar^s with anchors that are means of it, `adapter` the adapted network's.
+            Vbar^s with anchors that are means of it, `adapter` the adapted network's; `none` has
+            no experts.
         softmax: Temperature of a softmax over the r_k. None for none, as published.
+        keep: How many experts, those of the greatest r_k, enter the sum. 0 for all, as published.
+        shortlist: How many experts run on a clip; what the others would say is assumed. 0 for all,
+            as published.
         distillation, weight: `fssd`, `uniform` or `none`, and lambda. Adapters only.
         eps: Added to the variances in the importance of a channel.
         tau: Temperature of the contrast. None for 0.01, CLIP's own, with text that is given, and
@@ -82,7 +82,7 @@ class StPR:
         precision: Of the experts' matrix products in training; scores are float32.
 
     Attributes:
-        anchors: Of each expert. Under `clip` and `adapter` they are means of Vbar^s, else of V^tem.
+        answering: Options that decide scores, and nothing of what is learned.
         importance_CD: I of each learned class and channel, unclamped.
     """
 
@@ -100,6 +100,8 @@ class StPR:
         start: str = "frames",
         routing: str = "td",
         softmax: float | None = None,
+        keep: int = 0,
+        shortlist: int = 0,
         distillation: str = "fssd",
         weight: float = 1e4,
         eps: float = 1e-6,
@@ -121,7 +123,13 @@ class StPR:
             if given[name] not in choices:
                 known = ", ".join(map(str, choices))
                 raise ValueError(f"no {name}={given[name]!r}; choose from {known}")
+        if keep < 0 or shortlist < 0 or (shortlist and routing not in ("td", "average")):
+            raise ValueError(
+                f"{keep=}, {shortlist=} under {routing=}: give 0 or more, and a shortlist where "
+                "experts are compared by their residuals alone"
+            )
         self.position, self.routing_by, self.softmax = position, routing, softmax
+        self.keep, self.shortlist = keep, shortlist
         self.distillation, self.weight, self.eps = distillation, weight, eps
         self.tau = tau or TAU[text]
         self.layers, self.heads, self.ffn, self.start = layers, heads, ffn, start
@@ -129,11 +137,30 @@ class StPR:
         self.lr, self.momentum, self.schedule = lr, momentum, schedule
         self.clip_norm, self.precision, self.seed = clip_norm, precision, seed
         self.classes: list[int] = []
-        self.anchors: list[Anchors] = []
         self.importance_CD = torch.zeros(0, 0)
         self._experts: list[Expert] = []
+        # Of every way to route that the features allow, so that each is there to be asked for.
+        clip = ("clip",) if adapters and routing == "clip" else ()
+        self._ways = () if routing == "none" else ("td", "adapter", *clip)
+        self._pools: dict[str, AnchorPool] = {}
+        self._listed = Shortlist()
         self._spatial = Spatial(adapters, feature, form, bottleneck, scale, seed)
         self._text: Text = Given() if text == "given" else Codes(seed, codes)
+
+    @property
+    def answering(self) -> Sequence[str]:
+        names = ["softmax", "keep"]
+        if self.routing_by != "none" and not (self.changes and self.routing_by == "clip"):
+            names.append("routing")
+        if not self.changes:
+            names += ["form", "bottleneck", "scale", "distillation", "weight"]
+        return names
+
+    @property
+    def pool(self) -> AnchorPool:
+        """The anchors that it routes by: of V^tem, under `clip` and `adapter` of Vbar^s."""
+        way = {"average": "td"}.get(self.routing_by, self.routing_by)
+        return self._pools[way if way in self._ways else "adapter"]
 
     @property
     def reads(self) -> Sequence[str]:
@@ -181,15 +208,8 @@ class StPR:
             self._experts[0].check(first_BTD)
 
         rng = np.random.default_rng([self.seed, task.number])
-        expert = Expert(
-            first_BTD.shape[2],
-            self.layers,
-            self.heads,
-            self.ffn,
-            frames=first_BTD.shape[1] if self.position else None,
-            start=self.start,
-            generator=torch.Generator().manual_seed(int(rng.integers(2**62))),
-        ).to(first_BTD.device)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        expert = self._expert(first_BTD, generator) if self._ways else None
         text = self._text.grown(task.classes, task.text, first_BTD)
         columns_N = torch.tensor([task.classes.index(label) for label in labels_N.tolist()])
         weights_D = losses.weights(self.importance_CD.to(first_BTD), self.distillation)
@@ -199,63 +219,90 @@ class StPR:
             spatial_BTD = batch["spatial"] if "spatial" in batch else self._spatial(batch)
             mean_BD = spatial_BTD.mean(dim=1)
             text_BD = text.rows(task.classes)[columns_N[places]]
-            loss = losses.contrastive(
-                expert(spatial_BTD, dtype), text_BD, labels_N[places], self.tau
-            )
-            loss = loss + losses.contrastive(mean_BD, text_BD, labels_N[places], self.tau)
+            loss = losses.contrastive(mean_BD, text_BD, labels_N[places], self.tau)
+            if expert is not None:
+                encoded_BD = expert(spatial_BTD, dtype)
+                loss = loss + losses.contrastive(encoded_BD, text_BD, labels_N[places], self.tau)
             if old_ND is not None:
                 loss = loss + self.weight * losses.fssd(old_ND[places], mean_BD, weights_D)
             return loss
 
         # Groups, since the gradients of an expert would use up the norm that the adapters may have.
-        groups = [[*expert.parameters(), *text.parameters()], self._spatial.parameters()]
-        fit(
-            step,
-            [{"params": [p for p in each if p.requires_grad]} for each in groups if each],
-            clips,
-            epochs=self.epochs if self.classes else self.first_epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            rng=rng,
-            momentum=self.momentum,
-            schedule=self.schedule,
-            clip_norm=self.clip_norm,
-            progress=task.progress,
-        )
-        self._absorb(task, expert.requires_grad_(False), text)
+        own = [] if expert is None else [*expert.parameters()]
+        groups = [
+            [p for p in group if p.requires_grad]
+            for group in ([*own, *text.parameters()], self._spatial.parameters())
+        ]
+        if any(groups):
+            fit(
+                step,
+                [{"params": group} for group in groups if group],
+                clips,
+                epochs=self.epochs if self.classes else self.first_epochs,
+                batch_size=self.batch_size,
+                lr=self.lr,
+                rng=rng,
+                momentum=self.momentum,
+                schedule=self.schedule,
+                clip_norm=self.clip_norm,
+                progress=task.progress,
+            )
+        self._absorb(task, expert, text)
 
     @torch.no_grad()
-    def _absorb(self, task: Task, expert: Expert, text: Text) -> None:
+    def _absorb(self, task: Task, expert: Expert | None, text: Text) -> None:
         """Take over what was trained."""
-        spatial, asked = [], []
+        spatial: list[Tensor] = []
+        compared: dict[str, list[Tensor]] = {way: [] for way in self._ways}
         for _, batch in task.clips.batches(READ):
             spatial.append(self._spatial(batch))
+            if expert is None:
+                continue
             encoded_B1D = normalize(expert(spatial[-1]), dim=1)[:, None]
-            asked.append(self._asked(batch, spatial[-1], encoded_B1D)[:, 0])
-        asked_ND, labels_N = torch.cat(asked), task.clips.labels
-        means = [asked_ND[labels_N == label].double().mean(dim=0) for label in task.classes]
+            for way, parts in compared.items():
+                parts.append(self._compared(way, batch, spatial[-1], encoded_B1D)[:, 0])
+        spatial_NTD, labels_N = torch.cat(spatial), task.clips.labels
         importance_CD = losses.importance(
-            torch.cat(spatial), labels_N, task.classes, text.rows(task.classes), self.eps
+            spatial_NTD, labels_N, task.classes, text.rows(task.classes), self.eps
         )
         rows = dict(zip(self.classes, self.importance_CD.to(importance_CD), strict=True))
         rows |= dict(zip(task.classes, importance_CD, strict=True))
+        experts = [*self._experts, *([] if expert is None else [expert.requires_grad_(False)])]
+        if self.shortlist:
+            self._listed.add(
+                spatial_NTD, labels_N, task.classes, lambda k, x: _encoded(experts[k], x)
+            )
+        for way, parts in compared.items():
+            all_ND = torch.cat(parts).double()
+            means = [all_ND[labels_N == label].mean(dim=0) for label in task.classes]
+            pool = self._pools.setdefault(way, self._pool(importance_CD.shape[1]))
+            pool.add(len(pool), task.classes, torch.stack(means).float(), task.key)
+        self._experts = experts
         self.classes = self.classes + [c for c in task.classes if c not in self.classes]
         self.importance_CD = torch.stack([rows[label] for label in self.classes])
-        self.anchors = [*self.anchors, Anchors(task.classes, torch.stack(means).float())]
-        self._experts = [*self._experts, expert]
         self._text = text
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
         spatial_BTD, encoded_BKD = self._encoded(batch)
-        weights_BK, _, _ = self._weighed(self._asked(batch, spatial_BTD, encoded_BKD))
-        video_BD = spatial_BTD.mean(dim=1) + (weights_BK[..., None] * encoded_BKD).sum(dim=1)
+        video_BD = spatial_BTD.mean(dim=1)
+        if self._ways:
+            similarities_BK, _ = self._similar(batch, spatial_BTD, encoded_BKD)
+            video_BD = video_BD + (self._weights(similarities_BK)[..., None] * encoded_BKD).sum(1)
         return normalize(video_BD, dim=1) @ self._text.rows(self.classes).to(video_BD).T
 
     @torch.no_grad()
     def routing(self, batch: Batch) -> Routing:
-        """Of all experts. Under `average` the weights are equal, and the rest is what `td` sees."""
-        weights_BK, similarities_BK, nearest_BK = self._weighed(self.residuals(batch))
+        """Of all experts. Under `average` the weights are equal, and the rest is what `td` sees.
+
+        Raises:
+            ValueError: As `scores`, or there are no experts.
+        """
+        if not self._ways:
+            raise ValueError("routing='none' has no experts, so there is nothing to route")
+        spatial_BTD, encoded_BKD = self._encoded(batch)
+        similarities_BK, nearest_BK = self._similar(batch, spatial_BTD, encoded_BKD)
+        weights_BK = self._weights(similarities_BK)
         order_BK = weights_BK.argsort(dim=1, descending=True, stable=True)
         ordered = [x.gather(1, order_BK) for x in (weights_BK, nearest_BK, similarities_BK)]
         return Routing(order_BK, *ordered)
@@ -264,91 +311,112 @@ class StPR:
     def residuals(self, batch: Batch, experts: Sequence[int] | None = None) -> Tensor:
         """What is compared with the anchors of each expert, [B, K, D].
 
-        V^tem_k; under `clip` and `adapter` Vbar^s, for each expert the same.
+        V^tem_k; under `clip` and `adapter` Vbar^s, for each expert the same. All experts that are
+        asked run, with a shortlist too.
 
         Args:
             experts: Which, and in which order; None for all.
         """
-        return self._asked(batch, *self._encoded(batch, experts))
+        spatial_BTD = self._seen(batch)
+        asked = range(len(self._experts)) if experts is None else experts
+        encoded_BKD = torch.stack([self._encode(k, spatial_BTD) for k in asked], dim=1)
+        return self._compared(self.routing_by, batch, spatial_BTD, encoded_BKD)
 
-    def _encoded(self, batch: Batch, experts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """V^s [B, T, D], and V^st of experts [B, K, D]."""
+    def _seen(self, batch: Batch) -> Tensor:
         if not self.classes:
             raise ValueError("nothing was learned yet, so there is nothing to score: learn first")
-        spatial_BTD = self._spatial(batch, self._width)
-        asked = range(len(self._experts)) if experts is None else experts
-        encoded = [self._experts[k].to(spatial_BTD.device)(spatial_BTD) for k in asked]
-        return spatial_BTD, normalize(torch.stack(encoded, dim=1), dim=2)
+        return self._spatial(batch, self._width)
 
-    def _asked(self, batch: Batch, spatial_BTD: Tensor, encoded_BKD: Tensor) -> Tensor:
+    def _encode(self, k: int, spatial_BTD: Tensor) -> Tensor:
+        return _encoded(self._experts[k], spatial_BTD)
+
+    def _encoded(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """V^s [B, T, D], and V^st of all experts [B, K, D], or of the others what is assumed."""
+        spatial_BTD = self._seen(batch)
+        if not self._ways:
+            return spatial_BTD, spatial_BTD[:, :0]
+        if not 0 < self.shortlist < len(self._experts):
+            every = [self._encode(k, spatial_BTD) for k in range(len(self._experts))]
+            return spatial_BTD, torch.stack(every, dim=1)
+
+        def similar(encoded_BKD: Tensor) -> Tensor:
+            return self._similar(batch, spatial_BTD, encoded_BKD)[0]
+
+        encoded_BKD, _ = self._listed.encoded(spatial_BTD, self.shortlist, self._encode, similar)
+        return spatial_BTD, encoded_BKD
+
+    def _compared(self, way: str, batch: Batch, spatial_BTD: Tensor, encoded_BKD: Tensor) -> Tensor:
         """What anchors are made of, and compared with: [B, K, D]."""
-        if self.routing_by in ("td", "average"):
+        if way in ("td", "average"):
             return encoded_BKD - spatial_BTD.mean(dim=1)[:, None]
-        if self.routing_by == "clip" and self._spatial.adapters:
+        if way == "clip" and self._spatial.adapters:
             spatial_BTD = normalize(frames(batch, "vector"), dim=2)
         return spatial_BTD.mean(dim=1)[:, None].expand_as(encoded_BKD)
 
-    def _weighed(self, asked_BKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _similar(
+        self, batch: Batch, spatial_BTD: Tensor, encoded_BKD: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """r_k, the cosine to the nearest anchor of each expert, and that anchor's class; [B, K]."""
-        similarities_BK, nearest_BK = nearest(asked_BKD, self.anchors)
-        weights_BK = similarities_BK
+        compared_BKD = self._compared(self.routing_by, batch, spatial_BTD, encoded_BKD)
+        return self.pool.compare(compared_BKD, self.pool.keys[-1])
+
+    def _weights(self, similarities_BK: Tensor) -> Tensor:
         if self.routing_by == "average":
-            weights_BK = torch.full_like(similarities_BK, 1 / len(self.anchors))
-        elif self.softmax is not None:
-            weights_BK = torch.softmax(similarities_BK / self.softmax, dim=1)
-        return weights_BK, similarities_BK, nearest_BK
+            return torch.full_like(similarities_BK, 1 / similarities_BK.shape[1])
+        return weights(similarities_BK, self.softmax, self.keep)
 
     @property
     def _width(self) -> int | None:
-        return len(self._experts[0].cls) if self._experts else None
+        return self.importance_CD.shape[1] or None
+
+    def _expert(self, like_BTD: Tensor, generator: torch.Generator | None = None) -> Expert:
+        """One that has learned nothing, for such clips."""
+        _, T, D = like_BTD.shape
+        positions = T if self.position else None
+        made = Expert(D, self.layers, self.heads, self.ffn, positions, self.start, generator)
+        return made.to(like_BTD.device)
+
+    def _pool(self, width: int) -> AnchorPool:
+        return AnchorPool(width, lineage=self.changes)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"classes": torch.tensor(self.classes, dtype=torch.int64)}
         state |= self._spatial.state_dict() | self._text.state_dict(self.classes)
         state["importance"] = self.importance_CD.to("cpu", copy=True)
-        for k, (expert, (classes, vectors_CD)) in enumerate(
-            zip(self._experts, self.anchors, strict=True)
-        ):
-            state[f"anchors.{k}.classes"] = torch.tensor(classes)
-            state[f"anchors.{k}.vectors"] = vectors_CD.to("cpu", copy=True)
-            for name, tensor in expert.state_dict().items():
-                state[f"expert.{k}.{name}"] = tensor.to("cpu", copy=True)
-        return state
+        parts = {f"anchors.{way}": pool.state_dict() for way, pool in self._pools.items()}
+        parts["shortlist"] = self._listed.state_dict()
+        for k, expert in enumerate(self._experts):
+            own = expert.state_dict()
+            parts[f"expert.{k}"] = {name: x.to("cpu", copy=True) for name, x in own.items()}
+        return state | {f"{part}.{n}": x for part, own in parts.items() for n, x in own.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.classes = state["classes"].tolist()
         self._spatial.load_state_dict(state)
         self._text.load_state_dict(state, self.classes)
         self.importance_CD = state["importance"].clone()
-        self.anchors, self._experts = [], []
-        while f"anchors.{len(self.anchors)}.classes" in state:
-            k = len(self.anchors)
-            classes = state[f"anchors.{k}.classes"].tolist()
-            self.anchors.append(Anchors(classes, state[f"anchors.{k}.vectors"].clone()))
-            own = {
-                name.removeprefix(f"expert.{k}."): tensor
-                for name, tensor in state.items()
-                if name.startswith(f"expert.{k}.")
-            }
-            frames = len(own["position"]) if "position" in own else None
-            expert = Expert(len(own["cls"]), self.layers, self.heads, self.ffn, frames)
+        self._pools = {}
+        for way in self._ways if self.classes else ():
+            self._pools[way] = self._pool(self.importance_CD.shape[1])
+            self._pools[way].load_state_dict(_part(state, f"anchors.{way}"))
+        self._listed.load_state_dict(_part(state, "shortlist"))
+        self._experts = []
+        while own := _part(state, f"expert.{len(self._experts)}"):
+            like_1TD = torch.empty(1, len(own.get("position", ())), len(own["cls"]))
+            expert = self._expert(like_1TD)
             expert.load_state_dict(own)
             self._experts.append(expert.requires_grad_(False))
 
 
-def nearest(asked_BKD: Tensor, anchors: Sequence[Anchors]) -> tuple[Tensor, Tensor]:
-    """The cosine to the nearest anchor of each expert, and its class: [B, K] each.
+def _encoded(expert: Expert, spatial_BTD: Tensor) -> Tensor:
+    """V^st_k, [B, D]."""
+    return normalize(expert.to(spatial_BTD.device)(spatial_BTD), dim=1)
 
-    Expert k's column is compared with its own anchors alone.
-    """
-    similarities, classes = [], []
-    for k, (labels, vectors_CD) in enumerate(anchors):
-        vectors_CD = normalize(vectors_CD.to(asked_BKD), dim=1)
-        cosines_BC = normalize(asked_BKD[:, k], dim=1) @ vectors_CD.T
-        best_B, places_B = cosines_BC.max(dim=1)
-        similarities.append(best_B)
-        classes.append(torch.tensor(labels, device=places_B.device)[places_B])
-    return torch.stack(similarities, dim=1), torch.stack(classes, dim=1)
+
+def _part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What `state` has under a name."""
+    start = f"{name}."
+    return {key.removeprefix(start): x for key, x in state.items() if key.startswith(start)}
 
 
 build = StPR

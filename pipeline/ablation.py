@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline import results, scenarios
+from pipeline import checkpoints, results, scenarios
 from pipeline._variants import variant
 from pipeline.experiment import inspect_options, prepare, run
 from pipeline.progress import Watch
@@ -46,13 +46,13 @@ class Sweep:
 
     @classmethod
     def read(cls, file: str | Path) -> "Sweep":
-        """From TOML, with the attributes as keys.
+        """From TOML, with the attributes as keys. "null" stands for None, which TOML has not.
 
         Raises:
             ValueError: It is no such file.
         """
         try:
-            given = tomllib.loads(Path(file).read_text())
+            given = _nulls(tomllib.loads(Path(file).read_text()))
             return cls(**given)
         except (tomllib.TOMLDecodeError, TypeError, UnicodeDecodeError) as error:
             raise ValueError(
@@ -101,6 +101,14 @@ class Sweep:
         return found
 
 
+def _nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nulls(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_nulls(one) for one in value]
+    return None if value == "null" else value
+
+
 def ablate(
     store: str | Path | FeatureStore,
     heads: str | Sequence[str],
@@ -120,8 +128,10 @@ def ablate(
 ) -> pd.DataFrame:
     """Run every combination of a grid for every seed, and tell mean and deviation over the seeds.
 
-    What has a finished run folder with the same specification is not run again. A run that fails
-    leaves the others alone; its error is in the table.
+    What has a finished run folder with the same specification is not run again. Runs that differ in
+    options alone which decide scores and nothing of what is learned (`heads.Answers`), such as the
+    ways to route of one StPR, learn once. A run that fails leaves the others alone, but for those
+    that learn the same; its error is in the table.
 
     Args:
         heads, scenario, grid, seeds, options, backbone, splits: See `Sweep`.
@@ -145,21 +155,30 @@ def ablate(
     out = Path(out).absolute()
     learn, test = splits
     folders: list[Path] = []
-    waiting: list[dict[str, Any]] = []
+    unfinished: set[Path] = set()
+    groups: dict[str, list[dict[str, Any]]] = {}  # those that learn the same
     for head, seed, chosen in sweep.runs():
         plan = prepare(opened, head, scenario, seed, chosen, backbone, (learn, test), device)
         folder = out / plan.name
         folders.append(folder)
         if not (folder / "metrics.json").exists():
-            waiting.append({"head": head, "seed": seed, "options": chosen})
-    done = len(folders) - len(waiting)
-    watch.said(f"{len(folders)} runs" + (f", {done} of them finished before" if done else ""))
+            unfinished.add(folder)
+            groups.setdefault(plan.learning, []).append(
+                {"head": head, "seed": seed, "options": chosen}
+            )
+    waiting = sum(map(len, groups.values()))
+    done = len(folders) - waiting
+    watch.said(
+        f"{len(folders)} runs"
+        + (f", {done} of them finished before" if done else "")
+        + (f", {waiting - len(groups)} learn what another does" if waiting > len(groups) else "")
+    )
     common = {"scenario": scenario, "backbone": backbone, "out": out, "device": device,
-              "splits": (learn, test), "keep_checkpoints": keep_checkpoints}  # fmt: skip
+              "splits": (learn, test)}  # fmt: skip
     errors: list[str] = []
     if waiting:
-        with watch.bars(runs=(len(waiting), "runs")):
-            for spec, error in _spread(opened, common, waiting, runtime, client, watch):
+        with watch.bars(runs=(waiting, "runs")):
+            for spec, error in _spread(opened, common, groups, runtime, client, watch):
                 watch.advance("runs", 1)
                 if error is not None:
                     errors.append(f"{spec['head']} {spec['options']} seed {spec['seed']}: {error}")
@@ -167,6 +186,9 @@ def ablate(
     if errors and len(errors) == len(folders):
         raise RuntimeError(f"every run failed; the first: {errors[0]}")
     finished = [folder for folder in dict.fromkeys(folders) if (folder / "metrics.json").exists()]
+    if not keep_checkpoints:
+        for folder in set(finished) & unfinished:
+            checkpoints.remove(folder)
     runs = results.read(finished)
     table = results.summary(runs)
     table.attrs["runs"], table.attrs["errors"] = runs.to_dict("records"), errors
@@ -176,36 +198,41 @@ def ablate(
 def _spread(
     store: FeatureStore,
     common: Mapping[str, Any],
-    waiting: list[dict[str, Any]],
+    groups: Mapping[str, list[dict[str, Any]]],
     runtime: Runtime,
     client: Any,
     watch: Watch,
 ) -> Iterator[tuple[dict[str, Any], Exception | None]]:
-    """Run them; each comes with its error when it ends."""
+    """Run them; each comes with its error when it ends. The first of a group learns for it."""
     place = str(store.place)
     if runtime.serial:
-        for spec in waiting:
-            try:
-                run(store, watch=watch, **spec, **common)
-                yield spec, None
-            except (ValueError, LookupError, OSError, RuntimeError) as error:
-                yield spec, error
+        for group in groups.values():
+            learned: Path | None = None
+            for spec in group:
+                try:
+                    learned = run(store, watch=watch, learned=learned, **spec, **common).folder
+                    yield spec, None
+                except (ValueError, LookupError, OSError, RuntimeError) as error:
+                    yield spec, error
         return
     from distributed import as_completed
 
     from pipeline.cluster import connected
 
-    count = min(len(waiting), runtime.workers or os.cpu_count() or 1)
+    count = min(len(groups), runtime.workers or os.cpu_count() or 1)
     with contextlib.ExitStack() as stack:
         if client is None:
             workers = [{"nthreads": 1}] * count
             client = stack.enter_context(connected(runtime.scheduler, workers, threads=1))
         watch.said(f"Dask dashboard: {client.dashboard_link}")
-        futures = {
-            # One thread: as many runs as cores go on beside each other.
-            client.submit(_one, place, threads=1, pure=False, **spec, **common): spec
-            for spec in waiting
-        }
+        # One thread: as many runs as cores go on beside each other.
+        common = {**common, "threads": 1, "pure": False}
+        futures = {}
+        for first, *others in groups.values():
+            learns = client.submit(_one, place, **first, **common)
+            futures[learns] = first
+            futures |= {client.submit(_one, place, learned=learns, **spec, **common): spec
+                        for spec in others}  # fmt: skip
         for future in as_completed(futures):
             yield futures[future], future.exception()
 

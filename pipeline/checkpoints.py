@@ -41,13 +41,16 @@ def write(run: Path, task: int, state: Mapping[str, Tensor], known: Mapping[str,
     atomic.write(run, folder / f"task-{task:02}.json", text.encode())
 
 
-def read(run: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
-    """The last whole task, the state after it, and what the run knew; task -1 where there is none.
+def read(run: Path, task: int = -1) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+    """A task, the state after it, and what the run knew; task -1 where there is none.
+
+    Args:
+        task: Which; -1 for the last whole one.
 
     Raises:
         ValueError: A file is missing or damaged.
     """
-    task, known = _last(run)
+    task, known = _last(run, f"{task:02}" if task >= 0 else "*")
     held: dict[str, dict[str, Tensor]] = {}
     state = {}
     try:
@@ -67,8 +70,8 @@ def remove(run: Path) -> None:
     shutil.rmtree(run / FOLDER, ignore_errors=True)
 
 
-def _last(run: Path) -> tuple[int, dict[str, Any]]:
-    files = sorted((run / FOLDER).glob("task-*.json"))
+def _last(run: Path, which: str = "*") -> tuple[int, dict[str, Any]]:
+    files = sorted((run / FOLDER).glob(f"task-{which}.json"))
     if not files:
         return -1, {}
     try:

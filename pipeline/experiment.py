@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import heads
-from heads import Changes, Head, Rehearses, Task
+from heads import Answers, Changes, Head, Rehearses, Task
 from heads.parts.clips import Batch, Clips
 from pipeline import backbones, checkpoints, offering, scenarios
 from pipeline._variants import variant
@@ -106,6 +106,7 @@ def run(
     device: str = "cpu",
     threads: int = 0,
     keep_checkpoints: bool = True,
+    learned: str | Path | None = None,
     watch: Watch | None = None,
 ) -> Run:
     """Teach a head the classes of a store task by task, and measure it after each.
@@ -125,10 +126,14 @@ def run(
         device: Where the head works.
         threads: Of torch; 0 leaves them. A resumed run takes those that it began with.
         keep_checkpoints: Whether they stay when the run has ended.
+        learned: A finished run, with its checkpoints, that differs in options alone which decide
+            scores and nothing of what is learned (`heads.Answers`): its states are taken in the
+            place of learning, and so are its seconds in `cost`.
 
     Raises:
         ValueError: No such head, option, scenario or backbone; classes that have no clips.
-        SpecMismatch: The store lacks a feature; the message has the command that adds it.
+        SpecMismatch: The store lacks a feature; the message has the command that adds it. Or
+            `learned` has learned something else.
         StoreLocked: Another process works on this run.
     """
     watch = watch or Watch()
@@ -139,7 +144,9 @@ def run(
         if not (folder / "metrics.json").exists():
             atomic.clear_temporary(folder)
             with _threads(_written(folder, plan, threads)):
-                _carry_out(plan, folder, watch)
+                _carry_out(
+                    plan, folder, watch, None if learned is None else _teacher(plan, learned)
+                )
         if not keep_checkpoints:
             checkpoints.remove(folder)
     return Run.read(folder)
@@ -167,10 +174,20 @@ class Prepared:
         return digest(self.spec)
 
     @property
+    def learning(self) -> str:
+        """Digest of what decides the head's states: runs that share it learn the same."""
+        return _learning(self.spec, self.head)
+
+    @property
     def name(self) -> str:
         """Of the run folder."""
         spec = self.spec
         return f"{spec['head']}-{spec['scenario']}-{spec['seed']}-{self.digest[:8]}"
+
+    @property
+    def key(self) -> str:
+        """Of the columns that the head reads."""
+        return digest(self.spec["features"])
 
     def clips(self, rows: np.ndarray) -> Clips:
         return offering.clips_of(self.features, rows, self.numbers, self.device)
@@ -256,6 +273,21 @@ def head_of(
     return made, attached, features
 
 
+def _learning(spec: Mapping[str, Any], head: Head) -> str:
+    aside = head.answering if isinstance(head, Answers) else ()
+    options = {name: value for name, value in spec["options"].items() if name not in aside}
+    return digest(dict(spec) | {"options": options})
+
+
+def _teacher(plan: Prepared, folder: str | Path) -> Run:
+    """The run whose states are taken."""
+    teacher = Run.read(folder)
+    held = {name: teacher.spec[name] for name in plan.spec}
+    if _learning(held, plan.head) != plan.learning:
+        raise SpecMismatch(f"{folder} has learned something else than {plan.name} would")
+    return teacher
+
+
 def inspect_options(build: Callable[..., Head]) -> dict[str, Any]:
     """Options of a head and their defaults."""
     import inspect
@@ -295,7 +327,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _carry_out(plan: Prepared, folder: Path, watch: Watch) -> None:
+def _carry_out(plan: Prepared, folder: Path, watch: Watch, teacher: Run | None) -> None:
     last, state, known = checkpoints.read(folder)
     rows: dict[str, list[list[float]]] = known.get("rows", {CNN: [], NME: []})
     cost: dict[str, list[Any]] = known.get(
@@ -316,8 +348,12 @@ def _carry_out(plan: Prepared, folder: Path, watch: Watch) -> None:
             if isinstance(head, Rehearses) and len(head.exemplars):
                 memory = plan.clips(head.exemplars.numpy())
             began = time.perf_counter()
-            with _told(watch, f"task {number + 1}/{len(plan.tasks)}") as progress:
-                head.learn(Task(clips, number, _text(plan, clips), memory, progress))
+            if teacher is None:
+                with _told(watch, f"task {number + 1}/{len(plan.tasks)}") as progress:
+                    text = _text(plan, clips)
+                    head.learn(Task(clips, number, text, memory, progress, plan.key))
+            else:
+                head.load_state_dict(checkpoints.read(teacher.folder, number)[1])
             learned = time.perf_counter()
             plan.seen.append(plan.clips(plan.division.test[number]))
             answers = {CNN: head.scores}
@@ -327,7 +363,8 @@ def _carry_out(plan: Prepared, folder: Path, watch: Watch) -> None:
                 row, frame = _answers(plan, answer, number, classifier)
                 rows[classifier].append(row)
                 told.append(frame)
-        cost["seconds"].append(learned - began)
+        seconds = learned - began if teacher is None else teacher.cost["seconds"][number]
+        cost["seconds"].append(seconds)
         cost["score_seconds"].append(time.perf_counter() - learned)
         cost["peak_memory_bytes"].append(peak())
         cost["bytes_read"].append(_bytes_read([clips, *([memory] if memory else []), *plan.seen]))
@@ -341,7 +378,7 @@ def _carry_out(plan: Prepared, folder: Path, watch: Watch) -> None:
         watch.said(
             f"task {number + 1}/{len(plan.tasks)}: {np.average(rows[CNN][-1], weights=counts):.1%} "
             f"of {sum(counts)} clips of {len(head.classes)} classes, "
-            f"{learned - began:.1f} s of learning"
+            + (f"{seconds:.1f} s of learning" if teacher is None else "learned before")
         )
     _finish(plan, folder, rows, cost)
 

@@ -201,7 +201,7 @@ def residuals(
     Args:
         residuals_ND: Array or tensor: of one expert, `StPR.residuals(batch, [k])[:, 0]`.
         labels: Classes of the N clips.
-        anchors_CD: Its anchors, `StPR.anchors[k].vectors_CD`.
+        anchors_CD: Its anchors, `StPR.pool.anchors(k)`.
         classes: Their names.
 
     Raises:

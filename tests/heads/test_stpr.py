@@ -11,7 +11,7 @@ from heads import Changes, Routes, Task
 from heads.parts import losses
 from heads.parts.clips import Clips
 from heads.parts.text import Codes, code
-from heads.stpr import Anchors, StPR, build, nearest
+from heads.stpr import StPR, build
 
 SMALL = {"layers": 2, "ffn": 32}
 ROUTINGS = ["td", "average", "clip", "adapter"]
@@ -104,7 +104,7 @@ def test_what_is_read_is_what_comes_before_the_first_adapter(options, reads):
 # The forward
 
 
-def by_hand(run, tokens, routing, softmax, count):
+def by_hand(run, tokens, routing, softmax, count, keep=0):
     """Residuals [B, K, D], similarities, weights and nearest [B, K], scores [B, C]."""
     head = run.head
     spatial = spatial_by_hand(run, tokens, count)
@@ -125,33 +125,43 @@ def by_hand(run, tokens, routing, softmax, count):
                 asked[b, k] = encoded[k] - mean
             else:
                 asked[b, k] = frozen[b].mean(axis=0) if routing == "clip" else mean
-            cosines = [cosine(asked[b, k], anchor) for anchor in numpy(head.anchors[k].vectors_CD)]
+            cosines = [cosine(asked[b, k], anchor) for anchor in numpy(head.pool.anchors(k))]
             similarities[b, k] = max(cosines)
-            chosen[b, k] = head.anchors[k].classes[int(np.argmax(cosines))]
+            chosen[b, k] = head.pool.classes[k][int(np.argmax(cosines))]
         for k in range(K):
             weights[b, k] = similarities[b, k]
             if routing == "average":
                 weights[b, k] = 1 / K
+            greater = sum(similarities[b, other] > similarities[b, k] for other in range(K))
+            kept = [
+                o for o in range(K) if not keep or sum(similarities[b] > similarities[b, o]) < keep
+            ]
+            if keep and greater >= keep:
+                weights[b, k] = 0
             elif softmax is not None:
-                exps = [np.exp(similarities[b, other] / softmax) for other in range(K)]
-                weights[b, k] = exps[k] / sum(exps)
+                exps = [np.exp(similarities[b, other] / softmax) for other in kept]
+                weights[b, k] = np.exp(similarities[b, k] / softmax) / sum(exps)
             video = video + weights[b, k] * encoded[k]
         scores[b] = [cosine(video, text) for text in texts]
     return asked, similarities, weights, chosen, scores
 
 
 @pytest.mark.parametrize(
-    ("routing", "softmax", "adapters"),
-    [(name, None, 0) for name in ROUTINGS]
-    + [(name, None, 1) for name in ROUTINGS]
-    + [("td", 0.2, 0), ("clip", 0.5, 2)],
+    ("routing", "softmax", "adapters", "keep"),
+    [(name, None, 0, 0) for name in ROUTINGS]
+    + [(name, None, 1, 0) for name in ROUTINGS]
+    + [("td", 0.2, 0, 0), ("clip", 0.5, 2, 0), ("td", None, 0, 1), ("td", 0.2, 1, 2)],
 )
-def test_routing_and_scores_are_those_of_the_equations(learned, routing, softmax, adapters):
+def test_routing_and_scores_are_those_of_the_equations(learned, routing, softmax, adapters, keep):
     # A hasty training keeps the experts apart, so that no two variants agree by chance.
-    run = learned(routing=routing, softmax=softmax, adapters=adapters, start="random", epochs=5)
+    run = learned(
+        routing=routing, softmax=softmax, adapters=adapters, keep=keep, start="random", epochs=5
+    )
     tokens, _ = run.tokens([0, 3, 5], clips=2, seed=9)
     batch = run.batch(tokens)
-    asked, similarities, weights, chosen, scores = by_hand(run, tokens, routing, softmax, adapters)
+    asked, similarities, weights, chosen, scores = by_hand(
+        run, tokens, routing, softmax, adapters, keep
+    )
     np.testing.assert_allclose(run.head.residuals(batch).numpy(), asked, atol=1e-5)
     np.testing.assert_allclose(run.scores(tokens).numpy(), scores, atol=1e-5)
 
@@ -165,6 +175,66 @@ def test_routing_and_scores_are_those_of_the_equations(learned, routing, softmax
             assert routes.nearest[b, place] == chosen[b, k]
 
 
+@pytest.mark.parametrize("adapters", [0, 1])
+def test_without_experts_the_mean_frame_alone_is_compared_with_text(learned, adapters):
+    run = learned(routing="none", adapters=adapters)
+    tokens, _ = run.tokens([0, 3, 5], clips=2, seed=9)
+    means = spatial_by_hand(run, tokens, adapters).mean(axis=1)
+    texts = numpy(run.head.state_dict()["text"])
+    expected = [[cosine(mean, text) for text in texts] for mean in means]
+    np.testing.assert_allclose(run.scores(tokens).numpy(), expected, atol=1e-5)
+    assert run.head.trainable == adapters * 2 * 16 * 64
+    with pytest.raises(ValueError, match="no experts"):
+        run.head.routing(run.batch(tokens))
+
+
+@pytest.mark.parametrize("adapters", [0, 1])
+def test_what_decides_scores_alone_changes_nothing_of_what_is_learned(learned, adapters):
+    ways = [{}, {"routing": "average"}, {"routing": "adapter"}, {"softmax": 0.1}, {"keep": 1}]
+    runs = [learned(adapters=adapters, **way) for way in ways]
+    states = [run.head.state_dict() for run in runs]
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        assert all(torch.equal(state[name], states[0][name]) for name in state)
+    for way, run in zip(ways, runs, strict=True):
+        assert set(way) <= set(run.head.answering)
+    assert "routing" not in build(adapters=1, routing="clip").answering
+    assert "routing" not in build(routing="none").answering
+    assert "weight" in build().answering
+    assert "weight" not in build(adapters=1).answering
+
+
+def test_with_a_shortlist_of_all_experts_all_run(learned):
+    every, listed = learned(), learned(shortlist=3)
+    tokens, _ = every.tokens([0, 3, 5], clips=2, seed=9)
+    assert torch.equal(every.scores(tokens), listed.scores(tokens))
+
+
+def test_with_a_shortlist_few_experts_run_and_the_rest_is_assumed(learned):
+    run = learned(shortlist=1, start="random", epochs=5)
+    tokens, _ = run.tokens([0, 3, 5], clips=2, seed=9)
+    batch, head = run.batch(tokens), run.head
+    ran = []
+    for k, expert in enumerate(head._experts):
+        expert.register_forward_hook(lambda module, given, out, k=k: ran.append((k, len(out))))
+    scores = head.scores(batch)
+    assert sum(count for _, count in ran) == len(tokens)
+    spatial = head._spatial(batch)
+    similar = lambda encoded: head.pool.compare(encoded - spatial.mean(1)[:, None])[0]  # noqa: E731
+    encoded, _ = head._listed.encoded(spatial, 1, head._encode, similar)
+    weights = similar(encoded)
+    video = spatial.mean(dim=1) + (weights[..., None] * encoded).sum(dim=1)
+    texts = head.state_dict()["text"]
+    expected = torch.nn.functional.normalize(video, dim=1) @ texts.T
+    torch.testing.assert_close(scores, expected)
+
+
+@pytest.mark.parametrize("options", [{"shortlist": 1, "routing": "clip"}, {"keep": -1}])
+def test_a_shortlist_that_cannot_be_is_refused(options):
+    with pytest.raises(ValueError, match="give 0 or more"):
+        build(**options)
+
+
 def test_residuals_may_be_asked_of_some_experts(learned):
     run = learned()
     batch = run.batch(run.tokens([0, 3], seed=9)[0])
@@ -172,26 +242,15 @@ def test_residuals_may_be_asked_of_some_experts(learned):
     torch.testing.assert_close(run.head.residuals(batch, [2, 0]), every[:, [2, 0]])
 
 
-def test_an_expert_is_compared_with_its_own_anchors_alone():
-    axes = torch.eye(3)
-    anchors = [Anchors([4, 8], axes[:2]), Anchors([6], axes[2:])]
-    # What expert 0 sees is anchor 6 of expert 1, and the other way round.
-    asked_BKD = torch.tensor([[[0.1, 0.2, 9.0], [0.0, 5.0, -0.5]]])
-    similarities, classes = nearest(asked_BKD, anchors)
-    expected = [0.2 / np.linalg.norm([0.1, 0.2, 9.0]), -0.5 / np.linalg.norm([5.0, 0.5])]
-    np.testing.assert_allclose(similarities[0], expected, rtol=1e-6)
-    assert classes.tolist() == [[8, 6]]
-
-
 @pytest.mark.parametrize(("routing", "adapters"), [(name, 1) for name in ROUTINGS] + [("td", 0)])
 def test_an_anchor_is_the_mean_of_what_is_compared_with_it(learned, routing, adapters):
     run = learned(routing=routing, adapters=adapters)
     clips = run.tasks[-1].clips
     asked = numpy(run.head.residuals(clips[torch.arange(len(clips))]))
-    assert [each.classes for each in run.head.anchors] == [[3, 7], [1, 5], [0, 3]]
+    assert run.head.pool.classes == [[3, 7], [1, 5], [0, 3]]
     for row, label in enumerate([0, 3]):
         own = [asked[n, 2] for n in range(len(clips)) if clips.labels[n] == label]
-        found = run.head.anchors[2].vectors_CD[row]
+        found = run.head.pool.anchors(2)[row]
         np.testing.assert_allclose(found, sum(own) / len(own), atol=1e-6)
 
 
@@ -227,7 +286,7 @@ def test_experts_that_have_learned_and_their_anchors_do_not_move(learned):
     run.learn([1, 3], seed=1)
     after = run.head.state_dict()
     kept = [name for name in before if name.startswith(("expert.", "anchors."))]
-    assert {name.split(".")[1] for name in kept} == {"0"}
+    assert len([name for name in kept if ".expert.0." in name]) == 2 * 3
     assert "expert.0.layers.0.qkv.weight" in kept
     assert all(torch.equal(before[name], after[name]) for name in kept)
     assert not torch.equal(before["adapter.1.up"], after["adapter.1.up"])
@@ -356,7 +415,7 @@ def motions(seed, clips=20):
 
 @pytest.mark.parametrize(("position", "apart"), [(None, False), ("learned", True)])
 def test_a_motion_and_its_reverse_are_told_apart_only_with_positions(position, apart):
-    head = build(**SMALL, position=position, text="codes", tau=0.1)
+    head = build(**SMALL, position=position, text="codes")
     feats, labels = motions(0)
     head.learn(Task(Clips({"vector": feats}, labels)))
     feats, labels = motions(1)
@@ -448,6 +507,7 @@ def test_training_in_bfloat16_learns_and_scores_in_float32(learned):
     assert {tensor.dtype for tensor in run.head.state_dict().values()} == {
         torch.float32,
         torch.int64,
+        torch.uint8,
     }
 
 

@@ -4,9 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from heads.stpr import StPR
 from pipeline import Runtime, ablate, ablation, run
 from pipeline.ablation import Sweep
 from pipeline.progress import Watch
+from stores import SpecMismatch
 
 SERIAL = Runtime(serial=True)
 GRID = {"nearest_mean.time": ["mean", "order"], "unit": [True, False]}
@@ -76,6 +78,71 @@ def test_finished_runs_are_not_run_again(vector_store, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(first, again)
 
 
+STPR = {"text": "codes", "layers": 1, "heads": 1, "ffn": 8, "first_epochs": 2, "epochs": 2}
+WAYS = {"routing": ["td", "average", "adapter"], "softmax": [None, 0.1]}
+
+
+def numbers(folder):
+    """What was measured, and what it cost to learn."""
+    files = {name: (folder / name).read_bytes() for name in ("matrix.json", "predictions.parquet")}
+    states = sorted((folder / "checkpoints").glob("*.safetensors"))
+    return files, [file.read_bytes() for file in states]
+
+
+def test_runs_that_learn_the_same_learn_once(vector_store, tmp_path, monkeypatch):
+    """And say what they would have said had each learned by itself."""
+    learned = []
+    monkeypatch.setattr(StPR, "learn", lambda self, task, do=StPR.learn: (
+        learned.append(task.number), do(self, task)))  # fmt: skip
+    notes = Notes()
+    table = ablate(vector_store, "stpr", "2+2x2", WAYS, 2, options={"stpr": STPR}, runtime=SERIAL,
+                   out=tmp_path / "a", keep_checkpoints=True, watch=notes)  # fmt: skip
+    assert learned == 2 * [0, 1, 2]
+    assert notes.lines[0] == "12 runs, 10 learn what another does"
+    assert notes.done == 12
+    assert table["n"].tolist() == [2] * 6
+    for record in table.attrs["runs"]:
+        options = STPR | {name: record[f"option.{name}"] for name in WAYS}
+        alone = run(vector_store, "stpr", "2+2x2", seed=record["seed"], options=options,
+                    out=tmp_path / "b")  # fmt: skip
+        together = tmp_path / "a" / alone.folder.name
+        assert numbers(alone.folder) == numbers(together)
+        assert len(numbers(together)[1]) == 3
+    assert len(learned) == 2 * 3 + 12 * 3
+    seconds = {(r["seed"], r["cost.seconds"]) for r in table.attrs["runs"]}
+    assert len(seconds) == 2
+
+
+def test_processes_share_what_is_learned_too(vector_store, tmp_path):
+    table, expected = (
+        ablate(vector_store, "stpr", "2+2x2", {"routing": WAYS["routing"]}, 1, out=tmp_path / n,
+               options={"stpr": STPR | {"first_epochs": 1, "epochs": 1}}, runtime=runtime)
+        for n, runtime in (("a", Runtime(workers=2)), ("b", SERIAL))
+    )  # fmt: skip
+    assert table.attrs["errors"] == []
+    assert len(table) == 3
+    assert len({record["cost.seconds"] for record in table.attrs["runs"]}) == 1
+    columns = ["option.routing", "cnn.final.mean", "cnn.average_incremental.mean"]
+    pd.testing.assert_frame_equal(table[columns], expected[columns])
+    assert not list(tmp_path.glob("*/*/checkpoints"))
+
+
+def test_what_was_learned_otherwise_is_refused(vector_store, tmp_path):
+    first = run(vector_store, "stpr", "2+2x2", options=STPR, out=tmp_path)
+    with pytest.raises(SpecMismatch, match="learned something else"):
+        run(vector_store, "stpr", "2+2x2", options=STPR | {"lr": 0.1}, out=tmp_path,
+            learned=first.folder)  # fmt: skip
+    with pytest.raises(SpecMismatch, match="learned something else"):
+        run(vector_store, "stpr", "2+2x2", seed=7, options=STPR, out=tmp_path, learned=first.folder)
+
+
+def test_checkpoints_of_runs_that_were_there_before_stay(vector_store, tmp_path):
+    before = run(vector_store, "nearest_mean", "2+2x2", out=tmp_path)
+    ablate(vector_store, "nearest_mean", "2+2x2", seeds=2, out=tmp_path, runtime=SERIAL)
+    assert len(list(before.folder.glob("checkpoints/*.safetensors"))) == 3
+    assert len(list(tmp_path.glob("*/checkpoints"))) == 1
+
+
 def test_a_run_that_fails_leaves_the_others_alone(vector_store, tmp_path):
     notes = Notes()
     table = ablate(vector_store, "linear", "2+2x2", {"lr": [0.01, 1e30]}, seeds=1, out=tmp_path,
@@ -132,6 +199,12 @@ def test_a_sweep_is_read_from_toml(tmp_path):
     )
     read = Sweep.read(tmp_path / "s.toml")
     assert read.runs() == [("stpr", seed, {"epochs": 3, "routing": "td"}) for seed in (1, 2)]
+    (tmp_path / "s.toml").write_text(
+        'heads = ["stpr"]\nscenario = "demo"\nseeds = 1\n[grid]\nposition = ["null", "learned"]\n'
+        '[options.stpr]\nclip_norm = "null"\n'
+    )
+    found = [options for _, _, options in Sweep.read(tmp_path / "s.toml").runs()]
+    assert found == [{"clip_norm": None, "position": each} for each in (None, "learned")]
     (tmp_path / "s.toml").write_text('head = "stpr"\n')
     with pytest.raises(ValueError, match=r"s.toml is no sweep: .*head"):
         Sweep.read(tmp_path / "s.toml")
