@@ -56,6 +56,7 @@ def run(
 def ablate(
     store: StoreArgument,
     sweep: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="heads, scenario, [grid].")],
+    scenario: Annotated[str, typer.Option(help="In the place of the sweep's.")] = "",
     out: Out = Path("runs"),
     device: Device = "cpu",
     workers: Annotated[int, typer.Option(help="Runs side by side; 0: one a core.")] = 0,
@@ -81,8 +82,9 @@ def ablate(
 
     asked = Sweep.read(sweep)
     watch = Watch() if as_json else for_this_output()
-    found = do(store, asked.heads, asked.scenario, asked.grid, asked.seeds, options=asked.options,
-               backbone=asked.backbone, splits=asked.splits, out=out, device=device, watch=watch,
+    found = do(store, asked.heads, scenario or asked.scenario, asked.grid, asked.seeds,
+               options=asked.options, backbone=asked.backbone, splits=asked.splits, out=out,
+               device=device, watch=watch,
                runtime=Runtime(workers=workers, scheduler=scheduler, serial=serial))  # fmt: skip
     if table is not None:
         results.write(found, table)

@@ -328,8 +328,14 @@ def _columns(
         for name in words
         if name == "head" or (table[name].nunique(dropna=False) > 1 and name not in own)
     ]
+    # Fingerprints say again what options say, mostly.
+    short = [name for name in differ if not name.startswith("features.")]
+    if not table.duplicated(short).any():
+        differ = short
     columns = {
-        name: ["" if pd.isna(value) else plain(str(value)) for value in table[name]]
+        name.removeprefix("option."): [
+            "" if pd.isna(value) else plain(str(value).strip('"')) for value in table[name]
+        ]
         for name in differ
     }
     columns["n"] = [str(n) for n in table["n"]]

@@ -254,7 +254,7 @@ def test_latex_is_a_booktabs_table(tmp_path):
     assert (tmp_path / "t.tex").read_text() == (
         r"""\begin{tabular}{llrrrr}
 \toprule
-head & option.way & n & CNN final & NME BWF & read \\
+head & way & n & CNN final & NME BWF & read \\
 \midrule
 hf\_net & 50\% & 2 & 65.0 $\pm$ 10.6 &  & 23 GB \\
 icarl & a\&b & 2 & 57.5 $\pm$ 0.0 & 0.0 $\pm$ 0.0 & 23 GB \\
@@ -276,7 +276,7 @@ def test_bold_is_the_best_among_rows_of_one_scenario_and_backbone(tmp_path):
     figures = ("cnn.final_over_tasks", "cnn.bwf", "cost.trainable")
     found = latex(summary(read(tmp_path)), figures, bold=True)
     rows = [line.split(" & ") for line in found.splitlines() if " & " in line]
-    way = rows[0].index("option.way")
+    way = rows[0].index("way")
     cells = {row[way]: row[-3:] for row in rows[1:]}
     assert cells["low"] == ["65.0", "40.0", r"1,179,648 \\"]
     for best in ("high", "as high"):
@@ -299,7 +299,7 @@ def test_the_terminal_sees_what_differs_the_figures_and_the_costs(tmp_path):
     lines = text(ablated(tmp_path)).splitlines()
     assert len(lines) == 3
     figures = ("CNN final", "CNN final (tasks)", "CNN avg. inc.", "CNN BWF", "NME final")
-    for title in ("head", "option.way", *figures, "trainable", "s/task", "stages", "read", "peak"):
+    for title in ("head", "way", *figures, "trainable", "s/task", "stages", "read", "peak"):
         assert title in lines[0]
     assert "scenario" not in lines[0]  # the same in all rows
     assert "head" in text(summary(read(tmp_path / "a1000")))

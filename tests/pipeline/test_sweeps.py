@@ -1,0 +1,87 @@
+"""The sweeps that the repository has: one call each, on a real network's store, in small."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from pipeline import BuildSpec, Runtime, ablate, results
+from pipeline.ablation import Sweep
+from stores import FeatureStore
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "sweeps"
+FILES = sorted(file.stem for file in FOLDER.glob("*.toml"))
+NAME = "ViT-S-32:random-0"
+CLASSES = ("grow", "shrink", "fade in", "fade out")
+SMALL = {"layers": 1, "heads": 1, "ffn": 8, "first_epochs": 1, "epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def store(dataset, built_once) -> FeatureStore:
+    keep = ("proj", "blocks.0.attn", "blocks.11.attn:cls")
+    spec = BuildSpec((NAME,), keep=keep, frames=2, precision="bfloat16")
+    return FeatureStore.open(built_once(dataset(CLASSES, 3), spec))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_sweep_names_options_that_there_are(name):
+    sweep = Sweep.read(FOLDER / f"{name}.toml")
+    assert sweep.seed_list() == [1000, 1993, 2021]
+    runs = sweep.runs()
+    each = math.prod(map(len, sweep.grid.values()))
+    assert len(runs) == 3 * each * len(sweep.heads)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("stpr_")])
+def test_rows_of_the_paper_are_one_call(store, tmp_path, name):
+    sweep = Sweep.read(FOLDER / f"{name}.toml")
+    options = {"stpr": {**sweep.options.get("stpr", {}), **SMALL}}
+    table = ablate(store, sweep.heads, "2+1x2", sweep.grid, 1, options=options, out=tmp_path,
+                   runtime=Runtime(serial=True))  # fmt: skip
+    assert table.attrs["errors"] == []
+    assert len(table) == math.prod(map(len, sweep.grid.values()))
+    runs = {tuple(r[f"option.{key}"] for key in sweep.grid): r for r in table.attrs["runs"]}
+    assert len(runs) == len(table)
+    for record in runs.values():
+        cost = json.loads((Path(record["run"]) / "cost.json").read_bytes())
+        # Adapters everywhere: all blocks run, from the first cached feature on, and none before.
+        ran = set().union(*cost["stages_recomputed"])
+        adapted = record["option.adapters"] in ("all", '"all"')
+        assert {"blocks.0.mlp", "blocks.11.mlp", "proj"} <= ran if adapted else not ran
+        assert not ran & {"stem", "blocks.0.attn"}
+        experts = record.get("option.routing") != "none"
+        assert (record["cost.trainable"] > 0) == (experts or adapted)
+
+
+def test_the_command_line_runs_and_sweeps(vector_store, tmp_path, strata):
+    place, out = vector_store.path, tmp_path / "runs"
+    said = strata("run", place, "--head", "nearest_mean", "--scenario", "2+2x2", "--out", out,
+                  "--set", "time=order")  # fmt: skip
+    assert said.returncode == 0
+    assert "final accuracy" in said.stdout
+    told = strata("run", place, "--head", "nearest_mean", "--scenario", "2+2x2", "--out", out,
+                  "--set", "time=order", "--json")  # fmt: skip
+    facts = json.loads(told.stdout)
+    assert facts["spec"]["options"]["time"] == "order"
+    assert strata("run", place, "--head", "nearest_mean", "--scenario", "2+2x2", "--set",
+                  "time").returncode == 2  # fmt: skip
+
+    sweep = tmp_path / "sweep.toml"
+    sweep.write_text(
+        'heads = ["nearest_mean"]\nscenario = "demo"\n[grid]\ntime = ["mean", "order"]\n'
+    )
+    for form in ("csv", "parquet", "tex"):
+        said = strata("ablate", place, sweep, "--scenario", "2+2x2", "--out", out, "--serial",
+                      "--table", tmp_path / f"table.{form}")  # fmt: skip
+        assert said.returncode == 0
+        assert [line.split()[:2] for line in said.stdout.splitlines()[-2:]] == [
+            ["nearest_mean", "mean"], ["nearest_mean", "order"],
+        ]  # fmt: skip
+        assert (tmp_path / f"table.{form}").stat().st_size > 100
+    records = json.loads(strata("ablate", place, sweep, "--scenario", "2+2x2", "--out", out,
+                                "--serial", "--json").stdout)  # fmt: skip
+    assert [record["n"] for record in records] == [3, 3]
+    finished = results.read(out)
+    assert finished["finished"].all()
+    assert len(finished) == 6
