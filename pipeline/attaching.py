@@ -1,8 +1,9 @@
 """Attaching: a backbone as a head that changes it sees it; see `heads.Network`."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from pipeline.backbones import Backbone
@@ -12,17 +13,21 @@ from pipeline.reductions import canonical_reduction
 
 
 class HeadNetwork:
-    """A backbone, and what a head puts into it.
+    """A backbone as its features were computed, and what a head puts into it.
+
+    Args:
+        load: The same network in a precision.
 
     Attributes:
-        changed: The backbone with the head's modules in it; the plain one before.
         calls: Of each stage by the suffixes that were given out.
     """
 
-    def __init__(self, backbone: Backbone, frames: int) -> None:
-        self.changed, self.frames = backbone, frames
+    def __init__(
+        self, backbone: Backbone, frames: int, load: Callable[[torch.dtype], Backbone]
+    ) -> None:
+        self.frames = frames
         self.calls: Counter[str] = Counter()
-        self._plain = backbone
+        self._plain, self._load = backbone, load
 
     @property
     def stages(self) -> list[str]:
@@ -50,10 +55,14 @@ class HeadNetwork:
         keep: Sequence[str] = (),
         unfreeze: Sequence[str] = (),
     ) -> nn.Module:
-        new = self._plain.unfreeze(*map(self.find, unfreeze)) if unfreeze else self._plain
+        new = self._plain
+        if unfreeze:
+            # What trains is float32: most steps are too small for the eight bits of bfloat16.
+            if new.precision != torch.float32:
+                new = self._load(torch.float32)
+            new = new.unfreeze(*map(self.find, unfreeze))
         for stage, module in changes.items():
             new = new.graft(self.find(stage), module)
-        self.changed = new
         suffix = new.suffix(self.find(after), [self.find(stage) for stage in keep])
         suffix.calls = self.calls
         return suffix

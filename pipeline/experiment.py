@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +268,8 @@ def head_of(
     if network is None or not (isinstance(made, Changes) and changes):
         return made, None, features
     offering.check_network(network, features)
-    attached = HeadNetwork(network, next(iter(features.values())).shape[1])
+    frames = next(iter(features.values())).shape[1]
+    attached = HeadNetwork(network, frames, partial(offering.load_network, store, backbone))
     made.attach(attached)
     return made, attached, features
 

@@ -200,12 +200,13 @@ def weights_of(store: FeatureStore, backbone: str) -> str:
     return asked[-1]
 
 
-def load_network(store: FeatureStore, backbone: str) -> Backbone:
-    """The network that a store's features were computed with, in their precision."""
+def load_network(
+    store: FeatureStore, backbone: str, precision: torch.dtype | None = None
+) -> Backbone:
+    """The network that a store's features were computed with, by default in their precision."""
     own = next(f for f in store.features() if f.backbone == backbone and not f.spec.get("grafts"))
-    return backbones.load(
-        weights_of(store, backbone), getattr(torch, own.spec["stages"][0]["precision"])
-    )
+    held: torch.dtype = getattr(torch, own.spec["stages"][0]["precision"])
+    return backbones.load(weights_of(store, backbone), precision or held)
 
 
 def check_network(network: Backbone, features: Mapping[str, Feature]) -> None:

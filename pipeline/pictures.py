@@ -53,7 +53,9 @@ def groups(runs: pd.DataFrame, by: Sequence[str] | None = None) -> dict[str, lis
     if by is None:
         asked = [name for name in done if not name.startswith(NUMBERS)]
         aside = ("run", "finished", *SEEDS)
-        by = [x for x in asked if x not in aside and done[x].nunique(dropna=False) > 1] or ["head"]
+        differ = [x for x in asked if x not in aside and done[x].nunique(dropna=False) > 1]
+        # Fingerprints say again what options say, mostly.
+        by = [x for x in differ if not x.startswith("features.")] or differ or ["head"]
     found: dict[str, list[Run]] = {}
     for record in done.to_dict("records"):
         name = ", ".join(_told(column, record[column]) for column in by)
