@@ -1,0 +1,194 @@
+"""HCE's parts against loops in float64, dense 4D convolutions and the published counts."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from heads.parts import crm
+from heads.parts.has import HAS, drift
+from heads.parts.hypercorrelation import CenterPivot4d, correlation, enlarged
+
+
+def groups(counts, widths=(8, 12, 16), sizes=(28, 14, 7)):
+    """Blocks of three sizes, by name."""
+    return {
+        f"layer{s}.{i}": (width, size, size)
+        for s, (count, width, size) in enumerate(zip(counts, widths, sizes, strict=True), 2)
+        for i in range(count)
+    }
+
+
+def maps(shapes, frames, seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(frames, *shape, generator=generator, dtype=dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def test_a_hypercorrelation_is_that_of_every_pair_of_places():
+    shapes = {"a": (5, 2, 3), "b": (4, 2, 3)}
+    new, old = (list(maps(shapes, 2, seed, torch.float64).values()) for seed in (0, 1))
+    found = correlation(new, old).numpy()
+    assert found.shape == (2, 2, 2, 3, 2, 3)
+    assert (found == 0).any()
+    for n, block, h, w, u, v in np.ndindex(*found.shape):
+        x, y = new[block][n, :, h, w].numpy(), old[block][n, :, u, v].numpy()
+        x, y = x / (np.linalg.norm(x) + 1e-5), y / (np.linalg.norm(y) + 1e-5)
+        expected = max(0.0, sum(a * b for a, b in zip(x, y, strict=True)))
+        np.testing.assert_allclose(found[n, block, h, w, u, v], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "side"), [(3, 1, 4), (3, 2, 7), (5, 4, 9)])
+def test_a_center_pivot_convolution_is_a_dense_one_without_its_off_pivot_weights(
+    kernel, stride, side
+):
+    torch.manual_seed(0)
+    pivot = CenterPivot4d(2, 3, kernel, stride).double()
+    x = torch.randn(2, 2, 3, 4, side, side, dtype=torch.float64)
+    found = pivot(x)
+    half = kernel // 2
+    dense = torch.zeros(3, 2, *[kernel] * 4, dtype=torch.float64)
+    dense[:, :, :, :, half, half] += pivot.new.weight.detach()
+    dense[:, :, half, half] += pivot.old.weight.detach()
+    padded = functional.pad(x, [half] * 8)
+    assert found.shape[4] == -(-side // stride)
+    for h, w, u, v in np.ndindex(*found.shape[2:]):
+        part = padded[:, :, h : h + kernel, w : w + kernel]
+        part = part[..., u * stride : u * stride + kernel, v * stride : v * stride + kernel]
+        expected = torch.einsum("ncabde,ocabde->no", part, dense)
+        expected = expected + pivot.new.bias + pivot.old.bias
+        torch.testing.assert_close(found[:, :, h, w, u, v], expected)
+
+
+def test_new_places_are_enlarged_with_corners_on_corners():
+    x = torch.tensor([[0.0, 2.0], [4.0, 6.0]]).view(1, 1, 2, 2, 1, 1).expand(1, 1, 2, 2, 2, 3)
+    found = enlarged(x, (3, 3))
+    assert found.shape == (1, 1, 3, 3, 2, 3)
+    expected = torch.tensor([[0.0, 1.0, 2.0], [2.0, 3.0, 4.0], [4.0, 5.0, 6.0]])
+    for u, v in np.ndindex(2, 3):
+        torch.testing.assert_close(found[0, 0, :, :, u, v], expected)
+
+
+@pytest.mark.parametrize(
+    ("counts", "mix", "expected"),
+    [
+        ((4, 6, 3), "cascade", 2_314_336),
+        ((2, 2, 2), "cascade", 2_309_248),
+        ((4, 6, 3), "sum", 1_428_064),
+    ],
+)
+def test_the_4d_part_has_as_many_numbers_as_were_counted(counts, mix, expected):
+    has = HAS(groups(counts), mix)
+    parts = [*has.squeezes.parameters(), *has.mixers.parameters()]
+    assert sum(p.numel() for p in parts) == expected
+
+
+@pytest.mark.parametrize("mix", ["cascade", "sum"])
+@pytest.mark.parametrize("last_stride", [1, 2])
+def test_shapes_are_those_of_the_paper(mix, last_stride):
+    shapes = groups((1, 2, 1))
+    has = HAS(shapes, mix, last_stride=last_stride)
+    seen = []
+    for squeeze in has.squeezes:
+        squeeze.register_forward_hook(lambda module, given, out: seen.append(tuple(out.shape)))
+    new, old = (maps(shapes, 2, seed) for seed in (0, 1))
+    with torch.no_grad():
+        assert has.agreement(new, old).shape == (2, 128, 28, 28)
+        h = has(new, old)
+    left = 3 - last_stride
+    assert seen[:3] == [(2, 128, s, s, left, left) for s in (7, 14, 28)]
+    assert {name: tuple(x.shape) for name, x in h.items()} == {
+        name: (2, shape[0]) for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("mix", ["cascade", "sum"])
+def test_frames_in_parts_give_equal_numbers_and_gradients(mix):
+    shapes = groups((1, 1, 1), sizes=(12, 6, 3))
+    new, old = (maps(shapes, 5, seed, torch.float64) for seed in (0, 1))
+    found = []
+    for frames in (None, 2, 1):
+        torch.manual_seed(0)
+        has = HAS(shapes, mix, frames=frames).double()
+        given = {name: x.clone().requires_grad_() for name, x in new.items()}
+        h = has(given, old)
+        loss = sum((x * torch.linspace(0, 1, x.numel()).view_as(x)).sum() for x in h.values())
+        loss.backward()
+        grads = [p.grad for p in has.parameters()] + [x.grad for x in given.values()]
+        found.append([loss.detach(), *grads])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("h", ["bounded", "softmax"])
+def test_importances_are_one_on_average_and_bounded(h):
+    shapes = groups((1, 1, 1), sizes=(12, 6, 3))
+    torch.manual_seed(0)
+    has = HAS(shapes, h=h)
+    for p in has.parameters():  # far from the start
+        p.data.mul_(3)
+    with torch.no_grad():
+        found = has(maps(shapes, 4, 0), maps(shapes, 4, 1))
+    for x in found.values():
+        torch.testing.assert_close(x.mean(dim=1), torch.ones(4))
+        assert (x > 0).all()
+        assert h == "softmax" or (x.amax(dim=1) / x.amin(dim=1) <= 3).all()
+    assert any(x.std() > 1e-3 for x in found.values())
+
+
+def test_drift_is_the_weighted_distance_of_unit_maps():
+    shapes = {"a": (3, 2, 2), "b": (2, 4, 4)}
+    new, old = (maps(shapes, 3, seed, torch.float64) for seed in (0, 1))
+    h = {name: torch.rand(3, shape[0], dtype=torch.float64) for name, shape in shapes.items()}
+    expected = 0.0
+    for name, (width, height, _) in shapes.items():
+        total = 0.0
+        for n in range(3):
+            x, y = (m[name][n].numpy() / np.linalg.norm(m[name][n].numpy()) for m in (new, old))
+            for c in range(width):
+                moved = sum((x[c, i, j] - y[c, i, j]) ** 2 for i, j in np.ndindex(height, height))
+                total += float(h[name][n, c]) * moved
+        expected += total / (3 * width)
+    np.testing.assert_allclose(float(drift(h, new, old)), expected, rtol=1e-12)
+    assert float(drift(h, new, new)) == 0
+
+
+def test_spreads_add_up_and_a_common_scale_of_importances_changes_nothing():
+    rng = np.random.default_rng(0)
+    old_NW, new_NW = 1 + 0.1 * rng.normal(size=(7, 5)), 1 + 0.3 * rng.normal(size=(40, 5))
+    found = []
+    for scale in (1.0, 20.0):
+        spreads = []
+        for x in (old_NW, new_NW):
+            spread = crm.Spread()
+            for part in np.array_split(scale * x, 3):
+                spread.add(torch.from_numpy(part))
+            by_hand = sum(((row - x.mean(axis=0)) ** 2).sum() for row in x)
+            np.testing.assert_allclose(spread.value, scale**2 * by_hand, rtol=1e-9)
+            spreads.append(spread)
+        found.append(crm.ratios(*spreads))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-9)
+    by_hand = np.log(
+        ((old_NW - old_NW.mean(0)) ** 2).sum() / ((new_NW - new_NW.mean(0)) ** 2).sum()
+    )
+    np.testing.assert_allclose(found[0], (by_hand, 0), rtol=1e-9)
+
+
+def test_ratios_stay_within_bounds():
+    still, moving = crm.Spread(), crm.Spread()
+    still.add(torch.ones(3, 2))
+    moving.add(torch.tensor([[1e3, 0.0], [-1e3, 0.0]]))
+    assert crm.ratios(still, moving) == (-5, 0)
+    assert crm.ratios(moving, crm.Spread()) == (5, 0)
+    assert crm.ratios(still, still) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"mix": "stack"}, {"h": "free"}, {"last_stride": 3}, {"groups": {}}]
+)
+def test_other_choices_are_refused(options):
+    with pytest.raises(ValueError, match="choose mix"):
+        HAS(**{"groups": groups((1, 1, 1))} | options)
