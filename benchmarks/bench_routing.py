@@ -207,26 +207,37 @@ def shortlist(width: int) -> list[dict[str, Any]]:
             head.learn(Task(clips, k, text[own]))
         batches = test.flatten(0, 1).split(250)
 
-        def predicted(head: StPR, short: int, batches: Any = batches) -> tuple[Tensor, float]:
-            head.shortlist = short
+        ran = [0]
+        for expert in head._experts:
+            expert.register_forward_hook(
+                lambda module, given, out, ran=ran: ran.append(ran.pop() + len(out))
+            )
+
+        def predicted(
+            head: StPR, short: int, batches: Any = batches, ran: list[int] = ran
+        ) -> tuple[Tensor, float, float]:
+            head.shortlist, ran[0] = short, 0
             began = time.perf_counter()
             found = torch.cat([head.scores({"vector": x}).argmax(dim=1) for x in batches])
-            return found, time.perf_counter() - began
+            return found, time.perf_counter() - began, ran[0] / len(found)
 
         head.shortlist = 0
         first = torch.cat([head.routing({"vector": x}).experts[:, 0] for x in batches])
         zero = (normalize(test.flatten(0, 1), dim=2).mean(dim=1) @ text.T).argmax(dim=1)
         ways = {}
+        doubt = head.doubt
         for way, options in {
-            "published": (None, 0),
-            "softmax 0.02": (0.02, 0),
-            "softmax 0.01": (0.01, 0),
-            "keep 1": (None, 1),
+            "published": (None, 0, doubt),
+            "published, doubt=0": (None, 0, 0.0),
+            "softmax=0.02": (0.02, 0, doubt),
+            "softmax=0.02, doubt=0": (0.02, 0, 0.0),
+            "keep=1, doubt=0": (None, 1, 0.0),
         }.items():
-            head.softmax, head.keep = options
-            (every, slow), (few, quick) = predicted(head, 0), predicted(head, SHORT)
+            head.softmax, head.keep, head.doubt = options
+            (every, slow, _), (few, quick, asked) = predicted(head, 0), predicted(head, SHORT)
             ways[way] = {
                 "agreement": float((every == few).float().mean()),
+                "experts a clip": asked,
                 "accuracy, all run": float((every == labels).float().mean()),
                 f"accuracy, {SHORT} run": float((few == labels).float().mean()),
                 "seconds, all run": slow,
@@ -288,9 +299,10 @@ def show(runs: dict[str, list[dict[str, Any]]]) -> None:
               f"expert first for {run['own expert is first']:.1%}, right by text alone "
               f"{run['accuracy of text alone']:.1%}")  # fmt: skip
         for way, of in run["weights"].items():
-            agreement, all_right, few_right, slow, quick = of.values()
-            print(f"  {way:14} {agreement:7.2%} agree; right {all_right:6.1%} with all, "
-                  f"{few_right:6.1%} with {SHORT}; {slow / quick:5.1f} times as fast")  # fmt: skip
+            agreement, asked, all_right, few_right, slow, quick = of.values()
+            print(f"  {way:22} {agreement:7.2%} agree; {asked:5.1f} experts a clip; right "
+                  f"{all_right:6.1%} with all, {few_right:6.1%} with few; {slow / quick:5.1f} "
+                  "times as fast")  # fmt: skip
     for run in runs.get("published size", []):
         print(f"{run['experts']} experts of the published size, batch {run['batch']}")
         lines(run["milliseconds"], run["batch"], "all run", {})

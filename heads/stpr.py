@@ -69,6 +69,7 @@ class StPR:
         keep: How many experts, those of the greatest r_k, enter the sum. 0 for all, as published.
         shortlist: How many experts run on a clip; what the others would say is assumed. 0 for all,
             as published.
+        doubt: With a shortlist: where the two best classes differ by less, in cosine, all run.
         distillation, weight: `fssd`, `uniform` or `none`, and lambda. Adapters only.
         eps: Added to the variances in the importance of a channel.
         tau: Temperature of the contrast. None for 0.01, CLIP's own, with text that is given, and
@@ -102,6 +103,7 @@ class StPR:
         softmax: float | None = None,
         keep: int = 0,
         shortlist: int = 0,
+        doubt: float = 0.01,
         distillation: str = "fssd",
         weight: float = 1e4,
         eps: float = 1e-6,
@@ -129,7 +131,7 @@ class StPR:
                 "experts are compared by their residuals alone"
             )
         self.position, self.routing_by, self.softmax = position, routing, softmax
-        self.keep, self.shortlist = keep, shortlist
+        self.keep, self.shortlist, self.doubt = keep, shortlist, doubt
         self.distillation, self.weight, self.eps = distillation, weight, eps
         self.tau = tau or TAU[text]
         self.layers, self.heads, self.ffn, self.start = layers, heads, ffn, start
@@ -284,7 +286,17 @@ class StPR:
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
-        spatial_BTD, encoded_BKD = self._encoded(batch)
+        scores_BC = self._scored(batch, self.shortlist)
+        if self._few(self.shortlist) and len(self.classes) > 1:
+            best_B2 = scores_BC.topk(2, dim=1).values
+            doubted_B = best_B2[:, 0] - best_B2[:, 1] < self.doubt
+            if doubted_B.any():
+                those = {name: cells[doubted_B] for name, cells in batch.items()}
+                scores_BC[doubted_B] = self._scored(those, 0)
+        return scores_BC
+
+    def _scored(self, batch: Batch, shortlist: int) -> Tensor:
+        spatial_BTD, encoded_BKD = self._encoded(batch, shortlist)
         video_BD = spatial_BTD.mean(dim=1)
         if self._ways:
             similarities_BK, _ = self._similar(batch, spatial_BTD, encoded_BKD)
@@ -300,7 +312,7 @@ class StPR:
         """
         if not self._ways:
             raise ValueError("routing='none' has no experts, so there is nothing to route")
-        spatial_BTD, encoded_BKD = self._encoded(batch)
+        spatial_BTD, encoded_BKD = self._encoded(batch, self.shortlist)
         similarities_BK, nearest_BK = self._similar(batch, spatial_BTD, encoded_BKD)
         weights_BK = self._weights(similarities_BK)
         order_BK = weights_BK.argsort(dim=1, descending=True, stable=True)
@@ -330,19 +342,22 @@ class StPR:
     def _encode(self, k: int, spatial_BTD: Tensor) -> Tensor:
         return _encoded(self._experts[k], spatial_BTD)
 
-    def _encoded(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _few(self, shortlist: int) -> bool:
+        return 0 < shortlist < len(self._experts)
+
+    def _encoded(self, batch: Batch, shortlist: int) -> tuple[Tensor, Tensor]:
         """V^s [B, T, D], and V^st of all experts [B, K, D], or of the others what is assumed."""
         spatial_BTD = self._seen(batch)
         if not self._ways:
             return spatial_BTD, spatial_BTD[:, :0]
-        if not 0 < self.shortlist < len(self._experts):
+        if not self._few(shortlist):
             every = [self._encode(k, spatial_BTD) for k in range(len(self._experts))]
             return spatial_BTD, torch.stack(every, dim=1)
 
         def similar(encoded_BKD: Tensor) -> Tensor:
             return self._similar(batch, spatial_BTD, encoded_BKD)[0]
 
-        encoded_BKD, _ = self._listed.encoded(spatial_BTD, self.shortlist, self._encode, similar)
+        encoded_BKD, _ = self._listed.encoded(spatial_BTD, shortlist, self._encode, similar)
         return spatial_BTD, encoded_BKD
 
     def _compared(self, way: str, batch: Batch, spatial_BTD: Tensor, encoded_BKD: Tensor) -> Tensor:

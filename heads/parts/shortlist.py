@@ -13,12 +13,11 @@ can be left out unnoticed. Ours, where StPR has no such stage:
    from what was assumed, on average, is added to what is assumed of the others, as far as they
    agree about it (James and Stein's estimate of a mean).
 
-With 100 experts and S = 8, where the router prefers a clip's own expert (89 % of the clips), 98.6 %
-of the predictions are those of the full routing: under the published sum the two best classes are
-often nearer to each other than 92 assumed terms are right. What weighs fewer experts agrees better
-(`weights`): 99.5 % with a softmax of temperature 0.02, all with one expert kept, and more of them
-are right. Where the router itself is at a loss, so is its shortlist: see
-benchmarks/bench_routing.py.
+Under the published sum the two best classes are often nearer to each other than 92 of 100 assumed
+terms are right. So where they are near, StPR lets all experts run after all (its option `doubt`).
+With 100 experts and S = 8, on features where the router prefers a clip's own expert for 89 % of the
+clips, 98.6 % of the predictions are then those of the full routing without that, and all of them
+with it, at 20 experts a clip; see benchmarks/bench_routing.py, for harder features too.
 
 Shapes: N, B clips, T frames, D width, C classes learned, K experts, S experts that run.
 """

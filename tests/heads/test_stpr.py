@@ -211,7 +211,7 @@ def test_with_a_shortlist_of_all_experts_all_run(learned):
 
 
 def test_with_a_shortlist_few_experts_run_and_the_rest_is_assumed(learned):
-    run = learned(shortlist=1, start="random", epochs=5)
+    run = learned(shortlist=1, doubt=0, start="random", epochs=5)
     tokens, _ = run.tokens([0, 3, 5], clips=2, seed=9)
     batch, head = run.batch(tokens), run.head
     ran = []
@@ -227,6 +227,21 @@ def test_with_a_shortlist_few_experts_run_and_the_rest_is_assumed(learned):
     texts = head.state_dict()["text"]
     expected = torch.nn.functional.normalize(video, dim=1) @ texts.T
     torch.testing.assert_close(scores, expected)
+
+
+def test_where_two_classes_are_near_all_experts_run_after_all(learned):
+    few, every = (learned(shortlist=s, start="random", epochs=5, doubt=0) for s in (1, 0))
+    tokens, _ = few.tokens([0, 3, 5, 7], clips=4, seed=9)
+    short, full = few.scores(tokens), every.scores(tokens)
+    assert not torch.allclose(short, full)
+    best = short.topk(2, dim=1).values
+    gaps = best[:, 0] - best[:, 1]
+    few.head.doubt = float(gaps.median())
+    doubted = gaps < few.head.doubt
+    assert 0 < doubted.sum() < len(tokens)
+    found = few.scores(tokens)
+    torch.testing.assert_close(found[doubted], full[doubted])
+    torch.testing.assert_close(found[~doubted], short[~doubted])
 
 
 @pytest.mark.parametrize("options", [{"shortlist": 1, "routing": "clip"}, {"keep": -1}])
