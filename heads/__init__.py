@@ -196,6 +196,13 @@ class Routing(NamedTuple):
 
 @runtime_checkable
 class Routes(Protocol):
-    """A head that weighs experts by a clip's nearest anchors."""
+    """A head that weighs experts by a clip's nearest anchors.
+
+    Attributes:
+        experts: How many it has so far; 0 where it was built without.
+    """
+
+    @property
+    def experts(self) -> int: ...
 
     def routing(self, batch: Batch) -> Routing: ...

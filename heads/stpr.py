@@ -1,7 +1,8 @@
 """StPR: spatiotemporal experts, routed by temporal residuals, on a frozen or adapted CLIP.
 
-Exemplar-free video class-incremental learning. Each task k trains an expert of its own, and goes on
-with the adapters that all tasks share, where there are any:
+"StPR: Spatiotemporal Preservation and Routing for Exemplar-Free Video Class-Incremental Learning",
+2025. It keeps no exemplars. Each task k trains an expert of its own, and goes on with the adapters
+that all tasks share, where there are any (`parts/losses.py` writes out the losses):
 
     V^s_i   = unit vector of frame i, by the network with its adapters      (parts/spatial.py)
     Vbar^s  = mean_i V^s_i
@@ -12,9 +13,10 @@ with the adapters that all tasks share, where there are any:
     V       = Vbar^s + sum_k r_k V^st_k,    score of class c = cos(V, text_c)
     loss    = L_cont(V^st_k, text) + L_cont(Vbar^s, text) + weight * L_FSSD (parts/losses.py)
 
-As published: adapters="all". By default there are none: everything is then served from the cache
-(the paper's row "TD-MoE only"), FSSD is zero, and a task takes seconds. With routing="none" there
-are no experts (its row "adapters + FSSD"): V = Vbar^s, and the loss has no term of an expert.
+The defaults are not the paper's whole method, which is adapters="all", clip_norm=None: without
+adapters everything is served from the cache (the paper's row "TD-MoE only") and FSSD is zero. With
+routing="none" there are no experts (its row "adapters + FSSD"): V = Vbar^s, and the loss has no
+term of an expert.
 
 Ours, where StPR is silent: what is made unit, and see `parts` for the rest. A class that comes
 again gets an anchor with the new expert too; its text and importance are then the newest. For many
@@ -125,15 +127,21 @@ class StPR:
             if given[name] not in choices:
                 known = ", ".join(map(str, choices))
                 raise ValueError(f"no {name}={given[name]!r}; choose from {known}")
+        counts = {"first_epochs": first_epochs, "epochs": epochs, "batch_size": batch_size}
+        if min(first_epochs, epochs) < 0 or batch_size < 1:
+            raise ValueError(f"{counts}: give 0 epochs at least, and a clip a batch")
         if keep < 0 or shortlist < 0 or (shortlist and routing not in ("td", "average")):
             raise ValueError(
                 f"{keep=}, {shortlist=} under {routing=}: give 0 or more, and a shortlist where "
                 "experts are compared by their residuals alone"
             )
+        numbers = {"softmax": softmax, "tau": tau, "eps": eps}
+        if any(x is not None and not x > 0 for x in numbers.values()) or not doubt >= 0:
+            raise ValueError(f"{numbers}, {doubt=}: give numbers above 0, and no doubt below it")
         self.position, self.routing_by, self.softmax = position, routing, softmax
         self.keep, self.shortlist, self.doubt = keep, shortlist, doubt
         self.distillation, self.weight, self.eps = distillation, weight, eps
-        self.tau = tau or TAU[text]
+        self.tau = TAU[text] if tau is None else tau
         self.layers, self.heads, self.ffn, self.start = layers, heads, ffn, start
         self.first_epochs, self.epochs, self.batch_size = first_epochs, epochs, batch_size
         self.lr, self.momentum, self.schedule = lr, momentum, schedule
@@ -151,7 +159,9 @@ class StPR:
 
     @property
     def answering(self) -> Sequence[str]:
-        names = ["softmax", "keep"]
+        names = ["softmax", "keep", "doubt"]
+        if self.shortlist:
+            names.append("shortlist")
         if self.routing_by != "none" and not (self.changes and self.routing_by == "clip"):
             names.append("routing")
         if not self.changes:
@@ -160,9 +170,19 @@ class StPR:
 
     @property
     def pool(self) -> AnchorPool:
-        """The anchors that it routes by: of V^tem, under `clip` and `adapter` of Vbar^s."""
+        """The anchors that it routes by: of V^tem, under `clip` and `adapter` of Vbar^s.
+
+        Raises:
+            ValueError: There are no experts, or none yet.
+        """
+        if not self._pools:
+            raise ValueError(f"no anchors under routing={self.routing_by!r}, or none learned yet")
         way = {"average": "td"}.get(self.routing_by, self.routing_by)
         return self._pools[way if way in self._ways else "adapter"]
+
+    @property
+    def experts(self) -> int:
+        return len(self._experts)
 
     @property
     def reads(self) -> Sequence[str]:
@@ -196,6 +216,11 @@ class StPR:
 
     def _learn(self, task: Task) -> None:
         width = self._width
+        if self._pools and self.pool.keys[-1] != task.key:
+            raise ValueError(
+                f"a task from columns {task.key!r}; learned before were tasks from "
+                f"{self.pool.keys[-1]!r}: use the same features throughout"
+            )
         clips, labels_N = task.clips, task.clips.labels
         old_ND: Tensor | None = None
         if not self._spatial.adapters:
@@ -286,17 +311,9 @@ class StPR:
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
-        scores_BC = self._scored(batch, self.shortlist)
-        if self._few(self.shortlist) and len(self.classes) > 1:
-            best_B2 = scores_BC.topk(2, dim=1).values
-            doubted_B = best_B2[:, 0] - best_B2[:, 1] < self.doubt
-            if doubted_B.any():
-                those = {name: cells[doubted_B] for name, cells in batch.items()}
-                scores_BC[doubted_B] = self._scored(those, 0)
-        return scores_BC
+        return self._scored(batch, *self._encoded(batch))
 
-    def _scored(self, batch: Batch, shortlist: int) -> Tensor:
-        spatial_BTD, encoded_BKD = self._encoded(batch, shortlist)
+    def _scored(self, batch: Batch, spatial_BTD: Tensor, encoded_BKD: Tensor) -> Tensor:
         video_BD = spatial_BTD.mean(dim=1)
         if self._ways:
             similarities_BK, _ = self._similar(batch, spatial_BTD, encoded_BKD)
@@ -312,7 +329,7 @@ class StPR:
         """
         if not self._ways:
             raise ValueError("routing='none' has no experts, so there is nothing to route")
-        spatial_BTD, encoded_BKD = self._encoded(batch, self.shortlist)
+        spatial_BTD, encoded_BKD = self._encoded(batch)
         similarities_BK, nearest_BK = self._similar(batch, spatial_BTD, encoded_BKD)
         weights_BK = self._weights(similarities_BK)
         order_BK = weights_BK.argsort(dim=1, descending=True, stable=True)
@@ -331,6 +348,8 @@ class StPR:
         """
         spatial_BTD = self._seen(batch)
         asked = range(len(self._experts)) if experts is None else experts
+        if not len(asked):
+            raise ValueError(f"residuals of {len(asked)} of {len(self._experts)} experts: ask one")
         encoded_BKD = torch.stack([self._encode(k, spatial_BTD) for k in asked], dim=1)
         return self._compared(self.routing_by, batch, spatial_BTD, encoded_BKD)
 
@@ -342,22 +361,27 @@ class StPR:
     def _encode(self, k: int, spatial_BTD: Tensor) -> Tensor:
         return _encoded(self._experts[k], spatial_BTD)
 
-    def _few(self, shortlist: int) -> bool:
-        return 0 < shortlist < len(self._experts)
-
-    def _encoded(self, batch: Batch, shortlist: int) -> tuple[Tensor, Tensor]:
+    def _encoded(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """V^s [B, T, D], and V^st of all experts [B, K, D], or of the others what is assumed."""
         spatial_BTD = self._seen(batch)
         if not self._ways:
             return spatial_BTD, spatial_BTD[:, :0]
-        if not self._few(shortlist):
-            every = [self._encode(k, spatial_BTD) for k in range(len(self._experts))]
-            return spatial_BTD, torch.stack(every, dim=1)
+
+        def every(x_BTD: Tensor) -> Tensor:
+            return torch.stack([self._encode(k, x_BTD) for k in range(self.experts)], dim=1)
+
+        if not 0 < self.shortlist < self.experts:
+            return spatial_BTD, every(spatial_BTD)
 
         def similar(encoded_BKD: Tensor) -> Tensor:
             return self._similar(batch, spatial_BTD, encoded_BKD)[0]
 
-        encoded_BKD, _ = self._listed.encoded(spatial_BTD, shortlist, self._encode, similar)
+        encoded_BKD, _ = self._listed.encoded(spatial_BTD, self.shortlist, self._encode, similar)
+        if self.doubt and len(self.classes) > 1:
+            best_B2 = self._scored(batch, spatial_BTD, encoded_BKD).topk(2, dim=1).values
+            doubted_B = best_B2[:, 0] - best_B2[:, 1] < self.doubt
+            if doubted_B.any():
+                encoded_BKD[doubted_B] = every(spatial_BTD[doubted_B])
         return spatial_BTD, encoded_BKD
 
     def _compared(self, way: str, batch: Batch, spatial_BTD: Tensor, encoded_BKD: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import itertools
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pipeline.spec import Runtime
 from stores import FeatureStore
 
 SEEDS = scenarios.SEEDS
+PASSING = "passing"  # in a run folder: its checkpoints are there for others of the grid alone
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,13 @@ class Sweep:
         """
         try:
             given = _nulls(tomllib.loads(Path(file).read_text()))
+            if strange := sorted(set(given) - {one.name for one in fields(cls)}):
+                raise ValueError(f"it has {', '.join(strange)}")
             return cls(**given)
-        except (tomllib.TOMLDecodeError, TypeError, UnicodeDecodeError) as error:
+        except (ValueError, TypeError) as error:  # what TOML and UTF-8 are not is a ValueError too
             raise ValueError(
-                f"{file} is no sweep: {error}. It has `heads`, `scenario`, and maybe `seeds`, "
-                "`backbone`, [grid] and [options.HEAD]"
+                f"{file} is no sweep: {error}. One has `heads`, `scenario`, and maybe `seeds`, "
+                "`backbone`, `splits`, [grid] and [options.HEAD]"
             ) from error
 
     def seed_list(self) -> list[int]:
@@ -82,7 +85,7 @@ class Sweep:
         axes: dict[str, dict[str, Sequence[Any]]] = {head: {} for head in self.heads}
         for name, values in self.grid.items():
             head, dot, option = name.rpartition(".")
-            having = [one for one in self.heads if option in known[one] and one in (head or one)]
+            having = [one for one in self.heads if option in known[one] and head in ("", one)]
             if not having or (dot and head not in known):
                 raise ValueError(
                     f"the grid's {name}: none of {', '.join(self.heads)} has it; options are\n"
@@ -91,6 +94,10 @@ class Sweep:
             if isinstance(values, str) or not isinstance(values, Sequence) or not len(values):
                 raise ValueError(f"the grid's {name} = {values!r}: give a list of values")
             for one in having:
+                if option in axes[one]:
+                    raise ValueError(
+                        f"the grid has {option} of {one} twice, with and without a head"
+                    )
                 axes[one][option] = values
         found = []
         for head in self.heads:
@@ -154,41 +161,49 @@ def ablate(
     watch, runtime = watch or Watch(), runtime or Runtime()
     out = Path(out).absolute()
     learn, test = splits
-    folders: list[Path] = []
-    unfinished: set[Path] = set()
+    folders: dict[Path, str] = {}  # and the digest of what is learned
     groups: dict[str, list[dict[str, Any]]] = {}  # those that learn the same
+    learned: dict[str, Path] = {}  # where one of them was finished before
     for head, seed, chosen in sweep.runs():
         plan = prepare(opened, head, scenario, seed, chosen, backbone, (learn, test), device)
         folder = out / plan.name
-        folders.append(folder)
+        if folder in folders:
+            continue
+        folders[folder] = plan.learning
         if not (folder / "metrics.json").exists():
-            unfinished.add(folder)
             groups.setdefault(plan.learning, []).append(
                 {"head": head, "seed": seed, "options": chosen}
             )
+            if not (keep_checkpoints or folder.exists()):
+                folder.mkdir(parents=True)
+                (folder / PASSING).touch()
+        elif checkpoints.whole(folder, len(plan.tasks)):
+            learned[plan.learning] = folder
     waiting = sum(map(len, groups.values()))
-    done = len(folders) - waiting
+    done, spared = len(folders) - waiting, waiting - len(groups.keys() - learned.keys())
     watch.said(
         f"{len(folders)} runs"
         + (f", {done} of them finished before" if done else "")
-        + (f", {waiting - len(groups)} learn what another does" if waiting > len(groups) else "")
+        + (f", {spared} learn what another does" if spared else "")
     )
     common = {"scenario": scenario, "backbone": backbone, "out": out, "device": device,
               "splits": (learn, test)}  # fmt: skip
     errors: list[str] = []
     if waiting:
         with watch.bars(runs=(waiting, "runs")):
-            for spec, error in _spread(opened, common, groups, runtime, client, watch):
+            spread = _spread(opened, common, groups, learned, runtime, client, watch)
+            for spec, error in spread:
                 watch.advance("runs", 1)
                 if error is not None:
                     errors.append(f"{spec['head']} {spec['options']} seed {spec['seed']}: {error}")
                     watch.said(f"FAILED {errors[-1]}")
     if errors and len(errors) == len(folders):
         raise RuntimeError(f"every run failed; the first: {errors[0]}")
-    finished = [folder for folder in dict.fromkeys(folders) if (folder / "metrics.json").exists()]
-    if not keep_checkpoints:
-        for folder in set(finished) & unfinished:
+    finished = [folder for folder in folders if (folder / "metrics.json").exists()]
+    for folder in finished:
+        if (folder / PASSING).exists() and not keep_checkpoints:
             checkpoints.remove(folder)
+        (folder / PASSING).unlink(missing_ok=True)
     runs = results.read(finished)
     table = results.summary(runs)
     table.attrs["runs"], table.attrs["errors"] = runs.to_dict("records"), errors
@@ -199,6 +214,7 @@ def _spread(
     store: FeatureStore,
     common: Mapping[str, Any],
     groups: Mapping[str, list[dict[str, Any]]],
+    before: Mapping[str, Path],
     runtime: Runtime,
     client: Any,
     watch: Watch,
@@ -206,20 +222,20 @@ def _spread(
     """Run them; each comes with its error when it ends. The first of a group learns for it."""
     place = str(store.place)
     if runtime.serial:
-        for group in groups.values():
-            learned: Path | None = None
+        for learning, group in groups.items():
+            learned = before.get(learning)
             for spec in group:
                 try:
                     learned = run(store, watch=watch, learned=learned, **spec, **common).folder
                     yield spec, None
-                except (ValueError, LookupError, OSError, RuntimeError) as error:
+                except Exception as error:
                     yield spec, error
         return
     from distributed import as_completed
 
     from pipeline.cluster import connected
 
-    count = min(len(groups), runtime.workers or os.cpu_count() or 1)
+    count = min(sum(map(len, groups.values())), runtime.workers or os.cpu_count() or 1)
     with contextlib.ExitStack() as stack:
         if client is None:
             workers = [{"nthreads": 1}] * count
@@ -228,10 +244,11 @@ def _spread(
         # One thread: as many runs as cores go on beside each other.
         common = {**common, "threads": 1, "pure": False}
         futures = {}
-        for first, *others in groups.values():
-            learns = client.submit(_one, place, **first, **common)
+        for learning, (first, *others) in groups.items():
+            known = before.get(learning)
+            learns = client.submit(_one, place, learned=known, **first, **common)
             futures[learns] = first
-            futures |= {client.submit(_one, place, learned=learns, **spec, **common): spec
+            futures |= {client.submit(_one, place, learned=known or learns, **spec, **common): spec
                         for spec in others}  # fmt: skip
         for future in as_completed(futures):
             yield futures[future], future.exception()

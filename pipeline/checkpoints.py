@@ -65,13 +65,20 @@ def read(run: Path, task: int = -1) -> tuple[int, dict[str, Tensor], dict[str, A
     return task, state, known
 
 
+def whole(run: Path, tasks: int) -> bool:
+    """Whether there is one for each of so many tasks."""
+    return all((run / FOLDER / f"task-{task:02}.json").exists() for task in range(tasks))
+
+
 def remove(run: Path) -> None:
     """Of a run that has ended."""
     shutil.rmtree(run / FOLDER, ignore_errors=True)
 
 
 def _last(run: Path, which: str = "*") -> tuple[int, dict[str, Any]]:
-    files = sorted((run / FOLDER).glob(f"task-{which}.json"))
+    files = sorted(
+        (run / FOLDER).glob(f"task-{which}.json"), key=lambda file: int(file.stem[len("task-") :])
+    )
     if not files:
         return -1, {}
     try:

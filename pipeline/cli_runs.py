@@ -62,6 +62,9 @@ def ablate(
     workers: Annotated[int, typer.Option(help="Runs side by side; 0: one a core.")] = 0,
     scheduler: Annotated[str, typer.Option(help="tcp://HOST:PORT of a Dask scheduler.")] = "",
     serial: Annotated[bool, typer.Option("--serial", help="One by one, without Dask.")] = False,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Of every run, for `strata route`.")
+    ] = False,
     table: Annotated[
         Path | None, typer.Option(help="Also write the table there: .csv, .parquet or .tex.")
     ] = None,
@@ -81,10 +84,12 @@ def ablate(
     from pipeline.spec import Runtime
 
     asked = Sweep.read(sweep)
+    if table is not None:
+        results.writable(table)
     watch = Watch() if as_json else for_this_output()
     found = do(store, asked.heads, scenario or asked.scenario, asked.grid, asked.seeds,
                options=asked.options, backbone=asked.backbone, splits=asked.splits, out=out,
-               device=device, watch=watch,
+               device=device, watch=watch, keep_checkpoints=keep_checkpoints,
                runtime=Runtime(workers=workers, scheduler=scheduler, serial=serial))  # fmt: skip
     if table is not None:
         results.write(found, table)

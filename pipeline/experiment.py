@@ -15,6 +15,7 @@ A killed run goes on from its last whole task to the same numbers, on a CPU to t
 
 import contextlib
 import hashlib
+import inspect
 import json
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import numpy as np
 import pandas as pd
@@ -126,9 +127,9 @@ def run(
         device: Where the head works.
         threads: Of torch; 0 leaves them. A resumed run takes those that it began with.
         keep_checkpoints: Whether they stay when the run has ended.
-        learned: A finished run, with its checkpoints, that differs in options alone which decide
-            scores and nothing of what is learned (`heads.Answers`): its states are taken in the
-            place of learning, and so are its seconds in `cost`.
+        learned: A finished run that differs in options alone which decide scores and nothing of
+            what is learned (`heads.Answers`): the states in its checkpoints are taken in the place
+            of learning, and what that cost there is told in `cost`. Where they are gone, it learns.
 
     Raises:
         ValueError: No such head, option, scenario or backbone; classes that have no clips.
@@ -176,7 +177,7 @@ class Prepared:
     @property
     def learning(self) -> str:
         """Digest of what decides the head's states: runs that share it learn the same."""
-        return _learning(self.spec, self.head)
+        return _learning(self.spec)
 
     @property
     def name(self) -> str:
@@ -204,9 +205,12 @@ def prepare(
     device: str = "cpu",
 ) -> Prepared:
     """Everything that can be refused, before anything is computed. Arguments as `run`."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{device=}, and torch finds no GPU here: leave it out for the CPU")
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
     known = inspect_options(variant("heads", head).build)
     given = {**({"seed": seed} if "seed" in known else {}), **options}
+    given = {key: _plain(value, known.get(key)) for key, value in given.items()}
     name = offering.backbone_of(opened, backbone)
     made, network, features = head_of(opened, head, given, name)
     classes = list(opened.attributes["classes"])
@@ -259,6 +263,7 @@ def head_of(
             f"{head} has no option {', '.join(unknown)}; it has "
             + (", ".join(f"{name}={value!r}" for name, value in known.items()) or "none")
         )
+    _check_types(head, build, options)
     made: Head = build(**options)
     changes = isinstance(made, Changes) and made.changes
     network: backbones.Backbone | None = None
@@ -274,7 +279,25 @@ def head_of(
     return made, attached, features
 
 
-def _learning(spec: Mapping[str, Any], head: Head) -> str:
+def _check_types(head: str, build: Callable[..., Head], options: Mapping[str, Any]) -> None:
+    """Refuse what an option cannot be before anything is computed with it."""
+    parameters = inspect.signature(build).parameters
+    for name, value in options.items():
+        hint = parameters[name].annotation
+        kinds = tuple(get_origin(kind) or kind for kind in get_args(hint) or (hint,))
+        if float in kinds:
+            kinds += (int,)
+        is_flag = isinstance(value, bool) and bool not in kinds
+        if hint is not inspect.Parameter.empty and (is_flag or not isinstance(value, kinds)):
+            said = hint.__name__ if isinstance(hint, type) else str(hint)
+            raise ValueError(
+                f"{head}'s {name}={value!r}: give {said.replace('typing.', '')}; its default is "
+                f"{parameters[name].default!r}"
+            )
+
+
+def _learning(spec: Mapping[str, Any]) -> str:
+    head = variant("heads", spec["head"]).build(**spec["options"])
     aside = head.answering if isinstance(head, Answers) else ()
     options = {name: value for name, value in spec["options"].items() if name not in aside}
     return digest(dict(spec) | {"options": options})
@@ -284,16 +307,32 @@ def _teacher(plan: Prepared, folder: str | Path) -> Run:
     """The run whose states are taken."""
     teacher = Run.read(folder)
     held = {name: teacher.spec[name] for name in plan.spec}
-    if _learning(held, plan.head) != plan.learning:
+    if _learning(held) != plan.learning:
         raise SpecMismatch(f"{folder} has learned something else than {plan.name} would")
     return teacher
 
 
+def _taken(teacher: Run, number: int) -> tuple[dict[str, Tensor], dict[str, list[Any]]] | None:
+    """Another run's state after a task, and its costs; None where that checkpoint is gone."""
+    try:
+        task, state, known = checkpoints.read(teacher.folder, number)
+    except ValueError:
+        return None
+    return (state, known["cost"]) if task == number else None
+
+
 def inspect_options(build: Callable[..., Head]) -> dict[str, Any]:
     """Options of a head and their defaults."""
-    import inspect
-
     return {name: one.default for name, one in inspect.signature(build).parameters.items()}
+
+
+def _plain(value: Any, default: Any) -> Any:
+    """One form for equal numbers, 10000 and 1e4: that of the default."""
+    if isinstance(value, float) and value.is_integer() and not isinstance(default, float):
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and isinstance(default, float):
+        return float(value)
+    return value
 
 
 def code_of(head: str) -> str:
@@ -349,12 +388,13 @@ def _carry_out(plan: Prepared, folder: Path, watch: Watch, teacher: Run | None) 
             if isinstance(head, Rehearses) and len(head.exemplars):
                 memory = plan.clips(head.exemplars.numpy())
             began = time.perf_counter()
-            if teacher is None:
+            taken = teacher and _taken(teacher, number)
+            if taken:
+                head.load_state_dict(taken[0])
+            else:
                 with _told(watch, f"task {number + 1}/{len(plan.tasks)}") as progress:
                     text = _text(plan, clips)
                     head.learn(Task(clips, number, text, memory, progress, plan.key))
-            else:
-                head.load_state_dict(checkpoints.read(teacher.folder, number)[1])
             learned = time.perf_counter()
             plan.seen.append(plan.clips(plan.division.test[number]))
             answers = {CNN: head.scores}
@@ -364,14 +404,16 @@ def _carry_out(plan: Prepared, folder: Path, watch: Watch, teacher: Run | None) 
                 row, frame = _answers(plan, answer, number, classifier)
                 rows[classifier].append(row)
                 told.append(frame)
-        seconds = learned - began if teacher is None else teacher.cost["seconds"][number]
-        cost["seconds"].append(seconds)
+        cost["seconds"].append(learned - began)
         cost["score_seconds"].append(time.perf_counter() - learned)
         cost["peak_memory_bytes"].append(peak())
         cost["bytes_read"].append(_bytes_read([clips, *([memory] if memory else []), *plan.seen]))
         calls = plan.network.calls if plan.network else Counter[str]()
         cost["stages_recomputed"].append(dict(calls))
         calls.clear()
+        if taken:
+            for name in ("seconds", "peak_memory_bytes", "bytes_read", "stages_recomputed"):
+                cost[name][-1] = taken[1][name][number]
         _write_parquet(folder, pd.concat(told, ignore_index=True))
         checkpoints.write(folder, number, head.state_dict(), {"rows": rows, "cost": cost})
         seen = slice(0, number + 1)
@@ -379,7 +421,7 @@ def _carry_out(plan: Prepared, folder: Path, watch: Watch, teacher: Run | None) 
         watch.said(
             f"task {number + 1}/{len(plan.tasks)}: {np.average(rows[CNN][-1], weights=counts):.1%} "
             f"of {sum(counts)} clips of {len(head.classes)} classes, "
-            + (f"{seconds:.1f} s of learning" if teacher is None else "learned before")
+            + ("learned by another run" if taken else f"{learned - began:.1f} s of learning")
         )
     _finish(plan, folder, rows, cost)
 

@@ -120,14 +120,28 @@ def summary(runs: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFrame
     return pd.DataFrame(parts).reset_index()
 
 
+def writable(path: str | Path) -> Path:
+    """Where a table can be written.
+
+    Raises:
+        ValueError: The ending is none of .csv, .parquet, .tex, or there is no such folder.
+    """
+    path = Path(path)
+    if (
+        path.suffix.lower() not in (".csv", ".parquet", ".tex")
+        or not path.absolute().parent.is_dir()
+    ):
+        raise ValueError(f"{path}: a table is .csv, .parquet or .tex, in a folder that there is")
+    return path
+
+
 def write(table: pd.DataFrame, path: str | Path, **options: Any) -> None:
     """Write a table by the ending of its name: .csv, .parquet, or .tex (with options of `latex`).
 
     Raises:
         ValueError: Another ending, or .tex for a table that is no summary.
     """
-    path = Path(path)
-    ending = path.suffix.lower()
+    path, ending = writable(path), Path(path).suffix.lower()
     if ending not in (".csv", ".parquet", ".tex") or (options and ending != ".tex"):
         raise ValueError(f"{path}: a table is .csv, .parquet or .tex, and only .tex has options")
     # Without the attrs: what a caller hangs on a table need not be JSON, as Parquet wants it.

@@ -93,7 +93,7 @@ def route(
         store or done.spec["store"]
     )  # fmt: skip
     head, kept = restored(done, opened)
-    if not isinstance(head, Routes):
+    if not isinstance(head, Routes) or not head.experts:
         raise ValueError(f"{done.folder} is a run of {done.spec['head']}, which has no experts")
     backbone = done.spec["backbone"]
     one = next(iter(kept.values()))
@@ -174,8 +174,8 @@ def restored(run: Run, store: FeatureStore) -> tuple[Head, dict[str, Feature]]:
     task, state, _ = checkpoints.read(run.folder)
     if task < len(spec["tasks"]) - 1:
         raise ValueError(
-            f"{run.folder} has no checkpoint of its last task: run it again with its checkpoints "
-            "kept"
+            f"{run.folder} has no checkpoint of its last task, since `ablate` removes those that "
+            "it has made: give it --keep-checkpoints, or remove this folder and `strata run` it"
         )
     head.load_state_dict(state)
     return head, features

@@ -1,5 +1,7 @@
 """Ablations: which runs a grid is, that finished ones stay, what the table says."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -127,11 +129,97 @@ def test_processes_share_what_is_learned_too(vector_store, tmp_path):
     assert not list(tmp_path.glob("*/*/checkpoints"))
 
 
+def test_a_shared_run_tells_what_learning_has_cost(vector_store, tmp_path):
+    ablate(vector_store, "stpr", "2+2x2", {"routing": ["td", "average"]}, 1, runtime=SERIAL,
+           options={"stpr": STPR}, out=tmp_path)  # fmt: skip
+    costs = [json.loads(file.read_bytes()) for file in sorted(tmp_path.glob("*/cost.json"))]
+    for name in ("seconds", "bytes_read", "peak_memory_bytes", "stages_recomputed"):
+        assert costs[0][name] == costs[1][name]
+    assert costs[0]["score_seconds"] != costs[1]["score_seconds"]
+
+
+def test_a_stopped_ablation_goes_on_with_what_was_learned_and_leaves_nothing(
+    vector_store, tmp_path, monkeypatch
+):
+    ways = {"routing": ["td", "average", "adapter"]}
+    learned = []
+    monkeypatch.setattr(StPR, "learn", lambda self, task, do=StPR.learn: (
+        learned.append(task.number), do(self, task)))  # fmt: skip
+
+    class Stopped(BaseException):
+        pass
+
+    class Stopping(Notes):
+        def advance(self, name, count, frames=0):
+            super().advance(name, count)
+            if self.done == 2:
+                raise Stopped
+
+    common = {"options": {"stpr": STPR}, "runtime": SERIAL, "out": tmp_path}
+    with pytest.raises(Stopped):
+        ablate(vector_store, "stpr", "2+2x2", ways, 1, watch=Stopping(), **common)
+    assert len(list(tmp_path.glob("*/checkpoints"))) == 2
+    notes = Notes()
+    table = ablate(vector_store, "stpr", "2+2x2", ways, 1, watch=notes, **common)
+    assert notes.lines[0] == "3 runs, 2 of them finished before, 1 learn what another does"
+    assert learned == [0, 1, 2]
+    assert len(table) == 3
+    assert not list(tmp_path.glob("*/checkpoints"))
+    assert not list(tmp_path.glob("*/passing"))
+
+
+def test_where_the_states_of_another_are_gone_a_run_learns(vector_store, tmp_path):
+    first = run(vector_store, "stpr", "2+2x2", options=STPR, out=tmp_path / "a")
+    (first.folder / "checkpoints" / "task-01.json").unlink()
+    options = STPR | {"routing": "average"}
+    found = run(vector_store, "stpr", "2+2x2", options=options, out=tmp_path / "a",
+                learned=first.folder)  # fmt: skip
+    alone = run(vector_store, "stpr", "2+2x2", options=options, out=tmp_path / "b")
+    assert numbers(found.folder) == numbers(alone.folder)
+
+
+def test_equal_numbers_are_one_run_and_an_option_comes_once(vector_store, tmp_path):
+    grid = {"weight": [10, 1e1, 2.5], "epochs": [2.0]}
+    options = {"stpr": {k: v for k, v in STPR.items() if k != "epochs"} | {"first_epochs": 1}}
+    table = ablate(vector_store, "stpr", "2+2x2", grid, 1, options=options, out=tmp_path,
+                   runtime=SERIAL)  # fmt: skip
+    assert table["option.weight"].tolist() == [10.0, 2.5]
+    assert table["option.epochs"].tolist() == [2, 2]
+    twice = Sweep(("stpr",), "demo", {"routing": ["td"], "stpr.routing": ["average"]})
+    with pytest.raises(ValueError, match="routing of stpr twice"):
+        twice.runs()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"epochs": 2.5}, "epochs=2.5: give int"),
+        ({"lr": "fast"}, "lr='fast': give float"),
+        ({"softmax": "x"}, r"softmax='x': give float \| None"),
+        ({"epochs": True}, "epochs=True"),
+        ({"batch_size": 0}, "'batch_size': 0"),
+        ({"epochs": -1}, "'epochs': -1"),
+        ({"tau": 0}, "'tau': 0"),
+        ({"doubt": float("nan")}, "doubt=nan"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_before_anything_is_learned(
+    vector_store, tmp_path, options, said
+):
+    with pytest.raises(ValueError, match=said):
+        run(vector_store, "stpr", "2+2x2", options=STPR | options, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_was_learned_otherwise_is_refused(vector_store, tmp_path):
     first = run(vector_store, "stpr", "2+2x2", options=STPR, out=tmp_path)
     with pytest.raises(SpecMismatch, match="learned something else"):
         run(vector_store, "stpr", "2+2x2", options=STPR | {"lr": 0.1}, out=tmp_path,
             learned=first.folder)  # fmt: skip
+    none = run(vector_store, "stpr", "2+2x2", options=STPR | {"routing": "none"}, out=tmp_path)
+    with pytest.raises(SpecMismatch, match="learned something else"):
+        run(vector_store, "stpr", "2+2x2", options=STPR | {"routing": "average"}, out=tmp_path,
+            learned=none.folder)  # fmt: skip
     with pytest.raises(SpecMismatch, match="learned something else"):
         run(vector_store, "stpr", "2+2x2", seed=7, options=STPR, out=tmp_path, learned=first.folder)
 

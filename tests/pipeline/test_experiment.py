@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from heads.parts.clips import Clips
-from pipeline import experiment, run
+from pipeline import checkpoints, experiment, run
 from pipeline.experiment import Run
 from pipeline.metrics import from_predictions
 from pipeline.progress import Lines, Watch
@@ -184,6 +184,18 @@ def test_a_state_is_written_once_however_many_tasks_follow(store, tmp_path):
     sizes = [file.stat().st_size for file in sorted(done.folder.rglob("task-*.safetensors"))]
     assert len(sizes) == 5
     assert max(sizes) < 1.2 * min(sizes)
+
+
+def test_checkpoints_are_in_the_order_of_their_tasks_beyond_a_hundred(tmp_path):
+    for task in range(103):
+        state = {"all": torch.zeros(3), f"own.{task}": torch.full((2,), float(task))}
+        checkpoints.write(tmp_path, task, state, {})
+    task, state, _ = checkpoints.read(tmp_path)
+    assert task == 102
+    assert state["own.102"].tolist() == [102, 102]
+    assert checkpoints.read(tmp_path, 99)[1].keys() == {"all", "own.99"}
+    sizes = [file.stat().st_size for file in tmp_path.glob("checkpoints/task-1??.safetensors")]
+    assert len(set(sizes)) == 1
 
 
 def test_checkpoints_go_where_they_are_not_wanted(store, tmp_path):

@@ -99,7 +99,7 @@ def test_what_cannot_be_routed_is_refused(done, tmp_path, videos):
         route(other, [good])
     bare = run(done.spec["store"], "stpr", "1+1x2", options=OPTIONS, out=tmp_path,
                keep_checkpoints=False)  # fmt: skip
-    with pytest.raises(ValueError, match="run it again with its checkpoints"):
+    with pytest.raises(ValueError, match="--keep-checkpoints, or remove this folder"):
         route(bare, [good])
 
 
