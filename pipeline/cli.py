@@ -4,8 +4,12 @@ Exit codes: 0 done, 1 done with quarantined clips or a failed check, 2 not done 
 surroundings were wrong; the message says what and what to do), 130 interrupted.
 """
 
+import contextlib
 import json
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -341,8 +345,9 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     try:
-        code = app(args=arguments, standalone_mode=False, prog_name="strata") or 0
-        if code == INTERRUPTED:  # the option parser turns Ctrl-C into this
+        with _noted_interrupts() as interrupts:
+            code = app(args=arguments, standalone_mode=False, prog_name="strata") or 0
+        if code == INTERRUPTED or interrupts:  # the option parser turns Ctrl-C into this
             raise KeyboardInterrupt
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
@@ -353,6 +358,27 @@ def main() -> None:
             raise
         _complain(error)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C as ever, and a note of it: one that comes within a callback is raised and lost."""
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    # Another thread may set no handler, and one that is not Python's own is somebody's wish.
+    plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not plain or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _complain(error: Exception) -> None:

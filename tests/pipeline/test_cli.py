@@ -4,8 +4,10 @@ A process of its own takes seconds to start, so each kind of end (done, done wit
 clips, refused, a traceback, help) is seen from outside once, and otherwise within this process.
 """
 
+import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +167,16 @@ def test_every_command_has_help_with_an_example(strata):
         assert done.returncode == 0
         assert f"Example: strata {command}" in " ".join(done.stdout.split())
     assert process("gc", "--help").stdout == strata("gc", "--help").stdout
+
+
+def test_an_interrupt_that_a_callback_swallows_is_told_at_the_end(strata, monkeypatch):
+    def swallowing(**_):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("pipeline.cli.app", swallowing)
+    said = strata("anything")
+    assert said.returncode == 130
+    assert "interrupted; what was finished is kept" in said.stderr
+    monkeypatch.setattr("pipeline.cli.app", lambda **_: 0)
+    assert strata("anything").returncode == 0
