@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from heads import Routing
-from heads.parts.neighbours import Neighbours, cosines, ordered, queries, slack, unit
+from heads.parts.neighbours import Neighbours, cosines, ordered, queries, slack, threads, unit
 
 ROOM = 64  # experts before the lists are first moved
 
@@ -285,7 +285,9 @@ class AnchorPool:
         """The similarity to each residual's nearest anchor and its place in its expert, [B, S]."""
         lists_R1 = asked_BS.reshape(-1, 1)
         ignored_R1 = np.zeros(lists_R1.shape, np.float32)
-        found_R2, places_R2 = self._lists.search_preassigned(rows_RD, 2, lists_R1, ignored_R1)
+        compared = np.diff(self._starts)[asked_BS].sum()
+        with threads(int(compared) * self.width):
+            found_R2, places_R2 = self._lists.search_preassigned(rows_RD, 2, lists_R1, ignored_R1)
         some_R = norms_R > 0
         near_R = np.divide(found_R2[:, 0], norms_R, out=np.zeros_like(norms_R), where=some_R)
         places_R = np.where(some_R, places_R2[:, 0], 0)

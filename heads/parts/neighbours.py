@@ -8,7 +8,8 @@ certain are computed again in float64, and further ones are looked at while they
 Shapes: N vectors, B queries, D width, F candidates, S results.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import faiss
@@ -20,6 +21,8 @@ APPROXIMATE = ("", "ivf", "hnsw")
 LINKS = 32  # of a vector in the HNSW graph
 GPU_RESULTS = 2048  # FAISS has no more than these a query from a GPU
 CHUNK = 1 << 22  # numbers at a time in float64
+# Multiply-adds that one thread has done before others are awake: 4 ms, where torch's still spin.
+ALONE = 10**8
 
 
 class Neighbours:
@@ -111,7 +114,8 @@ class Neighbours:
         rows = np.flatnonzero(norms_B)
         while len(rows):
             asked = queries_BD[rows]
-            near_RF, places_RF = self._candidates(asked, found)
+            with threads(len(asked) * size * width):
+                near_RF, places_RF = self._candidates(asked, found)
             near_RF /= norms_B[rows, None]
             sure_R = near_RF[:, count - 1] - near_RF[:, -1] > slack(width)
             if found == size or not self._exact:
@@ -218,6 +222,18 @@ def unit(x_ND: np.ndarray) -> np.ndarray:
     wide_ND = x_ND.astype(np.float64)
     norms_N1 = np.linalg.norm(wide_ND, axis=1, keepdims=True)
     return (wide_ND / np.where(norms_N1 > 0, norms_N1, 1)).astype(np.float32)
+
+
+@contextlib.contextmanager
+def threads(multiply_adds: int) -> Iterator[None]:
+    """FAISS's, for so much work: one where others would not pay."""
+    before = faiss.omp_get_max_threads()
+    if multiply_adds < ALONE:
+        faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def slack(width: int) -> float:
