@@ -10,13 +10,24 @@ Shapes: N clips, B clips of a batch, T frames a clip, D feature width, C classes
 K experts.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from heads.parts.clips import Batch, Clips
+
+
+def options_of(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The options of a head by name; `**more` of a class stands for those of its base class."""
+    found = {**inspect.signature(build).parameters}
+    for name in [n for n, one in found.items() if one.kind is inspect.Parameter.VAR_KEYWORD]:
+        del found[name]
+        base = build.__base__ if isinstance(build, type) else None
+        found |= {n: one for n, one in options_of(base or object).items() if n not in found}
+    return found
 
 
 @dataclass(frozen=True)
@@ -147,7 +158,7 @@ class Network(Protocol):
 
     def suffix(
         self,
-        changes: Mapping[str, nn.Module],
+        changes: Mapping[str, "nn.Module | Callable[[nn.Module], nn.Module]"],
         after: str,
         keep: Sequence[str] = (),
         unfreeze: Sequence[str] = (),
@@ -155,7 +166,8 @@ class Network(Protocol):
         """The network after a feature, with modules of one's own in place of stages.
 
         Args:
-            changes: By stage.
+            changes: By stage: a module, or what makes one of the stage's own, of the copy to be
+                trained where it is unfrozen.
             after: The feature that the module takes, [B, T, ...].
             keep: Stages whose outputs it gives, as a dict; by default the last one's alone.
             unfreeze: Stages to be trained themselves; the module has copies of them.

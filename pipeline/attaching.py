@@ -50,7 +50,7 @@ class HeadNetwork:
 
     def suffix(
         self,
-        changes: Mapping[str, nn.Module],
+        changes: Mapping[str, nn.Module | Callable[[nn.Module], nn.Module]],
         after: str,
         keep: Sequence[str] = (),
         unfreeze: Sequence[str] = (),
@@ -61,7 +61,9 @@ class HeadNetwork:
             if new.precision != torch.float32:
                 new = self._load(torch.float32)
             new = new.unfreeze(*map(self.find, unfreeze))
-        for stage, module in changes.items():
+        for stage, change in changes.items():
+            own = new.stage(self.find(stage)).module
+            module = change if isinstance(change, nn.Module) else change(own)
             new = new.graft(self.find(stage), module)
         suffix = new.suffix(self.find(after), [self.find(stage) for stage in keep])
         suffix.calls = self.calls

@@ -281,7 +281,7 @@ def head_of(
 
 def _check_types(head: str, build: Callable[..., Head], options: Mapping[str, Any]) -> None:
     """Refuse what an option cannot be before anything is computed with it."""
-    parameters = inspect.signature(build).parameters
+    parameters = heads.options_of(build)
     for name, value in options.items():
         hint = parameters[name].annotation
         kinds = tuple(get_origin(kind) or kind for kind in get_args(hint) or (hint,))
@@ -323,7 +323,7 @@ def _taken(teacher: Run, number: int) -> tuple[dict[str, Tensor], dict[str, list
 
 def inspect_options(build: Callable[..., Head]) -> dict[str, Any]:
     """Options of a head and their defaults."""
-    return {name: one.default for name, one in inspect.signature(build).parameters.items()}
+    return {name: one.default for name, one in heads.options_of(build).items()}
 
 
 def _plain(value: Any, default: Any) -> Any:

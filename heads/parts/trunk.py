@@ -3,7 +3,7 @@
 Shapes: B clips, T frames, D feature width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +12,36 @@ from heads import Network
 from heads.parts.clips import Batch
 
 VECTOR = "vector"
+BATCH_NORM = ("frozen", "trained")
 
 
 class Trunk(nn.Module):
-    """The network after a cached feature, with copies of its own of the stages that give places."""
+    """The network after a cached feature, with copies of its own of the stages that give places.
 
-    def __init__(self, network: Network, after: str) -> None:
+    Args:
+        changes: By stage, what makes a module of the stage's own copy; see `heads.grafts`.
+        batch_norm: `frozen`, its statistics stay those of the network, or `trained`.
+
+    Attributes:
+        trained: The stages that it has copies of.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        after: str,
+        changes: Mapping[str, Callable[[nn.Module], nn.Module]] | None = None,
+        batch_norm: str = "frozen",
+    ) -> None:
         super().__init__()
+        if batch_norm not in BATCH_NORM:
+            raise ValueError(f"no {batch_norm=}; choose from {', '.join(BATCH_NORM)}")
         self.after, self.shape, self.last = after, network.shape(after), network.find(VECTOR)
         begin = network.stages.index(network.find(after)) + 1
         self.trained = [name for name in network.stages[begin:] if len(network.shape(name)) > 1]
         keep = [*self.trained, self.last]
-        self.suffix = network.suffix({}, after, keep, unfreeze=self.trained)
+        self.suffix = network.suffix(changes or {}, after, keep, unfreeze=self.trained)
+        self.learns = batch_norm == "trained"
 
     def forward(self, batch: Batch) -> tuple[Batch, list[Tensor]]:
         """The last vectors, [B, T, D], by name, and the outputs of the trained stages.
@@ -41,11 +59,17 @@ class Trunk(nn.Module):
         return {VECTOR: outputs[self.last].float()}, [outputs[name] for name in self.trained]
 
     def own(self) -> dict[str, nn.Parameter]:
-        """What trains."""
-        return {n: p for n, p in self.suffix.named_parameters() if p.requires_grad}
+        """What trains. A classifier that a graft looks at is trained by who has it."""
+        named = self.suffix.named_parameters()
+        return {n: p for n, p in named if p.requires_grad and ".classifier." not in n}
+
+    def state(self) -> dict[str, Tensor]:
+        """What training has changed: `own`, and statistics where they are trained."""
+        statistics = self.suffix.named_buffers() if self.learns else ()
+        return {**self.own(), **dict(statistics)}
 
     def take(self, values: Mapping[str, Tensor]) -> None:
-        """Take over the values of another's own."""
+        """Take over the values of another's state."""
         with torch.no_grad():
-            for name, parameter in self.own().items():
-                parameter.copy_(values[name])
+            for name, tensor in self.state().items():
+                tensor.copy_(values[name])

@@ -4,7 +4,6 @@ Shapes: N clips, T frames, L tokens, D width.
 """
 
 import copy
-import inspect
 from collections import Counter
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from heads import Changes, Rehearses, Task
+from heads import Changes, Rehearses, Task, options_of
 from heads.parts.clips import Clips
 
 T, L, D = 4, 5, 16
@@ -79,9 +78,13 @@ class TinyNetwork:
         return self.modules[self.find(stage)]
 
     def suffix(self, changes, after, keep=(), unfreeze=()):
-        changes = {self.find(stage): module for stage, module in changes.items()}
+        own = dict(self.modules)
         for stage in map(self.find, unfreeze):
-            changes[stage] = copy.deepcopy(self.modules[stage]).requires_grad_(True)
+            own[stage] = copy.deepcopy(self.modules[stage]).requires_grad_(True)
+        for stage, change in changes.items():
+            stage = self.find(stage)
+            own[stage] = change if isinstance(change, nn.Module) else change(own[stage])
+        changes = own
         first, _, reduction = self.find(after).partition(":")
         return Chain(self, changes, first, reduction, [self.find(stage) for stage in keep])
 
@@ -134,7 +137,7 @@ class Runner:
     """
 
     def __init__(self, build, **options):
-        known = inspect.signature(build).parameters
+        known = options_of(build)
         quick = {name: 25 for name in ("epochs", "first_epochs") if name in known}
         self.head = build(**quick | options)
         self.network = TinyNetwork()

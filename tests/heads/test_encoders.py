@@ -1,22 +1,18 @@
 """Encoders, and every head that has them as an option: what T frames become."""
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
 
-from heads import Task
+from heads import Task, options_of
 from heads.parts.clips import Clips
 from heads.parts.encoders import Encoder
 from pipeline._variants import available, variant
 
 SMALL = {"layers": 1, "heads": 2, "ffn": 16}
 BUILDS = {name: variant("heads", name).build for name in available("heads")}
-ENCODED = [
-    name for name, build in BUILDS.items() if "encoder" in inspect.signature(build).parameters
-]
-TIMED = [name for name, build in BUILDS.items() if "time" in inspect.signature(build).parameters]
+ENCODED = [name for name, build in BUILDS.items() if "encoder" in options_of(build)]
+TIMED = [name for name, build in BUILDS.items() if "time" in options_of(build)]
 MOVING = {"encoder": "expert", "expert": SMALL | {"position": "learned"}}
 
 

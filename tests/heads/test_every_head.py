@@ -1,7 +1,6 @@
 """The contract of heads/__init__.py, over whatever heads the folder holds."""
 
 import ast
-import inspect
 import json
 import sys
 from collections import Counter
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 import heads
-from heads import Rehearses, Task
+from heads import Rehearses, Task, options_of
 from heads.parts.clips import Clips
 from pipeline._variants import available, variant
 
@@ -208,7 +207,7 @@ def test_exemplars_are_of_all_classes_and_within_the_budget(build, made):
     if not isinstance(made().head, Rehearses):
         assert not hasattr(made().head, "exemplars")
         return
-    known = inspect.signature(build).parameters
+    known = options_of(build)
     budgets = [{"budget": 2}, {"budget": 7, "shared": True}] if "budget" in known else [{}]
     for options in budgets:
         run = made(**options)
@@ -362,7 +361,7 @@ def test_a_head_reaches_torch_and_numpy_and_no_other_room(file):
 
 
 def test_every_option_has_a_default_that_is_json_and_unknown_values_are_refused(build):
-    for parameter in inspect.signature(build).parameters.values():
+    for parameter in options_of(build).values():
         assert parameter.default is not parameter.empty, parameter.name
         default = parameter.default
         plain = json.loads(json.dumps(default))

@@ -1,0 +1,96 @@
+"""Class Regularization: channels that speak for the class predicted so far are made louder.
+
+The graft is `heads/grafts/class_regularization.py`, which has the equations; here one block stands
+at the end of each stage of the trained part, all of them look at the one classifier, and classes
+come task by task with exemplars: a new class enters the blocks as it enters the classifier.
+
+It is no incremental method. Ours: rehearsal and CE with the recipe of `heads.linear`; only the last
+`blocks` train, from a cached feature on; A of a stage follows its depth in the network. Published
+were all blocks, 170 epochs from scratch or 100 of fine-tuning; the rate is not given.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from heads import Network
+from heads.grafts.class_regularization import ClassRegularization
+from heads.parts import models
+from heads.parts.classifiers import Linear
+from heads.parts.tuned import Change, Tuned, grid
+
+STRENGTHS = (0.1, 0.2, 0.3, 0.4)
+
+
+class Regularized(Tuned):
+    """See the module, and `heads.parts.tuned` for the other options.
+
+    Args:
+        blocks: How many of the network's last blocks train.
+        strengths: A, from the first stage of the network to its last; stages are where the maps
+            change their size (a ResNet has four), or quarters of a transformer's blocks; of fewer
+            stages the deeper ones. 0 is none.
+    """
+
+    def __init__(
+        self, blocks: int = 1, strengths: Sequence[float] = STRENGTHS, **tuned: Any
+    ) -> None:
+        super().__init__(blocks, **tuned)
+        self._strengths = [float(a) for a in strengths]
+
+    def changed(self, network: Network, classifier: Linear) -> Mapping[str, Change]:
+        return {
+            stage: partial(self._block, network, classifier, stage, strength)
+            for stage, strength in self._ends(network).items()
+        }
+
+    def excitations(self) -> dict[str, Tensor]:
+        """m, how much each channel speaks for each class, at the end of each stage that trains.
+
+        Returns:
+            Float32 [classes, channels] by stage, from 0 to 1; a row a class, in the order of
+            `classes`.
+
+        Raises:
+            ValueError: Nothing was learned yet.
+        """
+        models.learned(self._model)
+        assert self._trunk is not None
+        blocks = [m for m in self._trunk.modules() if isinstance(m, ClassRegularization)]
+        names = self._ends(self._attached())
+        return {name: block.excitations() for name, block in zip(names, blocks, strict=True)}
+
+    def _block(
+        self, network: Network, classifier: Linear, stage: str, strength: float, inner: nn.Module
+    ) -> ClassRegularization:
+        number = network.stages.index(stage)
+        seed = int(np.random.default_rng([self._seed, number]).integers(2**31))
+        channels, prefix = grid(network.shape(stage))
+        return ClassRegularization(
+            inner, classifier, channels, network.frames, strength, prefix, seed
+        )
+
+    def _ends(self, network: Network) -> dict[str, float]:
+        """The last block of each stage that trains, and its A."""
+        maps = [name for name in network.stages if len(network.shape(name)) == 3]
+        sizes = [network.shape(name) for name in maps]
+        last = [here != after for here, after in zip(sizes, [*sizes, ()][1:], strict=True)]
+        ends = [name for name, is_last in zip(maps, last, strict=True) if is_last]
+        if not maps:
+            blocks = [name for name in network.stages if name.endswith(".mlp")]
+            quarters = [-(-len(blocks) * quarter // 4) - 1 for quarter in range(1, 5)]
+            ends = [blocks[place] for place in dict.fromkeys(quarters)]
+        if len(ends) > len(self._strengths):
+            raise ValueError(
+                f"strengths={self._strengths} for the {len(ends)} stages of the network, which end "
+                f"with {', '.join(ends)}: give one for each"
+            )
+        begin = network.stages.index(network.find(self.reads[0]))
+        found = zip(ends, self._strengths[-len(ends) :], strict=True)
+        return {name: a for name, a in found if network.stages.index(name) > begin}
+
+
+build = Regularized

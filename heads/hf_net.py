@@ -1,0 +1,56 @@
+"""HF-Net: behind some blocks, gates let frames hand part of what they hold to the frame before.
+
+The graft is `heads/grafts/hf_gate.py`, which has the equations; here the network after the first
+gated block trains with the gates, the mean of the frames' logits (TSN's consensus) or a relation
+network (TRN) is the clip's, and classes come task by task with exemplars.
+
+HF-Net is no incremental method. Ours: rehearsal and CE, the recipe of `heads.linear` in the place
+of SGD at 1e-3 for 60 epochs with x 0.1 after 25 and 40 (schedule="step", milestones=[25, 40]), and
+only the last `blocks` train, from a cached feature on. As published: blocks = all, gates=None,
+drop=0.5, batch_norm="trained".
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from heads import Network
+from heads.grafts.hf_gate import HFGate
+from heads.parts.classifiers import Linear
+from heads.parts.tuned import Change, Tuned, grid
+
+
+class HFNet(Tuned):
+    """See the module, and `heads.parts.tuned` for the other options.
+
+    Args:
+        blocks: How many of the network's last blocks train.
+        gates: After how many of these a gate stands, from the end; None for all.
+        conservative: False for two independent gates.
+    """
+
+    def __init__(
+        self,
+        blocks: int = 1,
+        gates: int | None = None,
+        conservative: bool = True,
+        **tuned: Any,
+    ) -> None:
+        super().__init__(blocks, **tuned)
+        if gates is not None and not 0 <= gates <= blocks:
+            raise ValueError(f"{gates=} after {blocks} blocks that train: give 0 to {blocks}")
+        self._gates = blocks if gates is None else gates
+        self._conservative = conservative
+
+    def changed(self, network: Network, classifier: Linear) -> Mapping[str, Change]:
+        gated = [network.find(f"blocks.-{number}") for number in range(1, self._gates + 1)]
+        return {stage: partial(self._gate, network, stage) for stage in gated}
+
+    def _gate(self, network: Network, stage: str, inner: nn.Module) -> HFGate:
+        channels, prefix = grid(network.shape(stage))
+        return HFGate(inner, channels, network.frames, self._conservative, prefix)
+
+
+build = HFNet

@@ -1,0 +1,218 @@
+"""Tuned networks: the last blocks, an encoder and a linear classifier, trained together.
+
+    L = CE(W f(x) + b, y) + what a method adds,     over a task's clips and the exemplars
+
+f(x) is the encoder of the last vectors of T frames. A method is its grafts (`changes`) and what it
+adds to the loss (`more`); its CNN is the classifier, its NME that of the exemplars. With nothing
+added it is fine-tuning with rehearsal, what such a method is to be compared with.
+
+Ours: the recipe of `heads.linear` where a method has none of its own; the parameters of batch norms
+train and their statistics stay (`batch_norm`), as TCD holds all but the first.
+
+Shapes: B clips, T frames, C classes, W width of a clip's vector.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from heads import Network, Task
+from heads.parts import classifiers, models
+from heads.parts.clips import Batch
+from heads.parts.exemplars import Exemplars
+from heads.parts.training import fit
+from heads.parts.trunk import VECTOR, Trunk
+
+Change = Callable[[nn.Module], nn.Module]
+READ = 40
+
+
+class Tuned:
+    """A head of which methods are made; see the module.
+
+    Args:
+        blocks: How many of the network's last blocks train. What goes into them is read.
+        encoder, expert: How T frames become one vector; see `heads.parts.encoders`.
+        budget, shared, choice: Of the exemplars; see `heads.parts.exemplars`.
+        batch_norm: `frozen` or `trained`, of its statistics.
+        drop: Share of a clip's vector that is dropped in training.
+        first_epochs: Of the first task; `epochs` of every other.
+        milestones: Epochs after which the rate is a tenth; with schedule="step".
+        clip_norm: Of all gradients together; None leaves them.
+    """
+
+    def __init__(
+        self,
+        blocks: int = 1,
+        encoder: str = "mean",
+        expert: Mapping[str, Any] | None = None,
+        budget: int = 5,
+        shared: bool = False,
+        choice: str = "herding",
+        batch_norm: str = "frozen",
+        drop: float = 0.0,
+        first_epochs: int = 60,
+        epochs: int = 30,
+        batch_size: int = 40,
+        lr: float = 0.01,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        schedule: str = "cosine",
+        milestones: Sequence[int] = (),
+        clip_norm: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if blocks < 1 or not 0 <= drop < 1:
+            raise ValueError(f"{blocks=}, {drop=}: train a block at least, and drop less than all")
+        self.reads: Sequence[str] = (f"blocks.-{blocks + 1}",)
+        self.classes: list[int] = []
+        self._blocks, self._batch_norm, self._drop = blocks, batch_norm, drop
+        self._form = models.Form(VECTOR, encoder, expert, classifiers.Linear)
+        self._epochs, self._seed = (first_epochs, epochs), seed
+        self._recipe: dict[str, Any] = {
+            "batch_size": batch_size,
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "schedule": schedule,
+            "milestones": milestones,
+            "clip_norm": clip_norm,
+        }
+        self._network: Network | None = None
+        self._trunk: Trunk | None = None
+        self._model: models.Model[classifiers.Linear] | None = None
+        self._exemplars = Exemplars(budget, shared, choice)
+
+    # What a method is
+
+    def changed(self, network: Network, classifier: classifiers.Linear) -> Mapping[str, Change]:
+        """Grafts by stage, each made around the stage's trained copy."""
+        return {}
+
+    # What the runner asks
+
+    @property
+    def changes(self) -> bool:
+        return True
+
+    def attach(self, network: Network) -> None:
+        self._network = network
+
+    @property
+    def trainable(self) -> int:
+        own = {} if self._trunk is None else self._trunk.own()
+        return models.trainable(self._model) + sum(p.numel() for p in own.values())
+
+    @property
+    def exemplars(self) -> Tensor:
+        return self._exemplars.rows
+
+    def learn(self, task: Task) -> None:
+        rng = np.random.default_rng([self._seed, task.number])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        classes = self.classes + [c for c in task.classes if c not in self.classes]
+        self._exemplars.quota(len(classes))
+        first = task.clips[torch.arange(1)]
+        device = first[self.reads[0]].device
+        model, trunk = self._begun(rng, device)
+        with torch.no_grad():
+            trunk(first)  # refuses what is not the network's
+        model.classifier.grow(len(classes))
+        clips = self._exemplars.rehearsal(task)
+        columns_N = classifiers.columns(classes, clips.labels)
+
+        def step(places: Tensor, batch: Batch) -> Tensor:
+            vectors, _ = trunk(batch)
+            vectors_BW = _dropped(model.vectors(vectors), self._drop, generator)
+            logits_BC = model.classifier(vectors_BW)
+            return cross_entropy(logits_BC, columns_N[places].to(device))
+
+        trunk.train(trunk.learns)
+        fit(
+            step,
+            [*trunk.own().values(), *model.parameters()],
+            clips,
+            epochs=self._epochs[bool(self.classes)],
+            rng=rng,
+            progress=task.progress,
+            **self._recipe,
+        )
+        trunk.eval()
+        with torch.no_grad():
+            parts = [model.vectors(trunk(batch)[0]) for _, batch in clips.batches(READ)]
+        chosen, _ = self._exemplars.chosen(torch.cat(parts), clips, task.classes, classes, rng)
+        self.classes, self._exemplars = classes, chosen
+        self._model, self._trunk = model, trunk
+
+    def scores(self, batch: Batch) -> Tensor:
+        model, vectors = self._vectors(batch)
+        return models.scores(model, vectors)
+
+    def nearest(self, batch: Batch) -> Tensor:
+        model, vectors = self._vectors(batch)
+        return self._exemplars.nearest(models.vectors(model, vectors))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        own = {} if self._trunk is None else self._trunk.state()
+        network = {f"network.{n}": p.detach().to("cpu", copy=True) for n, p in own.items()}
+        return models.state_of(self._model, self.classes) | self._exemplars.state() | network
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._model, self._trunk = self._form.loaded(state), None
+        self._exemplars.load(state)
+        self.classes = state["classes"].tolist()
+        if self._model is not None:
+            start = "network."
+            own = {n.removeprefix(start): p for n, p in state.items() if n.startswith(start)}
+            self._trunk = self._fresh(self._model)
+            self._trunk.take(own)
+
+    def _begun(
+        self, rng: np.random.Generator, device: torch.device
+    ) -> tuple[models.Model[classifiers.Linear], Trunk]:
+        """Copies to train of what was learned, or what there is before the first task."""
+        network = self._attached()
+        like = torch.zeros(1, network.frames, network.shape(VECTOR)[-1], device=device)
+        model = self._form.begun(self._model, {VECTOR: like}, rng)
+        trunk = self._fresh(model).to(device)
+        if self._trunk is not None:
+            trunk.take(self._trunk.to(device).state())
+        return model, trunk
+
+    def _fresh(self, model: models.Model[classifiers.Linear]) -> Trunk:
+        network = self._attached()
+        changes = self.changed(network, model.classifier)
+        return Trunk(network, self.reads[0], changes, self._batch_norm)
+
+    def _attached(self) -> Network:
+        if self._network is None:
+            raise ValueError("no network was attached, whose last blocks could train: attach one")
+        return self._network
+
+    def _vectors(self, batch: Batch) -> tuple[models.Model[classifiers.Linear], Batch]:
+        """The model, and the last vectors of a batch's clips."""
+        model = models.learned(self._model)
+        assert self._trunk is not None
+        with torch.no_grad():
+            vectors, _ = self._trunk.to(batch[self.reads[0]].device)(batch)
+        return model, vectors
+
+
+def grid(shape: Sequence[int]) -> tuple[int, int]:
+    """Channels of a stage's output, and the tokens that stand before its square grid of patches."""
+    if len(shape) == 3:
+        return shape[0], 0
+    return shape[1], shape[0] - math.isqrt(shape[0]) ** 2
+
+
+def _dropped(x_BW: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Dropout of its own generator, so that the global ones are left alone."""
+    if not share:
+        return x_BW
+    kept_BW = torch.rand(x_BW.shape, generator=generator) >= share
+    return x_BW * kept_BW.to(x_BW) / (1 - share)

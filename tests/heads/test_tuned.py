@@ -1,0 +1,83 @@
+"""Networks tuned with their grafts: what trains, what is the identity, what a class does."""
+
+import pytest
+import torch
+
+from heads import options_of
+from heads.class_regularization import Regularized
+from heads.grafts.class_regularization import ClassRegularization
+from heads.grafts.hf_gate import HFGate
+from heads.hf_net import HFNet
+from heads.parts.tuned import Tuned, grid
+
+FLAT = {"strengths": [0.1, 0.2, 0.3]}
+
+
+def trained(runner, build, **options):
+    """After two tasks."""
+    run = runner(build, batch_size=8, seed=3, **options)
+    run.learn([4, 2])
+    run.learn([7, 1], seed=1)
+    return run
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_gate_stands_after_each_block_that_is_asked_for(runner, blocks):
+    run = trained(runner, HFNet, blocks=blocks, epochs=2, first_epochs=2)
+    gates = [m for m in run.head._trunk.modules() if isinstance(m, HFGate)]
+    assert len(gates) == blocks
+    assert all(gate.frames == run.network.frames and gate.prefix == 1 for gate in gates)
+    # Behind the last block only the class token is read on, which has no gate.
+    assert [bool(gate.weight.any()) for gate in gates] == [True] * (blocks - 1) + [False]
+    none = trained(runner, HFNet, blocks=blocks, gates=0, epochs=2, first_epochs=2)
+    own = run.head.trainable - none.head.trainable
+    assert own == blocks * (18 * 16 + 1)
+
+
+def test_a_gate_that_has_learned_nothing_changes_nothing(runner):
+    with_gates, without = (
+        runner(HFNet, gates=gates, epochs=0, first_epochs=0) for gates in (None, 0)
+    )
+    for run in (with_gates, without):
+        run.learn([4, 2])
+    tokens, _ = with_gates.tokens([4, 2], seed=9)
+    found = [run.head._vectors(run.batch(tokens))[1]["vector"] for run in (with_gates, without)]
+    assert torch.equal(*found)
+
+
+def test_classes_raise_the_channels_that_speak_for_them(runner):
+    run = trained(runner, Regularized, blocks=2, **FLAT)
+    blocks = [m for m in run.head._trunk.modules() if isinstance(m, ClassRegularization)]
+    found = run.head.excitations()
+    assert len(found) == len(blocks) > 0
+    assert all(x.shape == (4, 16) for x in found.values())
+    assert all(((x >= 0) & (x <= 1)).all() for x in found.values())
+    assert run.head._model.classifier.weight.shape[0] == 4
+    assert all(block.classifier is run.head._model.classifier for block in blocks)
+
+
+@pytest.mark.parametrize("build", [HFNet, Regularized, Tuned])
+def test_options_of_the_common_part_are_named_by_the_error_of_another(build):
+    assert "blocks" in options_of(build)
+    with pytest.raises((TypeError, ValueError)):
+        build(**{"nosuch": 1})
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((8, 7, 7), (8, 0)), ((50, 16), (16, 1)), ((5, 3), (3, 1))]
+)
+def test_a_grid_is_told_by_its_shape(shape, expected):
+    assert grid(shape) == expected
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "said"),
+    [
+        (HFNet, {"gates": 3}, "give 0 to 1"),
+        (Tuned, {"blocks": 0}, "train a block at least"),
+        (Tuned, {"drop": 1.0}, "drop less than all"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(build, options, said):
+    with pytest.raises(ValueError, match=said):
+        build(**options)
