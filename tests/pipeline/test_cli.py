@@ -175,7 +175,11 @@ def test_an_interrupt_that_a_callback_swallows_is_told_at_the_end(strata, monkey
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("pipeline.cli.app", swallowing)
-    said = strata("anything")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        said = strata("anything")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert said.returncode == 130
     assert "interrupted; what was finished is kept" in said.stderr
     monkeypatch.setattr("pipeline.cli.app", lambda **_: 0)

@@ -54,6 +54,8 @@ def start(videos: Path, store: Path, *options: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "pipeline.cli", "build", str(videos), "--store", str(store)]
     return subprocess.Popen(
         [*command, *OPTIONS, *options], start_new_session=True, stderr=subprocess.DEVNULL,
+        # What a shell starts in the background ignores it, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[2],
     )  # fmt: skip
 
