@@ -190,6 +190,25 @@ class Changes(Protocol):
         """Told of the network before anything else is called."""
 
 
+@runtime_checkable
+class Remembers(Protocol):
+    """A head that learns with what the network, as the task before left it, makes of the clips.
+
+    From the second task on the clips of a task and of its memory have these outputs as features
+    "old STAGE": computed once, kept with the store's features, and read in every epoch.
+
+    Attributes:
+        remembers: Names of stages, as `Network.find` knows them.
+        suffix: The network as it is now: a module that `Network.suffix` gave, trained since.
+    """
+
+    @property
+    def remembers(self) -> Sequence[str]: ...
+
+    @property
+    def suffix(self) -> nn.Module: ...
+
+
 class Routing(NamedTuple):
     """How clips were routed. Experts are in the order of their tasks.
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ class HeadNetwork:
         self.frames = frames
         self.calls: Counter[str] = Counter()
         self._plain, self._load = backbone, load
+        self._behind: WeakKeyDictionary[nn.Module, Backbone] = WeakKeyDictionary()
 
     @property
     def stages(self) -> list[str]:
@@ -67,4 +69,9 @@ class HeadNetwork:
             new = new.graft(self.find(stage), module)
         suffix = new.suffix(self.find(after), [self.find(stage) for stage in keep])
         suffix.calls = self.calls
+        self._behind[suffix] = new
         return suffix
+
+    def behind(self, suffix: nn.Module) -> Backbone:
+        """The whole network that a suffix is of, with what has become of its modules since."""
+        return self._behind[suffix]

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 import heads
-from heads import Answers, Changes, Head, Rehearses, Task
+from heads import Answers, Changes, Head, Rehearses, Remembers, Task
 from heads.parts.clips import Batch, Clips
-from pipeline import backbones, checkpoints, offering, scenarios
+from pipeline import backbones, checkpoints, offering, remembering, scenarios
 from pipeline._variants import variant
 from pipeline.attaching import HeadNetwork
 from pipeline.measuring import memory_peak, multiply_adds
@@ -190,8 +190,9 @@ class Prepared:
         """Of the columns that the head reads."""
         return digest(self.spec["features"])
 
-    def clips(self, rows: np.ndarray) -> Clips:
-        return offering.clips_of(self.features, rows, self.numbers, self.device)
+    def clips(self, rows: np.ndarray, more: Mapping[str, Feature] = {}) -> Clips:
+        features = {**self.features, **more}
+        return offering.clips_of(features, rows, self.numbers, self.device)
 
 
 def prepare(
@@ -383,12 +384,16 @@ def _carry_out(plan: Prepared, folder: Path, watch: Watch, teacher: Run | None) 
     plan.seen = [plan.clips(rows) for rows in plan.division.test[: last + 1]]
     for number in range(last + 1, len(plan.tasks)):
         with memory_peak() as peak:
-            clips = plan.clips(plan.division.train[number])
-            memory = None
-            if isinstance(head, Rehearses) and len(head.exemplars):
-                memory = plan.clips(head.exemplars.numpy())
-            began = time.perf_counter()
+            rows_own, rows_kept = plan.division.train[number], np.zeros(0, np.int64)
+            if isinstance(head, Rehearses):
+                rows_kept = head.exemplars.numpy()
             taken = teacher and _taken(teacher, number)
+            old: dict[str, Feature] = {}
+            if isinstance(head, Remembers) and number and not taken:
+                old = remembering.features(plan, head, [*rows_own, *rows_kept], folder, watch)
+            clips = plan.clips(rows_own, old)
+            memory = plan.clips(rows_kept, old) if len(rows_kept) else None
+            began = time.perf_counter()
             if taken:
                 head.load_state_dict(taken[0])
             else:
@@ -454,6 +459,8 @@ def _finish(
     table = {kind: one.to_json() for kind, one in matrices.items()}
     tasks = [list(task) for task in plan.tasks]
     _write_json(folder, "matrix", {NME: None, **table, "clips": counts.tolist(), "tasks": tasks})
+    if isinstance(head, Remembers):
+        remembering.forget(plan.store, folder)
     figures = {kind: one.figures() for kind, one in matrices.items()}
     _write_json(folder, "metrics",
                 {NME: None, **figures, "left_out": dict(plan.division.left_out)})  # fmt: skip

@@ -23,13 +23,43 @@ from torch.nn.functional import cross_entropy
 
 from heads import Network, Task
 from heads.parts import classifiers, models
-from heads.parts.clips import Batch
+from heads.parts.clips import Batch, Clips
 from heads.parts.exemplars import Exemplars
 from heads.parts.training import fit
 from heads.parts.trunk import VECTOR, Trunk
 
 Change = Callable[[nn.Module], nn.Module]
 READ = 40
+
+
+class More:
+    """What a method adds to the loss of one task; nothing."""
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Of parameters of its own, as torch's optimizers take them."""
+        return []
+
+    def offsets(self, classes: int) -> Tensor:
+        """Added to the logits in training, [C]."""
+        return torch.zeros(classes)
+
+    def loss(
+        self, places: Tensor, batch: Batch, vectors: Batch, outputs: Sequence[Tensor]
+    ) -> Tensor:
+        """Added to the loss.
+
+        Args:
+            places: Of the clips, among those learned from.
+            vectors: The last ones, by name, [B, T, D].
+            outputs: Of the stages that train, [B, T, ...].
+        """
+        return torch.zeros((), device=outputs[0].device)
+
+    def ended(self) -> None:
+        """Told of the end of every epoch."""
+
+    def kept(self) -> None:
+        """Told that the task was learned."""
 
 
 class Tuned:
@@ -94,6 +124,14 @@ class Tuned:
         """Grafts by stage, each made around the stage's trained copy."""
         return {}
 
+    def more(self, task: Task, clips: Clips, trunk: Trunk, rng: np.random.Generator) -> "More":
+        """What a method adds to a task's loss.
+
+        Args:
+            clips: To learn from: the task's, and after them the exemplars.
+        """
+        return More()
+
     # What the runner asks
 
     @property
@@ -126,20 +164,31 @@ class Tuned:
         clips = self._exemplars.rehearsal(task)
         columns_N = classifiers.columns(classes, clips.labels)
 
+        more = self.more(task, clips, trunk, rng)
+
         def step(places: Tensor, batch: Batch) -> Tensor:
-            vectors, _ = trunk(batch)
+            vectors, outputs = trunk(batch)
             vectors_BW = _dropped(model.vectors(vectors), self._drop, generator)
-            logits_BC = model.classifier(vectors_BW)
-            return cross_entropy(logits_BC, columns_N[places].to(device))
+            logits_BC = model.classifier(vectors_BW) + more.offsets(len(classes)).to(device)
+            loss = cross_entropy(logits_BC, columns_N[places].to(device))
+            return loss + more.loss(places, batch, vectors, outputs)
+
+        def progress(done: int, epochs: int, loss: float) -> None:
+            more.ended()
+            task.progress(done, epochs, loss)
 
         trunk.train(trunk.learns)
+        groups: list[dict[str, Any]] = [
+            {"params": [*trunk.own().values(), *model.parameters()]},
+            *more.groups(),
+        ]
         fit(
             step,
-            [*trunk.own().values(), *model.parameters()],
+            groups,
             clips,
             epochs=self._epochs[bool(self.classes)],
             rng=rng,
-            progress=task.progress,
+            progress=progress,
             **self._recipe,
         )
         trunk.eval()
@@ -148,6 +197,7 @@ class Tuned:
         chosen, _ = self._exemplars.chosen(torch.cat(parts), clips, task.classes, classes, rng)
         self.classes, self._exemplars = classes, chosen
         self._model, self._trunk = model, trunk
+        more.kept()
 
     def scores(self, batch: Batch) -> Tensor:
         model, vectors = self._vectors(batch)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from heads import Changes, Rehearses, Task, options_of
+from heads import Changes, Rehearses, Remembers, Task, options_of
 from heads.parts.clips import Clips
 
 T, L, D = 4, 5, 16
@@ -173,10 +173,17 @@ class Runner:
             self.next_row += len(labels)
         for row, cell, label in zip(rows.tolist(), tokens, labels.tolist(), strict=True):
             self.seen[row] = (cell, label)
-        features = {
-            name: Counted(cells, rows, self.reads) for name, cells in self.batch(tokens).items()
-        }
+        cells = self.batch(tokens) | self.old(tokens)
+        features = {name: Counted(each, rows, self.reads) for name, each in cells.items()}
         return Clips(features, labels, rows)
+
+    def old(self, tokens):
+        """What the network of the task before makes of clips, for heads that ask for it."""
+        if not isinstance(self.head, Remembers) or not self.head.classes:
+            return {}
+        with torch.no_grad():
+            outputs = self.head.suffix(self.batch(tokens)[self.head.reads[0]])
+        return {f"old {name}": outputs[self.network.find(name)] for name in self.head.remembers}
 
     def text(self, classes):
         """A unit vector a class, near its clips' mean frame."""

@@ -1,0 +1,240 @@
+"""HCE: the network's maps are held to the old network's, channel by channel as they matter.
+
+From the second task on, e and e' being the maps of the trained blocks by the new and old network:
+
+    H     = HAS(e, e'), an importance of each channel      (parts/has.py, parts/hypercorrelation.py)
+    L_hc  = sum_l mean H |e - e'|^2, on unit maps
+    L_kd  = mean |unit f(x) - unit f'(x)|^2, of the frames' last vectors
+    R     = CRM's offset of old and new classes' logits, by how H varies (parts/crm.py)
+    loss  = CE(p + R, y) + kd * L_kd + weight * L_hc
+
+The old maps come with the clips, computed once a task and read in every epoch. HAS goes on from
+task to task; there is none in the first. CNN is the classifier, NME the nearest mean of exemplars.
+
+Ours, where HCE is silent: see the parts, and the form of L_kd; the recipe of `heads.linear` in the
+place of SGD at 1e-3 for 50 epochs with x 0.1 after 20 and 30; a linear classifier. `blocks` of the
+network train, from a cached feature on: what is frozen has a zero L_hc and is left out. The patches
+of a transformer are a map too, without temporal shift.
+
+Shapes: B clips, T frames, N = B * T, C channels of a block.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from heads import Network, Task
+from heads.grafts.temporal_shift import TemporalShift
+from heads.parts import crm
+from heads.parts.classifiers import Linear
+from heads.parts.clips import Batch, Clips
+from heads.parts.has import HAS, drift
+from heads.parts.trunk import Trunk
+from heads.parts.tuned import Change, More, Tuned, grid
+
+IMPORTANCES = ("has", "multi", "single", "none")
+REFINEMENTS = ("crm", "number", "none")
+
+
+class HCE(Tuned):
+    """See the module, and `heads.parts.tuned` for the other options.
+
+    Args:
+        blocks: How many of the network's last blocks train.
+        importance: `has`; `multi`, every channel of every block alike; `single`, the last block
+            alone; `none`, no L_hc.
+        weight: Of L_hc; 1000 in the paper, on a scale of its own.
+        kd: Of L_kd.
+        refine: `crm`; `number`, the logarithms of class counts as R; `none`.
+        mix, h, last_stride, frames: Of HAS.
+        has_lr: Its rate.
+        shift: 1/shift of the channels are shifted in time before each block (TSM); 0 for none.
+    """
+
+    def __init__(
+        self,
+        blocks: int = 1,
+        importance: str = "has",
+        weight: float = 1000.0,
+        kd: float = 1.0,
+        refine: str = "crm",
+        mix: str = "cascade",
+        h: str = "bounded",
+        last_stride: int = 2,
+        frames: int | None = 8,
+        has_lr: float = 1e-4,
+        shift: int = 8,
+        **tuned: Any,
+    ) -> None:
+        super().__init__(blocks, **tuned)
+        if importance not in IMPORTANCES or refine not in REFINEMENTS:
+            raise ValueError(
+                f"{importance=}, {refine=}: choose from {', '.join(IMPORTANCES)} and from "
+                f"{', '.join(REFINEMENTS)}"
+            )
+        if refine == "crm" and importance != "has":
+            raise ValueError(f"{refine=} with {importance=}: it is made of what HAS says")
+        self.importance, self.weight, self.kd, self.refine = importance, weight, kd, refine
+        self._has_options = {"mix": mix, "h": h, "last_stride": last_stride, "frames": frames}
+        self._has_lr, self._shift = has_lr, shift
+        self._has: HAS | None = None
+
+    @property
+    def remembers(self) -> Sequence[str]:
+        network = self._attached()
+        stages = network.stages
+        after = stages.index(network.find(self.reads[0])) + 1
+        maps = [name for name in stages[after:] if len(network.shape(name)) > 1]
+        held = maps if self.importance != "none" else []
+        return [*held, *(["vector"] if self.kd else [])]
+
+    @property
+    def suffix(self) -> nn.Module:
+        assert self._trunk is not None
+        return self._trunk.suffix
+
+    def changed(self, network: Network, classifier: Linear) -> Mapping[str, Change]:
+        if not self._shift:
+            return {}
+        blocks = [network.find(f"blocks.-{n}") for n in range(1, self._blocks + 1)]
+        maps = [stage for stage in blocks if len(network.shape(stage)) == 3]
+        return {s: partial(TemporalShift, frames=network.frames, fold=self._shift) for s in maps}
+
+    def more(self, task: Task, clips: Clips, trunk: Trunk, rng: np.random.Generator) -> More:
+        if not self.classes:
+            return More()
+        lacking = [name for name in self.remembers if f"old {name}" not in clips.features]
+        if lacking:
+            raise ValueError(
+                f"clips without {', '.join(f'old {name!r}' for name in lacking)}: what the network "
+                "made of them before this task comes with them (heads.Remembers)"
+            )
+        return Held(self, task, clips, trunk, self._begun_has(rng, trunk))
+
+    def _begun_has(self, rng: np.random.Generator, trunk: Trunk) -> HAS | None:
+        """A copy to train, or one that has learned nothing."""
+        if self.importance != "has":
+            return None
+        network = self._attached()
+        shapes = {}
+        for name in self.remembers:
+            if name != "vector":
+                shapes[name] = _map_shape(network.shape(name))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(rng.integers(2**31)))
+            has = HAS(shapes, **self._has_options)  # type: ignore[arg-type]
+        if self._has is not None:
+            has.load_state_dict(self._has.state_dict())
+        return has.to(next(iter(trunk.own().values())).device)
+
+    @property
+    def trainable(self) -> int:
+        own = 0 if self._has is None else sum(p.numel() for p in self._has.parameters())
+        return super().trainable + own
+
+    def state_dict(self) -> dict[str, Tensor]:
+        own = {} if self._has is None else self._has.state_dict()
+        return super().state_dict() | {
+            f"has.{name}": x.detach().to("cpu", copy=True) for name, x in own.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        own = {n.removeprefix("has."): x for n, x in state.items() if n.startswith("has.")}
+        self._has = None
+        if own:
+            assert self._trunk is not None
+            self._has = self._begun_has(np.random.default_rng(0), self._trunk)
+            assert self._has is not None
+            self._has.load_state_dict(own)
+
+
+class Held(More):
+    """What holds a task's network to the old one."""
+
+    def __init__(self, head: HCE, task: Task, clips: Clips, trunk: Trunk, has: HAS | None) -> None:
+        self._head, self._has, self._trained = head, has, trunk.trained
+        self._maps = [name for name in head.remembers if name != "vector"]
+        if head.importance == "single":
+            self._maps = self._maps[-1:]
+        self._old_N = torch.arange(len(clips)) >= len(task.clips)  # exemplars come after
+        counts = {label: int((clips.labels == label).sum()) for label in head.classes}
+        self._counts = counts | {
+            label: int((clips.labels == label).sum()) for label in task.classes
+        }
+        self._known = len(head.classes)
+        self._ratio = (0.0, 0.0)
+        self._spreads = crm.Spread(), crm.Spread()
+        if has is not None:
+            has.train()
+
+    def groups(self) -> list[dict[str, Any]]:
+        return (
+            [{"params": [*self._has.parameters()], "lr": self._head._has_lr}] if self._has else []
+        )
+
+    def offsets(self, classes: int) -> Tensor:
+        if self._head.refine == "number":
+            return torch.tensor([max(1, n) for n in self._counts.values()]).log()
+        old, new = self._ratio
+        return torch.tensor([old] * self._known + [new] * (classes - self._known))
+
+    def loss(
+        self, places: Tensor, batch: Batch, vectors: Batch, outputs: Sequence[Tensor]
+    ) -> Tensor:
+        head = self._head
+        loss = torch.zeros((), device=outputs[0].device)
+        if head.kd:
+            new, old = (normalize(x, dim=2) for x in (vectors["vector"], batch["old vector"]))
+            loss = loss + head.kd * (new - old).square().sum(dim=2).mean()
+        if not self._maps:
+            return loss
+        maps = dict(zip(self._trained, outputs, strict=True))
+        new_maps = {name: _map(maps[name]) for name in self._maps}
+        old_maps = {name: _map(batch[f"old {name}"]) for name in self._maps}
+        if self._has is None:
+            h = {n: torch.ones(x.shape[:2], device=x.device) for n, x in new_maps.items()}
+        else:
+            h = self._has(new_maps, old_maps)
+            clips_BW = torch.cat(
+                [x.unflatten(0, (len(places), -1)).flatten(1) for x in h.values()], 1
+            )
+            old_B = self._old_N[places].to(clips_BW.device)
+            for spread, of in zip(self._spreads, (old_B, ~old_B), strict=True):
+                spread.add(clips_BW[of])
+        return loss + head.weight * drift(h, new_maps, old_maps)
+
+    def ended(self) -> None:
+        if self._head.refine == "crm":
+            self._ratio = crm.ratios(*self._spreads)
+        self._spreads = crm.Spread(), crm.Spread()
+
+    def kept(self) -> None:
+        if self._has is not None:
+            self._head._has = self._has.eval()
+
+
+def _map_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    channels, prefix = grid(shape)
+    if len(shape) == 3:
+        return channels, shape[1], shape[2]
+    side = math.isqrt(shape[0] - prefix)
+    return channels, side, side
+
+
+def _map(x: Tensor) -> Tensor:
+    """Of frames [B, T, ...], float32 [N, C, H, W]."""
+    x = x.flatten(0, 1).float()
+    if x.ndim == 4:
+        return x
+    C, H, W = _map_shape(x.shape[1:])
+    return x[:, -H * W :].mT.reshape(-1, C, H, W)
+
+
+build = HCE

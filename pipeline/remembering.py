@@ -1,0 +1,56 @@
+"""Remembering: what the network of the task before makes of clips, as columns of the store.
+
+An `update` with the network as a head has left it: from the deepest feature that still holds, under
+keys of its own, once a task. A run that is gone on with finds them there. The run folder holds them
+until it has ended.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from heads import Remembers
+from pipeline.progress import Watch
+from pipeline.updating import update
+from stores import Feature, FeatureStore
+from stores.lock import StoreLocked
+
+if TYPE_CHECKING:
+    from pipeline.experiment import Prepared
+
+PAUSE = 0.2
+
+
+def features(
+    plan: "Prepared", head: Remembers, rows: Sequence[int], folder: Path, watch: Watch
+) -> dict[str, Feature]:
+    """Of these clips, by "old STAGE".
+
+    Raises:
+        ValueError: The store is of another precision than what trains.
+    """
+    network = plan.network
+    assert network is not None
+    backbone = network.behind(head.suffix)
+    found = {name: network.find(name) for name in head.remembers}
+    while True:
+        try:
+            report = update(plan.store, backbone, [*found.values()], rows, holder=folder)
+            break
+        except StoreLocked:
+            # Another run of an ablation writes its own.
+            time.sleep(PAUSE)
+    for stage, count in report.calls.items():
+        network.calls[stage.rpartition(" ")[2]] += count
+    watch.said(f"old maps of {len(rows)} clips: {report.computed} computed")
+    store = FeatureStore.open(plan.store)
+    return {
+        f"old {name}": store.feature(backbone.name, stage, fingerprint=report.fingerprints[stage])
+        for name, stage in found.items()
+    }
+
+
+def forget(store: str, folder: Path) -> None:
+    """The run has ended: its columns may be freed."""
+    FeatureStore.open(store).release(folder)

@@ -1,0 +1,75 @@
+"""What the network of the task before makes of clips: computed once, from the cache, and held."""
+
+import shutil
+
+import pytest
+
+from heads.hce import HCE
+from pipeline import BuildSpec, FeatureTensors, experiment, run
+from stores import FeatureStore
+
+NAME = "resnet18:random-0"
+CLASSES = ("grow", "shrink", "fade in", "fade out")
+QUICK = {"first_epochs": 2, "epochs": 2, "last_stride": 1}
+
+
+@pytest.fixture
+def store(dataset, built_once, tmp_path) -> FeatureStore:
+    spec = BuildSpec((NAME,), keep=("layer4.0", "pool"), frames=2)
+    place = built_once(dataset(CLASSES, 3), spec)
+    shutil.copytree(place, tmp_path / "s.zarr")
+    return FeatureStore.open(tmp_path / "s.zarr")
+
+
+def test_old_maps_are_computed_once_a_task_and_read_in_every_epoch(store, tmp_path, monkeypatch):
+    seen = []
+
+    def learn(self, task, do=HCE.learn):
+        cells = task.clips.features
+        seen.append({name: cells[name] for name in cells if name.startswith("old ")})
+        do(self, task)
+
+    monkeypatch.setattr(HCE, "learn", learn)
+    done = run(store, "hce", "2+1x2", options=QUICK, out=tmp_path / "runs")
+    assert seen[0] == {}
+    for old in seen[1:]:
+        assert set(old) == {"old layer4.1", "old vector"}
+        assert all(isinstance(cells, FeatureTensors) for cells in old.values())
+    for calls in done.cost["stages_recomputed"]:
+        assert set(calls) <= {"layer4.1", "pool", "fc"}
+    changed = [f for f in FeatureStore.open(store.path).features() if f.spec.get("grafts")]
+    assert {f.name for f in changed} == {"layer4.1", "fc"}
+    freed = FeatureStore.open(store.path).gc()
+    assert len(freed.freed) == len(changed)
+    assert done.nme is not None
+
+
+def test_a_stopped_run_goes_on_with_the_old_maps_that_are_there(store, tmp_path, monkeypatch):
+    whole = run(store, "hce", "2+1x2", options=QUICK, out=tmp_path / "a")
+
+    class Stopped(BaseException):
+        pass
+
+    def stopping(self, task, do=HCE.learn):
+        if task.number == 2:
+            raise Stopped
+        do(self, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HCE, "learn", stopping)
+        with pytest.raises(Stopped):
+            run(store, "hce", "2+1x2", options=QUICK, out=tmp_path / "b")
+    computed = []
+    real = experiment.remembering.update
+
+    def noting(*arguments, **options):
+        report = real(*arguments, **options)
+        computed.append(report.computed)
+        return report
+
+    monkeypatch.setattr(experiment.remembering, "update", noting)
+    found = run(store, "hce", "2+1x2", options=QUICK, out=tmp_path / "b")
+    assert computed == [0]
+    assert found.matrix.to_json() == whole.matrix.to_json()
+    for name in ("predictions.parquet", "matrix.json"):
+        assert (found.folder / name).read_bytes() == (whole.folder / name).read_bytes()
