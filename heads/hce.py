@@ -38,8 +38,8 @@ from heads.parts.has import HAS, drift
 from heads.parts.trunk import Trunk
 from heads.parts.tuned import Change, More, Tuned, grid
 
-IMPORTANCES = ("has", "multi", "single", "none")
-REFINEMENTS = ("crm", "number", "none")
+IMPORTANCES = ("has", "multi", "single")
+PARTS = ("kd", "hc", "crm", "number")
 
 
 class HCE(Tuned):
@@ -47,11 +47,13 @@ class HCE(Tuned):
 
     Args:
         blocks: How many of the network's last blocks train.
-        importance: `has`; `multi`, every channel of every block alike; `single`, the last block
-            alone; `none`, no L_hc.
+        parts: What CE is joined by, "+" between them: `kd`, `hc` (L_hc), and `crm` or `number`, the
+            logarithms of class counts as R. None for "kd+hc+crm", without crm where there is no
+            HAS.
+        importance: H by `has`; `multi`, every channel of every block alike; `single`, those of the
+            last block alone.
         weight: Of L_hc; 1000 in the paper, on a scale of its own.
         kd: Of L_kd.
-        refine: `crm`; `number`, the logarithms of class counts as R; `none`.
         mix, h, last_stride, frames: Of HAS.
         has_lr: Its rate.
         shift: 1/shift of the channels are shifted in time before each block (TSM); 0 for none.
@@ -60,10 +62,10 @@ class HCE(Tuned):
     def __init__(
         self,
         blocks: int = 1,
+        parts: str | None = None,
         importance: str = "has",
         weight: float = 1000.0,
         kd: float = 1.0,
-        refine: str = "crm",
         mix: str = "cascade",
         h: str = "bounded",
         last_stride: int = 2,
@@ -73,14 +75,20 @@ class HCE(Tuned):
         **tuned: Any,
     ) -> None:
         super().__init__(blocks, **tuned)
-        if importance not in IMPORTANCES or refine not in REFINEMENTS:
+        if parts is None:
+            parts = "kd+hc+crm" if importance == "has" else "kd+hc"
+        self.parts = set(parts.split("+")) if parts else set()
+        if importance not in IMPORTANCES or not self.parts <= set(PARTS):
             raise ValueError(
-                f"{importance=}, {refine=}: choose from {', '.join(IMPORTANCES)} and from "
-                f"{', '.join(REFINEMENTS)}"
+                f"{parts=}, {importance=}: join {', '.join(PARTS)} by +, and choose from "
+                f"{', '.join(IMPORTANCES)}"
             )
-        if refine == "crm" and importance != "has":
-            raise ValueError(f"{refine=} with {importance=}: it is made of what HAS says")
-        self.importance, self.weight, self.kd, self.refine = importance, weight, kd, refine
+        alone = "hc" not in self.parts or "number" in self.parts
+        if "crm" in self.parts and (importance != "has" or alone):
+            raise ValueError(
+                f"{parts=}, {importance=}: crm is made of what HAS says, in the place of number"
+            )
+        self.importance, self.weight, self.kd = importance, weight, kd
         self._has_options = {"mix": mix, "h": h, "last_stride": last_stride, "frames": frames}
         self._has_lr, self._shift = has_lr, shift
         self._has: HAS | None = None
@@ -91,8 +99,8 @@ class HCE(Tuned):
         stages = network.stages
         after = stages.index(network.find(self.reads[0])) + 1
         maps = [name for name in stages[after:] if len(network.shape(name)) > 1]
-        held = maps if self.importance != "none" else []
-        return [*held, *(["vector"] if self.kd else [])]
+        held = maps if "hc" in self.parts else []
+        return [*held, *(["vector"] if "kd" in self.parts else [])]
 
     @property
     def suffix(self) -> nn.Module:
@@ -119,7 +127,7 @@ class HCE(Tuned):
 
     def _begun_has(self, rng: np.random.Generator, trunk: Trunk) -> HAS | None:
         """A copy to train, or one that has learned nothing."""
-        if self.importance != "has":
+        if self.importance != "has" or "hc" not in self.parts:
             return None
         network = self._attached()
         shapes = {}
@@ -180,7 +188,7 @@ class Held(More):
         )
 
     def offsets(self, classes: int) -> Tensor:
-        if self._head.refine == "number":
+        if "number" in self._head.parts:
             return torch.tensor([max(1, n) for n in self._counts.values()]).log()
         old, new = self._ratio
         return torch.tensor([old] * self._known + [new] * (classes - self._known))
@@ -190,7 +198,7 @@ class Held(More):
     ) -> Tensor:
         head = self._head
         loss = torch.zeros((), device=outputs[0].device)
-        if head.kd:
+        if "kd" in head.parts:
             new, old = (normalize(x, dim=2) for x in (vectors["vector"], batch["old vector"]))
             loss = loss + head.kd * (new - old).square().sum(dim=2).mean()
         if not self._maps:
@@ -211,7 +219,7 @@ class Held(More):
         return loss + head.weight * drift(h, new_maps, old_maps)
 
     def ended(self) -> None:
-        if self._head.refine == "crm":
+        if "crm" in self._head.parts:
             self._ratio = crm.ratios(*self._spreads)
         self._spreads = crm.Spread(), crm.Spread()
 

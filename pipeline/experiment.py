@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 import numpy as np
@@ -285,14 +286,17 @@ def _check_types(head: str, build: Callable[..., Head], options: Mapping[str, An
     parameters = heads.options_of(build)
     for name, value in options.items():
         hint = parameters[name].annotation
-        kinds = tuple(get_origin(kind) or kind for kind in get_args(hint) or (hint,))
+        either = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        kinds = tuple(get_origin(kind) or kind for kind in either)
         if float in kinds:
             kinds += (int,)
         is_flag = isinstance(value, bool) and bool not in kinds
         if hint is not inspect.Parameter.empty and (is_flag or not isinstance(value, kinds)):
-            said = hint.__name__ if isinstance(hint, type) else str(hint)
+            said = (
+                hint.__name__ if type(hint) is type else str(hint).replace("collections.abc.", "")
+            )
             raise ValueError(
-                f"{head}'s {name}={value!r}: give {said.replace('typing.', '')}; its default is "
+                f"{head}'s {name}={value!r}: give {said}; its default is "
                 f"{parameters[name].default!r}"
             )
 

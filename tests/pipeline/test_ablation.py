@@ -197,6 +197,7 @@ def test_equal_numbers_are_one_run_and_an_option_comes_once(vector_store, tmp_pa
         ({"lr": "fast"}, "lr='fast': give float"),
         ({"softmax": "x"}, r"softmax='x': give float \| None"),
         ({"epochs": True}, "epochs=True"),
+        ({"adapters": [1]}, r"adapters=\[1\]: give int \| str"),
         ({"batch_size": 0}, "'batch_size': 0"),
         ({"epochs": -1}, "'epochs': -1"),
         ({"tau": 0}, "'tau': 0"),
@@ -296,3 +297,12 @@ def test_a_sweep_is_read_from_toml(tmp_path):
     (tmp_path / "s.toml").write_text('head = "stpr"\n')
     with pytest.raises(ValueError, match=r"s.toml is no sweep: .*head"):
         Sweep.read(tmp_path / "s.toml")
+
+
+def test_an_option_may_be_a_list_or_a_table(vector_store, tmp_path):
+    done = run(vector_store, "linear", "2+2x2", out=tmp_path, options={
+        "encoder": "expert", "expert": {"layers": 1, "heads": 1, "ffn": 8}, "epochs": 1,
+        "first_epochs": 1})  # fmt: skip
+    assert done.spec["options"]["expert"]["ffn"] == 8
+    with pytest.raises(ValueError, match=r"strengths=0.3: give Sequence\[float\]"):
+        run(vector_store, "class_regularization", "2+2x2", options={"strengths": 0.3}, out=tmp_path)

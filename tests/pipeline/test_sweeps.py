@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,32 @@ def test_rows_of_the_paper_are_one_call(store, tmp_path, name):
         assert not ran & {"stem", "blocks.0.attn"}
         experts = record.get("option.routing") != "none"
         assert (record["cost.trainable"] > 0) == (experts or adapted)
+
+
+@pytest.fixture(scope="module")
+def maps(dataset, built_once, tmp_path_factory) -> FeatureStore:
+    spec = BuildSpec(("resnet18:random-0",), keep=("layer2.1", "layer4.0", "pool"), frames=2)
+    place = tmp_path_factory.mktemp("maps") / "s.zarr"
+    shutil.copytree(built_once(dataset(CLASSES, 3), spec), place)  # runs add old maps
+    return FeatureStore.open(place)
+
+
+@pytest.mark.parametrize(
+    "name", ["hce_parts", "hce_levels", "hf_net_gates", "class_regularization"]
+)
+def test_rows_of_methods_that_train_blocks_are_one_call(maps, tmp_path, name):
+    sweep = Sweep.read(FOLDER / f"{name}.toml")
+    (head,) = sweep.heads
+    options = {head: {**sweep.options.get(head, {}), "first_epochs": 1, "epochs": 1}}
+    table = ablate(maps, head, "2+2x1", sweep.grid, 1, options=options, out=tmp_path,
+                   runtime=Runtime(serial=True))  # fmt: skip
+    assert table.attrs["errors"] == []
+    assert len(table) == math.prod(map(len, sweep.grid.values()))
+    first = "layer3.0" if name == "hf_net_gates" else "layer4.1"
+    for record in table.attrs["runs"]:
+        cost = json.loads((Path(record["run"]) / "cost.json").read_bytes())
+        for calls in cost["stages_recomputed"]:
+            assert min(name for name in calls if name.startswith("layer")) == first
 
 
 def test_the_command_line_runs_and_sweeps(vector_store, tmp_path, strata):
