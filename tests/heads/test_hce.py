@@ -1,0 +1,165 @@
+"""HCE's loss by its parts, what goes on from task to task, what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from heads import Task
+from heads.hce import HCE
+from heads.parts.clips import Clips
+
+STILL = {"lr": 0.0, "has_lr": 0.0, "momentum": 0.0, "batch_size": 999}
+
+
+def second(runner, **options):
+    """A runner after one task, and a second whose old features are noise: its loss, its clips."""
+    run = runner(HCE, seed=3, **STILL | options)
+    run.learn([4, 2])
+    task = run.task([7, 9, 9], seed=1)
+    rng = np.random.default_rng(0)
+    parts = []
+    for clips in (task.clips, task.memory):
+        features = {name: cells.cells for name, cells in clips.features.items()}
+        for name, cells in features.items():
+            if name.startswith("old "):
+                noise = torch.from_numpy(rng.normal(size=cells.shape)).float()
+                features[name] = cells + 0.3 * noise
+        parts.append(Clips(features, clips.labels, clips.rows))
+    told = []
+    progress = lambda done, epochs, loss: told.append(loss)  # noqa: E731
+    run.head.learn(Task(parts[0], 1, None, parts[1], progress))
+    return run.head, parts, told
+
+
+def unit(x):
+    return x / np.linalg.norm(x)
+
+
+def by_hand(head, parts):
+    """CE without offsets, L_kd and L_hc, of all clips, by loops."""
+    labels = torch.cat([part.labels for part in parts]).tolist()
+    cells = {name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features}
+    with torch.no_grad():
+        vectors, outputs = head._trunk({head.reads[0]: cells[head.reads[0]]})
+        logits = head._model(vectors).double().numpy()
+    ce = [
+        np.log(np.exp(row).sum()) - row[head.classes.index(label)]
+        for row, label in zip(logits, labels, strict=True)
+    ]
+    new = vectors["vector"].double().numpy().reshape(-1, 16)
+    kd = hc = 0.0
+    if "old vector" in cells:
+        old = cells["old vector"].double().numpy().reshape(-1, 16)
+        kd = np.mean([((unit(a) - unit(b)) ** 2).sum() for a, b in zip(new, old, strict=True)])
+    maps = [name for name in head._trunk.trained if f"old {name}" in cells]
+    maps = maps[-1:] if head.importance == "single" else maps
+    pairs = {}
+    for name in maps:
+        made = outputs[head._trunk.trained.index(name)]
+        # The four patches of a frame are a map of 2 x 2, behind the class token.
+        pairs[name] = [
+            x.flatten(0, 1)[:, 1:].mT.reshape(-1, 16, 2, 2) for x in (made, cells[f"old {name}"])
+        ]
+    if head._has is not None:
+        with torch.no_grad():
+            h = head._has({n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()})
+    for name, (a, b) in pairs.items():
+        total = 0.0
+        for n in range(len(a)):
+            x, y = unit(a[n].double().numpy()), unit(b[n].double().numpy())
+            for c in range(16):
+                weight = 1.0 if head._has is None else float(h[name][n, c])
+                total += weight * ((x[c] - y[c]) ** 2).sum()
+        hc += total / (len(a) * 16)
+    return np.mean(ce), kd, hc, logits, labels
+
+
+@pytest.mark.parametrize(
+    ("options", "terms"),
+    [
+        ({"parts": ""}, (1, 0, 0)),
+        ({"parts": "kd"}, (1, 1, 0)),
+        ({"parts": "kd", "kd": 2.5}, (1, 2.5, 0)),
+        ({"parts": "hc", "weight": 10.0}, (1, 0, 10)),
+        ({"parts": "kd+hc", "weight": 10.0, "blocks": 2}, (1, 1, 10)),
+        ({"parts": "hc", "importance": "multi", "weight": 10.0, "blocks": 2}, (1, 0, 10)),
+        ({"parts": "hc", "importance": "single", "weight": 10.0, "blocks": 2}, (1, 0, 10)),
+        ({"weight": 10.0}, (1, 1, 10)),
+    ],
+)
+def test_the_loss_is_the_sum_of_its_parts(runner, options, terms):
+    head, parts, told = second(runner, **{"epochs": 1} | options)
+    ce, kd, hc, _, _ = by_hand(head, parts)
+    # In eval mode HAS's batch norms are not what they were in training.
+    if head._has is not None:
+        head._has.train()
+        ce, kd, hc, _, _ = by_hand(head, parts)
+    expected = terms[0] * ce + terms[1] * kd + terms[2] * hc
+    np.testing.assert_allclose(told[0], expected, rtol=1e-4)
+    assert (terms[2] > 0) == (hc > 0)
+
+
+def test_the_logits_are_offset_from_the_second_epoch_on_by_crm(runner):
+    head, parts, told = second(runner, weight=0.0, parts="hc+crm", epochs=3)
+    _, _, _, logits, labels = by_hand(head, parts)
+
+    def loss(offset):
+        moved = logits + np.array([offset] * 2 + [0.0] * 2)
+        losses = [np.log(np.exp(row).sum()) - row[head.classes.index(label)]
+                  for row, label in zip(moved, labels, strict=True)]  # fmt: skip
+        return np.mean(losses)
+
+    np.testing.assert_allclose(told[0], loss(0.0), rtol=1e-5)
+    assert abs(told[1] - told[0]) > 1e-6
+    offsets = np.linspace(-5, 5, 20001)
+    off = np.array([abs(loss(o) - told[1]) for o in offsets[::100]])
+    assert off.min() < 0.05
+    np.testing.assert_allclose(told[2], told[1], rtol=1e-4)
+
+
+def test_class_counts_may_be_the_offsets(runner):
+    head, parts, told = second(runner, weight=0.0, parts="hc+number", epochs=1)
+    _, _, _, logits, labels = by_hand(head, parts)
+    moved = logits + np.array([math.log(labels.count(label)) for label in head.classes])
+    losses = [np.log(np.exp(row).sum()) - row[head.classes.index(label)]
+              for row, label in zip(moved, labels, strict=True)]  # fmt: skip
+    np.testing.assert_allclose(told[0], np.mean(losses), rtol=1e-5)
+
+
+def test_has_goes_on_from_task_to_task_and_is_not_there_in_the_first(runner):
+    run = runner(HCE, epochs=2, first_epochs=2, has_lr=0.01)
+    run.learn([4, 2])
+    assert run.head._has is None
+    run.learn([7], seed=1)
+    before = {name: x.clone() for name, x in run.head._has.state_dict().items()}
+    run.learn([9], seed=2)
+    after = run.head._has.state_dict()
+    moved = [name for name, x in before.items() if not torch.equal(x, after[name])]
+    assert any("weight" in name for name in moved)
+    again = runner(HCE, epochs=2, first_epochs=2, has_lr=0.01)
+    again.head.load_state_dict(run.head.state_dict())
+    assert all(torch.equal(x, again.head._has.state_dict()[name]) for name, x in after.items())
+
+
+def test_clips_without_old_maps_are_refused(runner):
+    run = runner(HCE, epochs=1, first_epochs=1)
+    run.learn([4, 2])
+    task = run.task([7], seed=1)
+    bare = {n: c for n, c in task.clips.features.items() if not n.startswith("old ")}
+    bare = Clips(bare, task.clips.labels, task.clips.rows)
+    memory = {n: c for n, c in task.memory.features.items() if not n.startswith("old ")}
+    memory = Clips(memory, task.memory.labels, task.memory.rows)
+    with pytest.raises(ValueError, match=r"clips without old 'blocks.2.*old 'vector'"):
+        run.head.learn(Task(bare, 1, None, memory))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"parts": "kd+nothing"}, {"importance": "all"}, {"parts": "kd+crm"},
+     {"parts": "kd+hc+crm+number"}, {"parts": "hc+crm", "importance": "multi"}],
+)  # fmt: skip
+def test_parts_that_do_not_go_together_are_refused(options):
+    with pytest.raises(ValueError, match="parts="):
+        HCE(**options)
