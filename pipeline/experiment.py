@@ -275,6 +275,13 @@ def head_of(
     if network is None or not (isinstance(made, Changes) and changes):
         return made, None, features
     offering.check_network(network, features)
+    if isinstance(made, Remembers) and network.precision != torch.float32:
+        precision = str(network.precision).removeprefix("torch.")
+        raise SpecMismatch(
+            f"{head} compares what it trains, in float32, with what the store keeps of it, and the "
+            f"features of {backbone} in {store.place} are of {precision}: build it with --precision "
+            "float32"
+        )
     frames = next(iter(features.values())).shape[1]
     attached = HeadNetwork(network, frames, partial(offering.load_network, store, backbone))
     made.attach(attached)

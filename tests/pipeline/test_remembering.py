@@ -6,7 +6,7 @@ import pytest
 
 from heads.hce import HCE
 from pipeline import BuildSpec, FeatureTensors, experiment, run
-from stores import FeatureStore
+from stores import FeatureStore, SpecMismatch
 
 NAME = "resnet18:random-0"
 CLASSES = ("grow", "shrink", "fade in", "fade out")
@@ -42,6 +42,16 @@ def test_old_maps_are_computed_once_a_task_and_read_in_every_epoch(store, tmp_pa
     freed = FeatureStore.open(store.path).gc()
     assert len(freed.freed) == len(changed)
     assert done.nme is not None
+
+
+def test_a_store_of_another_precision_is_refused_before_anything_is_learned(
+    dataset, built_once, tmp_path
+):
+    spec = BuildSpec((NAME,), keep=("layer4.0", "pool"), frames=2, precision="bfloat16")
+    place = built_once(dataset(CLASSES, 3), spec)
+    with pytest.raises(SpecMismatch, match="--precision float32"):
+        run(place, "hce", "2+1x2", options=QUICK, out=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stopped_run_goes_on_with_the_old_maps_that_are_there(store, tmp_path, monkeypatch):
