@@ -279,8 +279,8 @@ def head_of(
         precision = str(network.precision).removeprefix("torch.")
         raise SpecMismatch(
             f"{head} compares what it trains, in float32, with what the store keeps of it, and the "
-            f"features of {backbone} in {store.place} are of {precision}: build it with --precision "
-            "float32"
+            f"features of {backbone} in {store.place} are of {precision}: build it with "
+            "--precision float32"
         )
     frames = next(iter(features.values())).shape[1]
     attached = HeadNetwork(network, frames, partial(offering.load_network, store, backbone))
