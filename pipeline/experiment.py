@@ -399,6 +399,8 @@ def _carry_out(plan: Prepared, folder: Path, watch: Watch, teacher: Run | None) 
             if isinstance(head, Rehearses):
                 rows_kept = head.exemplars.numpy()
             taken = teacher and _taken(teacher, number)
+            if teacher and not taken:
+                watch.said(f"{teacher.folder} has no state after task {number + 1}: learning it")
             old: dict[str, Feature] = {}
             if isinstance(head, Remembers) and number and not taken:
                 old = remembering.features(plan, head, [*rows_own, *rows_kept], folder, watch)

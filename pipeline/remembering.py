@@ -30,16 +30,22 @@ def features(
     Raises:
         ValueError: The store is of another precision than what trains.
     """
+    if not head.remembers:
+        return {}
     network = plan.network
     assert network is not None
     backbone = network.behind(head.suffix)
     found = {name: network.find(name) for name in head.remembers}
+    told = False
     while True:
         try:
             report = update(plan.store, backbone, [*found.values()], rows, holder=folder)
             break
-        except StoreLocked:
-            # Another run of an ablation writes its own.
+        except StoreLocked as error:
+            # Mostly another run of an ablation that writes its own.
+            if not told:
+                watch.said(f"waiting to write old maps: {error}")
+            told = True
             time.sleep(PAUSE)
     for stage, count in report.calls.items():
         network.calls[stage.rpartition(" ")[2]] += count
