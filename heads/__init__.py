@@ -70,7 +70,8 @@ class Head(Protocol):
         classes: Learned so far.
         reads: The features that it needs of a clip: a stage, or stage:reduction. "vector" is the
             network's own last vector; "blocks.-1" is the last block of whatever network there is,
-            "blocks.-2.attn" the state after the attention of the last but one.
+            "blocks.-2.attn" the state after the attention of the last but one. "sound" is the last
+            vector of the store's network that listens, and NETWORK/FEATURE another network's.
         trainable: How many numbers gradient descent has trained so far; 0 for closed forms.
     """
 

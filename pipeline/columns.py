@@ -17,13 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.backbones import Backbone, Stage
 from pipeline.reductions import canonical_reduction, reduce
-from pipeline.spec import BuildSpec, FrameSet
+from pipeline.spec import BuildSpec, FrameSet, Picture
 from stores import FeatureStore
 from stores.columns import ColumnSpec, Damaged
 from stores.identity import digest
 
 # What a picture's numbers are: changed when the decoders' pixels change.
 PIXELS = "rgb24, libswscale bicubic, 1"
+SAMPLES = "mono float32, libswresample, 1"
 CPU_BATCH_FRAMES = 8
 GPU_BATCH_FRAMES = 256
 MAX_THREADS = 4
@@ -107,9 +108,14 @@ class Pass:
         return names[begin : max(names.index(self.outputs[c].stage) for c in outputs) + 1]
 
 
+def pixels(frame_set: FrameSet) -> str:
+    """What the numbers of its pictures, or samples of its sounds, are."""
+    return PIXELS if isinstance(frame_set.picture, Picture) else SAMPLES
+
+
 def frames_key(frame_set: FrameSet) -> str:
-    """Fingerprint of a clip's pictures."""
-    return digest({"frames": frame_set.identity(), "pixels": PIXELS})
+    """Fingerprint of a clip's pictures or sounds."""
+    return digest({"frames": frame_set.identity(), "pixels": pixels(frame_set)})
 
 
 def passes(
@@ -198,7 +204,7 @@ def _output(
     attributes: dict[str, Any] = {
         "backbone": {"name": backbone.name, "network": backbone.network},
         "frames": frame_set.identity(),
-        "pixels": PIXELS,
+        "pixels": pixels(frame_set),
         "stages": [backbone.describe(stage) for stage in backbone.stages[:upto]],
         "reduction": reduction,
     }

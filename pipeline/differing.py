@@ -16,7 +16,7 @@ from pipeline import backbones as networks
 from pipeline.ancestors import refusal
 from pipeline.backbones import Backbone, _grafts
 from pipeline.building import weights_in_full
-from pipeline.columns import PIXELS, Output, Pass, Source, passes
+from pipeline.columns import Output, Pass, Source, passes, pixels
 from pipeline.spec import BuildSpec
 from pipeline.updating import recorded_request
 from stores import Feature, FeatureStore
@@ -169,8 +169,8 @@ def _compare(feature: Feature, asked: list[_Asked], request: BuildSpec) -> Diffe
     frame_sets = request.frame_sets(best.backbone.picture)
     wanted = frame_sets[view if view < len(frame_sets) else 0]
     frames = _flat_differences("frames.", held["frames"], wanted.identity())
-    if held["pixels"] != PIXELS:
-        frames.append(("pixels", held["pixels"], PIXELS))
+    if held["pixels"] != pixels(wanted):
+        frames.append(("pixels", held["pixels"], pixels(wanted)))
     stages = _stage_differences(held["stages"], best.stages)
 
     stage, reduction = held["stages"][-1]["stage"], held["reduction"]

@@ -23,7 +23,7 @@ from stores import Feature, FeatureStore, SpecMismatch
 from stores.clips import row_keys
 from stores.identity import digest, store_name
 
-VECTOR = "vector"
+VECTOR, SOUND = "vector", "sound"
 _BLOCK = re.compile(r"(blocks\.\d+)\.(attn|mlp)|(layer\d+\.\d+)")
 _FROM_THE_END = re.compile(r"blocks\.-([1-9]\d*)(?:\.(\w+))?")
 
@@ -59,12 +59,16 @@ def meaning(name: str, backbone: Backbone) -> str:
 def backbone_of(store: FeatureStore, asked: str) -> str:
     """The name in the store of the backbone that a run is to read.
 
+    Where none is named, one that looks at pictures comes before those that listen.
+
     Raises:
         ValueError: None is named and there are several, or there is none of that name.
     """
     held = sorted({backbone for backbone, _, _ in store.columns()})
     wanted = store_name(asked) if asked else ""
     found = [one for one in held if not asked or one == wanted or one.partition(":")[0] == asked]
+    if not asked and len(found) > 1:
+        found = sorted(set(found) - set(_listening(store))) or found
     if len(found) != 1:
         what = f"backbone {asked!r} is {len(found)} of those" if asked else "name the backbone"
         raise ValueError(f"{what} of {store.place}: {', '.join(held) or 'it has no feature'}")
@@ -81,17 +85,19 @@ def features_of(
         network: Needed where a name `is_relative`.
 
     Raises:
-        SpecMismatch: The store lacks one; the message has the command that adds it.
+        SpecMismatch: The store lacks one; the message has the command that adds it. Or they are
+            not of the same moments of a clip.
+        ValueError: Which network is meant by `sound` or NETWORK/FEATURE is not to be said.
     """
     found = {}
     for name in reads:
-        own = name if network is None else meaning(name, network)
-        feature = _vector(store, backbone) if own == VECTOR else _column(store, backbone, own)
+        whose, own = _whose(store, backbone, name, network)
+        feature = _vector(store, whose) if own == VECTOR else _column(store, whose, own)
         if feature is None:
             raise SpecMismatch(
-                f"{store.place} has no {own} of {backbone}, which the head reads"
+                f"{store.place} has no {own} of {whose}, which the head reads"
                 f"{f' as {name}' if own != name else ''}. This adds it:\n  "
-                + build_command(store, backbone, own)
+                + build_command(store, whose, own)
             )
         found[name] = feature
     lengths = {name: feature.shape[1] for name, feature in found.items()}
@@ -100,7 +106,45 @@ def features_of(
             f"the head's features have different numbers of frames ({lengths}): build them with "
             "one --frames"
         )
+    moments = {
+        tuple(feature.spec["frames"][key] for key in ("sampling", "fps", "stride", "view"))
+        for feature in found.values()
+    }
+    if len(moments) > 1:
+        raise SpecMismatch(
+            f"the head's features are of different moments of a clip ({moments}): build them with "
+            "one --sampling"
+        )
     return found
+
+
+def _listening(store: FeatureStore) -> list[str]:
+    """Networks of the store that take sounds."""
+    return sorted({f.backbone for f in store.features() if "rate" in f.spec["frames"]["picture"]})
+
+
+def _whose(
+    store: FeatureStore, backbone: str, name: str, network: Backbone | None
+) -> tuple[str, str]:
+    """The network, and the feature of it, that a name of `Head.reads` means."""
+    if name == SOUND:
+        held = _listening(store)
+        if not held:
+            raise SpecMismatch(
+                f"{store.place} has no network that listens, whose last vector the head reads as "
+                "sound. This adds one (random-0 in WEIGHTS' place to try):\n  "
+                + build_command(store, "mel_resnet18:WEIGHTS", VECTOR)
+            )
+        if len(held) > 1:
+            raise ValueError(
+                f"{store.place} has {len(held)} networks that listen: say which in the place of "
+                f"sound, such as {held[0]}/pool or {held[1]}/pool"
+            )
+        return held[0], VECTOR
+    whose, _, own = name.rpartition("/")
+    if whose:
+        return backbone_of(store, whose), own
+    return backbone, name if network is None else meaning(name, network)
 
 
 def _column(store: FeatureStore, backbone: str, name: str) -> Feature | None:

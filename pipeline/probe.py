@@ -101,5 +101,6 @@ def _example(plan: Plan, job: Job, number: int) -> list[np.ndarray]:
         clips = (clip for block in plan.blocks for clip in block.cached)
         held = next(clip.held for clip in clips if clip.needs[0][0] == number)
         return list(Cells(job.store, one.source, [held])[:1])
-    frames, side = one.frame_set.frames, one.frame_set.picture.size
-    return [np.random.default_rng(0).integers(0, 256, (frames, side, side, 3), np.uint8)]
+    picture = one.frame_set.picture
+    noise = np.random.default_rng(0).integers(0, 256, (one.frame_set.frames, *picture.shape))
+    return [noise.astype(picture.dtype)]

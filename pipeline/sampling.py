@@ -126,6 +126,7 @@ def cut(frame_set: FrameSet, width: int, height: int, seed: str = "") -> Cut:
 
     View 0 is always plain. Whether a view crops or mirrors does not change what the other draws.
     """
+    assert isinstance(frame_set.picture, Picture)
     if frame_set.view == 0 or not (frame_set.random_crop or frame_set.flip):
         return Cut(frame_set.picture)
     scale, across, down, mirror = _generator(seed, frame_set.view, "picture").random(4).tolist()

@@ -5,7 +5,7 @@ Light to import: a decoder's child process needs it.
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 SAMPLINGS = ("tsn", "tsn_random", "uniform_fps", "dense")
 DTYPES = ("float16", "float32", "bfloat16")
@@ -27,6 +27,8 @@ class Picture:
     interpolation: str = "bicubic"  # or "bilinear"
     resize_mode: str = "shortest"  # or "squash"
 
+    dtype: ClassVar[str] = "uint8"
+
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS or self.resize_mode not in RESIZE_MODES:
             raise ValueError(
@@ -40,10 +42,38 @@ class Picture:
                 f"side is {self.resize}: resize must be at least size, and size at least 1"
             )
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one, RGB."""
+        return (self.size, self.size, 3)
+
+
+@dataclass(frozen=True)
+class Sound:
+    """What is heard around the moment of a frame, as a network's own configuration says.
+
+    A stretch of `seconds` with the moment in its middle, mono at `rate` samples a second, from -1
+    to 1. Before a clip's start and after its end it is silent.
+    """
+
+    rate: int = 16000
+    seconds: float = 1.0
+
+    dtype: ClassVar[str] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.rate < 1 or not 0 < self.rate * self.seconds < math.inf:
+            raise ValueError(f"no sound of {self.seconds} seconds at {self.rate} samples a second")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one."""
+        return (round(self.rate * self.seconds),)
+
 
 @dataclass(frozen=True)
 class FrameSet:
-    """Which T frames of a clip are looked at, and as which pictures. Decides the frames' key.
+    """Which T frames of a clip are looked at, as which pictures or sounds. Decides their key.
 
     Attributes:
         frames: T, frames per clip.
@@ -58,6 +88,7 @@ class FrameSet:
         random_crop: Views other than 0 cut out a drawn square (0.6 to 1.0 of the shorter side)
             in place of the centre.
         decoder: The decoder policy: `auto` is PyAV.
+        picture: What is made of each frame; a `Sound` of what is heard around it.
     """
 
     frames: int = 8
@@ -68,7 +99,7 @@ class FrameSet:
     flip: bool = False
     random_crop: bool = False
     decoder: str = "auto"
-    picture: Picture = field(default_factory=Picture)
+    picture: Picture | Sound = field(default_factory=Picture)
 
     def __post_init__(self) -> None:
         if self.frames < 1:
@@ -142,8 +173,12 @@ class BuildSpec:
             raise ValueError("flip and random_crop vary views 1 and up; ask for --views 2 or more")
         self.frame_sets(Picture())
 
-    def frame_sets(self, picture: Picture) -> tuple[FrameSet, ...]:
-        """The frame set of each view, as pictures of one kind. View 0 is never varied."""
+    def frame_sets(self, picture: Picture | Sound) -> tuple[FrameSet, ...]:
+        """The frame set of each view, as pictures or sounds of one kind. View 0 is never varied.
+
+        Sounds are not mirrored or cropped, and whichever decoder gives the frames, PyAV gives them.
+        """
+        seen = isinstance(picture, Picture)
         return tuple(
             FrameSet(
                 frames=self.frames,
@@ -151,9 +186,9 @@ class BuildSpec:
                 fps=self.fps,
                 stride=self.stride,
                 view=view,
-                flip=self.flip and view > 0,
-                random_crop=self.random_crop and view > 0,
-                decoder=self.decoder,
+                flip=self.flip and view > 0 and seen,
+                random_crop=self.random_crop and view > 0 and seen,
+                decoder=self.decoder if seen else "auto",
                 picture=picture,
             )
             for view in range(self.views)

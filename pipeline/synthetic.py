@@ -17,7 +17,8 @@ one frame whose time in the clip is not known. (A frame known to be the first ca
 Whatever else a clip shows (shape, colour, size, textures, brightness, place, pace) and the file's
 size, rate, length and codec depend on the clip's number and not on its class: clip 7 of every
 class looks alike, so there is no shortcut to learn. Motions stay in the central square, which is
-what networks look at.
+what networks look at. With sound there are four classes more, which look like `sway ↔` to the
+bit and are told apart by what is heard alone; see `pipeline.sounding`.
 
 Light to import (numpy, PIL, av). Equal arguments give equal bytes, with one build of PyAV.
 """
@@ -31,8 +32,11 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.audio.stream import AudioStream
+from av.container import OutputContainer
 from PIL import Image, ImageDraw
 
+from pipeline import sounding
 from pipeline.breakages import BREAKAGES
 
 RATES = tuple(map(Fraction, ("10", "12", "15", "24", "25", "30000/1001", "30")))
@@ -128,6 +132,7 @@ _MOTIONS = {
     "bob ↕": _Motion(_bob),
 }
 CLASSES = tuple(_MOTIONS)
+HEARD = tuple(sounding.SOUNDS)
 TWINS = tuple(
     (a, b)
     for a in CLASSES
@@ -149,8 +154,9 @@ def frames(label: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def _frames(label: str, look: _Look) -> np.ndarray:
+    label = "sway ↔" if label in HEARD else label
     if label not in _MOTIONS:
-        raise ValueError(f"no class {label!r}; choose from {', '.join(CLASSES)}")
+        raise ValueError(f"no class {label!r}; choose from {', '.join((*CLASSES, *HEARD))}")
     motion = _MOTIONS[label]
     times_N = np.linspace(0, 1, look.num_frames) ** look.pace
     pictures = [look.picture(motion.pose(t, look)) for t in times_N.tolist()]
@@ -233,8 +239,11 @@ def write_video(
     *,
     keyframe_every: int = 24,
     index_first: bool = False,
+    sound_N: np.ndarray | None = None,
 ) -> None:
     """Encode frames into a file: H.264 with B-frames for .mp4, MPEG-4 part 2 for .avi.
+
+    With it sound, as AAC or as plain numbers.
 
     Args:
         path: Where to write; its suffix chooses container and codec.
@@ -242,6 +251,7 @@ def write_video(
         rate: Frames per second.
         keyframe_every: The longest group of pictures, in frames.
         index_first: For .mp4, the index (moov) before the data, not after it.
+        sound_N: float32, mono at `sounding.RATE`; None for a file without a sound track.
 
     Raises:
         ValueError: Another suffix.
@@ -266,9 +276,23 @@ def write_video(
         else:
             context.options = {"flags": "+bitexact"}
             context.qmin = context.qmax = 4
+        track = None if sound_N is None else _sound_track(container, path.suffix)
         for frame_HWC in frames_NHWC:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
         container.mux(stream.encode(None))
+        if track is not None and sound_N is not None:
+            heard = av.AudioFrame.from_ndarray(sound_N[None], "flt", "mono")
+            heard.sample_rate = sounding.RATE
+            container.mux(track.encode(heard))
+            container.mux(track.encode(None))
+
+
+def _sound_track(container: OutputContainer, suffix: str) -> AudioStream:
+    codec = "aac" if suffix == ".mp4" else "pcm_s16le"
+    track = container.add_stream(codec, rate=sounding.RATE, layout="mono")
+    assert isinstance(track, AudioStream)
+    track.codec_context.options = {"flags": "+bitexact"}
+    return track
 
 
 @dataclass(frozen=True)
@@ -290,6 +314,7 @@ def make_dataset(
     seed: int = 0,
     broken: bool = True,
     classes: Sequence[str] | None = None,
+    sound: bool = False,
 ) -> Synthetic:
     """Write a data set as class folders. The default, 288 clips, takes 6 to 8 s on one core.
 
@@ -301,17 +326,19 @@ def make_dataset(
         clips_per_class: Whole clips of each class, both splits together; at least 1.
         seed: Of everything drawn.
         broken: Whether to add the files of BREAKAGES.
-        classes: Some of CLASSES; all by default.
+        classes: Some of CLASSES, with sound also of HEARD; all by default.
+        sound: Whether clips have sound tracks.
 
     Raises:
         ValueError: An unknown or repeated class, or no clip or class at all.
         FileExistsError: `root` already holds a train or a test folder.
     """
-    names = CLASSES if classes is None else tuple(classes)
-    unknown = [name for name in names if name not in CLASSES]
+    known = (*CLASSES, *HEARD) if sound else CLASSES
+    names = known if classes is None else tuple(classes)
+    unknown = [name for name in names if name not in known]
     if unknown or not names or len(set(names)) < len(names):
         raise ValueError(
-            f"classes={list(names)} must be distinct ones of {', '.join(CLASSES)}, at least one"
+            f"classes={list(names)} must be distinct ones of {', '.join(known)}, at least one"
         )
     if clips_per_class < 1:
         raise ValueError(f"{clips_per_class=}: every class needs at least one clip")
@@ -331,12 +358,18 @@ def make_dataset(
         split = "test" if k % 3 == 2 else "train"
         file = f"clip_{k:03d}{'.avi' if k % 2 else '.mp4'}"
         for name in names:
+            shown = _frames(name, look)
+            heard = None
+            if sound:
+                draw = np.random.default_rng([seed, k, 1])
+                heard = sounding.sound(name, float(len(shown) / rate), draw)
             write_video(
                 root / split / name / file,
-                _frames(name, look),
+                shown,
                 rate,
                 keyframe_every=keyframe_every,
                 index_first=k % 4 == 0,
+                sound_N=heard,
             )
 
     for i, (stem, breakage) in enumerate(BREAKAGES.items() if broken else ()):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, normalize
+from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, normalize
 
 
 def sigmoid_distillation(
@@ -38,6 +38,18 @@ def sigmoid_distillation(
 def less_forget(x_BW: Tensor, old_BW: Tensor) -> Tensor:
     """1 - cos(x, old x), mean over clips: LUCIR's L_dis^G, PODNet's POD-flat."""
     return 1 - (normalize(x_BW, dim=1) * normalize(old_BW, dim=1)).sum(dim=1).mean()
+
+
+def softened(logits_BK: Tensor, old_BK: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(old / T) || softmax(new / T)), mean over clips (Hinton et al., 2015)."""
+    old_BK, logits_BK = (x.div(temperature).log_softmax(dim=1) for x in (old_BK, logits_BK))
+    return temperature**2 * kl_div(logits_BK, old_BK, reduction="batchmean", log_target=True)
+
+
+def relations(x_nW: Tensor, old_nW: Tensor) -> Tensor:
+    """|C(x) - C(old)|^2 / n^2, C(x) the matrix of cosines of n vectors; mean over what leads."""
+    new, old = (y @ y.mT for y in (normalize(x, dim=-1) for x in (x_nW, old_nW)))
+    return (new - old).square().mean()
 
 
 def margin_ranking(

@@ -1,7 +1,7 @@
 """The loop of gradient descent that trained heads share.
 
-SGD with momentum over a task's clips. A head trains copies of its parameters and takes them over
-when `fit` returns, so that a refusal in its midst leaves what was learned before.
+SGD with momentum, or Adam, over a task's clips. A head trains copies of its parameters and takes
+them over when `fit` returns, so that a refusal in its midst leaves what was learned before.
 
 Shapes: N clips, B clips a batch.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from heads.parts.clips import Batch, Clips
 
 SCHEDULES = ("cosine", "step", "constant")
+OPTIMIZERS = ("sgd", "adam")
 
 
 def fit(
@@ -34,6 +35,7 @@ def fit(
     milestones: Sequence[int] = (),
     gamma: float = 0.1,
     clip_norm: float | None = None,
+    optimizer: str = "sgd",
     progress: Callable[[int, int, float], object] = lambda done, epochs, loss: None,
 ) -> None:
     """Train parameters where they are, on every clip once an epoch.
@@ -53,28 +55,33 @@ def fit(
             end, `step` multiplies by `gamma` when as many epochs as a milestone are done.
         clip_norm: Greatest 2-norm of the gradients of a group, all parameters where there are no
             groups; None leaves them.
+        optimizer: `sgd` or `adam`, which has no momentum of one's own.
         progress: `Task.progress`. The mean loss is over clips.
 
     Raises:
         ValueError: A loss or a parameter became infinite or not a number, or an option is none.
     """
-    if epochs < 0 or schedule not in SCHEDULES:
+    if epochs < 0 or schedule not in SCHEDULES or optimizer not in OPTIMIZERS:
         raise ValueError(
-            f"{epochs=} by {schedule=}: give at least 0, and one of {', '.join(SCHEDULES)}"
+            f"{epochs=} by {schedule=}, {optimizer=}: give at least 0, one of "
+            f"{', '.join(SCHEDULES)}, and one of {', '.join(OPTIMIZERS)}"
         )
     # Fused: one pass over the numbers in place of one each for momentum, decay and step.
-    optimizer = torch.optim.SGD(
-        parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=True
-    )
-    rates = [group["lr"] for group in optimizer.param_groups]
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "fused": True}
+    steps: torch.optim.Optimizer
+    if optimizer == "adam":
+        steps = torch.optim.Adam(parameters, **common)
+    else:
+        steps = torch.optim.SGD(parameters, momentum=momentum, **common)
+    rates = [group["lr"] for group in steps.param_groups]
+    trained = [p for group in steps.param_groups for p in group["params"]]
     for epoch in range(epochs):
         factor = 1.0
         if schedule == "cosine":
             factor = 0.5 * (1 + math.cos(math.pi * epoch / epochs))
         elif schedule == "step":
             factor = gamma ** sum(epoch >= done for done in milestones)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(steps.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         # Summed where it is: asking for the number after each batch would make a GPU wait.
         total = torch.zeros((), dtype=torch.float64, device=trained[0].device)
@@ -83,10 +90,10 @@ def fit(
                 loss = step(places, batch)
                 loss.backward()  # type: ignore[no-untyped-call]
             if clip_norm is not None:
-                for group in optimizer.param_groups:
+                for group in steps.param_groups:
                     nn.utils.clip_grad_norm_(group["params"], clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            steps.step()
+            steps.zero_grad()
             total += loss.detach() * len(places)
         mean = float(total) / len(clips)
         # The norm is one look at the numbers, where `isfinite` of each takes four.

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 from torch.nn.functional import cross_entropy
 
 from heads import Network, Task
 from heads.parts import classifiers, models
 from heads.parts.clips import Batch, Clips
 from heads.parts.exemplars import Exemplars
+from heads.parts.expert import PRECISIONS
 from heads.parts.training import fit
 from heads.parts.trunk import VECTOR, Trunk
 
@@ -74,6 +75,8 @@ class Tuned:
         first_epochs: Of the first task; `epochs` of every other.
         milestones: Epochs after which the rate is a tenth; with schedule="step".
         clip_norm: Of all gradients together; None leaves them.
+        precision: Of the products of the blocks in training (`bfloat16` is two to four times as
+            fast on CPUs that have it); parameters, losses and scores are float32.
     """
 
     def __init__(
@@ -95,15 +98,18 @@ class Tuned:
         schedule: str = "cosine",
         milestones: Sequence[int] = (),
         clip_norm: float | None = None,
+        precision: str = "float32",
         seed: int = 0,
     ) -> None:
         if blocks < 1 or not 0 <= drop < 1:
             raise ValueError(f"{blocks=}, {drop=}: train a block at least, and drop less than all")
+        if precision not in PRECISIONS:
+            raise ValueError(f"no {precision=}; choose from {', '.join(PRECISIONS)}")
         self.reads: Sequence[str] = (f"blocks.-{blocks + 1}",)
         self.classes: list[int] = []
         self._blocks, self._batch_norm, self._drop = blocks, batch_norm, drop
         self._form = models.Form(VECTOR, encoder, expert, classifiers.Linear)
-        self._epochs, self._seed = (first_epochs, epochs), seed
+        self._epochs, self._seed, self._precision = (first_epochs, epochs), seed, precision
         self._recipe: dict[str, Any] = {
             "batch_size": batch_size,
             "lr": lr,
@@ -167,7 +173,8 @@ class Tuned:
         more = self.more(task, clips, trunk, rng)
 
         def step(places: Tensor, batch: Batch) -> Tensor:
-            vectors, outputs = trunk(batch)
+            with autocast(device.type, PRECISIONS[self._precision], self._precision != "float32"):
+                vectors, outputs = trunk(batch)
             vectors_BW = _dropped(model.vectors(vectors), self._drop, generator)
             logits_BC = model.classifier(vectors_BW) + more.offsets(len(classes)).to(device)
             loss = cross_entropy(logits_BC, columns_N[places].to(device))

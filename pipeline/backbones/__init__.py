@@ -11,7 +11,8 @@ name. A family module has two functions:
         published tag, the path of a weight file or `random-SEED`; _weights.py reads all three.
 
 Shapes: N frames, S = size in pixels, L tokens (class token first), C channels, H x W a grid.
-A chain starts from uint8 pictures [N, S, S, 3] RGB; its first stage normalises them.
+A chain starts from uint8 pictures [N, S, S, 3] RGB; its first stage normalises them. One that
+listens starts from float32 samples [N, samples].
 """
 
 import difflib
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline._variants import available, variant
-from pipeline.spec import Picture
+from pipeline.spec import Picture, Sound
 from stores.identity import digest
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Stage:
 
 @dataclass(frozen=True, repr=False)
 class Backbone:
-    """A chain of stages over pictures of one kind.
+    """A chain of stages over pictures, or sounds, of one kind.
 
     Attributes:
         name: NAME:TAG as the store calls it ("ViT-B-16:openai"; a weight file by its stem).
@@ -127,7 +128,7 @@ class Backbone:
     name: str
     network: str
     stages: tuple[Stage, ...]
-    picture: Picture
+    picture: Picture | Sound
     precision: torch.dtype
     channels_last: bool = False
     text: "TextTower | None" = None
@@ -237,8 +238,9 @@ class Backbone:
         """Run the chain as far as the last stage in `keep`.
 
         Args:
-            x: uint8 pictures [N, S, S, 3], or the output of stage `start` in any float type: all
-                of it, or some of its tokens where all stages that run take each token alone.
+            x: uint8 pictures [N, S, S, 3] (float32 samples where it listens), or the output of
+                stage `start` in any float type: all of it, or some of its tokens where all stages
+                that run take each token alone.
             keep: Names of stages whose output is wanted.
             start: The stage after which to begin; None for the pictures.
             calls: Counts the calls of each stage.
@@ -280,18 +282,19 @@ class Backbone:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of one frame's output of every stage. Nothing is computed: shapes alone pass."""
         frames = max(stage.frames for stage in self.stages) or 1
-        size = self.picture.size
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            pictures = torch.zeros(frames, size, size, 3, dtype=torch.uint8)
+            dtype = getattr(torch, self.picture.dtype)
+            pictures = torch.zeros(frames, *self.picture.shape, dtype=dtype)
             outputs = self.run(pictures, self.stage_names)
         return {name: tuple(output.shape[1:]) for name, output in outputs.items()}
 
     def _pictures(self, x: Tensor) -> Tensor:
-        size = self.picture.size
-        if x.dtype != torch.uint8 or tuple(x.shape[1:]) != (size, size, 3):
+        own, dtype = self.picture, str(x.dtype).removeprefix("torch.")
+        if dtype != own.dtype or tuple(x.shape[1:]) != own.shape:
+            kind = "pictures" if isinstance(own, Picture) else "sounds"
             raise ValueError(
-                f"{self.name} starts from uint8 pictures [N, {size}, {size}, 3], not from "
-                f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+                f"{self.name} starts from {own.dtype} {kind} [N, {', '.join(map(str, own.shape))}],"
+                f" not from {dtype} {list(x.shape)}"
             )
         return x
 

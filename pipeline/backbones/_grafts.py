@@ -306,9 +306,7 @@ def _check_shapes(backbone: Backbone, grafted: Backbone, new: Stage) -> bool:
     expected = backbone.shapes[new.name]
     frames = max(stage.frames for stage in grafted.stages) or 1
     device = next((t.device for t in tensors_of(new.module).values()), torch.device("cpu"))
-    size = backbone.picture.size
-    shape: tuple[int, ...] = (frames, size, size, 3)
-    dtype = torch.uint8
+    shape, dtype = (frames, *backbone.picture.shape), getattr(torch, backbone.picture.dtype)
     if before is not None:
         shape, dtype = (frames, *backbone.shapes[before.name]), backbone.precision
     said = f"{new.name}: {type(new.module).__name__}"

@@ -5,6 +5,7 @@ which is faster on CPUs and GPUs alike. Pictures are those of the tag; of IMAGEN
 and seeds.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,11 +30,37 @@ def build(network: str, weights: str, precision: torch.dtype) -> Backbone:
         ValueError: No such tag, or weights that do not fit.
         OSError: The weights cannot be had.
     """
-    from torchvision.models import get_model, get_model_weights
+    from torchvision.models import get_model_weights
 
     name = store_name(f"{network}:{weights}")
     tags = {tag.name: tag for tag in get_model_weights(network)}
-    state = None if _weights.seed_of(weights) is not None else _state(network, weights, tags)
+    state = None if _weights.seed_of(weights) is not None else state_of(network, weights, tags)
+    whole = construct(network, weights, state, name)
+    preset = (tags.get(weights) or tags[PICTURES_OF]).transforms()
+    picture = Picture(
+        size=int(preset.crop_size[0]),
+        resize=int(preset.resize_size[0]),
+        interpolation=preset.interpolation.value,
+    )
+    normalise = Normalise(preset.mean, preset.std, precision, channels_last=True)
+    chain = stages(whole, normalise, normalise.options(), precision)
+    return Backbone(name, network, chain, picture, precision, channels_last=True)
+
+
+def construct(
+    network: str,
+    weights: str,
+    state: dict[str, Tensor] | None,
+    name: str,
+    change: Callable[[Any], object] = lambda whole: None,
+) -> nn.Module:
+    """A torchvision ResNet with its parameters, and `fc` if they have one.
+
+    Args:
+        change: Done to the network before it has them.
+    """
+    from torchvision.models import get_model
+
     classes: int | None = 1000
     if state is not None:
         classes = len(state["fc.weight"]) if "fc.weight" in state else None
@@ -42,31 +69,27 @@ def build(network: str, weights: str, precision: torch.dtype) -> Backbone:
         whole: nn.Module = get_model(network, weights=None, num_classes=classes or 1)
         if classes is None:
             whole.fc = nn.Identity()
+        change(whole)
         return whole
 
-    whole = _weights.construct(make, weights, state, name)
-    preset = (tags.get(weights) or tags[PICTURES_OF]).transforms()
-    picture = Picture(
-        size=int(preset.crop_size[0]),
-        resize=int(preset.resize_size[0]),
-        interpolation=preset.interpolation.value,
-    )
-    chain = stages(whole, preset.mean, preset.std, precision)
-    return Backbone(name, network, chain, picture, precision, channels_last=True)
+    return _weights.construct(make, weights, state, name)
 
 
 def stages(
-    whole: Any, mean: list[float], std: list[float], dtype: torch.dtype
+    whole: Any, normalise: nn.Module, options: dict[str, Any], dtype: torch.dtype
 ) -> tuple[Stage, ...]:
-    """Cut a torchvision ResNet into stages. It is cast to `dtype`, frozen, and laid out anew."""
+    """Cut a torchvision ResNet into stages. It is cast to `dtype`, frozen, and laid out anew.
+
+    Args:
+        normalise: What comes before its first convolution, and the options of that.
+    """
     whole = whole.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     for module in whole.modules():
         if isinstance(module, nn.BatchNorm2d):
             # Counts training batches; decides no value, and some files have none.
             module.num_batches_tracked = None
-    stem = Stem(Normalise(mean, std, dtype, channels_last=True), whole)
-    options = {**stem.normalise.options(), "eps": float(whole.bn1.eps), **_MEMORY}
-    chain = [Stage("stem", stem, "resnet_stem/1", options, "map")]
+    options = {**options, "eps": float(whole.bn1.eps), **_MEMORY}
+    chain = [Stage("stem", Stem(normalise, whole), "resnet_stem/1", options, "map")]
     for layer in ("layer1", "layer2", "layer3", "layer4"):
         for i, block in enumerate(getattr(whole, layer)):
             options = {
@@ -90,7 +113,7 @@ _MEMORY = {"memory": "channels_last"}
 class Stem(nn.Module):
     """uint8 pictures [N, S, S, 3] to a map [N, 64, S / 4, S / 4]."""
 
-    def __init__(self, normalise: Normalise, whole: Any) -> None:
+    def __init__(self, normalise: nn.Module, whole: Any) -> None:
         super().__init__()
         self.normalise = normalise
         self.conv1 = whole.conv1
@@ -111,7 +134,8 @@ class Pool(nn.Module):
         return nn.functional.adaptive_avg_pool2d(x_NCHW, 1).flatten(1)
 
 
-def _state(network: str, weights: str, tags: dict[str, Any]) -> dict[str, Tensor]:
+def state_of(network: str, weights: str, tags: dict[str, Any]) -> dict[str, Tensor]:
+    """The parameters of a tag or a file."""
     if _weights.is_file(weights):
         return _weights.read(weights)
     if weights not in tags:

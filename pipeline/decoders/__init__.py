@@ -68,7 +68,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class Decoded:
-    """One clip's pictures: for each frame set of the request, uint8 [T, size, size, 3] RGB."""
+    """One clip's pictures: for each frame set of the request, uint8 [T, size, size, 3] RGB.
+
+    Of sounds, float32 [T, samples].
+    """
 
     frames: tuple[np.ndarray, ...] = field(repr=False)
     facts: Facts

@@ -13,9 +13,10 @@ from PIL import Image
 from pipeline import sampling
 from pipeline._variants import variant
 from pipeline.decoders import Decoded, Facts, Failure, Request, Stretch, _index, images
+from pipeline.decoders._sound import Window
 from pipeline.decoders._stream import Undecodable, refused
 from pipeline.sampling import CLOCK_SLACK_SECONDS
-from pipeline.spec import FrameSet
+from pipeline.spec import FrameSet, Sound
 
 # Where one picture goes: (clip, frame set, place in T).
 Place = tuple[int, FrameSet, int]
@@ -48,19 +49,22 @@ def decode(request: Request) -> list[Decoded | Failure]:
 def _answer(request: Request) -> list[Decoded | Failure]:
     if os.path.isdir(request.path):
         return _Answer(request, images.read(request.path)).clips()
+    sound = any(isinstance(frame_set.picture, Sound) for frame_set in request.frame_sets)
     try:
-        return _Answer(request, _index.read(request.path)).clips()
+        return _Answer(request, _index.read(request.path, sound=sound)).clips()
     except _index.Contradicted:
         # Frames are not where the packets, or another decoder, have them: count them one by one.
-        return _Answer(request, _index.read(request.path, proof=False), trusted=False).clips()
+        index = _index.read(request.path, proof=False, sound=sound)
+        return _Answer(request, index, trusted=False).clips()
 
 
 class _Answer:
-    """The pictures of a request over one index."""
+    """The pictures and sounds of a request over one index."""
 
     def __init__(self, request: Request, index: _index.Index, trusted: bool = True) -> None:
         self.request, self.index, self.trusted = request, index, trusted
         self.arrays: dict[tuple[int, FrameSet], np.ndarray] = {}
+        self.silent: dict[int, str] = {}
         self.size = (0, 0)
         if index.source is not None:
             self.size = (index.source.stream.width, index.source.stream.height)
@@ -69,12 +73,21 @@ class _Answer:
         """Decode, and answer for every clip."""
         spans = [_span(stretch, self.index.times_N) for stretch in self.request.clips]
         wanted: dict[str, dict[int, list[Place]]] = defaultdict(lambda: defaultdict(list))
+        heard: dict[Sound, dict[Window, list[Place]]] = defaultdict(lambda: defaultdict(list))
         for clip, (first, last) in enumerate(spans):
             for frame_set in dict.fromkeys(self.request.frame_sets) if first < last else ():
                 seed = self.request.clips[clip].seed
                 indices_T = sampling.indices(frame_set, self.index.times_N[first:last], seed)
+                sound = frame_set.picture if isinstance(frame_set.picture, Sound) else None
                 for place, number in enumerate((indices_T + first).tolist()):
-                    wanted[self.decoder(frame_set)][number].append((clip, frame_set, place))
+                    if sound:
+                        window = self.window(sound, self.request.clips[clip], number)
+                        heard[sound][window].append((clip, frame_set, place))
+                    else:
+                        wanted[self.decoder(frame_set)][number].append((clip, frame_set, place))
+        # First: to decode the frames may mean to open the file anew.
+        for sound, windows in heard.items():
+            self.listen(sound, windows)
         for decoder, places in wanted.items():
             self.fill(decoder, places)
         return [self.clip(clip, first, last) for clip, (first, last) in enumerate(spans)]
@@ -109,10 +122,37 @@ class _Answer:
         if seen != len(places):
             raise RuntimeError(f"{decoder} gave {seen} of {len(places)} frames")
 
+    def window(self, sound: Sound, stretch: Stretch, number: int) -> Window:
+        """The samples around the middle of the time for which a frame is shown."""
+        times_N, (length,) = self.index.times_N, sound.shape
+        shown = times_N[-1] / (len(times_N) - 1) if len(times_N) > 1 else 0.0
+        middle = round((times_N[number] + shown / 2) * sound.rate)
+        start, end = stretch.start_seconds, stretch.end_seconds
+        low = 0 if start is None else round(start * sound.rate)
+        high = np.inf if end is None else round(end * sound.rate)
+        return Window(middle - length // 2, length, low, high)
+
+    def listen(self, sound: Sound, windows: dict[Window, list[Place]]) -> None:
+        """Put what is heard in windows into their arrays; silence where nothing is."""
+        source = self.index.source
+        found = source and source.heard(sound.rate, self.index.start_seconds, list(windows))
+        said = "no sound track" if found is None else "no sound in this stretch"
+        audible = set()
+        for window, places in windows.items():
+            for clip, frame_set, place in places:
+                if found and window in found:
+                    self.array(clip, frame_set)[place] = found[window]
+                    audible.add(clip)
+                else:
+                    self.array(clip, frame_set)[place] = 0
+                    self.silent[clip] = f"{said}: silence is in its place"
+        for clip in audible:
+            self.silent.pop(clip, None)
+
     def array(self, clip: int, frame_set: FrameSet) -> np.ndarray:
-        size = frame_set.picture.size
-        shape = (frame_set.frames, size, size, 3)
-        return self.arrays.setdefault((clip, frame_set), np.empty(shape, np.uint8))
+        one = frame_set.picture
+        own = np.empty((frame_set.frames, *one.shape), one.dtype)
+        return self.arrays.setdefault((clip, frame_set), own)
 
     def clip(self, clip: int, first: int, last: int) -> Decoded | Failure:
         index, stretch = self.index, self.request.clips[clip]
@@ -124,6 +164,7 @@ class _Answer:
                 f"the file's {index.num_frames} frames end at {index.times_N[-1]:.3f} s",
             )
         used = sorted({self.decoder(frame_set) for frame_set in self.request.frame_sets})
+        warning = "; ".join(filter(None, (index.warning, self.silent.get(clip, ""))))
         facts = Facts(
             num_frames=last - first,
             num_frames_claimed=index.num_frames_claimed,
@@ -131,7 +172,7 @@ class _Answer:
             width=self.size[0],
             height=self.size[1],
             decoder="+".join(used),
-            warning=index.warning,
+            warning=warning,
         )
         frames = tuple(self.arrays[clip, frame_set] for frame_set in self.request.frame_sets)
         return Decoded(frames, facts)

@@ -10,15 +10,17 @@ slower and needs no proof.
 where the packets promised something else; the file is then read again with `proof=False`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import av
 import numpy as np
+from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from pipeline.decoders import _sound
 from pipeline.decoders._bitstream import Shape, reader
 from pipeline.decoders._stream import Undecodable, VideoPacket, decode, open_video
 
@@ -48,6 +50,7 @@ class Index:
         hazard: Why decord is not to be trusted with the file; "" where it is.
         warning: What a person should know about a file that could be decoded; "" for nothing.
         proven: The packets prove the frames: nothing has been decoded yet.
+        start_seconds: Of the container's clock, when the first frame is shown.
         files: For a folder of frames, their paths; else empty.
     """
 
@@ -58,6 +61,7 @@ class Index:
     warning: str = ""
     proven: bool = True
     files: tuple[str, ...] = ()
+    start_seconds: float = 0.0
     source: "Source | None" = field(default=None, repr=False)
 
     @property
@@ -77,6 +81,7 @@ class Source:
             frame's packet stands at the same place in the file. Empty where nothing is proven.
         packets: All packets, where they are few enough to be kept; else None.
         frames: All decoded frames of an unproven file, where kept; else None.
+        sound: All packets of the sound track, where they were asked for and are few enough.
     """
 
     path: str
@@ -86,6 +91,24 @@ class Source:
     starts: list[int]
     packets: list[VideoPacket] | None
     frames: list[av.VideoFrame] | None = None
+    sound: list[_sound.AudioPacket] | None = None
+
+    def heard(
+        self, rate: int, start_seconds: float, windows: Sequence[_sound.Window]
+    ) -> Mapping[_sound.Window, np.ndarray] | None:
+        """What is heard in windows of the sound track; see `_sound.heard`. None for no track."""
+        stream, held = _sound.track(self.container), self.sound
+        if stream is None:
+            return None
+        if held is not None:
+            self.sound = None  # its decoder has then seen them
+            return _sound.heard(stream, held, rate, start_seconds, windows)
+        container, _ = open_video(self.path)
+        with container:
+            stream = _sound.track(container)
+            assert stream is not None
+            packets = _sound.packets(container, stream)
+            return _sound.heard(stream, packets, rate, start_seconds, windows)
 
     def rewind(self, fresh: bool = False) -> Iterator[VideoPacket]:
         """All packets in file order; read again if not kept, or if `fresh` asks for it.
@@ -111,34 +134,39 @@ class _Table:
     doubts: set[str] = field(default_factory=set)
     hazards: set[str] = field(default_factory=set)
     packets: list[VideoPacket] | None = field(default_factory=list)
+    sound: list[_sound.AudioPacket] | None = None
     end_seconds: float = 0.0
     damage: str = ""
 
 
-def read(path: str, proof: bool = True) -> Index:
+def read(path: str, proof: bool = True, sound: bool = False) -> Index:
     """Index the frames of the video file at `path`.
 
     Args:
         path: A regular file.
         proof: False to decode all of it whatever the packets promise.
+        sound: Whether the sound track is wanted too.
 
     Raises:
         Undecodable: The reasons of `open_video`; `corrupt` or `too_short` where no frame can be
             decoded.
     """
     container, stream = open_video(path)
-    table = _tabulate(container, stream)
+    table = _tabulate(container, stream, _sound.track(container) if sound else None)
     claimed = max(stream.frames, 0)
     fps = float(stream.average_rate or stream.guessed_rate or 0) or ASSUMED_FPS
     ticks, starts = _starts(table)
     missing_seconds = _missing(container, table)
-    source = Source(path, container, stream, ticks, starts, table.packets)
+    source = Source(path, container, stream, ticks, starts, table.packets, sound=table.sound)
     proven = proof and bool(starts)
     seconds = float(stream.time_base)
-    times_N = (ticks - ticks[0]) * seconds if proven else _decode_all(source, fps)
+    if proven:
+        start, times_N = float(ticks[0]) * seconds, (ticks - ticks[0]) * seconds
+    else:
+        start, times_N = _decode_all(source, fps)
     warning = _warning(table, claimed, len(times_N), missing_seconds)
     hazard = ", ".join(sorted(table.hazards))
-    return Index(times_N, claimed, fps, hazard, warning, proven, source=source)
+    return Index(times_N, claimed, fps, hazard, warning, proven, (), start, source)
 
 
 def _demux(container: InputContainer, stream: VideoStream) -> Iterator[VideoPacket]:
@@ -148,8 +176,8 @@ def _demux(container: InputContainer, stream: VideoStream) -> Iterator[VideoPack
             yield packet
 
 
-def _tabulate(container: InputContainer, stream: VideoStream) -> _Table:
-    table, kept_bytes = _Table(), 0
+def _tabulate(container: InputContainer, stream: VideoStream, sound: AudioStream | None) -> _Table:
+    table, kept_bytes = _Table(sound=[] if sound else None), 0
     context = stream.codec_context
     shape = reader(context.codec.canonical_name, context.extradata or b"")
     try:
@@ -160,6 +188,9 @@ def _tabulate(container: InputContainer, stream: VideoStream) -> _Table:
             if time is not None:
                 seconds = float((time + (packet.duration or 0)) * packet.time_base)
                 table.end_seconds = max(table.end_seconds, seconds)
+            if sound and packet.stream_index == sound.index and table.sound is not None:
+                kept_bytes += packet.size
+                table.sound.append(cast(_sound.AudioPacket, packet))
             if packet.stream_index != stream.index:
                 continue
             if not table.ticks and not packet.is_keyframe:
@@ -180,7 +211,7 @@ def _tabulate(container: InputContainer, stream: VideoStream) -> _Table:
             table.shapes.append(shape(bytes(packet)) if shape else Shape.UNCLEAR)
             kept_bytes += packet.size
             if kept_bytes > KEPT_PACKET_BYTES:
-                table.packets = None
+                table.packets = table.sound = None
             if table.packets is not None:
                 table.packets.append(cast(VideoPacket, packet))
     except av.error.FFmpegError as error:
@@ -213,8 +244,12 @@ def _starts(table: _Table) -> tuple[np.ndarray, list[int]]:
     return (sorted_N, starts) if starts and starts[0] == 0 else nothing
 
 
-def _decode_all(source: Source, fps: float) -> np.ndarray:
-    """Count the frames by decoding, and keep them if they are few; returns their times."""
+def _decode_all(source: Source, fps: float) -> tuple[float, np.ndarray]:
+    """Count the frames by decoding, and keep them if they are few.
+
+    Returns:
+        When the first is shown, by the container's clock, and their times from there on.
+    """
     ticks: list[int | None] = []
     kept: list[av.VideoFrame] | None = []
     kept_bytes = 0
@@ -231,9 +266,10 @@ def _decode_all(source: Source, fps: float) -> np.ndarray:
         raise Undecodable("corrupt", "the video stream holds no frame that can be decoded")
     known = [tick for tick in ticks if tick is not None]
     if len(known) == len(ticks) and (np.diff(known) > 0).all():
-        return (np.array(known, np.int64) - known[0]) * float(source.stream.time_base)
+        seconds = float(source.stream.time_base)
+        return known[0] * seconds, (np.array(known, np.int64) - known[0]) * seconds
     # Some frames have no time, or times run backwards: display order is all that is known.
-    return np.arange(len(ticks)) / fps
+    return (source.container.start_time or 0) / av.time_base, np.arange(len(ticks)) / fps
 
 
 def _missing(container: InputContainer, table: _Table) -> float:

@@ -162,9 +162,11 @@ class Runner:
 
     def batch(self, tokens):
         flat = tokens.flatten(0, 1)
+        # What another network hears: something else of the same clips.
+        stages = {name: "blocks.-2:cls" if name == "sound" else name for name in self.head.reads}
         return {
-            name: self.network.run(flat, name).unflatten(0, tokens.shape[:2])
-            for name in self.head.reads
+            name: self.network.run(flat, stage).unflatten(0, tokens.shape[:2])
+            for name, stage in stages.items()
         }
 
     def clips(self, tokens, labels, rows=None):

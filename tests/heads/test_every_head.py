@@ -17,7 +17,8 @@ from pipeline._variants import available, variant
 
 HEADS = available("heads")
 # Fewer numbers, or a greater rate: sigmoids that nothing sets against each other take more steps.
-QUICK = {"RanPAC": {"projection": 64}, "LwF": {"lr": 0.03}}
+QUICK = {"RanPAC": {"projection": 64}, "LwF": {"lr": 0.03},
+         "HAD": {"width": 64, "heads": 2, "ffn": 64}}  # fmt: skip
 FOLDER = Path(heads.__file__).parent
 
 
@@ -208,7 +209,8 @@ def test_exemplars_are_of_all_classes_and_within_the_budget(build, made):
         assert not hasattr(made().head, "exemplars")
         return
     known = options_of(build)
-    budgets = [{"budget": 2}, {"budget": 7, "shared": True}] if "budget" in known else [{}]
+    budgets = [{"budget": 2, "shared": False}, {"budget": 7, "shared": True}]
+    budgets = budgets if "budget" in known else [{}]
     for options in budgets:
         run = made(**options)
         for number, labels in enumerate(([3, 1], [2], [1, 4])):
@@ -217,7 +219,7 @@ def test_exemplars_are_of_all_classes_and_within_the_budget(build, made):
             kept = Counter(run.seen[row][1] for row in rows)
             assert len(rows) == len(set(rows))
             assert set(kept) == set(run.head.classes)
-            if options.get("shared"):
+            if options.get("shared") is True:
                 assert set(kept.values()) == {7 // len(kept)}
             elif options:
                 assert set(kept.values()) == {2}

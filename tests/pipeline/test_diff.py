@@ -178,8 +178,7 @@ def test_another_network_has_other_pictures(store, spec, monkeypatch):
 @pytest.mark.parametrize("version", ["pixels", "code"])
 def test_another_version_of_the_code_is_told(store, spec, monkeypatch, version):
     if version == "pixels":
-        for module in ("pipeline.columns", "pipeline.differing"):
-            monkeypatch.setattr(f"{module}.PIXELS", "rgb48")
+        monkeypatch.setattr("pipeline.columns.PIXELS", "rgb48")
         found = own(store, spec)["stem:pool"]
         assert found.elements == [("pixels", "rgb24, libswscale bicubic, 1", "rgb48")]
         assert found.why == f"other pictures of the same frames, {FRAMES}"

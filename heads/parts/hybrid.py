@@ -1,0 +1,93 @@
+"""Two modalities that attend to themselves and to each other, and become one vector a clip.
+
+For each modality m, over the S segments of a clip (o is the other one):
+
+    z_m = W_m LN(x_m)                                        segments, the low level
+    h_m = LN(z_m + self-attention(z_m) + cross-attention(z_m, z_o))
+    s_m = LN(h_m + FFN(h_m))                                 snippets
+    v   = W [mean s_1, mean s_2]                             the high level
+
+Ours: LN without parameters before W_m, since networks give vectors of all lengths; one linear map
+of both means as the fusion; positions, where they are asked for.
+
+Shapes: B clips, S segments, D width of a feature, W width of the model.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+Pair = Sequence[Tensor]
+
+
+class HybridAttention(nn.Module):
+    """One layer of one modality: [B, S, W] of its own and of the other to [B, S, W]."""
+
+    def __init__(self, width: int, heads: int, ffn: int) -> None:
+        super().__init__()
+        self.own = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.cross = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.ffn = nn.Sequential(nn.Linear(width, ffn), nn.GELU(), nn.Linear(ffn, width))
+        self.last_norm = nn.LayerNorm(width)
+
+    def forward(self, x_BSW: Tensor, other_BSW: Tensor) -> Tensor:
+        own_BSW, _ = self.own(x_BSW, x_BSW, x_BSW, need_weights=False)
+        cross_BSW, _ = self.cross(x_BSW, other_BSW, other_BSW, need_weights=False)
+        x_BSW = self.norm(x_BSW + own_BSW + cross_BSW)
+        out_BSW: Tensor = self.last_norm(x_BSW + self.ffn(x_BSW))
+        return out_BSW
+
+
+class Hybrid(nn.Module):
+    """From a feature of each modality to a clip's vector, a step at a time.
+
+    Args:
+        widths: D of each modality.
+        segments: S, for `position="learned"`; None has no positions, and then a clip is the set of
+            its segments.
+        seed: Draws the parameters; the global generators are left alone.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        segments: int,
+        width: int = 512,
+        heads: int = 8,
+        ffn: int = 1024,
+        position: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.project = nn.ModuleList(nn.Linear(D, width) for D in widths)
+            self.attend = nn.ModuleList(HybridAttention(width, heads, ffn) for _ in widths)
+            self.fuse = nn.Linear(len(widths) * width, width)
+            self.position = None
+            if position is not None:
+                self.position = nn.Parameter(0.02 * torch.randn(segments, width))
+
+    def segments(self, features: Pair) -> list[Tensor]:
+        """Of float32 [B, S, D] each, [B, S, W] each."""
+        found = []
+        for project, x_BSD in zip(self.project, features, strict=True):
+            z_BSW = project(layer_norm(x_BSD, x_BSD.shape[-1:]))
+            found.append(z_BSW if self.position is None else z_BSW + self.position)
+        return found
+
+    def snippets(self, segments: Pair) -> list[Tensor]:
+        """Of segments, [B, S, W] each."""
+        first, second = segments
+        return [self.attend[0](first, second), self.attend[1](second, first)]
+
+    def fused(self, snippets: Pair) -> Tensor:
+        """Of snippets, [B, W]."""
+        out_BW: Tensor = self.fuse(torch.cat([x_BSW.mean(dim=1) for x_BSW in snippets], dim=1))
+        return out_BW
+
+    def forward(self, features: Pair) -> Tensor:
+        return self.fused(self.snippets(self.segments(features)))

@@ -1,0 +1,125 @@
+"""ResNets that listen: `mel`, and the stages of torchvision's ResNets over it.
+
+A second of sound becomes a picture of one colour, its log-mel spectrogram (bands x steps), with the
+numbers of VGGish (Hershey et al. 2017): 16 kHz, windows of 25 ms every 10 ms, 64 bands between 125
+and 7,500 Hz, log(magnitude + 0.01). Ours: less -2 and over 2, which brings silence to -1.3 and what
+is loud to about 2, as pictures are to a network that has learned from pictures.
+
+Weights are files or seeds, or torchvision's tags of a network for pictures: a first convolution of
+three colours is summed over them, which is what it does to a grey picture.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.backbones import Backbone, Stage, _weights, resnet
+from pipeline.spec import Sound
+from stores.identity import store_name
+
+PREFIX = "mel_"
+SOUND = Sound(rate=16000, seconds=1.0)
+MEL: dict[str, Any] = {
+    "window": 400,
+    "hop": 160,
+    "fft": 512,
+    "bands": 64,
+    "low_hz": 125.0,
+    "high_hz": 7500.0,
+    "floor": 0.01,
+    "mean": -2.0,
+    "std": 2.0,
+}
+
+
+def networks() -> list[str]:
+    return [f"{PREFIX}{network}" for network in resnet.networks()]
+
+
+def build(network: str, weights: str, precision: torch.dtype) -> Backbone:
+    """The network as a chain: its log-mel spectrogram, and then its residual blocks.
+
+    Raises:
+        ValueError: No such tag, or weights that do not fit.
+        OSError: The weights cannot be had.
+    """
+    from torchvision.models import get_model_weights
+
+    name, own = store_name(f"{network}:{weights}"), network.removeprefix(PREFIX)
+    state = None
+    if _weights.seed_of(weights) is None:
+        tags = {tag.name: tag for tag in get_model_weights(own)}
+        state = resnet.state_of(own, weights, tags)
+        conv = state.get("conv1.weight")
+        if conv is not None and conv.ndim == 4 and conv.shape[1] == 3:
+            state = state | {"conv1.weight": conv.sum(dim=1, keepdim=True)}
+    whole = resnet.construct(own, weights, state, name, _of_one_colour)
+    mel = LogMel(SOUND.rate, precision, **MEL).eval()
+    first = Stage("mel", mel, "log_mel/1", dict(MEL), "map")
+    chain = (first, *resnet.stages(whole, nn.Identity(), {}, precision))
+    return Backbone(name, network, chain, SOUND, precision, channels_last=True)
+
+
+class LogMel(nn.Module):
+    """Samples [N, samples] to spectrograms [N, 1, bands, steps], the lowest band first.
+
+    The arithmetic is float32, whatever type comes out.
+    """
+
+    def __init__(
+        self,
+        rate: int,
+        dtype: torch.dtype,
+        *,
+        window: int,
+        hop: int,
+        fft: int,
+        bands: int,
+        low_hz: float,
+        high_hz: float,
+        floor: float,
+        mean: float,
+        std: float,
+    ) -> None:
+        super().__init__()
+        self.rate, self.dtype, self.hop, self.fft = rate, dtype, hop, fft
+        self.floor, self.mean, self.std = floor, mean, std
+        steps = np.arange(window)
+        hann = 0.5 - 0.5 * np.cos(2 * math.pi * steps / window)
+        self.register_buffer("window", torch.from_numpy(hann).float())
+        filters = mel_filters(rate, fft, bands, low_hz, high_hz)
+        self.register_buffer("filters", torch.from_numpy(filters).float())
+
+    def forward(self, x_NS: Tensor) -> Tensor:
+        window: Any = self.window
+        filters: Any = self.filters
+        stretches = x_NS.unfold(1, len(window), self.hop) * window
+        magnitude = torch.fft.rfft(stretches, self.fft).abs()
+        mel: Tensor = (magnitude @ filters).add(self.floor).log().sub(self.mean).div(self.std)
+        return mel.mT[:, None].to(self.dtype).contiguous()
+
+
+def mel_filters(rate: int, fft: int, bands: int, low_hz: float, high_hz: float) -> np.ndarray:
+    """Triangles of equal width in mel, 1127 ln(1 + f / 700): float64 [fft / 2 + 1, bands].
+
+    What each band takes of each frequency of a Fourier transform; of the constant nothing.
+    """
+
+    low, high = (1127.0 * math.log1p(hertz / 700.0) for hertz in (low_hz, high_hz))
+    corners = np.linspace(low, high, bands + 2)
+    own = 1127.0 * np.log1p(np.arange(fft // 2 + 1) * rate / fft / 700.0)[:, None]
+    rising = (own - corners[:-2]) / (corners[1:-1] - corners[:-2])
+    falling = (corners[2:] - own) / (corners[2:] - corners[1:-1])
+    filters: np.ndarray = np.maximum(0.0, np.minimum(rising, falling))
+    filters[0] = 0.0
+    return filters
+
+
+def _of_one_colour(whole: Any) -> None:
+    old = whole.conv1
+    whole.conv1 = nn.Conv2d(
+        1, old.out_channels, old.kernel_size, old.stride, old.padding, bias=False
+    )
