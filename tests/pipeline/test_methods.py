@@ -58,10 +58,11 @@ def test_a_moved_file_finds_its_run_and_an_edited_one_is_another(
         monkeypatch.chdir(tmp_path)
         assert run(vector_store, "mine.py", SCENARIO, out=tmp_path).folder == done.folder
     # Within one second and of one length: what Python keeps of compiled files would not see it.
-    moved.write_text(MINE.replace("0.05", "0.06"))
+    moved.write_text(MINE.replace("lr=lr", "lr=.9"))
     edited = run(vector_store, moved, SCENARIO, out=tmp_path)
     assert edited.folder != done.folder
-    assert edited.spec["options"]["lr"] == 0.06
+    assert edited.spec["options"] == done.spec["options"]
+    assert states(edited.folder) != states(done.folder)
     moved.write_text(MINE)
     assert run(vector_store, moved, SCENARIO, out=tmp_path).folder == done.folder
 
