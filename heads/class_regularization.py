@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from heads import Network
 from heads.grafts.class_regularization import ClassRegularization
 from heads.parts import models
-from heads.parts.classifiers import Linear
+from heads.parts.classifiers import Classifier
 from heads.parts.tuned import Change, Tuned, grid
 
 STRENGTHS = (0.1, 0.2, 0.3, 0.4)
@@ -41,7 +41,7 @@ class Regularized(Tuned):
         super().__init__(blocks, **tuned)
         self._strengths = [float(a) for a in strengths]
 
-    def changed(self, network: Network, classifier: Linear) -> Mapping[str, Change]:
+    def changed(self, network: Network, classifier: Classifier) -> Mapping[str, Change]:
         return {
             stage: partial(self._block, network, classifier, stage, strength)
             for stage, strength in self._ends(network).items()
@@ -64,7 +64,12 @@ class Regularized(Tuned):
         return {name: block.excitations() for name, block in zip(names, blocks, strict=True)}
 
     def _block(
-        self, network: Network, classifier: Linear, stage: str, strength: float, inner: nn.Module
+        self,
+        network: Network,
+        classifier: Classifier,
+        stage: str,
+        strength: float,
+        inner: nn.Module,
     ) -> ClassRegularization:
         number = network.stages.index(stage)
         seed = int(np.random.default_rng([self._seed, number]).integers(2**31))

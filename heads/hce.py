@@ -31,8 +31,8 @@ from torch.nn.functional import normalize
 
 from heads import Network, Task
 from heads.grafts.temporal_shift import TemporalShift
-from heads.parts import crm
-from heads.parts.classifiers import Linear
+from heads.parts import crm, models
+from heads.parts.classifiers import Classifier
 from heads.parts.clips import Batch, Clips
 from heads.parts.has import HAS, drift
 from heads.parts.trunk import Trunk
@@ -107,14 +107,21 @@ class HCE(Tuned):
         assert self._trunk is not None
         return self._trunk.suffix
 
-    def changed(self, network: Network, classifier: Linear) -> Mapping[str, Change]:
+    def changed(self, network: Network, classifier: Classifier) -> Mapping[str, Change]:
         if not self._shift:
             return {}
         blocks = [network.find(f"blocks.-{n}") for n in range(1, self._blocks + 1)]
         maps = [stage for stage in blocks if len(network.shape(stage)) == 3]
         return {s: partial(TemporalShift, frames=network.frames, fold=self._shift) for s in maps}
 
-    def more(self, task: Task, clips: Clips, trunk: Trunk, rng: np.random.Generator) -> More:
+    def more(
+        self,
+        task: Task,
+        clips: Clips,
+        trunk: Trunk,
+        model: models.Model[Classifier],
+        rng: np.random.Generator,
+    ) -> More:
         if not self.classes:
             return More()
         lacking = [name for name in self.remembers if f"old {name}" not in clips.features]

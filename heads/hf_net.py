@@ -18,7 +18,7 @@ from torch import nn
 
 from heads import Network
 from heads.grafts.hf_gate import HFGate
-from heads.parts.classifiers import Linear
+from heads.parts.classifiers import Classifier
 from heads.parts.tuned import Change, Tuned, grid
 
 
@@ -44,7 +44,7 @@ class HFNet(Tuned):
         self._gates = blocks if gates is None else gates
         self._conservative = conservative
 
-    def changed(self, network: Network, classifier: Linear) -> Mapping[str, Change]:
+    def changed(self, network: Network, classifier: Classifier) -> Mapping[str, Change]:
         gated = [network.find(f"blocks.-{number}") for number in range(1, self._gates + 1)]
         return {stage: partial(self._gate, network, stage) for stage in gated}
 

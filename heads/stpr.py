@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from heads import Network, Routing, Task
@@ -154,7 +154,7 @@ class StPR:
         self._ways = () if routing == "none" else ("td", "adapter", *clip)
         self._pools: dict[str, AnchorPool] = {}
         self._listed = Shortlist()
-        self._spatial = Spatial(adapters, feature, form, bottleneck, scale, seed)
+        self._spatial = Spatial(adapters, feature, form, bottleneck, scale, seed, self.grafted)
         self._text: Text = Given() if text == "given" else Codes(seed, codes)
 
     @property
@@ -202,6 +202,13 @@ class StPR:
     @property
     def changes(self) -> bool:
         return bool(self._spatial.adapters)
+
+    def grafted(self, network: Network, stage: str, adapter: nn.Module) -> nn.Module:
+        """What stands in the place of a block's MLP: the adapter, or a graft around it.
+
+        Its parameters train, are held and are kept as the adapter's are.
+        """
+        return adapter
 
     def attach(self, network: Network) -> None:
         self._spatial.attach(network)

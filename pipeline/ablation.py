@@ -5,15 +5,15 @@ import itertools
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from pipeline import checkpoints, results, scenarios
-from pipeline._variants import variant
 from pipeline.experiment import inspect_options, prepare, run
+from pipeline.methods import Method, method_of
 from pipeline.progress import Watch
 from pipeline.spec import Runtime
 from stores import FeatureStore
@@ -27,7 +27,8 @@ class Sweep:
     """What an ablation runs.
 
     Attributes:
-        heads: File names in `heads/`.
+        heads: File names in `heads/`, or paths of files of one's own, which are called by their
+            stems in `grid` and `options`.
         scenario: A name or `BASE+KxN`.
         grid: Values of options, by "head.option", or "option" for every head that has it. Every
             combination is run.
@@ -37,7 +38,7 @@ class Sweep:
         splits: To learn from, and to test on.
     """
 
-    heads: Sequence[str]
+    heads: Sequence[str | Path | Method]
     scenario: str
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     seeds: int | Sequence[int] = len(SEEDS)
@@ -49,6 +50,8 @@ class Sweep:
     def read(cls, file: str | Path) -> "Sweep":
         """From TOML, with the attributes as keys. "null" stands for None, which TOML has not.
 
+        Paths of heads are relative to the folder that the file lies in.
+
         Raises:
             ValueError: It is no such file.
         """
@@ -56,7 +59,9 @@ class Sweep:
             given = _nulls(tomllib.loads(Path(file).read_text()))
             if strange := sorted(set(given) - {one.name for one in fields(cls)}):
                 raise ValueError(f"it has {', '.join(strange)}")
-            return cls(**given)
+            found = cls(**given)
+            own = [Path(file).parent / h if h.endswith(".py") else h for h in map(str, found.heads)]
+            return replace(found, heads=own)
         except (ValueError, TypeError) as error:  # what TOML and UTF-8 are not is a ValueError too
             raise ValueError(
                 f"{file} is no sweep: {error}. One has `heads`, `scenario`, and maybe `seeds`, "
@@ -76,20 +81,28 @@ class Sweep:
         """Head, seed and options of every run, each once, seeds of one combination together.
 
         Raises:
-            ValueError: The grid names a head or an option that there is not.
+            ValueError: The grid names a head or an option that there is not, or two heads have one
+                name.
         """
-        known = {head: inspect_options(variant("heads", head).build) for head in self.heads}
+        methods = [method_of(head) for head in self.heads]
+        known = {method.name: inspect_options(method.build) for method in methods}
+        if len({(method.name, method.place) for method in methods}) > len(known):
+            raise ValueError(
+                f"heads {', '.join(method.file for method in methods)}: results know a file by its "
+                "name alone, so rename one of two that share it"
+            )
+        names = ", ".join(known)
         for name in self.options:
             if name not in known:
-                raise ValueError(f"options of {name}, which is none of {', '.join(self.heads)}")
-        axes: dict[str, dict[str, Sequence[Any]]] = {head: {} for head in self.heads}
+                raise ValueError(f"options of {name}, which is none of {names}")
+        axes: dict[str, dict[str, Sequence[Any]]] = {head: {} for head in known}
         for name, values in self.grid.items():
             head, dot, option = name.rpartition(".")
-            having = [one for one in self.heads if option in known[one] and head in ("", one)]
+            having = [one for one in known if option in known[one] and head in ("", one)]
             if not having or (dot and head not in known):
                 raise ValueError(
-                    f"the grid's {name}: none of {', '.join(self.heads)} has it; options are\n"
-                    + "\n".join(f"  {one}: {', '.join(known[one])}" for one in self.heads)
+                    f"the grid's {name}: none of {names} has it; options are\n"
+                    + "\n".join(f"  {one}: {', '.join(known[one])}" for one in known)
                 )
             if isinstance(values, str) or not isinstance(values, Sequence) or not len(values):
                 raise ValueError(f"the grid's {name} = {values!r}: give a list of values")
@@ -100,7 +113,7 @@ class Sweep:
                     )
                 axes[one][option] = values
         found = []
-        for head in self.heads:
+        for head in known:
             fixed = dict(self.options.get(head, {}))
             for values in itertools.product(*axes[head].values()):
                 options = fixed | dict(zip(axes[head], values, strict=True))
@@ -118,7 +131,7 @@ def _nulls(value: Any) -> Any:
 
 def ablate(
     store: str | Path | FeatureStore,
-    heads: str | Sequence[str],
+    heads: str | Path | Sequence[str | Path | Method],
     scenario: str,
     grid: Mapping[str, Sequence[Any]] | None = None,
     seeds: int | Sequence[int] = len(SEEDS),
@@ -141,7 +154,8 @@ def ablate(
     that learn the same; its error is in the table.
 
     Args:
-        heads, scenario, grid, seeds, options, backbone, splits: See `Sweep`.
+        heads, scenario, grid, seeds, options, backbone, splits: See `Sweep`. Files of one's own
+            are read once: an edit meanwhile is for the next ablation.
         out: Where the run folders are made.
         runtime: Where the runs run: by default side by side, a process for each core.
         client: A Dask client to run them on, in the place of `runtime`.
@@ -156,8 +170,10 @@ def ablate(
         RuntimeError: Every run failed.
     """
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-    named = (heads,) if isinstance(heads, str) else tuple(heads)
-    sweep = Sweep(named, scenario, grid or {}, seeds, options or {}, backbone)
+    named = (heads,) if isinstance(heads, str | Path) else tuple(heads)
+    read = [method_of(head) for head in named]
+    methods = {method.name: method for method in read}
+    sweep = Sweep(read, scenario, grid or {}, seeds, options or {}, backbone)
     watch, runtime = watch or Watch(), runtime or Runtime()
     out = Path(out).absolute()
     learn, test = splits
@@ -165,14 +181,15 @@ def ablate(
     groups: dict[str, list[dict[str, Any]]] = {}  # those that learn the same
     learned: dict[str, Path] = {}  # where one of them was finished before
     for head, seed, chosen in sweep.runs():
-        plan = prepare(opened, head, scenario, seed, chosen, backbone, (learn, test), device)
+        method = methods[head]
+        plan = prepare(opened, method, scenario, seed, chosen, backbone, (learn, test), device)
         folder = out / plan.name
         if folder in folders:
             continue
         folders[folder] = plan.learning
         if not (folder / "metrics.json").exists():
             groups.setdefault(plan.learning, []).append(
-                {"head": head, "seed": seed, "options": chosen}
+                {"head": method, "seed": seed, "options": chosen}
             )
             if not (keep_checkpoints or folder.exists()):
                 folder.mkdir(parents=True)

@@ -20,7 +20,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to 
 @app.command()
 def run(
     store: StoreArgument,
-    head: Annotated[str, typer.Option(help="File name in heads/, such as stpr.")],
+    head: Annotated[
+        str, typer.Option(help="File name in heads/, such as stpr, or a file of your own: mine.py.")
+    ],
     scenario: Annotated[
         str, typer.Option(help="ucf101-10x5 and the like, demo, or BASE+KxN (8+4x4).")
     ],

@@ -4,6 +4,7 @@ For each task: its clips -> learn -> scores of all test clips seen so far -> a r
 matrix -> a checkpoint. A run folder holds
 
     spec.json            what decides the numbers, and its digest
+    method/              of a head of one's own: its code; see `pipeline.methods`
     matrix.json          accuracy after each task on each task's test clips, CNN and NME
     metrics.json         written last: a folder that has it is finished
     cost.json            see `Run.cost`
@@ -34,10 +35,10 @@ from torch import Tensor
 import heads
 from heads import Answers, Changes, Head, Rehearses, Remembers, Task
 from heads.parts.clips import Batch, Clips
-from pipeline import backbones, checkpoints, offering, remembering, scenarios
-from pipeline._variants import variant
+from pipeline import backbones, checkpoints, methods, offering, remembering, scenarios
 from pipeline.attaching import HeadNetwork
 from pipeline.measuring import memory_peak, multiply_adds
+from pipeline.methods import Method, code_of, method_of
 from pipeline.metrics import Matrix
 from pipeline.progress import Watch
 from pipeline.scenarios import Scenario, divide
@@ -97,7 +98,7 @@ class Run:
 
 def run(
     store: str | Path | FeatureStore,
-    head: str,
+    head: str | Path | Method,
     scenario: str | Scenario,
     *,
     seed: int = 1000,
@@ -118,7 +119,8 @@ def run(
 
     Args:
         store: Built, with the features that the head reads.
-        head: Its file name in `heads/`.
+        head: Its file name in `heads/`, or the path of a file of one's own (METHODS.md). The run
+            is named by its stem and by what the file says, and keeps a copy; not by where it lies.
         scenario: A name, `BASE+KxN`, or a scenario of one's own.
         seed: Of the class order, and of the head where `options` has no seed for it.
         options: Of the head.
@@ -133,7 +135,9 @@ def run(
             of learning, and what that cost there is told in `cost`. Where they are gone, it learns.
 
     Raises:
-        ValueError: No such head, option, scenario or backbone; classes that have no clips.
+        ValueError: No such head, option, scenario or backbone; classes that have no clips; a file
+            that is no head.
+        FileNotFoundError: No such file.
         SpecMismatch: The store lacks a feature; the message has the command that adds it. Or
             `learned` has learned something else.
         StoreLocked: Another process works on this run.
@@ -160,6 +164,7 @@ class Prepared:
 
     spec: dict[str, Any]
     store: str
+    method: Method
     head: Head
     network: HeadNetwork | None
     features: dict[str, Feature]
@@ -178,7 +183,7 @@ class Prepared:
     @property
     def learning(self) -> str:
         """Digest of what decides the head's states: runs that share it learn the same."""
-        return _learning(self.spec)
+        return _learning(self.spec, self.method)
 
     @property
     def name(self) -> str:
@@ -198,7 +203,7 @@ class Prepared:
 
 def prepare(
     store: str | Path | FeatureStore,
-    head: str,
+    head: str | Path | Method,
     scenario: str | Scenario,
     seed: int = 1000,
     options: Mapping[str, Any] = {},
@@ -210,11 +215,12 @@ def prepare(
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{device=}, and torch finds no GPU here: leave it out for the CPU")
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-    known = inspect_options(variant("heads", head).build)
+    method = method_of(head)
+    known = inspect_options(method.build)
     given = {**({"seed": seed} if "seed" in known else {}), **options}
     given = {key: _plain(value, known.get(key)) for key, value in given.items()}
     name = offering.backbone_of(opened, backbone)
-    made, network, features = head_of(opened, head, given, name)
+    made, network, features = head_of(opened, method, given, name)
     classes = list(opened.attributes["classes"])
     chosen = scenario
     if isinstance(chosen, str):
@@ -229,7 +235,7 @@ def prepare(
     except LookupError:
         text = None
     spec = {
-        "head": head,
+        "head": method.name,
         "options": known | given,
         "scenario": chosen.name,
         "seed": seed,
@@ -240,14 +246,14 @@ def prepare(
         "text": None if text is None else hashlib.sha256(text.numpy().tobytes()).hexdigest(),
         "clips": offering.clips_digest(opened, division),
         "device": torch.device(device).type,
-        "code": code_of(head),
+        "code": code_of(method),
     }
-    return Prepared(spec, str(opened.place), made, network, features, chosen.tasks, division,
-                    offering.numbers_of(opened), classes, text, device)  # fmt: skip
+    return Prepared(spec, str(opened.place), method, made, network, features, chosen.tasks,
+                    division, offering.numbers_of(opened), classes, text, device)  # fmt: skip
 
 
 def head_of(
-    store: FeatureStore, head: str, options: Mapping[str, Any], backbone: str
+    store: FeatureStore, method: Method, options: Mapping[str, Any], backbone: str
 ) -> tuple[Head, HeadNetwork | None, dict[str, Feature]]:
     """A head that has learned nothing, the network it changes, if any, and what it reads.
 
@@ -255,10 +261,10 @@ def head_of(
         backbone: Its name in the store.
 
     Raises:
-        ValueError: No such head or option.
+        ValueError: No such option, or what is built is no head.
         SpecMismatch: The store lacks a feature, or is of another network than is loaded.
     """
-    build = variant("heads", head).build
+    head, build = method.name, method.build
     known = inspect_options(build)
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(
@@ -266,7 +272,7 @@ def head_of(
             + (", ".join(f"{name}={value!r}" for name, value in known.items()) or "none")
         )
     _check_types(head, build, options)
-    made: Head = build(**options)
+    made = method.built(options)
     changes = isinstance(made, Changes) and made.changes
     network: backbones.Backbone | None = None
     if changes or any(map(offering.is_relative, made.reads)):
@@ -308,8 +314,8 @@ def _check_types(head: str, build: Callable[..., Head], options: Mapping[str, An
             )
 
 
-def _learning(spec: Mapping[str, Any]) -> str:
-    head = variant("heads", spec["head"]).build(**spec["options"])
+def _learning(spec: Mapping[str, Any], method: Method) -> str:
+    head = method.build(**spec["options"])
     aside = head.answering if isinstance(head, Answers) else ()
     options = {name: value for name, value in spec["options"].items() if name not in aside}
     return digest(dict(spec) | {"options": options})
@@ -319,7 +325,8 @@ def _teacher(plan: Prepared, folder: str | Path) -> Run:
     """The run whose states are taken."""
     teacher = Run.read(folder)
     held = {name: teacher.spec[name] for name in plan.spec}
-    if _learning(held) != plan.learning:
+    own = all(held[name] == plan.spec[name] for name in ("head", "code"))
+    if not own or _learning(held, plan.method) != plan.learning:
         raise SpecMismatch(f"{folder} has learned something else than {plan.name} would")
     return teacher
 
@@ -347,14 +354,6 @@ def _plain(value: Any, default: Any) -> Any:
     return value
 
 
-def code_of(head: str) -> str:
-    """Digest of the code of a head and of what heads share: edited code is another run."""
-    folder = Path(heads.__file__).parent
-    shared = sorted([*(folder / "parts").glob("*.py"), *(folder / "grafts").glob("*.py")])
-    files = [folder / "__init__.py", folder / f"{head}.py", *shared]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
 def _written(folder: Path, plan: Prepared, threads: int) -> int:
     """Write the specification, or read how the run was begun. Returns its threads."""
     file = folder / "spec.json"
@@ -364,6 +363,7 @@ def _written(folder: Path, plan: Prepared, threads: int) -> int:
             raise SpecMismatch(f"{folder} is a run of another specification; remove it")
         return int(held["threads"])
     own = threads or torch.get_num_threads()
+    methods.keep(plan.method, folder)
     text = {**plan.spec, "digest": plan.digest, "store": plan.store, "threads": own}
     atomic.write(folder, file, json.dumps(text, indent=1, ensure_ascii=False).encode())
     return own

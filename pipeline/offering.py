@@ -147,8 +147,13 @@ def _whose(
     return backbone, name if network is None else meaning(name, network)
 
 
+def _plain(store: FeatureStore, backbone: str) -> list[Feature]:
+    """Those of the network as it was published; others are what a run remembers, or an update's."""
+    return [f for f in store.features() if f.backbone == backbone and not f.spec.get("grafts")]
+
+
 def _column(store: FeatureStore, backbone: str, name: str) -> Feature | None:
-    held = [n for b, n, _ in store.columns() if b == backbone]
+    held = [feature.name for feature in _plain(store, backbone)]
     if not {name, name.removesuffix(":tokens"), f"{name}:tokens"} & set(held):
         return None
     try:
@@ -159,9 +164,8 @@ def _column(store: FeatureStore, backbone: str, name: str) -> Feature | None:
         frames = {field.name: getattr(request, field.name) for field in fields(BuildSpec)}
         like = [
             feature
-            for feature in store.features()
-            if (feature.backbone, feature.name) == (backbone, name)
-            and not feature.spec.get("grafts")
+            for feature in _plain(store, backbone)
+            if feature.name == name
             and all(
                 feature.spec["frames"][key] == frames[key]
                 for key in ("frames", "sampling", "fps", "stride", "decoder")
@@ -177,11 +181,7 @@ def _column(store: FeatureStore, backbone: str, name: str) -> Feature | None:
 
 def _vector(store: FeatureStore, backbone: str) -> Feature | None:
     """The feature of one vector a frame that is deepest in the network; whole ones come first."""
-    vectors = [
-        feature
-        for feature in store.features()
-        if feature.backbone == backbone and len(feature.shape) == 3
-    ]
+    vectors = [feature for feature in _plain(store, backbone) if len(feature.shape) == 3]
     if not vectors:
         return None
     best = max(vectors, key=lambda one: (len(one.spec["stages"]), ":" not in one.name))
@@ -248,7 +248,7 @@ def load_network(
     store: FeatureStore, backbone: str, precision: torch.dtype | None = None
 ) -> Backbone:
     """The network that a store's features were computed with, by default in their precision."""
-    own = next(f for f in store.features() if f.backbone == backbone and not f.spec.get("grafts"))
+    own = _plain(store, backbone)[0]
     held: torch.dtype = getattr(torch, own.spec["stages"][0]["precision"])
     return backbones.load(weights_of(store, backbone), precision or held)
 

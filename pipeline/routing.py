@@ -16,7 +16,7 @@ import torch
 
 from heads import Head, Routes
 from heads.parts.clips import Batch
-from pipeline import checkpoints, experiment, offering
+from pipeline import checkpoints, experiment, methods, offering
 from pipeline.building import build
 from pipeline.experiment import Run
 from pipeline.progress import Watch
@@ -164,7 +164,8 @@ def restored(run: Run, store: FeatureStore) -> tuple[Head, dict[str, Feature]]:
         SpecMismatch: The store is not what the run was made on.
     """
     spec = run.spec
-    head, _, features = experiment.head_of(store, spec["head"], spec["options"], spec["backbone"])
+    method = methods.kept(run.folder, spec["head"])
+    head, _, features = experiment.head_of(store, method, spec["options"], spec["backbone"])
     moved = [name for name, one in features.items() if one.fingerprint != spec["features"][name]]
     if moved:
         raise SpecMismatch(

@@ -21,13 +21,15 @@ class Linear(nn.Module):
     New columns start at zero: the problem is convex, and needs no draw.
     """
 
+    decays = True
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(0, width))
         self.bias = nn.Parameter(torch.zeros(0))
 
-    def grow(self, classes: int) -> None:
-        """Append columns, up to so many."""
+    def grow(self, classes: int, rng: np.random.Generator | None = None) -> None:
+        """Append columns, up to so many. Nothing is drawn."""
         with torch.no_grad():
             more = classes - len(self.weight)
             self.weight = nn.Parameter(
@@ -37,6 +39,9 @@ class Linear(nn.Module):
 
     def forward(self, x_BW: Tensor) -> Tensor:
         return linear(LENGTH * normalize(x_BW, dim=1), self.weight, self.bias)
+
+    def logits(self, x_BW: Tensor) -> Tensor:
+        return self.forward(x_BW)
 
 
 class Cosine(nn.Module):
@@ -55,6 +60,8 @@ class Cosine(nn.Module):
             differ: on ResNet-18 features of 24 hand shapes, 12 and then 3 at a time, LUCIR ends at
             44, 69, 88 and 89 % from 1, 10, 20 and 30.
     """
+
+    decays = False  # a cosine ignores the length, and held columns stay as they are
 
     def __init__(self, width: int, proxies: int = 1, scale: float = 20.0) -> None:
         super().__init__()
@@ -99,6 +106,13 @@ class Cosine(nn.Module):
         if P == 1:
             return cosines_BCP[:, :, 0]
         return (cosines_BCP.softmax(dim=2) * cosines_BCP).sum(dim=2)
+
+    def logits(self, x_BW: Tensor) -> Tensor:
+        """What cross entropy takes: eta times the cosines."""
+        return self.scale * self.forward(x_BW)
+
+
+Classifier = Linear | Cosine
 
 
 def columns(classes: list[int], labels: Tensor) -> Tensor:

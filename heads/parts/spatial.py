@@ -1,14 +1,15 @@
 """StPR's spatial features V^s: a frame's vector, as it is cached or from an adapted network.
 
-K adapters stand beside the MLPs of the last K blocks. What a clip has at the first of these MLPs
-never changes, so it is read from the store and only what follows is run: with K = 1 on the class
-token alone, since behind the last attention each token is for itself.
+K adapters stand beside the MLPs of the last K blocks, and around them whatever else a method puts
+there. What a clip has at the first of these MLPs never changes, so it is read from the store and
+only what follows is run: with K = 1 on the class token alone, since behind the last attention each
+token is for itself.
 
 Shapes: N clips, B clips a batch, T frames, D width of V^s.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ class Spatial:
         adapters: How many blocks from the end have one; 0 for the cached vectors, or "all".
         feature: What is cached where there are no adapters; with them it is the network's vector.
         form, bottleneck, scale: Of `Adapter`.
+        around: Makes what stands in a stage's place of the network, the stage and the adapter.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Spatial:
         bottleneck: int = 64,
         scale: float = 0.1,
         seed: int = 0,
+        around: Callable[[Network, str, nn.Module], nn.Module] = lambda network, stage, one: one,
     ) -> None:
         if isinstance(adapters, str) and adapters != "all":
             raise ValueError(f"no {adapters=}; give a number of blocks from the end, or 'all'")
@@ -51,7 +54,7 @@ class Spatial:
             )
         self.adapters = adapters
         self.form, self.bottleneck, self.scale = form, bottleneck, scale
-        self.seed = seed
+        self.seed, self._around = seed, around
         if not adapters:
             self.read = feature
         elif adapters == 1:
@@ -60,7 +63,7 @@ class Spatial:
             self.read = "blocks.0.attn" if adapters == "all" else f"blocks.-{adapters}.attn"
         self._suffix: nn.Module | None = None
         self._shape: tuple[int, ...] = ()
-        self._adapters: dict[int, Adapter] = {}
+        self._grafts: dict[int, nn.Module] = {}
 
     def attach(self, network: Network) -> None:
         """Put the adapters in.
@@ -78,21 +81,23 @@ class Spatial:
                 "stand in vision transformers; give as many as there are blocks at most, or 0"
             )
         self._shape = tuple(network.shape(self.read))
-        self._adapters = {}
+        self._grafts = {}
         for number in range(1, count + 1):
-            inner = network.module(f"blocks.-{number}.mlp")
+            stage = network.find(f"blocks.-{number}.mlp")
+            inner = network.module(stage)
             draw = int(np.random.default_rng([self.seed, number]).integers(2**31))
             adapter = Adapter(
                 inner, self._shape[-1], self.bottleneck, self.scale, self.form, seed=draw
             )
+            self._grafts[number] = self._around(network, stage, adapter)
             where = next(inner.parameters()).device
-            adapter.down.data, adapter.up.data = adapter.down.to(where), adapter.up.to(where)
-            self._adapters[number] = adapter
-        changes = {f"blocks.-{number}.mlp": one for number, one in self._adapters.items()}
+            for parameter in _own(self._grafts[number]).values():
+                parameter.data = parameter.to(where)
+        changes = {f"blocks.-{number}.mlp": one for number, one in self._grafts.items()}
         self._suffix = network.suffix(changes, after=self.read)
 
     def __call__(self, batch: Batch, width: int | None = None) -> Tensor:
-        """V^s of some clips; gradients reach the adapters.
+        """V^s of some clips; gradients reach the adapters, and what is around them.
 
         Args:
             width: D of what was learned before.
@@ -119,20 +124,25 @@ class Spatial:
         return torch.cat([self(batch, width) for _, batch in clips.batches(READ)])
 
     def parameters(self) -> list[nn.Parameter]:
-        return [weight for one in self._adapters.values() for weight in (one.down, one.up)]
+        return [weight for one in self._grafts.values() for weight in _own(one).values()]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`adapter.N.down` and `.up` of the N-th block from the end."""
+        """`adapter.N.down` and `.up` of the N-th block from the end, or what stands there."""
         return {
-            f"adapter.{number}.{name}": getattr(one, name).detach().to("cpu", copy=True)
-            for number, one in self._adapters.items()
-            for name in ("down", "up")
+            f"adapter.{number}.{name}": weight.detach().to("cpu", copy=True)
+            for number, one in self._grafts.items()
+            for name, weight in _own(one).items()
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if self.adapters and self._suffix is None:
             raise ValueError(f"adapters={self.adapters!r} without a network: attach one first")
-        for number, one in self._adapters.items():
-            one.down.copy_(state[f"adapter.{number}.down"])
-            one.up.copy_(state[f"adapter.{number}.up"])
+        for number, one in self._grafts.items():
+            for name, weight in _own(one).items():
+                weight.copy_(state[f"adapter.{number}.{name}"])
+
+
+def _own(graft: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains, by name."""
+    return {name: p for name, p in graft.named_parameters() if p.requires_grad}

@@ -1,13 +1,15 @@
-"""Tuned networks: the last blocks, an encoder and a linear classifier, trained together.
+"""Tuned networks: the last blocks, an encoder and a classifier, trained together.
 
-    L = CE(W f(x) + b, y) + what a method adds,     over a task's clips and the exemplars
+    L = CE(logits of f(x), y) + what a method adds,     over a task's clips and the exemplars
 
-f(x) is the encoder of the last vectors of T frames. A method is its grafts (`changes`) and what it
-adds to the loss (`more`); its CNN is the classifier, its NME that of the exemplars. With nothing
-added it is fine-tuning with rehearsal, what such a method is to be compared with.
+f(x) is the encoder of the last vectors of T frames. A method is its grafts (`changed`), its
+classifier, linear or by cosines, and what it adds to the loss (`more`); its CNN is the classifier,
+its NME that of the exemplars. With nothing added it is fine-tuning with rehearsal, what such a
+method is to be compared with.
 
 Ours: the recipe of `heads.linear` where a method has none of its own; the parameters of batch norms
-train and their statistics stay (`batch_norm`), as TCD holds all but the first.
+train and their statistics stay (`batch_norm`), as TCD holds all but the first; new columns of a
+cosine classifier are imprinted, in the first task too, and do not decay (see `heads.lucir`).
 
 Shapes: B clips, T frames, C classes, W width of a clip's vector.
 """
@@ -23,6 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from heads import Network, Task
 from heads.parts import classifiers, models
+from heads.parts.classifiers import Classifier
 from heads.parts.clips import Batch, Clips
 from heads.parts.exemplars import Exemplars
 from heads.parts.expert import PRECISIONS
@@ -34,7 +37,13 @@ READ = 40
 
 
 class More:
-    """What a method adds to the loss of one task; nothing."""
+    """What a method adds to the loss of one task; nothing.
+
+    Attributes:
+        epochs: Of `tune`.
+    """
+
+    epochs = 0
 
     def groups(self) -> list[dict[str, Any]]:
         """Of parameters of its own, as torch's optimizers take them."""
@@ -51,13 +60,22 @@ class More:
 
         Args:
             places: Of the clips, among those learned from.
-            vectors: The last ones, by name, [B, T, D].
+            vectors: The last ones, by name, [B, T, D]; "encoded", the clips', [B, W].
             outputs: Of the stages that train, [B, T, ...].
         """
         return torch.zeros((), device=outputs[0].device)
 
     def ended(self) -> None:
         """Told of the end of every epoch."""
+
+    def tune(
+        self, clips: Clips, rng: np.random.Generator, progress: Callable[[int, int, float], object]
+    ) -> None:
+        """Train the classifier alone, after all has.
+
+        Args:
+            clips: The exemplars that stay, by "encoded".
+        """
 
     def kept(self) -> None:
         """Told that the task was learned."""
@@ -108,7 +126,7 @@ class Tuned:
         self.reads: Sequence[str] = (f"blocks.-{blocks + 1}",)
         self.classes: list[int] = []
         self._blocks, self._batch_norm, self._drop = blocks, batch_norm, drop
-        self._form = models.Form(VECTOR, encoder, expert, classifiers.Linear)
+        self._form = models.Form(VECTOR, encoder, expert, self.classifier)
         self._epochs, self._seed, self._precision = (first_epochs, epochs), seed, precision
         self._recipe: dict[str, Any] = {
             "batch_size": batch_size,
@@ -121,20 +139,38 @@ class Tuned:
         }
         self._network: Network | None = None
         self._trunk: Trunk | None = None
-        self._model: models.Model[classifiers.Linear] | None = None
+        self._model: models.Model[Classifier] | None = None
         self._exemplars = Exemplars(budget, shared, choice)
 
     # What a method is
 
-    def changed(self, network: Network, classifier: classifiers.Linear) -> Mapping[str, Change]:
+    def classifier(self, width: int) -> Classifier:
+        """Of clips' vectors of a width, without columns."""
+        return classifiers.Linear(width)
+
+    def classified(
+        self, classifier: Classifier, vectors_BW: Tensor, columns_B: Tensor, offsets_C: Tensor
+    ) -> Tensor:
+        """The loss before anything is added to it."""
+        return cross_entropy(classifier.logits(vectors_BW) + offsets_C, columns_B)
+
+    def changed(self, network: Network, classifier: Classifier) -> Mapping[str, Change]:
         """Grafts by stage, each made around the stage's trained copy."""
         return {}
 
-    def more(self, task: Task, clips: Clips, trunk: Trunk, rng: np.random.Generator) -> "More":
+    def more(
+        self,
+        task: Task,
+        clips: Clips,
+        trunk: Trunk,
+        model: models.Model[Classifier],
+        rng: np.random.Generator,
+    ) -> "More":
         """What a method adds to a task's loss.
 
         Args:
             clips: To learn from: the task's, and after them the exemplars.
+            trunk, model: To be trained, with columns for the new classes.
         """
         return More()
 
@@ -166,42 +202,60 @@ class Tuned:
         model, trunk = self._begun(rng, device)
         with torch.no_grad():
             trunk(first)  # refuses what is not the network's
-        model.classifier.grow(len(classes))
+        classifier = model.classifier
+        classifier.grow(len(classes), rng)
         clips = self._exemplars.rehearsal(task)
         columns_N = classifiers.columns(classes, clips.labels)
+        if isinstance(classifier, classifiers.Cosine):
+            known = torch.arange(len(self.classes))
+            vectors_NW = _encoded(trunk, model, clips)
+            for column in range(len(known), len(classes)):
+                of = vectors_NW[(columns_N == column).to(device)]
+                classifier.imprint(column, of, known, rng)
 
-        more = self.more(task, clips, trunk, rng)
+        more = self.more(task, clips, trunk, model, rng)
+        epochs = self._epochs[bool(self.classes)]
+        total = epochs + more.epochs
 
         def step(places: Tensor, batch: Batch) -> Tensor:
             with autocast(device.type, PRECISIONS[self._precision], self._precision != "float32"):
                 vectors, outputs = trunk(batch)
-            vectors_BW = _dropped(model.vectors(vectors), self._drop, generator)
-            logits_BC = model.classifier(vectors_BW) + more.offsets(len(classes)).to(device)
-            loss = cross_entropy(logits_BC, columns_N[places].to(device))
+            vectors = vectors | {models.ENCODED: model.vectors(vectors)}
+            vectors_BW = _dropped(vectors[models.ENCODED], self._drop, generator)
+            offsets_C, columns_B = more.offsets(len(classes)), columns_N[places]
+            loss = self.classified(
+                classifier, vectors_BW, columns_B.to(device), offsets_C.to(device)
+            )
             return loss + more.loss(places, batch, vectors, outputs)
 
-        def progress(done: int, epochs: int, loss: float) -> None:
+        def progress(done: int, _: int, loss: float) -> None:
             more.ended()
-            task.progress(done, epochs, loss)
+            task.progress(done, total, loss)
+
+        def tuned(done: int, _: int, loss: float) -> None:
+            task.progress(epochs + done, total, loss)
 
         trunk.train(trunk.learns)
-        groups: list[dict[str, Any]] = [
-            {"params": [*trunk.own().values(), *model.parameters()]},
-            *more.groups(),
-        ]
+        own = [*trunk.own().values(), *model.encoder.parameters()]
+        groups: list[dict[str, Any]] = [{"params": own}, *more.groups()]
+        if classifier.decays:
+            own += classifier.parameters()
+        else:
+            groups.append({"params": [*classifier.parameters()], "weight_decay": 0.0})
         fit(
             step,
             groups,
             clips,
-            epochs=self._epochs[bool(self.classes)],
+            epochs=epochs,
             rng=rng,
             progress=progress,
             **self._recipe,
         )
         trunk.eval()
-        with torch.no_grad():
-            parts = [model.vectors(trunk(batch)[0]) for _, batch in clips.batches(READ)]
-        chosen, _ = self._exemplars.chosen(torch.cat(parts), clips, task.classes, classes, rng)
+        vectors_NW = _encoded(trunk, model, clips)
+        chosen, kept = self._exemplars.chosen(vectors_NW, clips, task.classes, classes, rng)
+        balanced = Clips({models.ENCODED: vectors_NW[kept.to(device)]}, clips.labels[kept])
+        more.tune(balanced, rng, tuned)
         self.classes, self._exemplars = classes, chosen
         self._model, self._trunk = model, trunk
         more.kept()
@@ -231,7 +285,7 @@ class Tuned:
 
     def _begun(
         self, rng: np.random.Generator, device: torch.device
-    ) -> tuple[models.Model[classifiers.Linear], Trunk]:
+    ) -> tuple[models.Model[Classifier], Trunk]:
         """Copies to train of what was learned, or what there is before the first task."""
         network = self._attached()
         like = torch.zeros(1, network.frames, network.shape(VECTOR)[-1], device=device)
@@ -241,7 +295,7 @@ class Tuned:
             trunk.take(self._trunk.to(device).state())
         return model, trunk
 
-    def _fresh(self, model: models.Model[classifiers.Linear]) -> Trunk:
+    def _fresh(self, model: models.Model[Classifier]) -> Trunk:
         network = self._attached()
         changes = self.changed(network, model.classifier)
         return Trunk(network, self.reads[0], changes, self._batch_norm)
@@ -251,7 +305,7 @@ class Tuned:
             raise ValueError("no network was attached, whose last blocks could train: attach one")
         return self._network
 
-    def _vectors(self, batch: Batch) -> tuple[models.Model[classifiers.Linear], Batch]:
+    def _vectors(self, batch: Batch) -> tuple[models.Model[Classifier], Batch]:
         """The model, and the last vectors of a batch's clips."""
         model = models.learned(self._model)
         assert self._trunk is not None
@@ -265,6 +319,13 @@ def grid(shape: Sequence[int]) -> tuple[int, int]:
     if len(shape) == 3:
         return shape[0], 0
     return shape[1], shape[0] - math.isqrt(shape[0]) ** 2
+
+
+def _encoded(trunk: Trunk, model: models.Model[Classifier], clips: Clips) -> Tensor:
+    """The clips' vectors, [N, W]."""
+    with torch.no_grad():
+        parts = [model.vectors(trunk(batch)[0]) for _, batch in clips.batches(READ)]
+    return torch.cat(parts)
 
 
 def _dropped(x_BW: Tensor, share: float, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,7 @@
-"""The contract of heads/__init__.py, over whatever heads the folder holds."""
+"""The contract of heads/__init__.py, over whatever heads the folder holds.
+
+`pytest tests/heads/test_every_head.py --head mine.py` asks the same of a file of one's own.
+"""
 
 import ast
 import json
@@ -13,18 +16,27 @@ import torch
 import heads
 from heads import Rehearses, Task, options_of
 from heads.parts.clips import Clips
-from pipeline._variants import available, variant
+from pipeline._variants import available
+from pipeline.methods import method_of
 
-HEADS = available("heads")
 # Fewer numbers, or a greater rate: sigmoids that nothing sets against each other take more steps.
 QUICK = {"RanPAC": {"projection": 64}, "LwF": {"lr": 0.03},
          "HAD": {"width": 64, "heads": 2, "ffn": 64}}  # fmt: skip
 FOLDER = Path(heads.__file__).parent
 
 
-@pytest.fixture(params=HEADS)
+def pytest_generate_tests(metafunc):
+    own = metafunc.config.getoption("--head")
+    if "build" in metafunc.fixturenames:
+        metafunc.parametrize("build", own or available("heads"), indirect=True)
+    if "file" in metafunc.fixturenames:
+        files = list(map(Path, own)) or sorted(FOLDER.rglob("*.py"))
+        metafunc.parametrize("file", files, ids=lambda file: file.stem)
+
+
+@pytest.fixture
 def build(request):
-    return variant("heads", request.param).build
+    return method_of(request.param).build
 
 
 @pytest.fixture
@@ -350,7 +362,6 @@ def test_scoring_before_learning_is_refused(made):
         run.scores(run.tokens([0])[0])
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.rglob("*.py")), ids=lambda f: f.stem)
 def test_a_head_reaches_torch_and_numpy_and_no_other_room(file):
     roots = set()
     for node in ast.walk(ast.parse(file.read_text())):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from heads import Changes, Routes, Task
+from heads.grafts.hf_gate import HFGate
 from heads.parts import losses
 from heads.parts.clips import Clips
 from heads.parts.text import Codes, code
@@ -586,3 +587,29 @@ def test_whole_tokens_where_a_class_token_is_asked_for_are_refused(learned):
     run = learned(adapters=1, labels=((3, 7),))
     with pytest.raises(ValueError, match="suffix of the network takes"):
         run.head.scores({"blocks.-1.attn:cls": torch.ones(2, 4, 5, 16)})
+
+
+class Gated(StPR):
+    def grafted(self, network, stage, adapter):
+        if stage == network.find("blocks.-1.mlp"):
+            return adapter
+        return HFGate(adapter, 16, network.frames, prefix=1)
+
+
+def test_what_stands_around_an_adapter_trains_and_is_kept_with_it(runner):
+    options = {"adapters": 2, "epochs": 3, "first_epochs": 3, "layers": 1, "ffn": 16, "lr": 0.1}
+    run, plain = runner(Gated, **options), runner(StPR, **options)
+    for one in (run, plain):
+        one.learn([0, 1])
+        one.learn([2, 3], seed=1)
+    assert run.head.trainable - plain.head.trainable == 18 * 16 + 1
+    state = run.head.state_dict()
+    assert state["adapter.2.weight"].any()
+    assert state["adapter.2.inner.up"].any()
+    again = runner(Gated, **options)
+    again.head.load_state_dict(state)
+    tokens, _ = run.tokens([0, 1, 2, 3], seed=5)
+    assert torch.equal(again.scores(tokens), run.scores(tokens))
+    ungated = dict(state, **{"adapter.2.weight": torch.zeros_like(state["adapter.2.weight"])})
+    again.head.load_state_dict(ungated)
+    assert not torch.equal(again.scores(tokens), run.scores(tokens))

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
-from heads import options_of
+from heads import Task, options_of
 from heads.class_regularization import Regularized
 from heads.grafts.class_regularization import ClassRegularization
 from heads.grafts.hf_gate import HFGate
 from heads.hf_net import HFNet
+from heads.parts.classifiers import Cosine
 from heads.parts.tuned import Tuned, grid
 
 FLAT = {"strengths": [0.1, 0.2, 0.3]}
@@ -81,3 +83,35 @@ def test_a_grid_is_told_by_its_shape(shape, expected):
 def test_options_that_cannot_be_are_refused(build, options, said):
     with pytest.raises(ValueError, match=said):
         build(**options)
+
+
+class ByCosine(HFNet):
+    def classifier(self, width):
+        return Cosine(width)
+
+
+def test_a_method_may_have_a_cosine_classifier(runner):
+    """Its loss is cross entropy of eta times the cosines; new classes start from their clips."""
+    told, heads = [], []
+    for epochs in (0, 1):
+        run = runner(ByCosine, batch_size=99, epochs=epochs, first_epochs=epochs, momentum=0)
+        task = run.task([4, 2])
+        run.head.learn(Task(task.clips, progress=lambda *epoch: told.append(epoch)))
+        heads.append(run.head)
+    classifier = heads[0]._model.classifier
+    batch = {name: task.clips.whole(name) for name in run.head.reads}
+    vectors = normalize(heads[0]._model.vectors(heads[0]._vectors(batch)[1]), dim=1)
+    of = torch.tensor([[2, 4].index(label) for label in task.clips.labels.tolist()])
+    means = normalize(torch.stack([vectors[of == column].mean(0) for column in (0, 1)]), dim=1)
+    torch.testing.assert_close(classifier.weight[:, 0].detach(), means)
+    loss = torch.nn.functional.cross_entropy(20 * vectors @ means.T, of)
+    assert told == [(1, 1, pytest.approx(float(loss), rel=1e-4))]
+    assert not torch.equal(heads[1]._model.classifier.weight, classifier.weight)
+
+
+def test_a_cosine_classifier_does_not_decay(runner):
+    run = runner(ByCosine, first_epochs=5, weight_decay=2.0)
+    run.learn([4, 2])
+    state = run.head.state_dict()
+    assert state["classifier.scale"] == pytest.approx(20, abs=0.2)
+    assert state["classifier.weight"].norm(dim=2).min() > 0.99

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from heads.hce import HCE
-from pipeline import BuildSpec, FeatureTensors, experiment, run
+from pipeline import BuildSpec, FeatureTensors, experiment, offering, run
 from stores import FeatureStore, SpecMismatch
 
 NAME = "resnet18:random-0"
@@ -42,6 +42,21 @@ def test_old_maps_are_computed_once_a_task_and_read_in_every_epoch(store, tmp_pa
     freed = FeatureStore.open(store.path).gc()
     assert len(freed.freed) == len(changed)
     assert done.nme is not None
+
+
+def test_what_a_run_remembers_is_no_feature_for_another(store, tmp_path):
+    """resnet18 ends with fc, which the store has of changed networks alone."""
+    options = QUICK | {"parts": "kd", "first_epochs": 0, "epochs": 0}
+    run(store, "hce", "2+1x2", options=options, out=tmp_path)
+    again = FeatureStore.open(store.path)
+    assert "fc" in {name for _, name, _ in again.columns()}
+    before = {
+        name: one.fingerprint for name, one in offering.features_of(store, NAME, ["vector"]).items()
+    }
+    done = run(again, "nearest_mean", "2+1x2", out=tmp_path)
+    assert done.spec["features"] == before
+    with pytest.raises(SpecMismatch, match="no fc of"):
+        run(again, "nearest_mean", "2+1x2", options={"feature": "fc"}, out=tmp_path)
 
 
 def test_a_store_of_another_precision_is_refused_before_anything_is_learned(

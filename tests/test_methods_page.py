@@ -1,0 +1,93 @@
+"""METHODS.md: its files are written as they stand, checked as heads, and what it runs is run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pipeline
+from pipeline import BuildSpec, Runtime, build
+from pipeline.methods import method_of
+from pipeline.synthetic import make_dataset
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "METHODS.md").read_text()
+FILES = dict(re.findall(r"In `(methods/\w+\.py)`:\n\n```python\n(.*?)```", TEXT, flags=re.DOTALL))
+BLOCKS = [b for b in re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+          if b not in FILES.values()]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where the page is read: its two files are there."""
+    monkeypatch.chdir(tmp_path)
+    Path("methods").mkdir()
+    for name, text in FILES.items():
+        Path(name).write_text(text)
+    return tmp_path
+
+
+def test_the_examples_are_short_and_lines_fit(folder):
+    assert [Path(name).stem for name in FILES] == ["gated", "gated_experts"]
+    for name, text in FILES.items():
+        assert len(text.splitlines()) < 60
+        assert max(map(len, text.splitlines())) <= 100
+        assert method_of(name).build().classes == []
+
+
+def test_the_examples_pass_the_checks_of_every_head(folder):
+    """As the page says to; two of the checks, for the time that all take."""
+    asked = [word for name in FILES for word in ("--head", name)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c",
+         ROOT / "pyproject.toml", ROOT / "tests/heads/test_every_head.py", *asked,
+         "-k", "goes_on_alike or json or no_other_room"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "6 passed" in done.stdout
+
+
+def test_the_page_runs(folder, monkeypatch, capsys):
+    """On two motions, with epochs and processes taken away."""
+    make_dataset(folder / "videos", clips_per_class=3, classes=("grow", "shrink"), broken=False)
+    for place, network, *keep in (("maps", "resnet18", "layer4.0", "pool"),
+                                  ("tokens", "ViT-S-32", "blocks.10.attn", "proj")):  # fmt: skip
+        assert f"--store {place}.zarr --backbone {network}:random-0" in TEXT
+        assert " ".join(f"--keep {name}" for name in keep) in TEXT
+        build("videos", f"{place}.zarr", BuildSpec((f"{network}:random-0",), tuple(keep), frames=2),
+              runtime=Runtime(serial=True))  # fmt: skip
+    run, ablate = pipeline.run, pipeline.ablate
+    quick = {"first_epochs": 1, "epochs": 1}
+
+    def quick_run(store, head, scenario, options):
+        assert scenario == "demo"
+        return run(store, head, "1+1x1", options=options | quick)
+
+    def quick_ablate(store, heads, scenario, grid, seeds, options):
+        assert scenario == "demo"
+        options = {name: quick for name in options}
+        return ablate(store, heads, "1+1x1", grid, seeds, options=options,
+                      runtime=Runtime(serial=True))  # fmt: skip
+
+    monkeypatch.setattr(pipeline, "run", quick_run, raising=False)
+    monkeypatch.setattr(pipeline, "ablate", quick_ablate, raising=False)
+    names: dict = {}
+    for block in BLOCKS:
+        exec(compile(block, "METHODS.md", "exec"), names)
+    assert names["table"].attrs["errors"] == []
+    said = capsys.readouterr().out
+    shown = TEXT.split("```text\n")[1].split("```")[0]
+    assert shown.split("\n")[0].split() == said.split("\n")[0].split()
+    first = [line.split()[0] for line in said.splitlines()[1:]]
+    assert first == ["lucir", "hf_net", "gated", "gated"]
+    gated, experts = names["done"], names["experts"]
+    assert gated.nme is not None
+    assert set(gated.cost["stages_recomputed"][1]) <= {"layer4.1", "pool", "fc"}
+    ran = {"blocks.10.mlp", "blocks.11.attn", "blocks.11.mlp", "proj"}
+    assert set(experts.cost["stages_recomputed"][1]) == ran
+    assert (experts.folder / "method" / "gated_experts.py").exists()
+    assert np.isfinite(experts.matrix.final)
