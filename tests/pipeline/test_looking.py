@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from heads import Task
 from heads.class_regularization import Regularized
 from heads.grafts.hf_gate import HFGate
 from heads.nearest_mean import NearestMean
+from heads.parts.classifiers import LENGTH
 from heads.parts.trunk import Passed
 from heads.parts.tuned import Tuned
-from pipeline import BuildSpec, backbones, looking, run
+from pipeline import BuildSpec, backbones, experiment, looking, offering, run
 from pipeline.experiment import Run
 from pipeline.routing import restored
 from stores import FeatureStore
@@ -33,19 +35,9 @@ def store(dataset, built_once, tmp_path_factory) -> FeatureStore:
 
 
 @pytest.fixture(scope="module")
-def taught(store, loaded_once, tmp_path_factory):
-    """`taught(head, epochs)`: a run of two tasks, of four blocks."""
-
-    def teach(head: str, epochs: int, **options):
-        options |= {"blocks": 4, "first_epochs": epochs, "epochs": epochs}
-        return run(store, head, "2+2x1", options=options, out=tmp_path_factory.mktemp("runs"))
-
-    return teach
-
-
-@pytest.fixture(scope="module")
-def held(taught) -> Run:
-    return taught("hce", 1, parts="", lr=0.1)
+def held(store, loaded_once, tmp_path_factory) -> Run:
+    options = {"blocks": 4, "first_epochs": 1, "epochs": 1, "parts": "", "lr": 0.1}
+    return run(store, "hce", "2+2x1", options=options, out=tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +49,12 @@ def tuned(held, store):
 
 
 @pytest.fixture(scope="module")
-def gated(taught, store):
-    return restored(taught("hf_net", 0), store)
+def gated(store, loaded_once):
+    """HF-Net that has seen clips for no epoch, and what it reads."""
+    options = {"blocks": 4, "first_epochs": 0}
+    head, _, features = experiment.head_of(store, "hf_net", options, NAME)
+    head.learn(Task(offering.clips_of(features, np.arange(2), offering.numbers_of(store))))
+    return head, features
 
 
 class Known(Tuned):
@@ -119,10 +115,14 @@ def test_heat_of_a_run_is_that_of_float64_from_each_stage_on(tuned):
         x = given
         for module in modules[number + 1 :]:
             x = module(x)
-        (slope,) = torch.autograd.grad(x.mean(0) @ weight[1], given)
-        # Behind the last stage there are but means and two linear maps.
+        mean = x.mean(0)
+        (slope,) = torch.autograd.grad(LENGTH * mean / mean.norm() @ weight[1], given)
         if name == "layer4.1":
-            closed = (weight[1] @ modules[-1].weight).expand(2, -1) / (2 * 7 * 7)
+            # Behind it there are but means, a linear map, and the length, which takes from the
+            # class's vector what lies along the clip's.
+            unit = mean / mean.norm()
+            across = LENGTH * (weight[1] - unit * (unit @ weight[1])) / mean.norm()
+            closed = (across @ modules[-1].weight).expand(2, -1) / (2 * 7 * 7)
             torch.testing.assert_close(slope.mean((2, 3)), closed)
         maps = np.stack([[(slope[t, c].mean() * given[t, c]).detach().numpy()
                           for c in range(given.shape[1])] for t in range(2)])  # fmt: skip
