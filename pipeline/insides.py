@@ -43,7 +43,7 @@ def tubes(
         for tile, picture, map_HW in zip(row, pictures_TSS3, map_THW, strict=True):
             image = _heat(tile, picture, map_HW / (most or 1), 0, 1, HEAT)
         row[0].set_ylabel(name if most else f"{name}\n(all 0)", fontsize="small")
-    figure.colorbar(image, ax=[*axes[1:].flat], label=label, shrink=0.8)
+    figure.colorbar(image, ax=[*axes.flat], shrink=0.8).set_label(label, fontsize="small")
     return figure
 
 
@@ -67,8 +67,8 @@ def gates(
         for tile, picture, map_HW in zip(row, pictures_TSS3, map_THW, strict=True):
             image = _heat(tile, picture, map_HW, -limit, limit, SIGNED)
         row[0].set_ylabel(name, fontsize="small")
-    figure.colorbar(image, ax=[*axes[1:].flat], shrink=0.8,
-                    label="gate (below 0: difference, above: average)")  # fmt: skip
+    bar = figure.colorbar(image, ax=[*axes.flat], shrink=0.8)
+    bar.set_label("gate: difference < 0 < average", fontsize="small")
     return figure
 
 
