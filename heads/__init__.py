@@ -172,6 +172,9 @@ class Network(Protocol):
             after: The feature that the module takes, [B, T, ...].
             keep: Stages whose outputs it gives, as a dict; by default the last one's alone.
             unfreeze: Stages to be trained themselves; the module has copies of them.
+
+        Returns:
+            The module; its `stages` are those after the feature, in order.
         """
 
 

@@ -267,8 +267,8 @@ def plane(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean_D, axes_2D, sizes[:2] ** 2 / (sizes**2).sum()
 
 
-def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:
-    """An empty one, in inches."""
+def blank(width: float, height: float) -> "Figure":
+    """A figure without axes, in inches."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -284,7 +284,11 @@ def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:
             self.savefig(file, format="png")
             return file.getvalue()
 
-    figure = Picture(figsize=(width, height), dpi=110, layout="constrained")
+    return Picture(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:
+    figure = blank(width, height)
     return figure, figure.add_subplot()
 
 

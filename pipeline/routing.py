@@ -156,11 +156,16 @@ def _answer(head: Head, batch: Batch, video: str, names: list[str], top_k: int) 
     )
 
 
-def restored(run: Run, store: FeatureStore) -> tuple[Head, dict[str, Feature]]:
-    """A finished run's head, as it was after its last task, and the columns that it reads.
+def restored(
+    run: Run, store: FeatureStore, task: int | None = None
+) -> tuple[Head, dict[str, Feature]]:
+    """A finished run's head, as it was after a task, and the columns that it reads.
+
+    Args:
+        task: From 0; None for the last.
 
     Raises:
-        ValueError: The checkpoints are gone or damaged.
+        ValueError: There is no such task, or the checkpoints are gone or damaged.
         SpecMismatch: The store is not what the run was made on.
     """
     spec = run.spec
@@ -172,10 +177,14 @@ def restored(run: Run, store: FeatureStore) -> tuple[Head, dict[str, Feature]]:
             f"{store.place} has another {', '.join(moved)} of {spec['backbone']} than "
             f"{run.folder} was made on"
         )
-    task, state, _ = checkpoints.read(run.folder)
-    if task < len(spec["tasks"]) - 1:
+    last = len(spec["tasks"]) - 1
+    asked = last if task is None else task
+    if not 0 <= asked <= last:
+        raise ValueError(f"{task=} of {run.folder}, whose tasks are 0 to {last}")
+    found, state, _ = checkpoints.read(run.folder, asked)
+    if found != asked:
         raise ValueError(
-            f"{run.folder} has no checkpoint of its last task, since `ablate` removes those that "
+            f"{run.folder} has no checkpoint of task {asked}, since `ablate` removes those that "
             "it has made: give it --keep-checkpoints, or remove this folder and `strata run` it"
         )
     head.load_state_dict(state)

@@ -17,12 +17,17 @@ from pipeline.synthetic import make_dataset
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 BUILD, ABLATE, ROUTE = ("01_build_a_store", "02_ablate_stpr", "03_route_with_anchors")
+LOOK = "04_look_inside"
+ALL = [BUILD, ABLATE, ROUTE, LOOK]
 OURS = {
     "pipeline",
+    "pipeline.insides",
+    "pipeline.looking",
     "pipeline.pictures",
     "pipeline.progress",
     "pipeline.results",
     "pipeline.routing",
+    "pipeline.scenarios",
     "pipeline.show",
     "pipeline.show_runs",
     "pipeline.synthetic",
@@ -107,11 +112,11 @@ def small(tmp_path_factory) -> dict[str, str]:
     }
 
 
-def test_there_are_three():
-    assert [file.stem for file in sorted(FOLDER.glob("*.ipynb"))] == [BUILD, ABLATE, ROUTE]
+def test_there_are_four():
+    assert [file.stem for file in sorted(FOLDER.glob("*.ipynb"))] == ALL
 
 
-@pytest.mark.parametrize("name", [BUILD, ABLATE, ROUTE])
+@pytest.mark.parametrize("name", ALL)
 def test_a_notebook_is_kept_without_outputs(name):
     notebook = read(name)
     nbformat.validate(notebook)
@@ -123,7 +128,7 @@ def test_a_notebook_is_kept_without_outputs(name):
             assert cell.execution_count is None
 
 
-@pytest.mark.parametrize("name", [BUILD, ABLATE, ROUTE])
+@pytest.mark.parametrize("name", ALL)
 def test_cells_are_short_and_begin_with_the_settings(name):
     cells = code_of(name)
     assert next(iter(cells)) == "settings"
@@ -131,7 +136,7 @@ def test_cells_are_short_and_begin_with_the_settings(name):
     assert max(long.values()) <= LINES, long
 
 
-@pytest.mark.parametrize("name", [BUILD, ABLATE, ROUTE])
+@pytest.mark.parametrize("name", ALL)
 def test_only_public_calls_are_used(name):
     for source in code_of(name).values():
         for node in ast.walk(ast.parse(source)):
@@ -147,7 +152,7 @@ def test_only_public_calls_are_used(name):
 def test_videos_are_drawn_once_and_are_whole_or_not_there(tmp_path):
     cell = code_of(BUILD)["make-videos"]
     drawing = cell[cell.index("    made =") :]
-    assert all(drawing in code_of(name)["make-store"] for name in (ABLATE, ROUTE))
+    assert all(drawing in code_of(name)["make-store"] for name in (ABLATE, ROUTE, LOOK))
     videos = tmp_path / "demo" / "videos"
     for _ in range(2):
         exec(cell, {"dataset": videos, "clips_per_class": 1})
@@ -202,13 +207,25 @@ def test_clips_and_videos_are_routed(execute, small, tmp_path):
         assert f"{video}: " in told
 
 
+def test_heads_are_looked_into(execute, small, tmp_path):
+    settings = {name: small[name] for name in ("dataset", "scenario", "runtime")}
+    outputs = execute(LOOK, **settings, keep="'layer4.0'", blocks="1", frames="2", epochs="1")
+    assert complaints(outputs) == []
+    assert pictures(outputs) == [
+        "saliency-it", "correlations-it", "agreement-it", "gates-it", "excitations-it",
+    ]  # fmt: skip
+    assert re.search(r"Clip\(row=\d+, label='\w+", printed(outputs["restore-them"]))
+    runs = tmp_path / "demo" / "runs"
+    assert (runs / "saliency.pdf").read_bytes().startswith(b"%PDF")
+    assert len(list(runs.glob("*/metrics.json"))) == 3
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "runs"), [(BUILD, 0), (ABLATE, 12), (ROUTE, 1)])
+@pytest.mark.parametrize(("name", "runs"), [(BUILD, 0), (ABLATE, 12), (ROUTE, 1), (LOOK, 3)])
 def test_a_notebook_runs_as_it_stands_from_nothing(execute, tmp_path, name, runs):
     outputs = execute(name)
     assert complaints(outputs) == []
     demo = tmp_path / "demo"
-    assert {"notebooks.zarr", "videos"} <= set(os.listdir(demo)) <= {
-        "notebooks.zarr", "videos", "runs", "ablation",
-    }  # fmt: skip
+    stores = {"maps.zarr" if name == LOOK else "notebooks.zarr", "videos"}
+    assert stores <= set(os.listdir(demo)) <= {*stores, "runs", "ablation"}
     assert len(list(demo.glob("*/*/metrics.json"))) == runs

@@ -72,6 +72,20 @@ class HFGate(nn.Module):
         kept = wide * (1 - shift_right(given, self.frames))
         return (shift_left(wide, self.frames) * taken + kept).to(out.dtype)
 
+    @torch.no_grad()
+    def gates(self, x: Tensor) -> Tensor:
+        """G- of every place, [N, H, W] in (-1, 1): how much of the next frame is taken.
+
+        Args:
+            x: The stage's input, as for `forward`.
+        """
+        wide = self.inner(x).to(self.weight.dtype)
+        taken, _ = self._gates(wide)
+        if wide.ndim == 4:
+            return taken[:, 0]
+        side = math.isqrt(wide.shape[1] - self.prefix)
+        return taken[:, self.prefix :, 0].reshape(-1, side, side)
+
     def train(self, mode: bool = True) -> Self:
         """Set the mode; an inner without trainable parameters stays in eval."""
         self.training = mode

@@ -4,6 +4,8 @@ Shapes: B clips, T frames, D feature width.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,19 @@ from heads.parts.clips import Batch
 
 VECTOR = "vector"
 BATCH_NORM = ("frozen", "trained")
+
+
+class Passed(NamedTuple):
+    """A stage that trains, and N = B * T frames at it, clip by clip.
+
+    Attributes:
+        module: With the graft, if any.
+        taken, given: What went in and what came out, [N, ...].
+    """
+
+    module: nn.Module
+    taken: Tensor
+    given: Tensor
 
 
 class Trunk(nn.Module):
@@ -38,7 +53,8 @@ class Trunk(nn.Module):
             raise ValueError(f"no {batch_norm=}; choose from {', '.join(BATCH_NORM)}")
         self.after, self.shape, self.last = after, network.shape(after), network.find(VECTOR)
         begin = network.stages.index(network.find(after)) + 1
-        self.trained = [name for name in network.stages[begin:] if len(network.shape(name)) > 1]
+        self._names = network.stages[begin:]
+        self.trained = [name for name in self._names if len(network.shape(name)) > 1]
         keep = [*self.trained, self.last]
         self.suffix = network.suffix(changes or {}, after, keep, unfreeze=self.trained)
         self.learns = batch_norm == "trained"
@@ -57,6 +73,27 @@ class Trunk(nn.Module):
             )
         outputs = self.suffix(x)
         return {VECTOR: outputs[self.last].float()}, [outputs[name] for name in self.trained]
+
+    def traced(self, batch: Batch) -> tuple[Batch, dict[str, Passed]]:
+        """As `forward`, but of the trained stages the tensors that the vectors were made of.
+
+        `forward` gives reshaped ones, to which no gradient of the vectors leads.
+        """
+        passed: dict[str, Passed] = {}
+
+        def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+            def hook(module: nn.Module, taken: Any, given: Tensor) -> None:
+                passed[name] = Passed(module, taken[0], given)
+
+            return hook
+
+        with ExitStack() as stack:
+            stages: Any = self.suffix.stages
+            for name, stage in zip(self._names, stages, strict=False):
+                if name in self.trained:
+                    stack.callback(stage.register_forward_hook(keep(name)).remove)
+            vectors, _ = self(batch)
+        return vectors, passed
 
     def own(self) -> dict[str, nn.Parameter]:
         """What trains. A classifier that a graft looks at is trained by who has it."""

@@ -30,7 +30,7 @@ from heads.parts.clips import Batch, Clips
 from heads.parts.exemplars import Exemplars
 from heads.parts.expert import PRECISIONS
 from heads.parts.training import fit
-from heads.parts.trunk import VECTOR, Trunk
+from heads.parts.trunk import VECTOR, Passed, Trunk
 
 Change = Callable[[nn.Module], nn.Module]
 READ = 40
@@ -267,6 +267,17 @@ class Tuned:
     def nearest(self, batch: Batch) -> Tensor:
         model, vectors = self._vectors(batch)
         return self._exemplars.nearest(models.vectors(model, vectors))
+
+    def traced(self, batch: Batch) -> tuple[Tensor, dict[str, Passed]]:
+        """Scores [B, C] as autograd has them, and each stage that trains on the way there.
+
+        Raises:
+            ValueError: Nothing was learned yet, or a feature is not the network's.
+        """
+        model = models.learned(self._model).on(batch)
+        assert self._trunk is not None
+        vectors, passed = self._trunk.to(batch[self.reads[0]].device).traced(batch)
+        return model(vectors), passed
 
     def state_dict(self) -> dict[str, Tensor]:
         own = {} if self._trunk is None else self._trunk.state()
