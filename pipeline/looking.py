@@ -25,7 +25,7 @@ from heads.parts.tuned import Tuned, grid
 from pipeline.decoders import Decoded, Request, Stretch
 from pipeline.decoders._child import decode
 from pipeline.files import content_digest
-from pipeline.spec import FrameSet, Picture
+from pipeline.spec import FrameSet
 from stores import Feature, FeatureStore
 from stores.clips import row_key
 
@@ -82,8 +82,7 @@ def clip(
         raise FileNotFoundError(f"{path} is not there any more: say where the videos lie, dataset=")
     if content_digest(path) != known["digest"]:
         raise ValueError(f"{path} has other bytes than the store was built from: build it again")
-    frames = next(iter(features.values())).spec["frames"]
-    frame_set = FrameSet(**(frames | {"picture": Picture(**frames["picture"])}))
+    frame_set = FrameSet.of(next(iter(features.values())).spec["frames"])
     start, end = known["start_seconds"], known["end_seconds"]
     stretch = Stretch(
         None if math.isnan(start) else float(start),

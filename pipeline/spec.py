@@ -4,8 +4,9 @@ Light to import: a decoder's child process needs it.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 SAMPLINGS = ("tsn", "tsn_random", "uniform_fps", "dense")
 DTYPES = ("float16", "float32", "bfloat16")
@@ -122,6 +123,12 @@ class FrameSet:
     def identity(self) -> dict[str, Any]:
         """The JSON form that enters the frames' key."""
         return asdict(self)
+
+    @classmethod
+    def of(cls, identity: Mapping[str, Any]) -> Self:
+        """The frame set that this is the identity of."""
+        kind = Sound if "rate" in identity["picture"] else Picture
+        return cls(**{**identity, "picture": kind(**identity["picture"])})
 
 
 @dataclass(frozen=True)

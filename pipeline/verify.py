@@ -20,7 +20,7 @@ from pipeline.decoders import Decoded, Failure
 from pipeline.files import content_digest, size_and_mtime
 from pipeline.progress import Watch
 from pipeline.running import NetworkDiffers, run_pass
-from pipeline.spec import FrameSet, Picture, Sound
+from pipeline.spec import FrameSet
 from stores import Damaged, Feature, FeatureStore
 from stores.clips import row_keys
 from stores.columns import ColumnSpec, runs
@@ -200,9 +200,7 @@ def _passes(features: list[Feature]) -> Iterator[tuple[Pass, list[Feature]]]:
             groups.append([feature])
     for members in groups:
         spec, name = members[0].spec, members[0].backbone
-        frames = spec["frames"]
-        kind = Sound if "rate" in frames["picture"] else Picture
-        frame_set = FrameSet(**(frames | {"picture": kind(**frames["picture"])}))
+        frame_set = FrameSet.of(spec["frames"])
         keys = {}
         key = frames_key(frame_set)
         for stage in spec["stages"]:
