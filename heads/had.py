@@ -17,6 +17,7 @@ C(x) is the matrix of cosines between n vectors. Each part of the model sees noi
 level only: z and v carry no gradient back, and what is noisy at the low level trains the attention
 and the fusion but not the classifier, which the high level trains. sigma is the deviation of each
 dimension over the exemplars of a batch. Gaussians are those of the task that brought the class.
+A class that comes again is taught by labels: the logical part is over the others.
 
 Loss = CE + the HAM terms + logical (video + distribution) + correlative (snippet + correlative).
 
@@ -154,6 +155,7 @@ class HAD:
         clips = self._exemplars.rehearsal(task)
         columns_N = columns(classes, clips.labels)
         kept_N = torch.arange(len(clips)) >= len(task.clips)
+        held = [column for column in range(known) if classes[column] not in task.classes]
         model.classifier.grow(len(classes), rng)
         vectors_NW = self._vectors(model, clips)
         for column in range(known, len(classes)):
@@ -174,7 +176,7 @@ class HAD:
                     generator,
                 )  # fmt: skip
             if old:
-                loss = loss + self._held(model, old, features, snippets, fused_BW, logits_BC,
+                loss = loss + self._held(model, old, held, features, snippets, fused_BW, logits_BC,
                                          generator)  # fmt: skip
             return loss
 
@@ -223,28 +225,30 @@ class HAD:
         self,
         model: Model,
         old: Model,
+        held: Sequence[int],
         features: Pair,
         snippets: Pair,
         fused_BW: Tensor,
         logits_BC: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """HDM."""
-        known = len(self.classes)
+        """HDM; `held` are the columns that the task does not teach."""
         with torch.no_grad():
             old_snippets = old.hybrid.snippets(old.hybrid.segments(features))
             old_fused_BW = old.hybrid.fused(old_snippets)
         logical = correlative = torch.zeros((), device=fused_BW.device)
-        if "video" in self.parts:
-            old_BK = old.logits(old_fused_BW).detach()
-            logical = logical + softened(logits_BC[:, :known], old_BK, self.temperature)
-        if "distribution" in self.parts:
-            of_B = torch.randint(known, (len(fused_BW),), generator=generator)
+        if "video" in self.parts and held:
+            old_BK = old.logits(old_fused_BW).detach()[:, held]
+            logical = logical + softened(logits_BC[:, held], old_BK, self.temperature)
+        if "distribution" in self.parts and held:
+            of_B = torch.tensor(held)[
+                torch.randint(len(held), (len(fused_BW),), generator=generator)
+            ]
             noise_BW = torch.randn(fused_BW.shape, generator=generator)
             drawn_BW = self._means_CW[of_B] + self._deviations_CW[of_B] * noise_BW
             drawn_BW = drawn_BW.to(fused_BW.device)
-            old_BK = old.logits(drawn_BW).detach()
-            new_BK = model.logits(drawn_BW)[:, :known]
+            old_BK = old.logits(drawn_BW).detach()[:, held]
+            new_BK = model.logits(drawn_BW)[:, held]
             logical = logical + softened(new_BK, old_BK, self.temperature)
         if "snippet" in self.parts:
             for new, before in zip(snippets, old_snippets, strict=True):

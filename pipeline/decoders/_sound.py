@@ -1,12 +1,14 @@
 """What is heard around the moments of a file's frames.
 
-One track, mono, at one rate, on the clock of the frames: sample 0 is heard with the first of them.
-libswresample does it all, with the numbers of
+One track at one rate, the mean of its channels, on the clock of the frames: sample 0 is heard with
+the first of them. libswresample does it all, with the numbers of
 
-    ffmpeg -i FILE -af aresample=RATE:async=1:first_pts=0:ochl=mono:osf=flt -f f32le OUT
+    ffmpeg -i FILE -f f32le -af \\
+        aresample=RATE:async=1:first_pts=0:ochl=mono:osf=flt:rematrix_maxval=1 OUT
 
-where a file's clock starts at 0. Gaps in a track are silent; drifts of less than 0.1 seconds
-between its clock and its samples are left as they are.
+where a file's clock starts at 0, of a release that leaves out what a codec puts before a track.
+Gaps in a track are silent; drifts of less than 0.1 seconds between its clock and its samples are
+left as they are.
 """
 
 import contextlib
@@ -19,6 +21,8 @@ import av.filter
 import numpy as np
 from av.audio.stream import AudioStream
 from av.container import InputContainer
+
+MEAN = "ochl=mono:osf=flt:rematrix_maxval=1"
 
 type AudioPacket = av.Packet[AudioStream]
 
@@ -114,7 +118,7 @@ def _graph(frame: av.AudioFrame, rate: int, first: int) -> av.filter.Graph:
             sample_rate=frame.sample_rate,
             time_base=frame.time_base,
         ),
-        graph.add("aresample", f"{rate}:async=1:first_pts={first}:ochl=mono:osf=flt"),
+        graph.add("aresample", f"{rate}:async=1:first_pts={first}:{MEAN}"),
         graph.add("abuffersink"),
     ).configure()
     return graph

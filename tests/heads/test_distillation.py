@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from heads.parts.distillation import less_forget, margin_ranking, nca, pooled, sigmoid_distillation
+from heads.parts.distillation import (
+    less_forget,
+    margin_ranking,
+    nca,
+    pooled,
+    relations,
+    sigmoid_distillation,
+    softened,
+)
 
 
 def draw(*shape, seed=0):
@@ -41,6 +49,33 @@ def test_sigmoid_distillation_of_a_first_task_is_the_cross_entropy_of_each_colum
     g = 1 / (1 + np.exp(-logits))
     expected = -(onehot * np.log(g) + (1 - onehot) * np.log(1 - g)).sum(axis=1).mean()
     assert float(found) == pytest.approx(expected, rel=1e-12)
+
+
+def test_softened():
+    new, old, temperature = 3 * draw(5, 4), 3 * draw(5, 4, seed=1), 2.0
+    expected = 0.0
+    for b in range(5):
+        p, q = (np.exp(x[b] / temperature) / np.exp(x[b] / temperature).sum() for x in (old, new))
+        expected += temperature**2 * (p * np.log(p / q)).sum() / 5
+    assert float(softened(*tensors(new, old), temperature)) == pytest.approx(expected, rel=1e-12)
+    assert float(softened(*tensors(old, old), temperature)) == pytest.approx(0, abs=1e-12)
+
+
+def test_relations():
+    new, old = draw(6, 4), draw(6, 4, seed=1)
+    expected = 0.0
+    for i in range(6):
+        for j in range(6):
+            own, held = (unit(x[i]) @ unit(x[j]) for x in (new, old))
+            expected += (own - held) ** 2 / 36
+    assert float(relations(*tensors(new, old))) == pytest.approx(expected, rel=1e-12)
+    # Turned as a whole, vectors keep their cosines.
+    turned = old @ np.linalg.qr(draw(4, 4, seed=2))[0]
+    assert float(relations(*tensors(turned, old))) == pytest.approx(0, abs=1e-12)
+    # Each clip for itself where a leading axis says so.
+    parts = [float(relations(*tensors(new[a : a + 3], old[a : a + 3]))) for a in (0, 3)]
+    found = float(relations(*tensors(new.reshape(2, 3, 4), old.reshape(2, 3, 4))))
+    assert found == pytest.approx(np.mean(parts), rel=1e-12)
 
 
 def test_less_forget():

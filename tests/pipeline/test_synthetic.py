@@ -14,7 +14,16 @@ from PIL import Image
 from pipeline import synthetic
 from pipeline.breakages import BREAKAGES
 from pipeline.decoders import REASONS
-from pipeline.synthetic import CLASSES, TWINS, broken_files, frames, make_dataset, write_video
+from pipeline.sounding import RATE, sound
+from pipeline.synthetic import (
+    CLASSES,
+    HEARD,
+    TWINS,
+    broken_files,
+    frames,
+    make_dataset,
+    write_video,
+)
 
 
 def digests(root):
@@ -317,3 +326,33 @@ def test_the_generator_is_light_to_import():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
     assert synthetic.__doc__
+
+
+def test_classes_of_sound_look_alike_to_the_bit_and_sound_apart():
+    looks = {label: frames(label, np.random.default_rng(3)) for label in ("sway ↔", *HEARD)}
+    assert all(np.array_equal(look, looks["sway ↔"]) for look in looks.values())
+    sounds = {name: sound(name, 2.0, np.random.default_rng(5)) for name in ("bob ↕", *HEARD)}
+    assert all(x.shape == (2 * RATE,) and np.abs(x).max() <= 1 for x in sounds.values())
+    # What is drawn is the clip's and not the class's: without its tone, each is the same noise.
+    assert np.array_equal(sounds["bob ↕"], sound("move up", 2.0, np.random.default_rng(5)))
+    quiet = sounds["bob ↕"]
+    tones = {name: x - quiet for name, x in sounds.items()}
+    np.testing.assert_allclose(
+        tones["sway, rising tone"], tones["sway, falling tone"][::-1], atol=2e-6
+    )
+    assert all(np.abs(tones[name]).max() > 0.2 for name in HEARD)
+
+
+def test_a_data_set_with_sound_has_a_track_in_every_file(tmp_path):
+    first, second = (
+        make_dataset(tmp_path / name, 2, broken=False, classes=("grow", "sway, hum"), sound=True)
+        for name in "ab"
+    )
+    assert first.clips == 4
+    for path in sorted(first.root.glob("*/*/*.*")):
+        with av.open(str(path)) as container:
+            (track,) = container.streams.audio
+            assert track.codec_context.sample_rate == RATE
+        assert path.read_bytes() == (second.root / path.relative_to(first.root)).read_bytes()
+    with pytest.raises(ValueError, match="sway, hum"):
+        make_dataset(tmp_path / "c", 1, classes=("sway, hum",))

@@ -1,0 +1,177 @@
+"""HAD: its attention against float64, its losses by their parts, and where gradients end."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from heads.had import HAD, HAM, HDM
+from heads.parts.hybrid import Hybrid
+
+SMALL = {"width": 8, "heads": 2, "ffn": 12, "batch_size": 64}
+
+
+def learned(runner, tasks=2, **options):
+    run = runner(HAD, **SMALL | {"epochs": 2, "first_epochs": 3, "budget": 6} | options)
+    for number, labels in enumerate(([4, 2], [7, 9])[:tasks]):
+        run.learn(labels, seed=number)
+    return run
+
+
+def softmax(x):
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def normed(x, weight=1.0, bias=0.0):
+    mean, var = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
+    return (x - mean) / np.sqrt(var + 1e-5) * weight + bias
+
+
+def attended(state, name, x_SW, other_SW, heads=2):
+    """Multi-head attention of one clip, head by head."""
+    W = x_SW.shape[1]
+    weight, bias = state[f"{name}.in_proj_weight"], state[f"{name}.in_proj_bias"]
+    q, k, v = (
+        one @ weight[a : a + W].T + bias[a : a + W]
+        for one, a in ((x_SW, 0), (other_SW, W), (other_SW, 2 * W))
+    )
+    size = W // heads
+    parts = []
+    for h in range(heads):
+        of = slice(h * size, (h + 1) * size)
+        parts.append(softmax(q[:, of] @ k[:, of].T / size**0.5) @ v[:, of])
+    out = np.concatenate(parts, axis=1)
+    return out @ state[f"{name}.out_proj.weight"].T + state[f"{name}.out_proj.bias"]
+
+
+def test_the_attention_is_its_equations():
+    model = Hybrid([5, 3], 4, width=8, heads=2, ffn=12, position="learned", seed=1).double()
+    with torch.no_grad():
+        for p in model.parameters():  # norms and biases, too, are to matter
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    state = {name: x.detach().numpy() for name, x in model.state_dict().items()}
+    rng = np.random.default_rng(0)
+    features = [rng.normal(size=(2, 4, width)) for width in (5, 3)]
+    with torch.no_grad():
+        found = model([torch.from_numpy(x) for x in features]).numpy()
+    for b in range(2):
+        z = []
+        for m, x in enumerate(features):
+            own = normed(x[b]) @ state[f"project.{m}.weight"].T + state[f"project.{m}.bias"]
+            z.append(own + state["position"])
+        means = []
+        for m in (0, 1):
+            name = f"attend.{m}"
+            own = attended(state, f"{name}.own", z[m], z[m])
+            cross = attended(state, f"{name}.cross", z[m], z[1 - m])
+            norm, last_norm = (
+                (state[f"{name}.{one}.weight"], state[f"{name}.{one}.bias"])
+                for one in ("norm", "last_norm")
+            )
+            h = normed(z[m] + own + cross, *norm)
+            inner = h @ state[f"{name}.ffn.0.weight"].T + state[f"{name}.ffn.0.bias"]
+            inner = torch.nn.functional.gelu(torch.from_numpy(inner)).numpy()
+            out = inner @ state[f"{name}.ffn.2.weight"].T + state[f"{name}.ffn.2.bias"]
+            means.append(normed(h + out, *last_norm).mean(axis=0))
+        expected = np.concatenate(means) @ state["fuse.weight"].T + state["fuse.bias"]
+        np.testing.assert_allclose(found[b], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("position", [None, "learned"])
+def test_without_positions_a_clip_is_the_set_of_its_segments(runner, position):
+    run = learned(runner, position=position)
+    tokens, _ = run.tokens([2, 9], seed=5)
+    scores, reversed_ = run.scores(tokens), run.scores(tokens.flip(1))
+    assert torch.allclose(scores, reversed_, atol=1e-5) == (position is None)
+
+
+def test_both_modalities_are_heard(runner):
+    run = learned(runner)
+    batch = run.batch(run.tokens([2, 9], seed=5)[0])
+    whole = run.head.scores(batch)
+    for name in ("vector", "sound"):
+        assert not torch.allclose(run.head.scores({**batch, name: batch[name].flip(0)}), whole)
+
+
+def test_a_first_task_has_nothing_to_hold_and_nothing_to_augment(runner):
+    plain, whole = (learned(runner, 1, parts=parts) for parts in ("", "+".join((*HAM, *HDM))))
+    states = [run.head.state_dict() for run in (plain, whole)]
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+
+
+@pytest.mark.parametrize("part", [*HAM, *HDM])
+def test_each_part_moves_the_second_task(runner, part):
+    plain, other = (learned(runner, parts=parts) for parts in ("", part))
+    tokens, _ = plain.tokens([2, 9], seed=5)
+    assert not torch.equal(plain.scores(tokens), other.scores(tokens))
+
+
+@pytest.mark.parametrize("part", HAM)
+def test_noise_is_seen_by_the_part_behind_its_level_alone(runner, part):
+    head = (run := learned(runner)).head
+    head.parts = {part}
+    features = head._features(run.batch(run.tokens([2, 9], seed=5)[0]))
+    segments = head._model.hybrid.segments(features)
+    fused = head._model.hybrid(features)
+    columns = torch.zeros(len(fused), dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    loss = head._augmented(head._model, segments, fused, columns, generator)
+    names, parameters = zip(*head._model.named_parameters(), strict=True)
+    slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
+    moved = {name for name, slope in zip(names, slopes, strict=True) if slope is not None}
+    behind = {name for name in names if name.startswith(("hybrid.attend", "hybrid.fuse"))}
+    assert moved == (behind if part == "low" else {"classifier.weight", "classifier.scale"})
+
+
+def test_noise_of_no_size_gives_the_loss_of_the_clips(runner):
+    head = (run := learned(runner, alpha=0.0)).head
+    features = head._features(run.batch(run.tokens([2, 9], seed=5)[0]))
+    model, columns = head._model, torch.arange(len(features[0])) % 4
+    with torch.no_grad():
+        segments, fused = model.hybrid.segments(features), model.hybrid(features)
+        loss = head._augmented(model, segments, fused, columns, torch.Generator())
+        expected = 2 * cross_entropy(model(features), columns)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_noise_is_as_large_as_a_dimension_deviates(runner):
+    head = learned(runner, 1, alpha=0.5).head
+    z = torch.randn(3000, 4, 8, generator=torch.Generator().manual_seed(3))
+    z = z * torch.arange(8) + 5
+    moved = head._noisy(z, torch.Generator().manual_seed(4)) - z
+    torch.testing.assert_close(moved.std(dim=(0, 1)), 0.5 * torch.arange(8.0), rtol=0.04, atol=0)
+
+
+def test_gaussians_are_of_the_task_that_brought_the_class(runner):
+    run = learned(runner, 1)
+    before = run.head.state_dict()
+    tokens, labels = run.tokens([4, 2], seed=0)
+    vectors = run.head._vectors(run.head._model, run.clips(tokens, labels)).double()
+    for column, label in enumerate(run.head.classes):
+        of = vectors[labels == label]
+        torch.testing.assert_close(before["means"][column].double(), of.mean(0), atol=1e-5, rtol=0)
+        deviations = before["deviations"][column].double()
+        torch.testing.assert_close(deviations, of.std(0, correction=0), atol=1e-5, rtol=0)
+    run.learn([7, 9], seed=1)
+    after = run.head.state_dict()
+    assert after["means"].shape == (4, 8)
+    assert torch.equal(after["means"][:2], before["means"])
+    assert torch.equal(after["deviations"][:2], before["deviations"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"parts": "low+middle"}, {"alpha": -1.0}, {"temperature": 0.0}, {"width": 10, "heads": 4},
+     {"position": "sine"}],
+)  # fmt: skip
+def test_options_that_are_none_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        HAD(**options)
+
+
+def test_another_number_of_segments_is_refused(runner):
+    run = learned(runner, 1)
+    batch = run.batch(run.tokens([2], seed=5)[0])
+    with pytest.raises(ValueError, match="learned before were"):
+        run.head.scores({name: x[:, :2] for name, x in batch.items()})
