@@ -12,9 +12,11 @@ The old maps come with the clips, computed once a task and read in every epoch. 
 task to task; there is none in the first. CNN is the classifier, NME the nearest mean of exemplars.
 
 Ours, where HCE is silent: see the parts, and the form of L_kd; the recipe of `heads.linear` in the
-place of SGD at 1e-3 for 50 epochs with x 0.1 after 20 and 30; a linear classifier. `blocks` of the
-network train, from a cached feature on: what is frozen has a zero L_hc and is left out. The patches
-of a transformer are a map too, without temporal shift.
+place of SGD at 1e-3 for 50 epochs with x 0.1 after 20 and 30; a linear classifier (`lsc`, the same
+cross entropy over TCD's, is an option). `blocks` of the network train, from a cached feature on:
+what is frozen has a zero L_hc and is left out. As published the network is `tsm_resnet34` (UCF101)
+or `tsm_resnet50`; of a plain ResNet the blocks that train are shifted. The patches of a transformer
+are a map too, without temporal shift.
 
 Shapes: B clips, T frames, N = B * T, C channels of a block.
 """
@@ -32,13 +34,14 @@ from torch.nn.functional import normalize
 from heads import Network, Task
 from heads.grafts.temporal_shift import TemporalShift
 from heads.parts import crm, models
-from heads.parts.classifiers import Classifier
+from heads.parts.classifiers import Classifier, Cosine, Linear
 from heads.parts.clips import Batch, Clips
 from heads.parts.has import HAS, drift
 from heads.parts.trunk import Trunk
 from heads.parts.tuned import Change, More, Tuned, grid
 
 IMPORTANCES = ("has", "multi", "single")
+CLASSIFIERS = ("linear", "lsc")
 PARTS = ("kd", "hc", "crm", "number")
 
 
@@ -54,9 +57,11 @@ class HCE(Tuned):
             last block alone.
         weight: Of L_hc; 1000 in the paper, on a scale of its own.
         kd: Of L_kd.
+        classifier: `linear`, or `lsc`, cosines to `proxies` vectors of each class (TCD's).
         mix, h, last_stride, frames: Of HAS.
         has_lr: Its rate.
-        shift: 1/shift of the channels are shifted in time before each block (TSM); 0 for none.
+        shift: 1/shift of the channels are shifted in time before each block that trains (TSM); 0
+            for none. Blocks of a TSM network are shifted already, and stay as they are.
     """
 
     def __init__(
@@ -66,6 +71,8 @@ class HCE(Tuned):
         importance: str = "has",
         weight: float = 1000.0,
         kd: float = 1.0,
+        classifier: str = "linear",
+        proxies: int = 10,
         mix: str = "cascade",
         h: str = "bounded",
         last_stride: int = 2,
@@ -74,6 +81,7 @@ class HCE(Tuned):
         shift: int = 8,
         **tuned: Any,
     ) -> None:
+        self._proxies = proxies if classifier == "lsc" else 0
         super().__init__(blocks, **tuned)
         if parts is None:
             parts = "kd+hc+crm" if importance == "has" else "kd+hc"
@@ -82,6 +90,11 @@ class HCE(Tuned):
             raise ValueError(
                 f"{parts=}, {importance=}: join {', '.join(PARTS)} by +, and choose from "
                 f"{', '.join(IMPORTANCES)}"
+            )
+        if classifier not in CLASSIFIERS or proxies < 1:
+            raise ValueError(
+                f"{classifier=}, {proxies=}: choose from {', '.join(CLASSIFIERS)}, and give a "
+                "proxy at least"
             )
         alone = "hc" not in self.parts or "number" in self.parts
         if "crm" in self.parts and (importance != "has" or alone):
@@ -92,6 +105,9 @@ class HCE(Tuned):
         self._has_options = {"mix": mix, "h": h, "last_stride": last_stride, "frames": frames}
         self._has_lr, self._shift = has_lr, shift
         self._has: HAS | None = None
+
+    def classifier(self, width: int) -> Classifier:
+        return Cosine(width, self._proxies) if self._proxies else Linear(width)
 
     @property
     def remembers(self) -> Sequence[str]:
@@ -111,7 +127,12 @@ class HCE(Tuned):
         if not self._shift:
             return {}
         blocks = [network.find(f"blocks.-{n}") for n in range(1, self._blocks + 1)]
-        maps = [stage for stage in blocks if len(network.shape(stage)) == 3]
+        maps = [
+            stage
+            for stage in blocks
+            if len(network.shape(stage)) == 3
+            and not isinstance(network.module(stage), TemporalShift)
+        ]
         return {s: partial(TemporalShift, frames=network.frames, fold=self._shift) for s in maps}
 
     def more(

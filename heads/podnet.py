@@ -19,7 +19,7 @@ beside a rate of 0.1, keeps half the rate; 5 exemplars a class (TCD's).
 Shapes: B clips, T frames, L tokens, C classes, W width of a clip's vector.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,9 @@ from torch import Tensor
 
 from heads import Task
 from heads.parts import models
-from heads.parts.classifiers import Classifier, Cosine, columns
+from heads.parts.classifiers import Classifier, Cosine
 from heads.parts.clips import Batch, Clips
 from heads.parts.distillation import less_forget, nca, pooled
-from heads.parts.training import fit
 from heads.parts.trunk import Trunk
 from heads.parts.tuned import More, Tuned
 
@@ -45,7 +44,6 @@ class PODNet(Tuned):
         margin: Of the NCA loss.
         flat: Weight of POD-flat.
         spatial: Weight of POD-spatial.
-        tune_epochs: Of the classifier on the exemplars, after each task but the first.
     """
 
     def __init__(
@@ -60,9 +58,8 @@ class PODNet(Tuned):
     ) -> None:
         if blocks < 1 or proxies < 1:
             raise ValueError(f"{blocks=}, {proxies=}: give at least 1 of each")
-        super().__init__(blocks, **tuned)
+        super().__init__(blocks, tune_epochs=tune_epochs, **tuned)
         self.proxies, self.margin, self.flat, self.spatial = proxies, margin, flat, spatial
-        self.tune_epochs = tune_epochs
 
     def classifier(self, width: int) -> Cosine:
         return Cosine(width, self.proxies)
@@ -85,19 +82,17 @@ class PODNet(Tuned):
 
 
 class Pooled(More):
-    """What holds a task's network to the old one, and the tuning."""
+    """What holds a task's network to the old one."""
 
     def __init__(self, head: PODNet, task: Task, classifier: Classifier) -> None:
         assert isinstance(classifier, Cosine)
-        self._head, self._classifier, self.epochs = head, classifier, head.tune_epochs
+        self._head, device = head, classifier.weight.device
         new = [label for label in task.classes if label not in head.classes]
-        self._classes = [*head.classes, *new]
-        device = classifier.weight.device
-        taught = [label in task.classes for label in self._classes]
+        taught = [label in task.classes for label in [*head.classes, *new]]
         classifier.held = ~torch.tensor(taught, device=device)
         assert head._trunk is not None
         self._old_trunk, self._old = head._trunk.to(device), models.learned(head._model).to(device)
-        self._weight = (len(self._classes) / len(task.classes)) ** 0.5
+        self._weight = (len(taught) / len(task.classes)) ** 0.5
 
     def loss(
         self, places: Tensor, batch: Batch, vectors: Batch, outputs: Sequence[Tensor]
@@ -109,29 +104,6 @@ class Pooled(More):
         gap: Tensor = flat * less_forget(vectors[models.ENCODED], old_BW)
         gap += spatial * pooled(outputs, old_outputs)
         return gap
-
-    def tune(
-        self, clips: Clips, rng: np.random.Generator, progress: Callable[[int, int, float], object]
-    ) -> None:
-        self._classifier.held = None
-        columns_N = columns(self._classes, clips.labels)
-        zeros_C = torch.zeros(len(self._classes))
-
-        def step(places: Tensor, batch: Batch) -> Tensor:
-            vectors_BW = batch[models.ENCODED]
-            columns_B = columns_N[places].to(vectors_BW.device)
-            return self._head.classified(self._classifier, vectors_BW, columns_B, zeros_C)
-
-        recipe = self._head._recipe
-        fit(
-            step,
-            [self._classifier.weight],
-            clips,
-            epochs=self.epochs,
-            rng=rng,
-            progress=progress,
-            **recipe | {"lr": recipe["lr"] / 2, "weight_decay": 0.0},
-        )
 
 
 build = PODNet

@@ -37,13 +37,7 @@ READ = 40
 
 
 class More:
-    """What a method adds to the loss of one task; nothing.
-
-    Attributes:
-        epochs: Of `tune`.
-    """
-
-    epochs = 0
+    """What a method adds to the loss of one task; nothing."""
 
     def groups(self) -> list[dict[str, Any]]:
         """Of parameters of its own, as torch's optimizers take them."""
@@ -68,15 +62,6 @@ class More:
     def ended(self) -> None:
         """Told of the end of every epoch."""
 
-    def tune(
-        self, clips: Clips, rng: np.random.Generator, progress: Callable[[int, int, float], object]
-    ) -> None:
-        """Train the classifier alone, after all has.
-
-        Args:
-            clips: The exemplars that stay, by "encoded".
-        """
-
     def kept(self) -> None:
         """Told that the task was learned."""
 
@@ -91,6 +76,8 @@ class Tuned:
         batch_norm: `frozen` or `trained`, of its statistics.
         drop: Share of a clip's vector that is dropped in training.
         first_epochs: Of the first task; `epochs` of every other.
+        tune_epochs: Of the classifier alone, after each task but the first, on the exemplars, as
+            many of each class, at half the rate (class-balanced fine-tuning).
         milestones: Epochs after which the rate is a tenth; with schedule="step".
         clip_norm: Of all gradients together; None leaves them.
         precision: Of the products of the blocks in training (`bfloat16` is two to four times as
@@ -109,6 +96,7 @@ class Tuned:
         drop: float = 0.0,
         first_epochs: int = 60,
         epochs: int = 30,
+        tune_epochs: int = 0,
         batch_size: int = 40,
         lr: float = 0.01,
         momentum: float = 0.9,
@@ -128,6 +116,7 @@ class Tuned:
         self._blocks, self._batch_norm, self._drop = blocks, batch_norm, drop
         self._form = models.Form(VECTOR, encoder, expert, self.classifier)
         self._epochs, self._seed, self._precision = (first_epochs, epochs), seed, precision
+        self._tune_epochs = tune_epochs
         self._recipe: dict[str, Any] = {
             "batch_size": batch_size,
             "lr": lr,
@@ -215,7 +204,7 @@ class Tuned:
 
         more = self.more(task, clips, trunk, model, rng)
         epochs = self._epochs[bool(self.classes)]
-        total = epochs + more.epochs
+        tune_epochs = self._tune_epochs if self.classes else 0
 
         def step(places: Tensor, batch: Batch) -> Tensor:
             with autocast(device.type, PRECISIONS[self._precision], self._precision != "float32"):
@@ -230,10 +219,7 @@ class Tuned:
 
         def progress(done: int, _: int, loss: float) -> None:
             more.ended()
-            task.progress(done, total, loss)
-
-        def tuned(done: int, _: int, loss: float) -> None:
-            task.progress(epochs + done, total, loss)
+            task.progress(done, epochs + tune_epochs, loss)
 
         trunk.train(trunk.learns)
         own = [*trunk.own().values(), *model.encoder.parameters()]
@@ -254,11 +240,39 @@ class Tuned:
         trunk.eval()
         vectors_NW = _encoded(trunk, model, clips)
         chosen, kept = self._exemplars.chosen(vectors_NW, clips, task.classes, classes, rng)
-        balanced = Clips({models.ENCODED: vectors_NW[kept.to(device)]}, clips.labels[kept])
-        more.tune(balanced, rng, tuned)
+        if tune_epochs:
+
+            def tuned(done: int, _: int, loss: float) -> None:
+                task.progress(epochs + done, epochs + tune_epochs, loss)
+
+            balanced = Clips({models.ENCODED: vectors_NW[kept.to(device)]}, clips.labels[kept])
+            self._tune(classifier, balanced, classes, tune_epochs, rng, tuned)
         self.classes, self._exemplars = classes, chosen
         self._model, self._trunk = model, trunk
         more.kept()
+
+    def _tune(
+        self,
+        classifier: Classifier,
+        clips: Clips,
+        classes: list[int],
+        epochs: int,
+        rng: np.random.Generator,
+        progress: Callable[[int, int, float], object],
+    ) -> None:
+        """Train the classifier's weight and bias on clips by "encoded"."""
+        columns_N, none_C = classifiers.columns(classes, clips.labels), torch.zeros(len(classes))
+        if isinstance(classifier, classifiers.Cosine):
+            classifier.held = None
+
+        def step(places: Tensor, batch: Batch) -> Tensor:
+            x_BW = batch[models.ENCODED]
+            columns_B, offsets_C = (x.to(x_BW.device) for x in (columns_N[places], none_C))
+            return self.classified(classifier, x_BW, columns_B, offsets_C)
+
+        recipe = self._recipe | {"lr": self._recipe["lr"] / 2, "weight_decay": 0.0}
+        trained = [p for name, p in classifier.named_parameters() if name != "scale"]
+        fit(step, trained, clips, epochs=epochs, rng=rng, progress=progress, **recipe)
 
     def scores(self, batch: Batch) -> Tensor:
         model, vectors = self._vectors(batch)

@@ -23,8 +23,16 @@ def networks() -> list[str]:
     return ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 
-def build(network: str, weights: str, precision: torch.dtype) -> Backbone:
+def build(
+    network: str,
+    weights: str,
+    precision: torch.dtype,
+    renamed: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> Backbone:
     """The network as a chain of its residual blocks.
+
+    Args:
+        renamed: Puts a file's names into torchvision's.
 
     Raises:
         ValueError: No such tag, or weights that do not fit.
@@ -34,7 +42,9 @@ def build(network: str, weights: str, precision: torch.dtype) -> Backbone:
 
     name = store_name(f"{network}:{weights}")
     tags = {tag.name: tag for tag in get_model_weights(network)}
-    state = None if _weights.seed_of(weights) is not None else state_of(network, weights, tags)
+    state = None
+    if _weights.seed_of(weights) is None:
+        state = renamed(state_of(network, weights, tags))
     whole = construct(network, weights, state, name)
     preset = (tags.get(weights) or tags[PICTURES_OF]).transforms()
     picture = Picture(

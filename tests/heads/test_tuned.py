@@ -8,6 +8,7 @@ from heads import Task, options_of
 from heads.class_regularization import Regularized
 from heads.grafts.class_regularization import ClassRegularization
 from heads.grafts.hf_gate import HFGate
+from heads.hce import HCE
 from heads.hf_net import HFNet
 from heads.parts.classifiers import Cosine
 from heads.parts.tuned import Tuned, grid
@@ -15,11 +16,10 @@ from heads.parts.tuned import Tuned, grid
 FLAT = {"strengths": [0.1, 0.2, 0.3]}
 
 
-def trained(runner, build, **options):
-    """After two tasks."""
+def trained(runner, build, tasks=2, **options):
     run = runner(build, batch_size=8, seed=3, **options)
-    run.learn([4, 2])
-    run.learn([7, 1], seed=1)
+    for number, labels in enumerate(([4, 2], [7, 1])[:tasks]):
+        run.learn(labels, seed=number)
     return run
 
 
@@ -115,3 +115,28 @@ def test_a_cosine_classifier_does_not_decay(runner):
     state = run.head.state_dict()
     assert state["classifier.scale"] == pytest.approx(20, abs=0.2)
     assert state["classifier.weight"].norm(dim=2).min() > 0.99
+
+
+@pytest.mark.parametrize("options", [{}, {"classifier": "lsc", "proxies": 3}], ids=str)
+def test_balanced_tuning_moves_the_classifier_alone_after_the_first_task(runner, options):
+    options = {"parts": "kd", "budget": 2, "epochs": 2, "first_epochs": 2, **options}
+    plain, tuned = (trained(runner, HCE, tune_epochs=n, **options) for n in (0, 3))
+    states = [run.head.state_dict() for run in (plain, tuned)]
+    moved = {name for name, x in states[0].items() if not torch.equal(x, states[1][name])}
+    assert moved == ({"classifier.weight"} if options.get("classifier") else
+                     {"classifier.weight", "classifier.bias"})  # fmt: skip
+    first = [trained(runner, HCE, tasks=1, tune_epochs=n, **options) for n in (0, 3)]
+    states = [run.head.state_dict() for run in first]
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+
+
+def test_training_in_bfloat16_is_near_and_scores_are_float32(runner):
+    plain, low = (trained(runner, HFNet, precision=p, first_epochs=4, epochs=4)
+                  for p in ("float32", "bfloat16"))  # fmt: skip
+    tokens, _ = plain.tokens([4, 2, 7, 1], seed=9)
+    whole, found = plain.scores(tokens), low.scores(tokens)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, whole)
+    torch.testing.assert_close(found, whole, atol=0.1, rtol=0.05)
+    with pytest.raises(ValueError, match="precision"):
+        HFNet(precision="float8")
