@@ -7,7 +7,10 @@ network (TRN) is the clip's, and classes come task by task with exemplars.
 HF-Net is no incremental method. Ours: rehearsal and CE, the recipe of `heads.linear` in the place
 of SGD at 1e-3 for 60 epochs with x 0.1 after 25 and 40 (schedule="step", milestones=[25, 40]), and
 only the last `blocks` train, from a cached feature on. As published: blocks = all, gates=None,
-drop=0.5, batch_norm="trained".
+drop=0.5, batch_norm="trained", and encoder="trn" for the rows with a relation network.
+
+A conservative gate behind the last block moves nothing where frames are averaged, since it keeps
+their sum.
 """
 
 from collections.abc import Mapping

@@ -25,6 +25,7 @@ from heads.parts import models
 from heads.parts.classifiers import Linear, columns
 from heads.parts.clips import Batch
 from heads.parts.distillation import sigmoid_distillation
+from heads.parts.encoders import TRAINED
 from heads.parts.exemplars import Exemplars
 from heads.parts.training import fit
 
@@ -36,7 +37,7 @@ class ICaRL:
 
     Args:
         feature: One vector a frame.
-        encoder: How T frames become one vector: `mean`, `order` or `expert`; see
+        encoder: How T frames become one vector: `mean`, `order`, `trn`, `expert`; see
             `heads.parts.encoders`.
         expert: Options of the expert: `layers`, `heads`, `ffn`, `position`.
         predict: What `scores` are: `nme`, the method, or `classifier` (the paper's hybrid).
@@ -70,7 +71,7 @@ class ICaRL:
         self.classes: list[int] = []
         self._form = models.Form(feature, encoder, expert, Linear)
         self._predict, self._seed = predict, seed
-        self._trains = encoder == "expert" or predict == "classifier"
+        self._trains = encoder in TRAINED or predict == "classifier"
         self._epochs = (first_epochs, epochs)
         self._sgd: dict[str, Any] = {
             "batch_size": batch_size,

@@ -32,7 +32,7 @@ class Joint:
 
     Args:
         feature: One vector a frame.
-        encoder: How T frames become one vector: `mean`, `order` or `expert`; see
+        encoder: How T frames become one vector: `mean`, `order`, `trn`, `expert`; see
             `heads.parts.encoders`.
         expert: Options of the expert: `layers`, `heads`, `ffn`, `position`.
         epochs: Of every task, over all clips so far.

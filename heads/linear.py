@@ -32,7 +32,7 @@ class Linear:
 
     Args:
         feature: One vector a frame.
-        encoder: How T frames become one vector: `mean`, `order` or `expert`; see
+        encoder: How T frames become one vector: `mean`, `order`, `trn`, `expert`; see
             `heads.parts.encoders`.
         expert: Options of the expert: `layers`, `heads`, `ffn`, `position`.
         first_epochs: Of the first task.

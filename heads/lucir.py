@@ -43,7 +43,7 @@ class LUCIR:
 
     Args:
         feature: One vector a frame.
-        encoder: How T frames become one vector: `mean`, `order` or `expert`; see
+        encoder: How T frames become one vector: `mean`, `order`, `trn`, `expert`; see
             `heads.parts.encoders`.
         expert: Options of the expert: `layers`, `heads`, `ffn`, `position`.
         less_forget: lambda_base.

@@ -35,7 +35,7 @@ class LwF:
 
     Args:
         feature: One vector a frame.
-        encoder: How T frames become one vector: `mean`, `order` or `expert`; see
+        encoder: How T frames become one vector: `mean`, `order`, `trn`, `expert`; see
             `heads.parts.encoders`.
         expert: Options of the expert: `layers`, `heads`, `ffn`, `position`.
         weight: Of the old model's answers; 1 in the paper.

@@ -324,6 +324,9 @@ def demo(
     backbone: Backbones = None,
     precision: Precision = "float32",
     clips_per_class: Annotated[int, typer.Option(help="Videos to make of each class.")] = 20,
+    sound: Annotated[
+        bool, typer.Option("--sound", help="With sound, and four classes told by it alone.")
+    ] = False,
 ) -> None:
     """Make a small data set of real videos, build a store of it, learn its classes task by task.
 
@@ -334,7 +337,7 @@ def demo(
     from pipeline.demo import run
     from pipeline.progress import for_this_output
 
-    run(out, backbone, precision, clips_per_class, for_this_output())
+    run(out, backbone, precision, clips_per_class, sound, for_this_output())
 
 
 app.add_typer(cli_runs.app)

@@ -4,36 +4,48 @@ import shutil
 from pathlib import Path
 
 from pipeline import experiment
+from pipeline.backbones.mel_resnet import PREFIX
 from pipeline.building import build
 from pipeline.experiment import Run
 from pipeline.progress import Watch
 from pipeline.show import report_summary
 from pipeline.show_runs import run_summary
 from pipeline.spec import BuildSpec
-from pipeline.synthetic import make_dataset
+from pipeline.synthetic import HEARD, make_dataset
 from stores import Feature, FeatureStore
 
 RANDOM = ("ViT-S-32:random-0", "resnet18:random-0")
+LISTENS = "mel_resnet18:random-0"
 RANDOM_KEEP = ("blocks.2.mlp:grid7", "proj", "layer2.1:grid7", "pool")
 
 
 def run(
-    out: Path, backbones: list[str] | None, precision: str, clips_per_class: int, watch: Watch
+    out: Path,
+    backbones: list[str] | None,
+    precision: str,
+    clips_per_class: int,
+    sound: bool,
+    watch: Watch,
 ) -> None:
     """Make videos in `out`/videos and a store in `out`/store.zarr, learn, and print the results.
 
     Args:
         backbones: NAME:TAG each; None for two small random networks.
         clips_per_class: Videos of each class, a third of them for testing.
+        sound: Whether they have sound, heard by a network of its own, and learned with HAD.
     """
     videos, store = out / "videos", out / "store.zarr"
     if not videos.exists():
         print(f"making {clips_per_class} videos of each class in {videos}")
         unfinished = out / "videos.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
-        make_dataset(unfinished, clips_per_class=clips_per_class)
+        make_dataset(unfinished, clips_per_class=clips_per_class, sound=sound)
         unfinished.rename(videos)
+    elif sound and not any(videos.glob(f"train/{HEARD[0]}")):
+        raise ValueError(f"{videos} was made without sound: give another --out, or remove it")
     names = tuple(backbones or RANDOM)
+    if sound and not any(name.startswith(PREFIX) for name in names):
+        names += (LISTENS,)
     if not backbones:
         print(
             f"networks: {' and '.join(names)}: small, with RANDOM weights, so that no download is "
@@ -43,7 +55,7 @@ def run(
     keep = () if backbones else RANDOM_KEEP
     report = build(videos, store, BuildSpec(names, keep, precision=precision), watch=watch)
     print(f"\n{report_summary(report)}\n")
-    _learn(FeatureStore.open(store), out / "runs")
+    _learn(FeatureStore.open(store), out / "runs", watch)
     options = [f"--backbone {name}" for name in names] + [f"--keep {feature}" for feature in keep]
     asked = "".join(f" \\\n      {option}" for option in options)
     print(
@@ -60,8 +72,10 @@ next:
     )
 
 
-def _learn(store: FeatureStore, runs: Path) -> None:
-    head, scenario = "nearest_mean", "demo"
+def _learn(store: FeatureStore, runs: Path, watch: Watch) -> None:
+    classes = store.attributes["classes"]
+    heard = sorted(set(classes) & set(HEARD))
+    head, scenario = "nearest_mean", "4+4x3" if heard else "demo"
 
     def done(feature: Feature, time: str) -> Run:
         options = {"feature": feature.name, "time": time}
@@ -71,9 +85,9 @@ def _learn(store: FeatureStore, runs: Path) -> None:
 
     ready = store.clips[store.clips["status"] == "ready"]
     clips = ready["split"].value_counts()
-    count = len(store.attributes["classes"])
+    count, step = len(classes), 4 if heard else 2
     print(
-        f"nearest class mean, scenario {scenario} ({count} classes, 4 and then 2 at a time; "
+        f"nearest class mean, scenario {scenario} ({count} classes, 4 and then {step} at a time; "
         f"{clips['train']} clips to learn from, {clips['test']} to test on; chance {1 / count:.0%})"
     )
     print("final accuracy, with the frames' features averaged / kept in order:")
@@ -84,9 +98,16 @@ def _learn(store: FeatureStore, runs: Path) -> None:
             f"  {feature.backbone:24} {feature.name:20} "
             f"{averaged.matrix.final:4.0%} / {ordered.matrix.final:4.0%}"
         )
-        whole_vector = ":" not in feature.name
+        whole_vector = ":" not in feature.name and not feature.backbone.startswith(PREFIX)
         if whole_vector and (best is None or ordered.matrix.final > best.matrix.final):
             best = ordered
     print("Most classes are motions: an average over frames cannot tell one from its reverse.")
     assert best is not None
+    if heard:
+        print(f"Told by their sound alone: {'; '.join(heard)}.\nHAD, on both networks:")
+        options = {"width": 128, "ffn": 256, "batch_size": 32, "position": "learned"}
+        sees = best.spec["backbone"]
+        best = experiment.run(
+            store, "had", scenario, options=options, backbone=sees, out=runs, watch=watch
+        )
     print(f"\n{run_summary(best)}")

@@ -107,7 +107,7 @@ def features_of(
             "one --frames"
         )
     moments = {
-        tuple(feature.spec["frames"][key] for key in ("sampling", "fps", "stride", "view"))
+        tuple(feature.spec["frames"].get(key) for key in ("sampling", "fps", "stride", "view"))
         for feature in found.values()
     }
     if len(moments) > 1:

@@ -2,6 +2,7 @@
 
     mean    their mean. It cannot tell a motion from its reverse. Nothing to train.
     order   one after the other. Nothing to train.
+    trn     relations between them, in order (`heads.parts.relation`), trained.
     expert  unit(mean of unit V_i) + unit(E(unit V_1 ... unit V_T)), with E one spatiotemporal
             expert of `heads.parts.expert`, trained: the representation itself moves, and what is
             distilled between an old model and a new one has something to hold.
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from heads.parts.expert import Expert
+from heads.parts.relation import WIDTH, Relation
 
-ENCODERS = ("mean", "order", "expert")
+ENCODERS = ("mean", "order", "trn", "expert")
+TRAINED = ("trn", "expert")
 EXPERT = ("layers", "heads", "ffn", "position")
 
 
@@ -31,10 +34,10 @@ class Encoder(nn.Module):
 
     Args:
         how: One of `ENCODERS`.
-        frames: T. Only `order` holds to it, and an expert with positions.
+        frames: T. Only `order` and `trn` hold to it, and an expert with positions.
         width: D.
         expert: Options of `Expert`: `layers`, `heads`, `ffn`, and `position`, "learned" or None.
-        rng: Draws the expert's start.
+        rng: Draws the start of what trains.
 
     Attributes:
         vector: W.
@@ -50,7 +53,10 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.how, self.frames, self.width = check(how, expert), frames, width
-        self.vector = frames * width if how == "order" else width
+        self.vector = {"order": frames * width, "trn": WIDTH}.get(how, width)
+        if how == "trn":
+            seed = int((rng or np.random.default_rng(0)).integers(2**31))
+            self.relation = Relation(frames, width, seed)
         if how == "expert":
             options = dict(expert or {})
             if options.pop("position", None) is not None:
@@ -64,6 +70,9 @@ class Encoder(nn.Module):
             return x_BTD.mean(dim=1)
         if self.how == "order":
             return x_BTD.flatten(1)
+        if self.how == "trn":
+            related_BW: Tensor = self.relation(x_BTD)
+            return related_BW
         x_BTD = normalize(x_BTD, dim=2)
         moved_BD: Tensor = self.expert(x_BTD)
         return normalize(x_BTD.mean(dim=1), dim=1) + normalize(moved_BD, dim=1)
@@ -74,7 +83,8 @@ class Encoder(nn.Module):
         Raises:
             ValueError: Another width, or another T where T counts.
         """
-        fixed = self.how == "order" or (self.how == "expert" and self.expert.position is not None)
+        placed = self.how == "expert" and self.expert.position is not None
+        fixed = self.how in ("order", "trn") or placed
         if x_BTD.shape[2] != self.width or (fixed and x_BTD.shape[1] != self.frames):
             raise ValueError(
                 f"features {name!r} are {list(x_BTD.shape)}; learned before were clips of "

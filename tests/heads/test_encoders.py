@@ -41,6 +41,29 @@ def test_expert_is_the_unit_mean_and_the_experts_unit_output():
     assert not torch.equal(other(x), encoder(x))
 
 
+def test_relations_are_of_ordered_tuples_of_every_length():
+    x = draw(2, 4, 3)
+    encoder = Encoder("trn", 4, 3, None, np.random.default_rng(0))
+    chosen = {2: [(0, 1), (0, 3), (2, 3)], 3: [(0, 1, 2), (0, 2, 3), (1, 2, 3)], 4: [(0, 1, 2, 3)]}
+    found = [[tuple(one) for one in tuples.tolist()] for tuples in encoder.relation.tuples]
+    assert found == [*chosen.values()]
+    expected = np.zeros((2, 256))
+    for (length, tuples), layer in zip(chosen.items(), encoder.relation.lengths, strict=True):
+        weight, bias = (p.detach().double().numpy() for p in (layer.weight, layer.bias))
+        for b in range(2):
+            for one in tuples:
+                frames = np.concatenate([x[b, t].double().numpy().clip(0) for t in one])
+                assert len(frames) == 3 * length
+                expected[b] += (weight @ frames + bias).clip(0) / len(tuples)
+    np.testing.assert_allclose(encoder(x).detach(), expected, rtol=1e-5, atol=1e-6)
+    assert encoder.vector == 256
+    assert not torch.allclose(encoder(x), encoder(x.flip(1)))
+    with pytest.raises(ValueError, match="same feature and number of frames"):
+        encoder.fits(x[:, :3], "vector")
+    with pytest.raises(ValueError, match="2 at least"):
+        Encoder("trn", 1, 3)
+
+
 @pytest.mark.parametrize("position", [None, "learned"])
 def test_only_positions_tell_an_expert_the_order(position):
     x = draw(5, 3, 4)
@@ -49,7 +72,7 @@ def test_only_positions_tell_an_expert_the_order(position):
 
 
 def test_an_encoder_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="choose from mean, order, expert"):
+    with pytest.raises(ValueError, match="choose from mean, order, trn, expert"):
         Encoder("max", 3, 4)
     with pytest.raises(ValueError, match="which has none: give 'expert'"):
         Encoder("mean", 3, 4, SMALL)

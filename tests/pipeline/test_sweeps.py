@@ -57,14 +57,16 @@ def test_rows_of_the_paper_are_one_call(store, tmp_path, name):
 
 @pytest.fixture(scope="module")
 def maps(dataset, built_once, tmp_path_factory) -> FeatureStore:
-    spec = BuildSpec(("resnet18:random-0",), keep=("layer2.1", "layer4.0", "pool"), frames=2)
+    spec = BuildSpec(
+        ("resnet18:random-0",), keep=("layer2.1", "layer3.1", "layer4.0", "pool"), frames=2
+    )
     place = tmp_path_factory.mktemp("maps") / "s.zarr"
     shutil.copytree(built_once(dataset(CLASSES, 3), spec), place)  # runs add old maps
     return FeatureStore.open(place)
 
 
 @pytest.mark.parametrize(
-    "name", ["hce_parts", "hce_levels", "hf_net_gates", "class_regularization"]
+    "name", ["hce_parts", "hce_levels", "hf_net_gates", "hf_net_trn", "class_regularization"]
 )
 def test_rows_of_methods_that_train_blocks_are_one_call(maps, tmp_path, name):
     sweep = Sweep.read(FOLDER / f"{name}.toml")
@@ -74,11 +76,24 @@ def test_rows_of_methods_that_train_blocks_are_one_call(maps, tmp_path, name):
                    runtime=Runtime(serial=True))  # fmt: skip
     assert table.attrs["errors"] == []
     assert len(table) == math.prod(map(len, sweep.grid.values()))
-    first = "layer3.0" if name == "hf_net_gates" else "layer4.1"
+    first = {"hf_net_gates": "layer3.0", "hf_net_trn": "layer4.0"}.get(name, "layer4.1")
     for record in table.attrs["runs"]:
         cost = json.loads((Path(record["run"]) / "cost.json").read_bytes())
         for calls in cost["stages_recomputed"]:
             assert min(name for name in calls if name.startswith("layer")) == first
+
+
+def test_the_parts_of_had_are_one_call(dataset, built_once, tmp_path):
+    spec = BuildSpec((NAME, "mel_resnet18:random-0"), keep=("proj", "pool"), frames=2)
+    store = FeatureStore.open(built_once(dataset(CLASSES, 3), spec))
+    sweep = Sweep.read(FOLDER / "had.toml")
+    options = {"had": {"width": 16, "ffn": 16, "epochs": 2, "first_epochs": 2, "budget": 8}}
+    table = ablate(store, "had", "2+2x1", sweep.grid, 1, options=options, out=tmp_path,
+                   runtime=Runtime(serial=True))  # fmt: skip
+    assert table.attrs["errors"] == []
+    assert len(table) == len(sweep.grid["parts"]) == 10
+    for record in table.attrs["runs"]:
+        assert record["cost.stages_recomputed"] == 0
 
 
 def test_the_command_line_runs_and_sweeps(vector_store, tmp_path, strata):
