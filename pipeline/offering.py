@@ -120,7 +120,8 @@ def features_of(
 
 def _listening(store: FeatureStore) -> list[str]:
     """Networks of the store that take sounds."""
-    return sorted({f.backbone for f in store.features() if "rate" in f.spec["frames"]["picture"]})
+    kinds = {f.backbone: f.spec["frames"].get("picture", {}) for f in store.features()}
+    return sorted(name for name, picture in kinds.items() if "rate" in picture)
 
 
 def _whose(
