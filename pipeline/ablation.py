@@ -12,8 +12,9 @@ from typing import Any
 import pandas as pd
 
 from pipeline import checkpoints, results, scenarios
-from pipeline.experiment import inspect_options, prepare, run
+from pipeline.experiment import run
 from pipeline.methods import Method, method_of
+from pipeline.preparing import inspect_options, prepare
 from pipeline.progress import Watch
 from pipeline.spec import Runtime
 from stores import FeatureStore

@@ -3,7 +3,7 @@
 For each task: its clips -> learn -> scores of all test clips seen so far -> a row of the accuracy
 matrix -> a checkpoint. A run folder holds
 
-    spec.json            what decides the numbers, and its digest
+    spec.json            what decides the numbers, and its digest; see `pipeline.preparing`
     method/              of a head of one's own: its code; see `pipeline.methods`
     matrix.json          accuracy after each task on each task's test clips, CNN and NME
     metrics.json         written last: a folder that has it is finished
@@ -15,35 +15,29 @@ A killed run goes on from its last whole task to the same numbers, on a CPU to t
 """
 
 import contextlib
-import hashlib
-import inspect
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-import heads
-from heads import Answers, Changes, Head, Rehearses, Remembers, Task
+from heads import Rehearses, Remembers, Task
 from heads.parts.clips import Batch, Clips
-from pipeline import backbones, checkpoints, methods, offering, remembering, scenarios
-from pipeline.attaching import HeadNetwork
+from pipeline import checkpoints, methods, remembering
 from pipeline.measuring import memory_peak, multiply_adds
-from pipeline.methods import Method, code_of, method_of
 from pipeline.metrics import Matrix
+from pipeline.preparing import Prepared, learning_of, prepare
 from pipeline.progress import Watch
-from pipeline.scenarios import Scenario, divide
+from pipeline.scenarios import Scenario
 from stores import Feature, FeatureStore, SpecMismatch, atomic, lock
-from stores.identity import digest
 
 SCORE_BATCH_BYTES = 64 << 20
 TOP = 5
@@ -98,7 +92,7 @@ class Run:
 
 def run(
     store: str | Path | FeatureStore,
-    head: str | Path | Method,
+    head: str | Path | methods.Method,
     scenario: str | Scenario,
     *,
     seed: int = 1000,
@@ -158,175 +152,12 @@ def run(
     return Run.read(folder)
 
 
-@dataclass
-class Prepared:
-    """A run before its first task: the head, what it reads, and which clips are of which task."""
-
-    spec: dict[str, Any]
-    store: str
-    method: Method
-    head: Head
-    network: HeadNetwork | None
-    features: dict[str, Feature]
-    tasks: tuple[tuple[str, ...], ...]
-    division: scenarios.Division
-    numbers: np.ndarray
-    classes: list[str]
-    text: Tensor | None  # of all classes
-    device: str
-    seen: list[Clips] = field(default_factory=list)
-
-    @property
-    def digest(self) -> str:
-        return digest(self.spec)
-
-    @property
-    def learning(self) -> str:
-        """Digest of what decides the head's states: runs that share it learn the same."""
-        return _learning(self.spec, self.method)
-
-    @property
-    def name(self) -> str:
-        """Of the run folder."""
-        spec = self.spec
-        return f"{spec['head']}-{spec['scenario']}-{spec['seed']}-{self.digest[:8]}"
-
-    @property
-    def key(self) -> str:
-        """Of the columns that the head reads."""
-        return digest(self.spec["features"])
-
-    def clips(self, rows: np.ndarray, more: Mapping[str, Feature] = {}) -> Clips:
-        features = {**self.features, **more}
-        return offering.clips_of(features, rows, self.numbers, self.device)
-
-
-def prepare(
-    store: str | Path | FeatureStore,
-    head: str | Path | Method,
-    scenario: str | Scenario,
-    seed: int = 1000,
-    options: Mapping[str, Any] = {},
-    backbone: str = "",
-    splits: tuple[str, str] = ("train", "test"),
-    device: str = "cpu",
-) -> Prepared:
-    """Everything that can be refused, before anything is computed. Arguments as `run`."""
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{device=}, and torch finds no GPU here: leave it out for the CPU")
-    opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-    method = method_of(head)
-    known = inspect_options(method.build)
-    given = {**({"seed": seed} if "seed" in known else {}), **options}
-    given = {key: _plain(value, known.get(key)) for key, value in given.items()}
-    name = offering.backbone_of(opened, backbone)
-    made, network, features = head_of(opened, method, given, name)
-    classes = list(opened.attributes["classes"])
-    chosen = scenario
-    if isinstance(chosen, str):
-        chosen = scenarios.scenario_of(chosen, classes, seed)
-    division = divide(opened.clips, chosen, *splits)
-    used = np.concatenate([*division.train, *division.test])
-    for feature in features.values():
-        if not feature.valid[used].all():
-            feature.read(used[~feature.valid[used]])  # raises, and says which and why
-    try:
-        text: Tensor | None = torch.from_numpy(opened.text(name, classes).values).float()
-    except LookupError:
-        text = None
-    spec = {
-        "head": method.name,
-        "options": known | given,
-        "scenario": chosen.name,
-        "seed": seed,
-        "backbone": name,
-        "tasks": [list(task) for task in chosen.tasks],
-        "features": {name: feature.fingerprint for name, feature in features.items()},
-        "network": network.identity() if network else None,
-        "text": None if text is None else hashlib.sha256(text.numpy().tobytes()).hexdigest(),
-        "clips": offering.clips_digest(opened, division),
-        "device": torch.device(device).type,
-        "code": code_of(method),
-    }
-    return Prepared(spec, str(opened.place), method, made, network, features, chosen.tasks,
-                    division, offering.numbers_of(opened), classes, text, device)  # fmt: skip
-
-
-def head_of(
-    store: FeatureStore, method: Method, options: Mapping[str, Any], backbone: str
-) -> tuple[Head, HeadNetwork | None, dict[str, Feature]]:
-    """A head that has learned nothing, the network it changes, if any, and what it reads.
-
-    Args:
-        backbone: Its name in the store.
-
-    Raises:
-        ValueError: No such option, or what is built is no head.
-        SpecMismatch: The store lacks a feature, or is of another network than is loaded.
-    """
-    head, build = method.name, method.build
-    known = inspect_options(build)
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(
-            f"{head} has no option {', '.join(unknown)}; it has "
-            + (", ".join(f"{name}={value!r}" for name, value in known.items()) or "none")
-        )
-    _check_types(head, build, options)
-    made = method.built(options)
-    changes = isinstance(made, Changes) and made.changes
-    network: backbones.Backbone | None = None
-    if changes or any(map(offering.is_relative, made.reads)):
-        network = offering.load_network(store, backbone)
-    features = offering.features_of(store, backbone, made.reads, network)
-    if network is None or not (isinstance(made, Changes) and changes):
-        return made, None, features
-    offering.check_network(network, features)
-    if isinstance(made, Remembers) and network.precision != torch.float32:
-        precision = str(network.precision).removeprefix("torch.")
-        raise SpecMismatch(
-            f"{head} compares what it trains, in float32, with what the store keeps of it, and the "
-            f"features of {backbone} in {store.place} are of {precision}: build it with "
-            "--precision float32"
-        )
-    frames = next(iter(features.values())).shape[1]
-    attached = HeadNetwork(network, frames, partial(offering.load_network, store, backbone))
-    made.attach(attached)
-    return made, attached, features
-
-
-def _check_types(head: str, build: Callable[..., Head], options: Mapping[str, Any]) -> None:
-    """Refuse what an option cannot be before anything is computed with it."""
-    parameters = heads.options_of(build)
-    for name, value in options.items():
-        hint = parameters[name].annotation
-        either = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        kinds = tuple(get_origin(kind) or kind for kind in either)
-        if float in kinds:
-            kinds += (int,)
-        is_flag = isinstance(value, bool) and bool not in kinds
-        if hint is not inspect.Parameter.empty and (is_flag or not isinstance(value, kinds)):
-            said = (
-                hint.__name__ if type(hint) is type else str(hint).replace("collections.abc.", "")
-            )
-            raise ValueError(
-                f"{head}'s {name}={value!r}: give {said}; its default is "
-                f"{parameters[name].default!r}"
-            )
-
-
-def _learning(spec: Mapping[str, Any], method: Method) -> str:
-    head = method.build(**spec["options"])
-    aside = head.answering if isinstance(head, Answers) else ()
-    options = {name: value for name, value in spec["options"].items() if name not in aside}
-    return digest(dict(spec) | {"options": options})
-
-
 def _teacher(plan: Prepared, folder: str | Path) -> Run:
     """The run whose states are taken."""
     teacher = Run.read(folder)
     held = {name: teacher.spec[name] for name in plan.spec}
     own = all(held[name] == plan.spec[name] for name in ("head", "code"))
-    if not own or _learning(held, plan.method) != plan.learning:
+    if not own or learning_of(held, plan.method) != plan.learning:
         raise SpecMismatch(f"{folder} has learned something else than {plan.name} would")
     return teacher
 
@@ -338,20 +169,6 @@ def _taken(teacher: Run, number: int) -> tuple[dict[str, Tensor], dict[str, list
     except ValueError:
         return None
     return (state, known["cost"]) if task == number else None
-
-
-def inspect_options(build: Callable[..., Head]) -> dict[str, Any]:
-    """Options of a head and their defaults."""
-    return {name: one.default for name, one in heads.options_of(build).items()}
-
-
-def _plain(value: Any, default: Any) -> Any:
-    """One form for equal numbers, 10000 and 1e4: that of the default."""
-    if isinstance(value, float) and value.is_integer() and not isinstance(default, float):
-        return int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and isinstance(default, float):
-        return float(value)
-    return value
 
 
 def _written(folder: Path, plan: Prepared, threads: int) -> int:

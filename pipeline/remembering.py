@@ -17,7 +17,7 @@ from stores import Feature, FeatureStore
 from stores.lock import StoreLocked
 
 if TYPE_CHECKING:
-    from pipeline.experiment import Prepared
+    from pipeline.preparing import Prepared
 
 PAUSE = 0.2
 

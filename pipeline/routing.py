@@ -16,7 +16,7 @@ import torch
 
 from heads import Head, Routes
 from heads.parts.clips import Batch
-from pipeline import checkpoints, experiment, methods, offering
+from pipeline import checkpoints, methods, offering, preparing
 from pipeline.building import build
 from pipeline.experiment import Run
 from pipeline.progress import Watch
@@ -170,7 +170,7 @@ def restored(
     """
     spec = run.spec
     method = methods.kept(run.folder, spec["head"])
-    head, _, features = experiment.head_of(store, method, spec["options"], spec["backbone"])
+    head, _, features = preparing.head_of(store, method, spec["options"], spec["backbone"])
     moved = [name for name, one in features.items() if one.fingerprint != spec["features"][name]]
     if moved:
         raise SpecMismatch(

@@ -20,8 +20,12 @@ from pipeline._variants import available
 from pipeline.methods import method_of
 
 # Fewer numbers, or a greater rate: sigmoids that nothing sets against each other take more steps.
-QUICK = {"RanPAC": {"projection": 64}, "LwF": {"lr": 0.03},
-         "HAD": {"width": 64, "heads": 2, "ffn": 64}, "HCE": {"epochs": 12, "lr": 0.03}}  # fmt: skip
+QUICK = {
+    "RanPAC": {"projection": 64},
+    "LwF": {"lr": 0.03},
+    "HAD": {"width": 64, "heads": 2, "ffn": 64},
+    "HCE": {"epochs": 12, "lr": 0.03},
+}
 FOLDER = Path(heads.__file__).parent
 
 

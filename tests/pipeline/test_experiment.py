@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from heads.parts.clips import Clips
-from pipeline import checkpoints, experiment, run
+from pipeline import checkpoints, experiment, preparing, run
 from pipeline.experiment import Run
 from pipeline.metrics import from_predictions
 from pipeline.progress import Lines, Watch
@@ -110,21 +110,21 @@ def test_whatever_decides_the_numbers_is_another_run(store, tmp_path, other):
 def test_another_feature_another_clip_and_edited_code_are_other_runs(
     store, tmp_path, monkeypatch, make_vector_store
 ):
-    plan = experiment.prepare(store, "nearest_mean", "2+2x2")
+    plan = preparing.prepare(store, "nearest_mean", "2+2x2")
     half = make_vector_store(tmp_path / "half.zarr", dtype="float16")
-    assert experiment.prepare(half, "nearest_mean", "2+2x2").digest != plan.digest
+    assert preparing.prepare(half, "nearest_mean", "2+2x2").digest != plan.digest
     shutil.copytree(store.path, tmp_path / "moved.zarr")
-    assert experiment.prepare(tmp_path / "moved.zarr", "nearest_mean", "2+2x2").digest == (
+    assert preparing.prepare(tmp_path / "moved.zarr", "nearest_mean", "2+2x2").digest == (
         plan.digest
     )
     table = store.clips.copy()
     table.loc[table["split"] == "test", "split"] = "other"
     table.loc[table.groupby("label").tail(1).index, "split"] = "test"
     clips.write(tmp_path / "moved.zarr", table)
-    fewer = experiment.prepare(FeatureStore.open(tmp_path / "moved.zarr"), "nearest_mean", "2+2x2")
+    fewer = preparing.prepare(FeatureStore.open(tmp_path / "moved.zarr"), "nearest_mean", "2+2x2")
     assert fewer.digest != plan.digest
-    monkeypatch.setattr(experiment, "code_of", lambda head: "edited")
-    assert experiment.prepare(store, "nearest_mean", "2+2x2").digest != plan.digest
+    monkeypatch.setattr(preparing, "code_of", lambda head: "edited")
+    assert preparing.prepare(store, "nearest_mean", "2+2x2").digest != plan.digest
 
 
 class Stop(Exception):
@@ -234,7 +234,7 @@ def test_a_wrong_request_is_refused_before_anything_is_made(store, tmp_path, ask
 
 
 def test_two_processes_do_not_work_on_one_run(store, tmp_path):
-    plan = experiment.prepare(store, "nearest_mean", "2+2x2")
+    plan = preparing.prepare(store, "nearest_mean", "2+2x2")
     (tmp_path / plan.name).mkdir()
     with lock.held(tmp_path / plan.name), pytest.raises(lock.StoreLocked, match="process"):
         run(store, "nearest_mean", "2+2x2", out=tmp_path)
@@ -270,14 +270,14 @@ def test_progress_has_a_bar_a_task_and_a_line_after_it(store, tmp_path, capsys):
 
 def test_numbers_do_not_depend_on_how_features_are_held(store, tmp_path, monkeypatch):
     whole = run(store, "linear", "2+2x2", out=tmp_path / "a", options=QUICK, threads=1)
-    monkeypatch.setattr(experiment.offering, "BUDGET_BYTES", 0)
-    clips_of = experiment.offering.clips_of
+    monkeypatch.setattr(preparing.offering, "BUDGET_BYTES", 0)
+    clips_of = preparing.offering.clips_of
     monkeypatch.setattr(
-        experiment.offering, "clips_of", lambda *rest: clips_of(*rest, budget_bytes=0)
+        preparing.offering, "clips_of", lambda *rest: clips_of(*rest, budget_bytes=0)
     )
     streamed = run(store, "linear", "2+2x2", out=tmp_path / "b", options=QUICK, threads=1)
     assert files_of(whole.folder) == files_of(streamed.folder)
-    assert isinstance(experiment.prepare(store, "linear", "2+2x2").clips(np.arange(3)), Clips)
+    assert isinstance(preparing.prepare(store, "linear", "2+2x2").clips(np.arange(3)), Clips)
 
 
 def test_a_folder_that_is_no_finished_run_is_refused(tmp_path):

@@ -15,8 +15,9 @@ from heads.nearest_mean import NearestMean
 from heads.parts.classifiers import LENGTH
 from heads.parts.trunk import Passed
 from heads.parts.tuned import Tuned
-from pipeline import BuildSpec, backbones, experiment, looking, offering, run
+from pipeline import BuildSpec, backbones, looking, offering, preparing, run
 from pipeline.experiment import Run
+from pipeline.methods import method_of
 from pipeline.routing import restored
 from stores import FeatureStore
 
@@ -52,7 +53,7 @@ def tuned(held, store):
 def gated(store, loaded_once):
     """HF-Net that has seen clips for no epoch, and what it reads."""
     options = {"blocks": 4, "first_epochs": 0}
-    head, _, features = experiment.head_of(store, "hf_net", options, NAME)
+    head, _, features = preparing.head_of(store, method_of("hf_net"), options, NAME)
     head.learn(Task(offering.clips_of(features, np.arange(2), offering.numbers_of(store))))
     return head, features
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from pipeline import Runtime, ablate, ablation, experiment, methods, routing, run
+from pipeline import Runtime, ablate, ablation, experiment, methods, preparing, routing, run
 from pipeline.ablation import Sweep
 from pipeline.experiment import Run
 from pipeline.methods import code_of, method_of
@@ -75,7 +75,7 @@ def test_modules_beside_it_are_read_with_it(vector_store, mine, tmp_path):
     for rate in (0.05, 0.06):  # one is not left over from the other
         (mine.parent / "rate.py").write_text(f"RATE = {rate}")
         assert set(method_of(mine).files) == {"mine.py", "base.py", "rate.py"}
-        assert experiment.inspect_options(method_of(mine).build)["lr"] == rate
+        assert preparing.inspect_options(method_of(mine).build)["lr"] == rate
     first = code_of(method_of(mine))
     (mine.parent / "rate.py").write_text("RATE = 0.05")
     assert code_of(method_of(mine)) != first

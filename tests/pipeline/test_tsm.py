@@ -8,7 +8,7 @@ import torch
 from heads.grafts.temporal_shift import TemporalShift
 from pipeline import BuildSpec, Runtime, backbones, build, run
 from pipeline.backbones import resnet, tsm_resnet
-from pipeline.experiment import prepare
+from pipeline.preparing import prepare
 from stores import FeatureStore
 
 NAME = "tsm_resnet18:random-0"
