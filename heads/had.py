@@ -152,6 +152,8 @@ class HAD:
         old = None if self._model is None else self._model.to(device)
         model = copy.deepcopy(old) if old else self._empty(first, rng).to(device)
         self._check(model, first)
+        if not old:
+            model.hybrid.settle([task.clips.whole(name) for name in self.reads])
         clips = self._exemplars.rehearsal(task)
         columns_N = columns(classes, clips.labels)
         kept_N = torch.arange(len(clips)) >= len(task.clips)

@@ -55,7 +55,7 @@ def run(
     keep = () if backbones else RANDOM_KEEP
     report = build(videos, store, BuildSpec(names, keep, precision=precision), watch=watch)
     print(f"\n{report_summary(report)}\n")
-    _learn(FeatureStore.open(store), out / "runs", watch)
+    scenario = _learn(FeatureStore.open(store), out / "runs", watch)
     options = [f"--backbone {name}" for name in names] + [f"--keep {feature}" for feature in keep]
     asked = "".join(f" \\\n      {option}" for option in options)
     print(
@@ -66,13 +66,14 @@ next:
   strata verify {store}
   strata build {videos} --store {store}{asked}
       (again: nothing is decoded, nothing computed)
-  strata run {store} --head stpr --backbone {names[0].partition(":")[0]} --scenario demo \\
+  strata run {store} --head stpr --backbone {names[0].partition(":")[0]} --scenario {scenario} \\
       --set position=learned
   strata plan YOUR_VIDEOS --store yours.zarr --backbone ViT-B-16:openai --keep proj"""
     )
 
 
-def _learn(store: FeatureStore, runs: Path, watch: Watch) -> None:
+def _learn(store: FeatureStore, runs: Path, watch: Watch) -> str:
+    """Learn with what is quick, print how well, and return the scenario."""
     classes = store.attributes["classes"]
     heard = sorted(set(classes) & set(HEARD))
     head, scenario = "nearest_mean", "4+4x3" if heard else "demo"
@@ -111,3 +112,4 @@ def _learn(store: FeatureStore, runs: Path, watch: Watch) -> None:
             store, "had", scenario, options=options, backbone=sees, out=runs, watch=watch
         )
     print(f"\n{run_summary(best)}")
+    return scenario

@@ -2,13 +2,14 @@
 
 For each modality m, over the S segments of a clip (o is the other one):
 
-    z_m = W_m LN(x_m)                                        segments, the low level
+    z_m = W_m (x_m - mean) / deviation                       segments, the low level
     h_m = LN(z_m + self-attention(z_m) + cross-attention(z_m, z_o))
     s_m = LN(h_m + FFN(h_m))                                 snippets
     v   = W [mean s_1, mean s_2]                             the high level
 
-Ours: LN without parameters before W_m, since networks give vectors of all lengths; one linear map
-of both means as the fusion; positions, where they are asked for.
+Ours: mean and deviation of each dimension are those of the first task (`settle`), since vectors of
+one network are alike and of any length; one linear map of both means as the fusion; positions,
+where they are asked for.
 
 Shapes: B clips, S segments, D width of a feature, W width of the model.
 """
@@ -17,9 +18,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
 
 Pair = Sequence[Tensor]
+AS_SEGMENTS = 0.5  # deviation of z at the start: smaller positions are hardly learned
+SMALL, TINY = 1e-2, 1e-6  # of the mean variance, and of a deviation
 
 
 class HybridAttention(nn.Module):
@@ -67,15 +69,30 @@ class Hybrid(nn.Module):
             self.project = nn.ModuleList(nn.Linear(D, width) for D in widths)
             self.attend = nn.ModuleList(HybridAttention(width, heads, ffn) for _ in widths)
             self.fuse = nn.Linear(len(widths) * width, width)
+        for number, D in enumerate(widths):
+            self.register_buffer(f"mean_{number}", torch.zeros(D))
+            self.register_buffer(f"deviation_{number}", torch.ones(D))
             self.position = None
             if position is not None:
-                self.position = nn.Parameter(0.02 * torch.randn(segments, width))
+                self.position = nn.Parameter(AS_SEGMENTS * torch.randn(segments, width))
+
+    def settle(self, features: Pair) -> None:
+        """Take mean and deviation of [N, S, D] each. Dimensions that stay still stay small."""
+        for number, x_NSD in enumerate(features):
+            flat = x_NSD.flatten(0, 1).double()
+            variance_D = flat.var(dim=0, correction=0)
+            deviation_D = (variance_D + SMALL * variance_D.mean()).sqrt().clamp(min=TINY)
+            self.get_buffer(f"mean_{number}").copy_(flat.mean(dim=0))
+            self.get_buffer(f"deviation_{number}").copy_(deviation_D)
 
     def segments(self, features: Pair) -> list[Tensor]:
         """Of float32 [B, S, D] each, [B, S, W] each."""
         found = []
-        for project, x_BSD in zip(self.project, features, strict=True):
-            z_BSW = project(layer_norm(x_BSD, x_BSD.shape[-1:]))
+        for number, (project, x_BSD) in enumerate(zip(self.project, features, strict=True)):
+            mean_D, deviation_D = (
+                self.get_buffer(f"{name}_{number}") for name in ("mean", "deviation")
+            )
+            z_BSW = project((x_BSD - mean_D) / deviation_D)
             found.append(z_BSW if self.position is None else z_BSW + self.position)
         return found
 

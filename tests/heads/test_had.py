@@ -52,13 +52,17 @@ def test_the_attention_is_its_equations():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     state = {name: x.detach().numpy() for name, x in model.state_dict().items()}
     rng = np.random.default_rng(0)
-    features = [rng.normal(size=(2, 4, width)) for width in (5, 3)]
+    features = [3 + 2 * rng.normal(size=(2, 4, width)) for width in (5, 3)]
+    model.settle([torch.from_numpy(x) for x in features])
     with torch.no_grad():
         found = model([torch.from_numpy(x) for x in features]).numpy()
     for b in range(2):
         z = []
         for m, x in enumerate(features):
-            own = normed(x[b]) @ state[f"project.{m}.weight"].T + state[f"project.{m}.bias"]
+            flat = x.reshape(-1, x.shape[2])
+            deviation = np.sqrt(flat.var(axis=0) + 0.01 * flat.var(axis=0).mean())
+            own = (x[b] - flat.mean(axis=0)) / deviation @ state[f"project.{m}.weight"].T
+            own = own + state[f"project.{m}.bias"]
             z.append(own + state["position"])
         means = []
         for m in (0, 1):
