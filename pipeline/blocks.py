@@ -302,4 +302,6 @@ def _fact(work: ClipWork, answer: Decoded | Failure | None, overflows: list[str]
         "decoder": known.decoder,
         "detail": known.warning,
     }
+    if known.sound is not None:
+        fact["sound"] = known.sound
     return fact | lost

@@ -24,7 +24,7 @@ from stores.identity import digest
 
 # What a picture's numbers are: changed when the decoders' pixels change.
 PIXELS = "rgb24, libswscale bicubic, 1"
-SAMPLES = "mono float32, libswresample, 1"
+SAMPLES = "mono float32, libswresample, 2"
 CPU_BATCH_FRAMES = 8
 GPU_BATCH_FRAMES = 256
 MAX_THREADS = 4

@@ -13,6 +13,7 @@ from stores import clips
 # Reasons that tell of the data set at present and not of the clip's bytes.
 ABSENT = ("missing", "unreadable")
 NOTE = "same bytes as row "
+SOUND = "sound: "
 FACTS = ("num_frames", "num_frames_claimed", "fps", "width", "height", "decoder")
 
 
@@ -34,6 +35,8 @@ def take_facts(table: pd.DataFrame, facts: Iterable[dict[str, Any]]) -> None:
             old = str(table.at[row, "reason"])
             if old not in ABSENT:
                 reason, detail = fact.get("reason", ""), fact["detail"]
+                if not reason:
+                    detail = _with_sound(detail, fact.get("sound"), str(table.at[row, "detail"]))
                 if reason == "not_finite" or (not reason and old == "not_finite"):
                     reason = "not_finite"
                     detail = overflow.joined(str(table.at[row, "detail"]), detail)
@@ -86,6 +89,13 @@ def settle(table: pd.DataFrame, plan: Plan, rows: np.ndarray) -> None:
         changes = {"status": status, "reason": "not_finite" if lost else "", "detail": detail}
         for name, value in changes.items():
             table.at[row, name] = value
+
+
+def _with_sound(detail: str, sound: str | None, old: str) -> str:
+    """A detail with what was odd about the clip's sound; what is known where nobody listened."""
+    kept = [part for part in old.split("; ") if part.startswith(SOUND)]
+    told = kept if sound is None else [SOUND + sound] if sound else []
+    return "; ".join(filter(None, (detail, *told)))
 
 
 def without_note(detail: str) -> str:

@@ -53,8 +53,8 @@ class Picture:
 class Sound:
     """What is heard around the moment of a frame, as a network's own configuration says.
 
-    A stretch of `seconds` with the moment in its middle, mono at `rate` samples a second, from -1
-    to 1. Before a clip's start and after its end it is silent.
+    A stretch of `seconds` with the moment in its middle, mono at `rate` samples a second; full
+    scale is from -1 to 1. Before a clip's start and after its end it is silent.
     """
 
     rate: int = 16000

@@ -54,7 +54,8 @@ class Facts:
     """What was found out about one clip while decoding it.
 
     `num_frames` is counted within the clip's stretch; `num_frames_claimed` is the header's word
-    for the whole file (0 where it says nothing). `fps` is the stream's average rate.
+    for the whole file (0 where it says nothing). `fps` is the stream's average rate. `sound` is
+    what was odd about what was listened to, "" for nothing; None where nothing was.
     """
 
     num_frames: int
@@ -64,6 +65,7 @@ class Facts:
     height: int
     decoder: str
     warning: str = ""
+    sound: str | None = None
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ Loads numpy, PIL and av; never torch, unless a request names the torchcodec poli
 """
 
 import os
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from PIL import Image
@@ -14,7 +14,7 @@ from pipeline import sampling
 from pipeline._variants import variant
 from pipeline.decoders import Decoded, Facts, Failure, Request, Stretch, _index, images
 from pipeline.decoders._sound import Window
-from pipeline.decoders._stream import Undecodable, refused
+from pipeline.decoders._stream import Undecodable, refused, words
 from pipeline.sampling import CLOCK_SLACK_SECONDS
 from pipeline.spec import FrameSet, Sound
 
@@ -64,7 +64,7 @@ class _Answer:
     def __init__(self, request: Request, index: _index.Index, trusted: bool = True) -> None:
         self.request, self.index, self.trusted = request, index, trusted
         self.arrays: dict[tuple[int, FrameSet], np.ndarray] = {}
-        self.silent: dict[int, str] = {}
+        self.sounds: dict[int, dict[str, None]] = {}  # what is odd about them, each once
         self.size = (0, 0)
         if index.source is not None:
             self.size = (index.source.stream.width, index.source.stream.height)
@@ -125,29 +125,44 @@ class _Answer:
     def window(self, sound: Sound, stretch: Stretch, number: int) -> Window:
         """The samples around the middle of the time for which a frame is shown."""
         times_N, (length,) = self.index.times_N, sound.shape
-        shown = times_N[-1] / (len(times_N) - 1) if len(times_N) > 1 else 0.0
+        shown_N = np.diff(times_N)
+        last = float(np.median(shown_N)) if len(shown_N) else 0.0  # nothing tells how long it is
+        shown = shown_N[number] if number < len(shown_N) else last
         middle = round((times_N[number] + shown / 2) * sound.rate)
         start, end = stretch.start_seconds, stretch.end_seconds
         low = 0 if start is None else round(start * sound.rate)
-        high = np.inf if end is None else round(end * sound.rate)
+        high = round((times_N[-1] + last if end is None else end) * sound.rate)
         return Window(middle - length // 2, length, low, high)
 
     def listen(self, sound: Sound, windows: dict[Window, list[Place]]) -> None:
         """Put what is heard in windows into their arrays; silence where nothing is."""
-        source = self.index.source
-        found = source and source.heard(sound.rate, self.index.start_seconds, list(windows))
-        said = "no sound track" if found is None else "no sound in this stretch"
+        source, said = self.index.source, "no track, silence is in its place"
+        found: Mapping[Window, np.ndarray] = {}
+        try:
+            heard = source and source.heard(sound.rate, self.index.start_seconds, list(windows))
+            if heard:
+                found, said = heard.samples, f"{heard.lost} parts of it could not be decoded"
+                said = said if heard.lost else ""
+        except Exception as error:  # a broken track must not take the pictures with it
+            said = f"its track cannot be decoded ({words(error)}), silence is in its place"
+        asked: Counter[int] = Counter()
+        unheard: Counter[int] = Counter()
         audible = set()
         for window, places in windows.items():
+            samples = found.get(window)
             for clip, frame_set, place in places:
-                if found and window in found:
-                    self.array(clip, frame_set)[place] = found[window]
+                self.array(clip, frame_set)[place] = 0 if samples is None else samples
+                asked[clip] += 1
+                unheard[clip] += samples is None
+                if samples is not None and samples.any():
                     audible.add(clip)
-                else:
-                    self.array(clip, frame_set)[place] = 0
-                    self.silent[clip] = f"{said}: silence is in its place"
-        for clip in audible:
-            self.silent.pop(clip, None)
+        for clip, count in asked.items():
+            notes = [said] if said else []
+            if found and unheard[clip]:
+                notes.append(f"none at {unheard[clip]} of {count} moments")
+            elif clip not in audible and not said:
+                notes.append("nothing but silence")
+            self.sounds.setdefault(clip, {}).update(dict.fromkeys(notes))
 
     def array(self, clip: int, frame_set: FrameSet) -> np.ndarray:
         one = frame_set.picture
@@ -164,7 +179,6 @@ class _Answer:
                 f"the file's {index.num_frames} frames end at {index.times_N[-1]:.3f} s",
             )
         used = sorted({self.decoder(frame_set) for frame_set in self.request.frame_sets})
-        warning = "; ".join(filter(None, (index.warning, self.silent.get(clip, ""))))
         facts = Facts(
             num_frames=last - first,
             num_frames_claimed=index.num_frames_claimed,
@@ -172,7 +186,8 @@ class _Answer:
             width=self.size[0],
             height=self.size[1],
             decoder="+".join(used),
-            warning=warning,
+            warning=index.warning,
+            sound=", ".join(self.sounds[clip]) if clip in self.sounds else None,
         )
         frames = tuple(self.arrays[clip, frame_set] for frame_set in self.request.frame_sets)
         return Decoded(frames, facts)

@@ -10,7 +10,7 @@ slower and needs no proof.
 where the packets promised something else; the file is then read again with `proof=False`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -95,7 +95,7 @@ class Source:
 
     def heard(
         self, rate: int, start_seconds: float, windows: Sequence[_sound.Window]
-    ) -> Mapping[_sound.Window, np.ndarray] | None:
+    ) -> _sound.Heard | None:
         """What is heard in windows of the sound track; see `_sound.heard`. None for no track."""
         stream, held = _sound.track(self.container), self.sound
         if stream is None:

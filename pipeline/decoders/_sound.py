@@ -8,10 +8,11 @@ the first of them. libswresample does it all, with the numbers of
 
 where a file's clock starts at 0, of a release that leaves out what a codec puts before a track.
 Gaps in a track are silent; drifts of less than 0.1 seconds between its clock and its samples are
-left as they are.
+left as they are. What cannot be decoded is silent, and counted.
 """
 
 import contextlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -49,66 +50,108 @@ def packets(container: InputContainer, stream: AudioStream) -> Iterator[AudioPac
             yield packet
 
 
+@dataclass(frozen=True)
+class Heard:
+    """What was heard of a track.
+
+    Attributes:
+        samples: By window, float32 [length]. A window that nothing is heard in has none.
+        lost: Packets that could not be decoded, and stretches that held no numbers.
+    """
+
+    samples: Mapping[Window, np.ndarray]
+    lost: int
+
+
 def heard(
     stream: AudioStream,
     packets: Iterable[AudioPacket],
     rate: int,
     start_seconds: float,
     windows: Iterable[Window],
-) -> Mapping[Window, np.ndarray]:
-    """The samples of windows, float32 [length] each. A window that nothing is heard in has none.
+) -> Heard:
+    """The samples of windows.
 
     Args:
         start_seconds: Of the container's clock, where sample 0 is.
     """
-    wanted = sorted(set(windows), key=lambda one: min(one.begin + one.length, one.high))
+    waiting = deque(sorted(set(windows), key=lambda one: one.begin))
+    open_: list[Window] = []
     found: dict[Window, np.ndarray] = {}
-    place = 0
-    for samples in _resampled(stream, packets, rate, round(start_seconds * rate)):
+    lost: list[str] = []
+    for place, samples in _resampled(stream, packets, rate, start_seconds, lost):
+        if not np.isfinite(samples).all():
+            lost.append("no numbers")
+            samples = np.where(np.isfinite(samples), samples, np.float32(0))
         end = place + len(samples)
-        for one in wanted:
+        while waiting and waiting[0].begin < end:
+            open_.append(waiting.popleft())
+        for one in open_:
             first = int(max(place, one.begin, one.low))
             last = int(min(end, one.begin + one.length, one.high))
             if first < last:
                 own = found.setdefault(one, np.zeros(one.length, np.float32))
                 own[first - one.begin : last - one.begin] = samples[first - place : last - place]
-        while wanted and min(wanted[0].begin + wanted[0].length, wanted[0].high) <= end:
-            wanted.pop(0)
-        if not wanted:
+        open_ = [one for one in open_ if one.begin + one.length > end]
+        if not waiting and not open_:
             break
-        place = end
-    return found
+    return Heard(found, len(lost))
 
 
 def _resampled(
-    stream: AudioStream, packets: Iterable[AudioPacket], rate: int, first: int
-) -> Iterator[np.ndarray]:
-    """Consecutive stretches of the track from sample `first` of the container's clock on."""
+    stream: AudioStream,
+    packets: Iterable[AudioPacket],
+    rate: int,
+    start_seconds: float,
+    lost: list[str],
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Stretches of the track, and the sample that each begins with.
+
+    A track that changes its kind (rate, channels, numbers) goes on in a graph of its own, where its
+    clock says.
+    """
     graph: av.filter.Graph | None = None
     kind: tuple[object, ...] = ()
-    for frame in _decoded(stream, packets):
+    place = 0
+    for frame in _decoded(stream, packets, lost):
         own = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if graph is None:
-            kind, graph = own, _graph(frame, rate, first)
-        if own != kind:
-            break  # a track that becomes another in its midst is heard up to there
+        if graph is None or own != kind:
+            first_seconds = start_seconds
+            if graph is not None:
+                graph.push(None)
+                for samples in _pulled(graph):
+                    yield place, samples
+                    place += len(samples)
+                if frame.pts is not None:
+                    first_seconds = max(start_seconds, float(frame.pts * frame.time_base))
+                    place = round((first_seconds - start_seconds) * rate)
+            kind, graph = own, _graph(frame, rate, first_seconds)
         graph.push(frame)
-        yield from _pulled(graph)
+        for samples in _pulled(graph):
+            yield place, samples
+            place += len(samples)
     if graph is not None:
         graph.push(None)
-        yield from _pulled(graph)
+        for samples in _pulled(graph):
+            yield place, samples
+            place += len(samples)
 
 
-def _decoded(stream: AudioStream, packets: Iterable[AudioPacket]) -> Iterator[av.AudioFrame]:
+def _decoded(
+    stream: AudioStream, packets: Iterable[AudioPacket], lost: list[str]
+) -> Iterator[av.AudioFrame]:
     """A packet that cannot be decoded is passed over, as `ffmpeg` does."""
     for packet in packets:
-        with contextlib.suppress(av.error.InvalidDataError):
+        try:
             yield from stream.codec_context.decode(packet)
-    with contextlib.suppress(av.error.InvalidDataError, EOFError):
+        except av.error.FFmpegError as error:
+            lost.append(str(error))
+    with contextlib.suppress(av.error.FFmpegError):
         yield from stream.codec_context.decode(None)
 
 
-def _graph(frame: av.AudioFrame, rate: int, first: int) -> av.filter.Graph:
+def _graph(frame: av.AudioFrame, rate: int, first_seconds: float) -> av.filter.Graph:
+    first = round(first_seconds * frame.sample_rate)  # counted before the resampling
     graph = av.filter.Graph()
     graph.threads = 1
     graph.link_nodes(

@@ -12,7 +12,7 @@ import torch
 
 from pipeline import backbones, offering
 from pipeline.building import build
-from pipeline.decoders import Request, Stretch, _index, _sound
+from pipeline.decoders import Request, Stretch, _child, _index, _sound
 from pipeline.decoders._child import decode
 from pipeline.spec import BuildSpec, FrameSet, Runtime, Sound
 from pipeline.synthetic import make_dataset, write_video
@@ -30,9 +30,9 @@ def listen(path, *stretches, frame_set=HEARD):
     return decode(Request(str(path), stretches or (Stretch(),), (frame_set,)))
 
 
-def mux(path, codec, samples_CN, rate, late_seconds=0.0, gap=None):
+def mux(path, codec, samples_CN, rate, late_seconds=0.0, gap=None, **options):
     """A video of 60 frames with a track that begins late, or leaves out [a, b) seconds."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("mpeg4", rate=FPS)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         layout = "mono" if len(samples_CN) == 1 else "stereo"
@@ -76,7 +76,7 @@ def test_each_frame_has_the_second_around_it_to_the_sample(tmp_path):
     shown = np.zeros((FRAMES, 48, 64, 3), np.uint8)
     write_video(path, shown, Fraction(FPS), sound_N=track_N)
     (answer,) = listen(path)
-    assert answer.facts.warning == ""
+    assert (answer.facts.warning, answer.facts.sound) == ("", "")
     assert answer.frames[0].dtype == np.float32
     for place, frame in enumerate((7, 22, 37, 52)):
         np.testing.assert_array_equal(answer.frames[0][place], around(track_N, frame))
@@ -103,7 +103,7 @@ def test_a_clip_hears_nothing_of_its_neighbours(tmp_path):
     parts = (Stretch(0.0, 1.2), Stretch(1.2, 2.4), Stretch())
     first, second, whole = listen(path, *parts)
     for answer, start, (low, high) in (
-        (first, 0, (0, 19200)), (second, 30, (19200, 38400)), (whole, 0, (0, 99999))
+        (first, 0, (0, 19200)), (second, 30, (19200, 38400)), (whole, 0, (0, 38400))
     ):  # fmt: skip
         count = 60 if answer is whole else 30
         for place in range(4):
@@ -116,12 +116,16 @@ def test_what_is_not_there_is_silent_and_told(tmp_path, encode):
     silent = encode(tmp_path / "none.mp4", "libx264")
     (answer,) = listen(silent)
     assert not answer.frames[0].any()
-    assert answer.facts.warning == "no sound track: silence is in its place"
+    assert answer.facts.sound == "no track, silence is in its place"
     short = mux(tmp_path / "short.mkv", "pcm_s16le", steps(0.6)[None], RATE)
     start, end = listen(short, Stretch(0.0, 1.2), Stretch(1.2, 2.4))
-    assert start.facts.warning == ""
+    assert start.facts.sound == ""
     assert start.frames[0][0].any()
-    assert end.facts.warning == "no sound in this stretch: silence is in its place"
+    assert end.facts.sound == "none at 4 of 4 moments"
+    (whole,) = listen(short)
+    assert whole.facts.sound == "none at 2 of 4 moments"
+    mute = mux(tmp_path / "mute.mkv", "pcm_s16le", 0 * steps()[None], RATE)
+    assert listen(mute)[0].facts.sound == "nothing but silence"
     assert not end.frames[0].any()
 
 
@@ -131,7 +135,8 @@ def test_a_track_is_heard_when_it_is_heard(tmp_path):
     shifted_N = np.concatenate([np.zeros(RATE // 2, np.float32), track_N])
     (answer,) = listen(late)
     for place, frame in enumerate((7, 22, 37, 52)):
-        np.testing.assert_array_equal(answer.frames[0][place], around(shifted_N, frame))
+        expected = around(shifted_N, frame, high=FRAMES * RATE // FPS)
+        np.testing.assert_array_equal(answer.frames[0][place], expected)
     holed_N = track_N.copy()
     holed_N[RATE : RATE * 3 // 2] = 0
     holed = mux(tmp_path / "holed.mkv", "pcm_s16le", track_N[None], RATE, gap=(1.0, 1.5))
@@ -143,7 +148,8 @@ def test_a_track_is_heard_when_it_is_heard(tmp_path):
 
 def heard(path):
     window = _sound.Window(0, 2 * RATE, 0, np.inf)
-    return _index.read(str(path), sound=True).source.heard(RATE, 0.0, [window])[window]
+    index = _index.read(str(path), sound=True)
+    return index.source.heard(RATE, index.start_seconds, [window]).samples[window]
 
 
 def pulse(rate):
@@ -164,6 +170,75 @@ def test_what_a_codec_puts_before_a_track_delays_nothing(tmp_path, name, codec, 
     together = np.fft.irfft(spectra[0] * spectra[1].conj())
     assert int(together.argmax()) == 0
     assert np.abs(found - own).max() < 0.05
+
+
+@pytest.mark.parametrize("rate", [16000, 44100, 48000])
+def test_the_clock_of_the_frames_is_that_of_the_sound(tmp_path, rate):
+    """Recordings begin at some time of day, here at 5 seconds."""
+    path = mux(tmp_path / "a.mkv", "pcm_s16le", pulse(rate), rate, output_ts_offset="5")
+    index = _index.read(str(path), sound=True)
+    assert index.start_seconds > 4.9
+    found = heard(path)
+    assert np.abs(found - pulse(RATE)[0]).max() < 0.02
+
+
+def test_a_track_that_changes_its_kind_goes_on(tmp_path):
+    first, second = (mux(tmp_path / f"{rate}.ts", "mp2", pulse(rate), rate)
+                     for rate in (44100, 48000))  # fmt: skip
+    both = tmp_path / "both.ts"
+    both.write_bytes(first.read_bytes() + second.read_bytes())
+    one = heard(both)
+    assert np.abs(one).max() > 0.3
+
+
+def test_frames_far_apart_are_each_shown_for_their_own_time(tmp_path, encode):
+    ticks = [40 * n + 3000 * (n >= 5) for n in range(10)]
+    path = encode(tmp_path / "a.mkv", "libx264", frames=10, ticks=ticks)
+    answer = _child._Answer(Request(str(path), (Stretch(),), (HEARD,)), _index.read(str(path)))
+    windows = [answer.window(Sound(), Stretch(), number) for number in range(10)]
+    middles = [(window.begin + RATE // 2) / RATE for window in windows]
+    expected = [0.02, 0.06, 0.1, 0.14, 1.68, 3.22, 3.26, 3.3, 3.34, 3.38]
+    np.testing.assert_allclose(middles, expected, atol=2e-3)
+    assert {window.high for window in windows} == {round(3.4 * RATE)}
+
+
+def damaged(path, codec, rate):
+    """A file whose packets of sound are noise from the twentieth on."""
+    whole = mux(path.with_name(f"whole_{path.name}"), codec, pulse(rate), rate)
+    rng = np.random.default_rng(0)
+    with av.open(str(whole)) as old, av.open(str(path), "w") as new:
+        copies = {s.index: new.add_stream_from_template(s) for s in old.streams}
+        count = 0
+        for packet in old.demux():
+            if not packet.size:
+                continue
+            own = packet
+            if packet.stream.type == "audio":
+                count += 1
+                if count > 20:
+                    own = av.Packet(rng.integers(0, 256, packet.size, np.uint8).tobytes())
+                    own.pts, own.dts, own.time_base = packet.pts, packet.dts, packet.time_base
+            own.stream = copies[packet.stream_index]
+            new.mux(own)
+    return path
+
+
+@pytest.mark.parametrize("codec", ["aac", "libmp3lame", "alac"])
+def test_a_damaged_track_takes_no_picture_with_it_and_is_told(tmp_path, codec):
+    path = damaged(tmp_path / "a.mkv", codec, 44100)
+    (seen,) = decode(Request(str(path), (Stretch(),), (SEEN,)))
+    (both,) = decode(Request(str(path), (Stretch(),), (SEEN, HEARD)))
+    np.testing.assert_array_equal(both.frames[0], seen.frames[0])
+    assert "could not be decoded" in both.facts.sound or "none at" in both.facts.sound
+    assert np.isfinite(both.frames[1]).all()
+
+
+def test_numbers_that_are_none_are_silent_and_told(tmp_path):
+    samples = steps()[None].copy()
+    samples[:, RATE:] = np.nan
+    (answer,) = listen(mux(tmp_path / "a.mkv", "pcm_f32le", samples, RATE))
+    assert np.isfinite(answer.frames[0]).all()
+    assert "could not be decoded" in answer.facts.sound
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
@@ -198,7 +273,7 @@ def test_a_network_that_listens_is_a_column_like_any_other(sounding):
     mel = store.feature("mel_resnet18:random-0", "mel")
     pool = store.feature("mel_resnet18:random-0", "pool")
     assert mel.shape == (3, 1, 1, 64, 98)
-    assert pool.spec["pixels"] == "mono float32, libswresample, 1"
+    assert pool.spec["pixels"] == "mono float32, libswresample, 2"
     network = backbones.load("mel_resnet18:random-0")
     for row, clip in store.clips.iterrows():
         (answer,) = listen(folder / "set" / clip["path"], frame_set=replace(HEARD, frames=1))
@@ -206,10 +281,22 @@ def test_a_network_that_listens_is_a_column_like_any_other(sounding):
             expected = network.run(torch.from_numpy(answer.frames[0]), ["pool"])["pool"]
         np.testing.assert_allclose(pool.read([row])[0], expected, atol=2e-3, rtol=2e-3)
         silent = clip["path"].endswith("mute.avi")
-        assert clip["detail"] == ("no sound track: silence is in its place" if silent else "")
+        said = "sound: no track, silence is in its place"
+        assert clip["detail"] == (said if silent else "")
         assert (np.ptp(mel.read([row])) == 0) == silent
     again = build(folder / "set", folder / "s.zarr", SPEC, runtime=Runtime(serial=True))
     assert (again.decoded, again.computed) == (0, 0)
+
+
+def test_what_is_known_of_a_sound_outlives_a_build_that_does_not_listen(sounding, tmp_path):
+    folder, _ = sounding
+    shutil.copytree(folder, tmp_path / "copy")
+    more = BuildSpec(("resnet18:random-0",), ("layer1.0:pool",), frames=2)
+    build(tmp_path / "copy/set", tmp_path / "copy/s.zarr", more, runtime=Runtime(serial=True))
+    table = FeatureStore.open(tmp_path / "copy/s.zarr").clips
+    details = table.set_index("path")["detail"]
+    assert details.pop("train/sway ↔/mute.avi") == "sound: no track, silence is in its place"
+    assert set(details) == {""}
 
 
 def test_stored_sounds_are_verified_as_pictures_are(sounding):
