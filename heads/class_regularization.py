@@ -39,6 +39,11 @@ class Regularized(Tuned):
         self, blocks: int = 1, strengths: Sequence[float] = STRENGTHS, **tuned: Any
     ) -> None:
         super().__init__(blocks, **tuned)
+        if self._tune_epochs:
+            raise ValueError(
+                "tune_epochs: the blocks look at the classifier, so that to train it alone changes "
+                "the network: leave it out"
+            )
         self._strengths = [float(a) for a in strengths]
 
     def changed(self, network: Network, classifier: Classifier) -> Mapping[str, Change]:

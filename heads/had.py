@@ -111,11 +111,13 @@ class HAD:
                 f"{parts=}, {position=}: join {', '.join((*HAM, *HDM))} by +, and give None or "
                 "'learned'"
             )
-        if alpha < 0 or not temperature > 0 or width % heads:
+        if not (alpha >= 0 and temperature > 0 and logical >= 0 and correlative >= 0):
             raise ValueError(
-                f"{alpha=}, {temperature=}, {width=}, {heads=}: give noise of 0 or more, a "
-                "temperature above 0, and a width that the heads divide"
+                f"{alpha=}, {temperature=}, {logical=}, {correlative=}: give a temperature above 0 "
+                "and the others of 0 or more"
             )
+        if min(width, heads, ffn) < 1 or width % heads:
+            raise ValueError(f"{width=}, {heads=}, {ffn=}: give a width that the heads divide")
         self.reads: Sequence[str] = (visual, audio)
         self.classes: list[int] = []
         self.alpha, self.temperature, self.within = alpha, temperature, within
@@ -301,7 +303,8 @@ class HAD:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.classes = state["classes"].tolist()
-        self._means_CW, self._deviations_CW = state["means"].clone(), state["deviations"].clone()
+        self._means_CW = state["means"].to("cpu", copy=True)
+        self._deviations_CW = state["deviations"].to("cpu", copy=True)
         self._exemplars.load(state)
         self._model = None
         start = "model."

@@ -87,7 +87,8 @@ class Sweep:
         """
         methods = [method_of(head) for head in self.heads]
         known = {method.name: inspect_options(method.build) for method in methods}
-        if len({(method.name, method.place) for method in methods}) > len(known):
+        texts = {(method.name, tuple(sorted(method.files.items()))) for method in methods}
+        if len(texts) > len(known):
             raise ValueError(
                 f"heads {', '.join(method.file for method in methods)}: results know a file by its "
                 "name alone, so rename one of two that share it"

@@ -181,7 +181,13 @@ def _written(folder: Path, plan: Prepared, threads: int) -> int:
         return int(held["threads"])
     own = threads or torch.get_num_threads()
     methods.keep(plan.method, folder)
-    text = {**plan.spec, "digest": plan.digest, "store": plan.store, "threads": own}
+    text = {
+        **plan.spec,
+        "method": methods.text_of(plan.method),
+        "digest": plan.digest,
+        "store": plan.store,
+        "threads": own,
+    }
     atomic.write(folder, file, json.dumps(text, indent=1, ensure_ascii=False).encode())
     return own
 

@@ -25,7 +25,7 @@ from heads.parts.tuned import Tuned, grid
 from pipeline.decoders import Decoded, Request, Stretch
 from pipeline.decoders._child import decode
 from pipeline.files import content_digest
-from pipeline.spec import FrameSet
+from pipeline.spec import FrameSet, Picture
 from stores import Feature, FeatureStore
 from stores.clips import row_key
 
@@ -82,7 +82,8 @@ def clip(
         raise FileNotFoundError(f"{path} is not there any more: say where the videos lie, dataset=")
     if content_digest(path) != known["digest"]:
         raise ValueError(f"{path} has other bytes than the store was built from: build it again")
-    frame_set = FrameSet.of(next(iter(features.values())).spec["frames"])
+    sets = [FrameSet.of(feature.spec["frames"]) for feature in features.values()]
+    frame_set = next(one for one in sets if isinstance(one.picture, Picture))
     start, end = known["start_seconds"], known["end_seconds"]
     stretch = Stretch(
         None if math.isnan(start) else float(start),

@@ -18,6 +18,7 @@ import builtins
 import hashlib
 import json
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from pipeline.backbones._origin import origin
 from stores import atomic
 
 FOLDER = "method"
+_ONE_IMPORT = threading.RLock()
 HEADS = Path(heads.__file__).parent
 MEMBERS = [n for n in (*Head.__annotations__, *vars(Head)) if not n.startswith("_")]
 
@@ -110,11 +112,11 @@ class Method:
 
     def _module(self, stem: str) -> ModuleType:
         """Of one of the files: as its bytes are, and under a name that no other text has."""
-        text = b"\0".join(part for n in sorted(self.files) for part in (n.encode(), self.files[n]))
-        name = f"{stem}_{hashlib.sha256(text).hexdigest()[:16]}"
-        if name in sys.modules:
-            return sys.modules[name]
+        name = f"{stem}_{text_of(self)[:16]}"
+        with _ONE_IMPORT:  # else another thread would see a module half made
+            return sys.modules.get(name) or self._made(stem, name)
 
+    def _made(self, stem: str, name: str) -> ModuleType:
         def imported(name: str, *rest: Any, **more: Any) -> ModuleType:
             if f"{name}.py" in self.files:
                 return self._module(name)
@@ -174,10 +176,31 @@ def keep(method: Method, folder: Path) -> None:
         atomic.write(folder, folder / FOLDER / name, text)
 
 
-def kept(folder: Path, name: str) -> Method:
-    """The method of a run folder."""
-    own = folder / FOLDER / f"{name}.py"
-    return _read(own) if own.is_file() else method_of(name)
+def text_of(method: Method) -> str:
+    """Digest of the files of one's own; "" for a head of heads/."""
+    text = b"\0".join(part for n in sorted(method.files) for part in (n.encode(), method.files[n]))
+    return hashlib.sha256(text).hexdigest() if method.files else ""
+
+
+def kept(folder: Path, name: str, text: str) -> Method:
+    """The method of a run folder.
+
+    Args:
+        text: `text_of` it, as the run was begun with.
+
+    Raises:
+        ValueError: The copy is gone, or is another text: it is not run.
+    """
+    if not text:
+        return method_of(name)
+    own = folder / FOLDER / f"{Path(name).name}.py"
+    method = _read(own) if own.is_file() else None
+    if method is None or text_of(method) != text:
+        raise ValueError(
+            f"{own} is {'gone' if method is None else 'not what the run was begun with'}: put back "
+            "the files that the run had, or run it again"
+        )
+    return method
 
 
 def code_of(method: Method) -> str:
@@ -233,13 +256,21 @@ def _read(path: Path) -> Method:
 
 
 def _imports(text: bytes) -> Iterator[str]:
-    """Names of modules that a file imports, and of what may be one."""
-    for node in ast.walk(ast.parse(text)):
+    """Names of modules that a file imports, and of what may be one; not those for types alone."""
+    waiting: list[ast.AST] = [ast.parse(text)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            waiting += node.orelse
+            continue
+        waiting += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "heads":
+            yield f"heads.{node.attr}"
 
 
 def _is_json(value: Any) -> bool:

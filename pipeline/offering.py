@@ -143,6 +143,11 @@ def _whose(
             )
         return held[0], VECTOR
     whose, _, own = name.rpartition("/")
+    if name.partition(":")[0] == SOUND or (whose and is_relative(own)):
+        raise ValueError(
+            f"{name}: of another network a stage is named as it is, such as {whose or 'NETWORK'}"
+            "/layer4.1:pool; `strata info` lists them"
+        )
     if whose:
         return backbone_of(store, whose), own
     return backbone, name if network is None else meaning(name, network)

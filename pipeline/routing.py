@@ -169,7 +169,7 @@ def restored(
         SpecMismatch: The store is not what the run was made on.
     """
     spec = run.spec
-    method = methods.kept(run.folder, spec["head"])
+    method = methods.kept(run.folder, spec["head"], spec.get("method", ""))
     head, _, features = preparing.head_of(store, method, spec["options"], spec["backbone"])
     moved = [name for name, one in features.items() if one.fingerprint != spec["features"][name]]
     if moved:

@@ -11,9 +11,8 @@ classifier a length, is the head's, shared.
 Shapes: B clips, T frames, D feature width, W width of a clip's vector.
 """
 
-from itertools import combinations
+import math
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +37,7 @@ class Relation(nn.Module):
         super().__init__()
         if frames < 2:
             raise ValueError(f"relations between {frames} frames: give clips of 2 at least")
-        self.tuples = [_spread([*combinations(range(frames), n)]) for n in range(2, frames + 1)]
+        self.tuples = [_spread(frames, n) for n in range(2, frames + 1)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.lengths = nn.ModuleList(nn.Linear(t.shape[1] * width, WIDTH) for t in self.tuples)
@@ -52,6 +51,23 @@ class Relation(nn.Module):
         return total_BW
 
 
-def _spread(found: list[tuple[int, ...]]) -> Tensor:
-    chosen = np.linspace(0, len(found) - 1, min(TUPLES, len(found))).round().astype(int)
-    return torch.tensor([found[place] for place in chosen])
+def _spread(frames: int, length: int) -> Tensor:
+    """Tuples evenly over all of a length, in their order, without listing them all."""
+    count = math.comb(frames, length)
+    most = min(TUPLES, count) - 1
+    places = [(2 * i * (count - 1) + most) // (2 * most) if most else 0 for i in range(most + 1)]
+    return torch.tensor([_tuple(frames, length, place) for place in places])
+
+
+def _tuple(frames: int, length: int, place: int) -> list[int]:
+    """The `place`-th of the ordered tuples, as `itertools.combinations` has them."""
+    found: list[int] = []
+    for frame in range(frames):
+        if len(found) == length:
+            break
+        after = math.comb(frames - frame - 1, length - len(found) - 1)  # that begin with it
+        if place < after:
+            found.append(frame)
+        else:
+            place -= after
+    return found

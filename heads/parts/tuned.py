@@ -79,7 +79,8 @@ class Tuned:
         tune_epochs: Of the classifier alone, after each task but the first, on the exemplars, as
             many of each class, at half the rate (class-balanced fine-tuning).
         milestones: Epochs after which the rate is a tenth; with schedule="step".
-        clip_norm: Of all gradients together; None leaves them.
+        clip_norm: Of the gradients of the blocks, encoder and linear classifier together, of those
+            of a cosine classifier, and of what a method adds; None leaves them.
         precision: Of the products of the blocks in training (`bfloat16` is two to four times as
             fast on CPUs that have it); parameters, losses and scores are float32.
     """

@@ -136,15 +136,14 @@ class _Answer:
 
     def listen(self, sound: Sound, windows: dict[Window, list[Place]]) -> None:
         """Put what is heard in windows into their arrays; silence where nothing is."""
-        source, said = self.index.source, "no track, silence is in its place"
+        source, silent, lost = self.index.source, "no track", 0
         found: Mapping[Window, np.ndarray] = {}
         try:
             heard = source and source.heard(sound.rate, self.index.start_seconds, list(windows))
             if heard:
-                found, said = heard.samples, f"{heard.lost} parts of it could not be decoded"
-                said = said if heard.lost else ""
+                found, silent, lost = heard.samples, "", heard.lost
         except Exception as error:  # a broken track must not take the pictures with it
-            said = f"its track cannot be decoded ({words(error)}), silence is in its place"
+            silent = f"its track cannot be decoded ({words(error)})"
         asked: Counter[int] = Counter()
         unheard: Counter[int] = Counter()
         audible = set()
@@ -157,10 +156,12 @@ class _Answer:
                 if samples is not None and samples.any():
                     audible.add(clip)
         for clip, count in asked.items():
-            notes = [said] if said else []
-            if found and unheard[clip]:
+            notes = [f"{lost} parts of it could not be decoded"] if lost else []
+            if silent:
+                notes = [f"{silent}, silence is in its place"]
+            elif unheard[clip]:
                 notes.append(f"none at {unheard[clip]} of {count} moments")
-            elif clip not in audible and not said:
+            elif clip not in audible:
                 notes.append("nothing but silence")
             self.sounds.setdefault(clip, {}).update(dict.fromkeys(notes))
 

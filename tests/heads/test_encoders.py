@@ -44,7 +44,7 @@ def test_expert_is_the_unit_mean_and_the_experts_unit_output():
 def test_relations_are_of_ordered_tuples_of_every_length():
     x = draw(2, 4, 3)
     encoder = Encoder("trn", 4, 3, None, np.random.default_rng(0))
-    chosen = {2: [(0, 1), (0, 3), (2, 3)], 3: [(0, 1, 2), (0, 2, 3), (1, 2, 3)], 4: [(0, 1, 2, 3)]}
+    chosen = {2: [(0, 1), (1, 2), (2, 3)], 3: [(0, 1, 2), (0, 2, 3), (1, 2, 3)], 4: [(0, 1, 2, 3)]}
     found = [[tuple(one) for one in tuples.tolist()] for tuples in encoder.relation.tuples]
     assert found == [*chosen.values()]
     expected = np.zeros((2, 256))
@@ -62,6 +62,10 @@ def test_relations_are_of_ordered_tuples_of_every_length():
         encoder.fits(x[:, :3], "vector")
     with pytest.raises(ValueError, match="2 at least"):
         Encoder("trn", 1, 3)
+    many = Encoder("trn", 40, 1).relation.tuples  # of which there are 137,846,528,820 of 20 frames
+    assert many[18][0].tolist() == [*range(20)]
+    assert many[18][-1].tolist() == [*range(20, 40)]
+    assert all((tuples.diff(dim=1) > 0).all() for tuples in many)
 
 
 @pytest.mark.parametrize("position", [None, "learned"])

@@ -167,7 +167,7 @@ def test_gaussians_are_of_the_task_that_brought_the_class(runner):
 @pytest.mark.parametrize(
     "options",
     [{"parts": "low+middle"}, {"alpha": -1.0}, {"temperature": 0.0}, {"width": 10, "heads": 4},
-     {"position": "sine"}],
+     {"position": "sine"}, {"heads": 0}, {"logical": float("nan")}],
 )  # fmt: skip
 def test_options_that_are_none_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -140,3 +140,8 @@ def test_training_in_bfloat16_is_near_and_scores_are_float32(runner):
     torch.testing.assert_close(found, whole, atol=0.1, rtol=0.05)
     with pytest.raises(ValueError, match="precision"):
         HFNet(precision="float8")
+
+
+def test_blocks_that_look_at_the_classifier_are_not_tuned_behind_their_back():
+    with pytest.raises(ValueError, match="tune_epochs"):
+        Regularized(tune_epochs=1)

@@ -112,6 +112,35 @@ def test_a_run_folder_is_restored_without_the_file(vector_store, mine, tmp_path)
     done.folder.rename(tmp_path / "moved")
     again, _ = routing.restored(Run.read(tmp_path / "moved"), vector_store)
     assert all(torch.equal(x, again.state_dict()[n]) for n, x in head.state_dict().items())
+    copy = tmp_path / "moved" / "method" / "mine.py"
+    copy.write_text(MINE.replace("0.05", "0.06"))
+    with pytest.raises(ValueError, match="is not what the run was begun with"):
+        routing.restored(Run.read(tmp_path / "moved"), vector_store)
+    copy.unlink()
+    with pytest.raises(ValueError, match=r"mine\.py is gone"):
+        routing.restored(Run.read(tmp_path / "moved"), vector_store)
+
+
+def test_a_file_put_beside_a_run_of_heads_is_not_run(vector_store, tmp_path):
+    done = run(vector_store, "nearest_mean", SCENARIO, out=tmp_path)
+    (done.folder / "method").mkdir()
+    (done.folder / "method" / "nearest_mean.py").write_text("raise RuntimeError")
+    head, _ = routing.restored(done, vector_store)
+    assert type(head).__module__ == "heads.nearest_mean"
+
+
+def test_what_is_imported_for_types_alone_is_not_looked_at(mine):
+    mine.write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pipeline\n" + MINE
+    )
+    assert method_of(mine).build
+
+
+def test_a_head_named_by_an_attribute_counts_too(mine, tmp_path, monkeypatch):
+    mine.write_text("import heads.linear\nMine = heads.linear.Linear\nbuild = Mine\n")
+    assert {file.stem for file in methods._of_heads(method_of(mine))} == {"linear"}
+    mine.write_text("import heads\nimport heads.parts.tuned\nbuild = lambda: heads.lwf.LwF\n")
+    assert {file.stem for file in methods._of_heads(method_of(mine))} == {"lwf"}
 
 
 def test_a_killed_run_goes_on_with_the_code_that_it_began_with(
@@ -170,7 +199,7 @@ def test_a_sweep_finds_files_from_where_it_lies(mine, tmp_path):
 
 
 def test_two_files_of_one_name_are_refused(vector_store, mine, tmp_path):
-    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "mine.py").write_text(MINE + "\n")
     with pytest.raises(ValueError, match=r"methods/mine\.py.*by its name alone, so rename one"):
         ablate(vector_store, [mine, tmp_path / "mine.py"], SCENARIO, out=tmp_path / "runs")
 
