@@ -12,9 +12,10 @@ The old maps come with the clips, computed once a task and read in every epoch. 
 task to task; there is none in the first. CNN is the classifier, NME the nearest mean of exemplars.
 
 Ours, where HCE is silent: see the parts, and the form of L_kd; the recipe of `heads.linear` in the
-place of SGD at 1e-3 for 50 epochs with x 0.1 after 20 and 30; a linear classifier (`lsc`, the same
-cross entropy over TCD's, is an option). `blocks` of the network train, from a cached feature on:
-what is frozen has a zero L_hc and is left out. As published the network is `tsm_resnet34` (UCF101)
+place of SGD at 1e-3 for 50 epochs with x 0.1 after 20 and 30. As in TCD the classifier is one of
+cosines, and tuned on the exemplars after each task: without, a handful of them is outvoted by the
+new clips. `blocks` of the network train, from a cached feature on: what is frozen has a zero L_hc
+and is left out. As published the network is `tsm_resnet34` (UCF101)
 or `tsm_resnet50`; of a plain ResNet the blocks that train are shifted. The patches of a transformer
 are a map too, without temporal shift.
 
@@ -57,7 +58,7 @@ class HCE(Tuned):
             last block alone.
         weight: Of L_hc; 1000 in the paper, on a scale of its own.
         kd: Of L_kd.
-        classifier: `linear`, or `lsc`, cosines to `proxies` vectors of each class (TCD's).
+        classifier: `lsc`, cosines to `proxies` vectors of each class, or `linear`.
         mix, h, last_stride, frames: Of HAS.
         has_lr: Its rate.
         shift: 1/shift of the channels are shifted in time before each block that trains (TSM); 0
@@ -71,7 +72,7 @@ class HCE(Tuned):
         importance: str = "has",
         weight: float = 1000.0,
         kd: float = 1.0,
-        classifier: str = "linear",
+        classifier: str = "lsc",
         proxies: int = 10,
         mix: str = "cascade",
         h: str = "bounded",
@@ -79,10 +80,11 @@ class HCE(Tuned):
         frames: int | None = 8,
         has_lr: float = 1e-4,
         shift: int = 8,
+        tune_epochs: int = 20,
         **tuned: Any,
     ) -> None:
         self._proxies = proxies if classifier == "lsc" else 0
-        super().__init__(blocks, **tuned)
+        super().__init__(blocks, tune_epochs=tune_epochs, **tuned)
         if parts is None:
             parts = "kd+hc+crm" if importance == "has" else "kd+hc"
         self.parts = set(parts.split("+")) if parts else set()

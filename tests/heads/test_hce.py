@@ -10,7 +10,8 @@ from heads import Task
 from heads.hce import HCE
 from heads.parts.clips import Clips
 
-STILL = {"lr": 0.0, "has_lr": 0.0, "momentum": 0.0, "batch_size": 999}
+STILL = {"lr": 0.0, "has_lr": 0.0, "momentum": 0.0, "batch_size": 999, "classifier": "linear",
+         "tune_epochs": 0}  # fmt: skip
 
 
 def second(runner, **options):
