@@ -46,7 +46,7 @@ TITLES = {
 }
 LOWER_IS_BETTER = ("bwf", "forgetting")
 # Of a specification: what differs with the seed, or says again what other columns say.
-NOT_COLUMNS = ("digest", "text", "clips", "tasks", "network", "threads")
+NOT_COLUMNS = ("digest", "text", "clips", "tasks", "network", "threads", "method")
 SEEDS = ("seed", "option.seed")
 KINDS = ("cnn", "nme")
 NUMBERS = ("cnn.", "nme.", "cost.")

@@ -59,7 +59,7 @@ def build(network: str, weights: str, precision: torch.dtype) -> Backbone:
     whole = resnet.construct(own, weights, state, name, _of_one_colour)
     mel = LogMel(SOUND.rate, precision, **MEL).eval()
     first = Stage("mel", mel, "log_mel/1", dict(MEL), "map")
-    chain = (first, *resnet.stages(whole, nn.Identity(), {}, precision))
+    chain = (first, *resnet.chain_of(whole, nn.Identity(), {}, precision))
     return Backbone(name, network, chain, SOUND, precision, channels_last=True)
 
 

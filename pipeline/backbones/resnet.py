@@ -52,9 +52,8 @@ def build(
         resize=int(preset.resize_size[0]),
         interpolation=preset.interpolation.value,
     )
-    normalise = Normalise(preset.mean, preset.std, precision, channels_last=True)
-    chain = stages(whole, normalise, normalise.options(), precision)
-    return Backbone(name, network, chain, picture, precision, channels_last=True)
+    own = stages(whole, preset.mean, preset.std, precision)
+    return Backbone(name, network, own, picture, precision, channels_last=True)
 
 
 def construct(
@@ -86,9 +85,17 @@ def construct(
 
 
 def stages(
+    whole: Any, mean: list[float], std: list[float], dtype: torch.dtype
+) -> tuple[Stage, ...]:
+    """Cut a torchvision ResNet into stages. It is cast to `dtype`, frozen, and laid out anew."""
+    normalise = Normalise(mean, std, dtype, channels_last=True)
+    return chain_of(whole, normalise, normalise.options(), dtype)
+
+
+def chain_of(
     whole: Any, normalise: nn.Module, options: dict[str, Any], dtype: torch.dtype
 ) -> tuple[Stage, ...]:
-    """Cut a torchvision ResNet into stages. It is cast to `dtype`, frozen, and laid out anew.
+    """As `stages`, behind something else.
 
     Args:
         normalise: What comes before its first convolution, and the options of that.

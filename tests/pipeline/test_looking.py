@@ -37,7 +37,8 @@ def store(dataset, built_once, tmp_path_factory) -> FeatureStore:
 
 @pytest.fixture(scope="module")
 def held(store, loaded_once, tmp_path_factory) -> Run:
-    options = {"blocks": 4, "first_epochs": 1, "epochs": 1, "parts": "", "lr": 0.1}
+    options = {"blocks": 4, "first_epochs": 1, "epochs": 1, "parts": "", "lr": 0.1,
+               "classifier": "linear", "tune_epochs": 0}  # fmt: skip
     return run(store, "hce", "2+2x1", options=options, out=tmp_path_factory.mktemp("runs"))
 
 

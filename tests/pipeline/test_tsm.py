@@ -34,7 +34,7 @@ def test_hce_learns_on_it_from_the_last_cached_feature(store, tmp_path):
     options = {"first_epochs": 1, "epochs": 1, "batch_size": 4}
     done = run(store, "hce", "2+1x1", options=options, out=tmp_path)
     assert done.cost["stages_recomputed"][1].keys() == {"layer4.1", "pool", "fc"}
-    assert len(done.matrix.rows) == 2
+    assert 0 <= done.matrix.final <= 1
 
 
 def test_another_number_of_frames_is_refused(dataset, tmp_path):
