@@ -104,15 +104,15 @@ def test_runs_that_learn_the_same_learn_once(vector_store, tmp_path, monkeypatch
     assert notes.done == 12
     assert table["n"].tolist() == [2] * 6
     for record in table.attrs["runs"]:
-        if record["seed"] != 1000:
-            continue
+        if record["seed"] != 1000 or record["option.softmax"] is not None:
+            continue  # for the time that all take
         options = STPR | {name: record[f"option.{name}"] for name in WAYS}
         alone = run(vector_store, "stpr", "2+2x2", seed=record["seed"], options=options,
                     out=tmp_path / "b")  # fmt: skip
         together = tmp_path / "a" / alone.folder.name
         assert numbers(alone.folder) == numbers(together)
         assert len(numbers(together)[1]) == 3
-    assert len(learned) == 2 * 3 + 6 * 3
+    assert len(learned) == 2 * 3 + 3 * 3
     seconds = {(r["seed"], r["cost.seconds"]) for r in table.attrs["runs"]}
     assert len(seconds) == 2
 
