@@ -26,6 +26,7 @@ Shapes: N clips, B clips a batch, S segments, W width, C classes, K old classes.
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,9 +123,14 @@ class HAD:
         self.classes: list[int] = []
         self.alpha, self.temperature, self.within = alpha, temperature, within
         self._weights = logical, correlative
-        self._form = {"width": width, "heads": heads, "ffn": ffn, "position": position}
+        self._form: dict[str, Any] = {
+            "width": width,
+            "heads": heads,
+            "ffn": ffn,
+            "position": position,
+        }
         self._epochs, self._seed = (first_epochs, epochs), seed
-        self._recipe = {
+        self._recipe: dict[str, Any] = {
             "batch_size": batch_size,
             "lr": lr,
             "weight_decay": weight_decay,
@@ -191,7 +197,7 @@ class HAD:
             epochs=self._epochs[bool(known)],
             rng=rng,
             progress=task.progress,
-            **self._recipe,  # type: ignore[arg-type]
+            **self._recipe,
         )
         vectors_NW = self._vectors(model, clips)
         self._exemplars, _ = self._exemplars.chosen(vectors_NW, clips, task.classes, classes, rng)
@@ -325,7 +331,7 @@ class HAD:
     def _empty(self, features: Pair, rng: np.random.Generator) -> Model:
         seed = int(rng.integers(2**31))
         widths, segments = [x.shape[2] for x in features], features[0].shape[1]
-        hybrid = Hybrid(widths, segments, **self._form, seed=seed)  # type: ignore[arg-type]
+        hybrid = Hybrid(widths, segments, **self._form, seed=seed)
         return Model(hybrid, segments, self._means_CW.shape[1])
 
     def _check(self, model: Model, features: Pair) -> None:

@@ -104,7 +104,12 @@ class HCE(Tuned):
                 f"{parts=}, {importance=}: crm is made of what HAS says, in the place of number"
             )
         self.importance, self.weight, self.kd = importance, weight, kd
-        self._has_options = {"mix": mix, "h": h, "last_stride": last_stride, "frames": frames}
+        self._has_options: dict[str, Any] = {
+            "mix": mix,
+            "h": h,
+            "last_stride": last_stride,
+            "frames": frames,
+        }
         self._has_lr, self._shift = has_lr, shift
         self._has: HAS | None = None
 
@@ -166,7 +171,7 @@ class HCE(Tuned):
                 shapes[name] = _map_shape(network.shape(name))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**31)))
-            has = HAS(shapes, **self._has_options)  # type: ignore[arg-type]
+            has = HAS(shapes, **self._has_options)
         if self._has is not None:
             has.load_state_dict(self._has.state_dict())
         return has.to(next(iter(trunk.own().values())).device)

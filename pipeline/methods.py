@@ -68,7 +68,8 @@ class Method:
             ValueError: The file raises when it is imported, or has no `build` that could be one.
         """
         if not self.files:
-            return variant("heads", self.name).build  # type: ignore[no-any-return]
+            known: Callable[..., Head] = variant("heads", self.name).build
+            return known
         try:
             module = self._module(self.name)
         except (Exception, SystemExit) as error:
@@ -79,7 +80,7 @@ class Method:
                 f"{self.file} raises {type(error).__name__} when it is imported: {error}{at}. Mend "
                 f"it until `python {self.file}` runs"
             ) from error
-        build = getattr(module, "build", None)
+        build: Callable[..., Head] | None = getattr(module, "build", None)
         if not callable(build):
             classes = [n for n, v in vars(module).items() if isinstance(v, type)
                        and v.__module__ == module.__name__]  # fmt: skip
@@ -94,7 +95,7 @@ class Method:
                     + ("no default" if option.default is option.empty else f"{option.default!r}")
                     + ": give it a default that is a JSON value, so that a run can be named by it"
                 )
-        return build  # type: ignore[no-any-return]
+        return build
 
     def built(self, options: Mapping[str, Any]) -> Head:
         """A head that has learned nothing.

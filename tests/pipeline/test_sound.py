@@ -183,12 +183,16 @@ def test_the_clock_of_the_frames_is_that_of_the_sound(tmp_path, rate):
 
 
 def test_a_track_that_changes_its_kind_goes_on(tmp_path):
-    first, second = (mux(tmp_path / f"{rate}.ts", "mp2", pulse(rate), rate)
-                     for rate in (44100, 48000))  # fmt: skip
+    parts = [mux(tmp_path / f"{rate}.ts", "mp2", pulse(rate), rate, output_ts_offset=str(late))
+             for rate, late in ((44100, 0), (48000, 3))]  # fmt: skip
     both = tmp_path / "both.ts"
-    both.write_bytes(first.read_bytes() + second.read_bytes())
-    one = heard(both)
-    assert np.abs(one).max() > 0.3
+    both.write_bytes(b"".join(part.read_bytes() for part in parts))
+    window = _sound.Window(0, 6 * RATE, 0, np.inf)
+    index = _index.read(str(both), sound=True)
+    found = index.source.heard(RATE, index.start_seconds, [window]).samples[window]
+    loud = np.flatnonzero(np.abs(found) > 0.3) / RATE
+    assert loud.min() == pytest.approx(1, abs=0.15)
+    assert loud.max() == pytest.approx(4, abs=0.15)
 
 
 def test_frames_far_apart_are_each_shown_for_their_own_time(tmp_path, encode):
