@@ -69,9 +69,11 @@ class Head(Protocol):
     Attributes:
         classes: Learned so far.
         reads: The features that it needs of a clip: a stage, or stage:reduction. "vector" is the
-            network's own last vector; "blocks.-1" is the last block of whatever network there is,
-            "blocks.-2.attn" the state after the attention of the last but one. "sound" is the last
-            vector of the store's network that listens, and NETWORK/FEATURE another network's.
+            network's own last vector, before a classifier of its own; "blocks.-1" is the last
+            block of whatever network there is, with one number more than it has blocks the stage
+            before them; "blocks.-2.attn" the state after the attention of the last but one.
+            "sound" is the last vector of the store's network that listens, and NETWORK/FEATURE
+            another network's.
         trainable: How many numbers gradient descent has trained so far; 0 for closed forms.
     """
 
@@ -133,6 +135,18 @@ class Answers(Protocol):
 
     @property
     def answering(self) -> Sequence[str]: ...
+
+
+@runtime_checkable
+class Tells(Protocol):
+    """A head with something to say of how it learned its last task.
+
+    Attributes:
+        told: Figures by name. They are no part of its state.
+    """
+
+    @property
+    def told(self) -> Mapping[str, float]: ...
 
 
 class Network(Protocol):

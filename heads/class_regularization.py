@@ -4,6 +4,8 @@ The graft is `heads/grafts/class_regularization.py`, which has the equations; he
 at the end of each stage of the trained part, all of them look at the one classifier, and classes
 come task by task with exemplars: a new class enters the blocks as it enters the classifier.
 
+Tuning the classifier, by the vectors that there were before it, moves the blocks with it.
+
 It is no incremental method. Ours: rehearsal and CE with the recipe of `heads.linear`; only the last
 `blocks` train, from a cached feature on; A of a stage follows its depth in the network. Published
 were all blocks, 170 epochs from scratch or 100 of fine-tuning; the rate is not given.
@@ -36,14 +38,9 @@ class Regularized(Tuned):
     """
 
     def __init__(
-        self, blocks: int = 1, strengths: Sequence[float] = STRENGTHS, **tuned: Any
+        self, blocks: int = 2, strengths: Sequence[float] = STRENGTHS, **tuned: Any
     ) -> None:
         super().__init__(blocks, **tuned)
-        if self._tune_epochs:
-            raise ValueError(
-                "tune_epochs: the blocks look at the classifier, so that to train it alone changes "
-                "the network: leave it out"
-            )
         self._strengths = [float(a) for a in strengths]
 
     def changed(self, network: Network, classifier: Classifier) -> Mapping[str, Change]:

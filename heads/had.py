@@ -40,7 +40,7 @@ from heads.parts.clips import Batch, Clips, frames
 from heads.parts.distillation import relations, softened
 from heads.parts.exemplars import Exemplars
 from heads.parts.hybrid import Hybrid, Pair
-from heads.parts.training import fit
+from heads.parts.training import check, fit
 
 HAM = ("low", "high")
 HDM = ("video", "distribution", "snippet", "correlative")
@@ -137,6 +137,8 @@ class HAD:
             "schedule": schedule,
             "optimizer": "adam",
         }
+        for count in self._epochs:
+            check(epochs=count, **self._recipe)
         self._model: Model | None = None
         self._exemplars = Exemplars(budget, shared, choice)
         self._means_CW = self._deviations_CW = torch.zeros(0, width)

@@ -12,12 +12,10 @@ The old maps come with the clips, computed once a task and read in every epoch. 
 task to task; there is none in the first. CNN is the classifier, NME the nearest mean of exemplars.
 
 Ours, where HCE is silent: see the parts, and the form of L_kd; the recipe of `heads.linear` in the
-place of SGD at 1e-3 for 50 epochs with x 0.1 after 20 and 30. As in TCD the classifier is one of
-cosines, and tuned on the exemplars after each task: without, a handful of them is outvoted by the
-new clips. `blocks` of the network train, from a cached feature on: what is frozen has a zero L_hc
-and is left out. As published the network is `tsm_resnet34` (UCF101)
-or `tsm_resnet50`; of a plain ResNet the blocks that train are shifted. The patches of a transformer
-are a map too, without temporal shift.
+place of SGD at 1e-3 for 50 epochs with x 0.1 after 20 and 30. `blocks` of the network train, from a
+cached feature on: what is frozen has a zero L_hc and is left out. As published the network is
+`tsm_resnet34` (UCF101) or `tsm_resnet50`; of a plain ResNet the blocks that train are shifted. The
+patches of a transformer are a map too, without temporal shift.
 
 Shapes: B clips, T frames, N = B * T, C channels of a block.
 """
@@ -34,16 +32,17 @@ from torch.nn.functional import normalize
 
 from heads import Network, Task
 from heads.grafts.temporal_shift import TemporalShift
-from heads.parts import crm, models
-from heads.parts.classifiers import Classifier, Cosine, Linear
+from heads.parts import crm as crm_
+from heads.parts import models
+from heads.parts.classifiers import Classifier
 from heads.parts.clips import Batch, Clips
-from heads.parts.has import HAS, drift
+from heads.parts.has import HAS, check, drift, effective
 from heads.parts.trunk import Trunk
 from heads.parts.tuned import Change, More, Tuned, grid
 
 IMPORTANCES = ("has", "multi", "single")
-CLASSIFIERS = ("linear", "lsc")
 PARTS = ("kd", "hc", "crm", "number")
+CRMS = ("epoch", "batch")
 
 
 class HCE(Tuned):
@@ -58,7 +57,9 @@ class HCE(Tuned):
             last block alone.
         weight: Of L_hc; 1000 in the paper, on a scale of its own.
         kd: Of L_kd.
-        classifier: `lsc`, cosines to `proxies` vectors of each class, or `linear`.
+        levels: How many sizes of maps are held, from the coarsest: 3 are layers 2 to 4 of a ResNet.
+            Hypercorrelations of layer 1 would be 0.5 GB a clip.
+        crm: Whether the offset is of the `epoch` before or of the `batch` itself, with gradients.
         mix, h, last_stride, frames: Of HAS.
         has_lr: Its rate.
         shift: 1/shift of the channels are shifted in time before each block that trains (TSM); 0
@@ -67,24 +68,22 @@ class HCE(Tuned):
 
     def __init__(
         self,
-        blocks: int = 1,
+        blocks: int = 2,
         parts: str | None = None,
         importance: str = "has",
         weight: float = 1000.0,
         kd: float = 1.0,
-        classifier: str = "lsc",
-        proxies: int = 10,
+        levels: int = 3,
+        crm: str = "epoch",
         mix: str = "cascade",
         h: str = "bounded",
         last_stride: int = 2,
         frames: int | None = 8,
         has_lr: float = 1e-4,
         shift: int = 8,
-        tune_epochs: int = 20,
         **tuned: Any,
     ) -> None:
-        self._proxies = proxies if classifier == "lsc" else 0
-        super().__init__(blocks, tune_epochs=tune_epochs, **tuned)
+        super().__init__(blocks, **tuned)
         if parts is None:
             parts = "kd+hc+crm" if importance == "has" else "kd+hc"
         self.parts = set(parts.split("+")) if parts else set()
@@ -93,17 +92,20 @@ class HCE(Tuned):
                 f"{parts=}, {importance=}: join {', '.join(PARTS)} by +, and choose from "
                 f"{', '.join(IMPORTANCES)}"
             )
-        if classifier not in CLASSIFIERS or proxies < 1:
-            raise ValueError(
-                f"{classifier=}, {proxies=}: choose from {', '.join(CLASSIFIERS)}, and give a "
-                "proxy at least"
-            )
         alone = "hc" not in self.parts or "number" in self.parts
         if "crm" in self.parts and (importance != "has" or alone):
             raise ValueError(
                 f"{parts=}, {importance=}: crm is made of what HAS says, in the place of number"
             )
-        self.importance, self.weight, self.kd = importance, weight, kd
+        if crm not in CRMS or levels < 1 or not has_lr >= 0:
+            raise ValueError(
+                f"{crm=}, {levels=}, {has_lr=}: choose crm from {', '.join(CRMS)}, hold maps of "
+                "one size at least, and give a rate of 0 or more"
+            )
+        check(mix, h, last_stride, frames)
+        self.importance, self.weight, self.kd, self.crm = importance, weight, kd, crm
+        self.told: Mapping[str, float] = {}
+        self._levels = levels
         self._has_options: dict[str, Any] = {
             "mix": mix,
             "h": h,
@@ -113,16 +115,15 @@ class HCE(Tuned):
         self._has_lr, self._shift = has_lr, shift
         self._has: HAS | None = None
 
-    def classifier(self, width: int) -> Classifier:
-        return Cosine(width, self._proxies) if self._proxies else Linear(width)
-
     @property
     def remembers(self) -> Sequence[str]:
         network = self._attached()
         stages = network.stages
         after = stages.index(network.find(self.reads[0])) + 1
-        maps = [name for name in stages[after:] if len(network.shape(name)) > 1]
-        held = maps if "hc" in self.parts else []
+        shapes = {name: network.shape(name) for name in stages[after:]}
+        maps = {name: _map_shape(shape)[1:] for name, shape in shapes.items() if len(shape) > 1}
+        sizes = list(dict.fromkeys(maps.values()))[-self._levels :]
+        held = [name for name, size in maps.items() if size in sizes and "hc" in self.parts]
         return [*held, *(["vector"] if "kd" in self.parts else [])]
 
     @property
@@ -212,8 +213,10 @@ class Held(More):
             label: int((clips.labels == label).sum()) for label in task.classes
         }
         self._known = len(head.classes)
-        self._ratio = (0.0, 0.0)
-        self._spreads = crm.Spread(), crm.Spread()
+        self._offset: float | Tensor = 0.0  # of old classes; new ones have 0
+        self._spreads = crm_.Spread(), crm_.Spread()
+        self._effective: dict[str, list[Tensor]] = {name: [] for name in self._maps if has}
+        self._told: dict[str, float] = {}
         if has is not None:
             has.train()
 
@@ -225,8 +228,8 @@ class Held(More):
     def offsets(self, classes: int) -> Tensor:
         if "number" in self._head.parts:
             return torch.tensor([max(1, n) for n in self._counts.values()]).log()
-        old, new = self._ratio
-        return torch.tensor([old] * self._known + [new] * (classes - self._known))
+        old_C = (torch.arange(classes) < self._known).float()
+        return old_C.to(getattr(self._offset, "device", "cpu")) * self._offset
 
     def loss(
         self, places: Tensor, batch: Batch, vectors: Batch, outputs: Sequence[Tensor]
@@ -249,16 +252,26 @@ class Held(More):
                 [x.unflatten(0, (len(places), -1)).flatten(1) for x in h.values()], 1
             )
             old_B = self._old_N[places].to(clips_BW.device)
+            for name, h_NC in h.items():
+                self._effective[name].append(effective(h_NC.detach()))
+            if "crm" in head.parts and head.crm == "batch":
+                self._offset = crm_.difference(clips_BW[old_B], clips_BW[~old_B])
             for spread, of in zip(self._spreads, (old_B, ~old_B), strict=True):
                 spread.add(clips_BW[of])
         return loss + head.weight * drift(h, new_maps, old_maps)
 
     def ended(self) -> None:
-        if "crm" in self._head.parts:
-            self._ratio = crm.ratios(*self._spreads)
-        self._spreads = crm.Spread(), crm.Spread()
+        if "crm" in self._head.parts and self._head.crm == "epoch":
+            self._offset = crm_.ratios(*self._spreads)[0]
+        self._spreads = crm_.Spread(), crm_.Spread()
+        self._told = {
+            f"effective channels, {name}": float(torch.stack(shares).mean())
+            for name, shares in self._effective.items()
+        }
+        self._effective = {name: [] for name in self._effective}
 
     def kept(self) -> None:
+        self._head.told = self._told
         if self._has is not None:
             self._head._has = self._has.eval()
 

@@ -1,16 +1,18 @@
 """HF-Net: behind some blocks, gates let frames hand part of what they hold to the frame before.
 
 The graft is `heads/grafts/hf_gate.py`, which has the equations; here the network after the first
-gated block trains with the gates, the mean of the frames' logits (TSN's consensus) or a relation
-network (TRN) is the clip's, and classes come task by task with exemplars.
+gated block trains with the gates, the mean of the frames' vectors (TSN's consensus, where the paper
+has the mean of their logits: the classifier makes it unit) or a relation network (TRN) is the
+clip's, and classes come task by task with exemplars.
 
-HF-Net is no incremental method. Ours: rehearsal and CE, the recipe of `heads.linear` in the place
-of SGD at 1e-3 for 60 epochs with x 0.1 after 25 and 40 (schedule="step", milestones=[25, 40]), and
-only the last `blocks` train, from a cached feature on. As published: blocks = all, gates=None,
-drop=0.5, batch_norm="trained", and encoder="trn" for the rows with a relation network.
+HF-Net is no incremental method. Ours: rehearsal, CE and the classifier of `heads.parts.tuned`, the
+recipe of `heads.linear` in the place of SGD at 1e-3 for 60 epochs with x 0.1 after 25 and 40
+(schedule="step", milestones=[25, 40]), and only the last `blocks` train, from a cached feature on.
+As published: blocks=8 of a ResNet-18 (all), gates=None, drop=0.5, batch_norm="trained",
+classifier="linear", tune_epochs=0, and encoder="trn" for the rows with a relation network.
 
 A conservative gate behind the last block moves nothing where frames are averaged, since it keeps
-their sum.
+their sum: so two blocks train by default, with a gate between them.
 """
 
 from collections.abc import Mapping
@@ -36,7 +38,7 @@ class HFNet(Tuned):
 
     def __init__(
         self,
-        blocks: int = 1,
+        blocks: int = 2,
         gates: int | None = None,
         conservative: bool = True,
         **tuned: Any,

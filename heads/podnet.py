@@ -40,7 +40,6 @@ class PODNet(Tuned):
 
     Args:
         blocks: How many of the network's last blocks train.
-        proxies: P; 1 is a cosine classifier.
         margin: Of the NCA loss.
         flat: Weight of POD-flat.
         spatial: Weight of POD-spatial.
@@ -48,21 +47,16 @@ class PODNet(Tuned):
 
     def __init__(
         self,
-        blocks: int = 1,
-        proxies: int = 10,
+        blocks: int = 2,
         margin: float = 0.6,
         flat: float = 1.0,
         spatial: float = 3.0,
-        tune_epochs: int = 20,
         **tuned: Any,
     ) -> None:
-        if blocks < 1 or proxies < 1:
-            raise ValueError(f"{blocks=}, {proxies=}: give at least 1 of each")
-        super().__init__(blocks, tune_epochs=tune_epochs, **tuned)
-        self.proxies, self.margin, self.flat, self.spatial = proxies, margin, flat, spatial
-
-    def classifier(self, width: int) -> Cosine:
-        return Cosine(width, self.proxies)
+        super().__init__(blocks, **tuned)
+        if not self._proxies:
+            raise ValueError("classifier='linear': PODNet's loss is one of cosines; leave it out")
+        self.margin, self.flat, self.spatial = margin, flat, spatial
 
     def classified(
         self, classifier: Classifier, vectors_BW: Tensor, columns_B: Tensor, offsets_C: Tensor

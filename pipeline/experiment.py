@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from heads import Rehearses, Remembers, Task
+from heads import Rehearses, Remembers, Task, Tells
 from heads.parts.clips import Batch, Clips
 from pipeline import checkpoints, methods, remembering
 from pipeline.measuring import memory_peak, multiply_adds
@@ -54,7 +54,8 @@ class Run:
         matrix: Accuracy by the head's own classifier.
         nme: By the nearest mean of exemplars; None for heads that keep none.
         metrics: "cnn" and "nme", the figures of `Matrix.figures`; `left_out`, how many clips of
-            the store neither taught nor tested, and why.
+            the store neither taught nor tested, and why; `told`, by task what the head has to say
+            of how it learned (`heads.Tells`).
         cost: `trainable` numbers; `multiply_adds` of the head for a clip, its network's included
             where it runs; `seconds` of learning and `score_seconds` by task; `peak_memory_bytes` of
             the process; `bytes_read` of the store; `state_bytes` and `exemplar_bytes` that the
@@ -209,6 +210,7 @@ def _carry_out(plan: Prepared, folder: Path, watch: Watch, teacher: Run | None) 
         "cost", {"seconds": [], "score_seconds": [], "bytes_read": [], "peak_memory_bytes": [],
                  "stages_recomputed": []}
     )  # fmt: skip
+    own: list[dict[str, float]] = known.get("told", [])
     told = [pd.read_parquet(folder / "predictions.parquet")] if last >= 0 else []
     told = [frame[frame["stage"] <= last] for frame in told]
     head = plan.head
@@ -255,8 +257,10 @@ def _carry_out(plan: Prepared, folder: Path, watch: Watch, teacher: Run | None) 
         if taken:
             for name in ("seconds", "peak_memory_bytes", "bytes_read", "stages_recomputed"):
                 cost[name][-1] = taken[1][name][number]
+        own.append(dict(head.told) if isinstance(head, Tells) and not taken else {})
         _write_parquet(folder, pd.concat(told, ignore_index=True))
-        checkpoints.write(folder, number, head.state_dict(), {"rows": rows, "cost": cost})
+        known = {"rows": rows, "cost": cost, "told": own}
+        checkpoints.write(folder, number, head.state_dict(), known)
         seen = slice(0, number + 1)
         counts = [len(part) for part in plan.division.test[seen]]
         watch.said(
@@ -264,11 +268,15 @@ def _carry_out(plan: Prepared, folder: Path, watch: Watch, teacher: Run | None) 
             f"of {sum(counts)} clips of {len(head.classes)} classes, "
             + ("learned by another run" if taken else f"{learned - began:.1f} s of learning")
         )
-    _finish(plan, folder, rows, cost)
+    _finish(plan, folder, rows, cost, own)
 
 
 def _finish(
-    plan: Prepared, folder: Path, rows: Mapping[str, list[list[float]]], cost: dict[str, list[Any]]
+    plan: Prepared,
+    folder: Path,
+    rows: Mapping[str, list[list[float]]],
+    cost: dict[str, list[Any]],
+    told: list[dict[str, float]],
 ) -> None:
     counts = np.array([len(part) for part in plan.division.test])
     matrices = {kind: Matrix.from_rows(rows[kind], counts) for kind in (CNN, NME) if rows[kind]}
@@ -298,8 +306,8 @@ def _finish(
     if isinstance(head, Remembers):
         remembering.forget(plan.store, folder)
     figures = {kind: one.figures() for kind, one in matrices.items()}
-    _write_json(folder, "metrics",
-                {NME: None, **figures, "left_out": dict(plan.division.left_out)})  # fmt: skip
+    more = {"left_out": dict(plan.division.left_out), "told": told}
+    _write_json(folder, "metrics", {NME: None, **figures, **more})
 
 
 def _answers(

@@ -24,6 +24,7 @@ from stores.clips import row_keys
 from stores.identity import digest, store_name
 
 VECTOR, SOUND = "vector", "sound"
+CLASSIFIER = "fc"  # of the classes that a network was trained on: its scores are no feature
 _BLOCK = re.compile(r"(blocks\.\d+)\.(attn|mlp)|(layer\d+\.\d+)")
 _FROM_THE_END = re.compile(r"blocks\.-([1-9]\d*)(?:\.(\w+))?")
 
@@ -41,17 +42,26 @@ def meaning(name: str, backbone: Backbone) -> str:
     """
     stage, colon, reduction = name.partition(":")
     if stage == VECTOR:
-        stage = [one.name for one in backbone.stages if one.form == "vector"][-1]
+        vectors = [one.name for one in backbone.stages if one.form == "vector"]
+        stage = [one for one in vectors if one != CLASSIFIER][-1]
     elif match := _FROM_THE_END.fullmatch(stage):
         blocks: dict[str, list[str]] = {}
         for one in backbone.stage_names:
             if found := _BLOCK.fullmatch(one):
                 blocks.setdefault(found[1] or found[3], []).append(one)
         number, step = int(match[1]), match[2]
+        first = backbone.stage_names.index(next(iter(blocks.values()))[0])
+        if number > len(blocks) + (not step):
+            raise ValueError(
+                f"{name}: {backbone.name} has {len(blocks)} blocks, and before them "
+                f"{backbone.stage_names[first - 1]}, blocks.-{len(blocks) + 1}; a head trains all "
+                f"of them with blocks={len(blocks)}"
+            )
         if number > len(blocks):
-            raise ValueError(f"{name}: {backbone.name} has {len(blocks)} blocks")
-        block = list(blocks)[-number]
-        stage = f"{block}.{step}" if step else blocks[block][-1]
+            stage = backbone.stage_names[first - 1]
+        else:
+            block = list(blocks)[-number]
+            stage = f"{block}.{step}" if step else blocks[block][-1]
     backbone.stage(stage)
     return stage + colon + reduction
 
@@ -186,11 +196,17 @@ def _column(store: FeatureStore, backbone: str, name: str) -> Feature | None:
 
 
 def _vector(store: FeatureStore, backbone: str) -> Feature | None:
-    """The feature of one vector a frame that is deepest in the network; whole ones come first."""
+    """The feature of one vector a frame that is deepest in the network; whole ones come first.
+
+    Scores of the network's own classes are one where there is no other.
+    """
     vectors = [feature for feature in _plain(store, backbone) if len(feature.shape) == 3]
     if not vectors:
         return None
-    best = max(vectors, key=lambda one: (len(one.spec["stages"]), ":" not in one.name))
+    best = max(
+        vectors,
+        key=lambda one: (one.name != CLASSIFIER, len(one.spec["stages"]), ":" not in one.name),
+    )
     return _column(store, backbone, best.name)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from heads import Remembers
 from pipeline.progress import Watch
+from pipeline.spec import BuildSpec, FrameSet
 from pipeline.updating import update
 from stores import Feature, FeatureStore
 from stores.lock import StoreLocked
@@ -35,11 +36,15 @@ def features(
     network = plan.network
     assert network is not None
     backbone = network.behind(head.suffix)
+    # As the features that are read, whatever the store's last build was.
+    read = next(iter(plan.features.values()))
+    frames = FrameSet.of(read.spec["frames"])
+    spec = BuildSpec((backbone.name,), **frames.request(), dtype=read.dtype)
     found = {name: network.find(name) for name in head.remembers}
     told = False
     while True:
         try:
-            report = update(plan.store, backbone, [*found.values()], rows, holder=folder)
+            report = update(plan.store, backbone, [*found.values()], rows, spec=spec, holder=folder)
             break
         except StoreLocked as error:
             # Mostly another run of an ablation that writes its own.

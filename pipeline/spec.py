@@ -130,6 +130,11 @@ class FrameSet:
         kind = Sound if "rate" in identity["picture"] else Picture
         return cls(**{**identity, "picture": kind(**identity["picture"])})
 
+    def request(self) -> dict[str, Any]:
+        """What a `BuildSpec` says to have it as its plain view."""
+        names = ("frames", "sampling", "fps", "stride", "decoder")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class BuildSpec:

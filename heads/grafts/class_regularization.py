@@ -11,8 +11,11 @@ in [B, C, T, H, W], and W_fc [K, C_fc] the classifier's weight:
 
 Ours: the last line, since the printed Eq. 3 has factors from 0 to A (1 - A), which ends the signal
 at A = 0 and at A = 1; this reading is the identity at A = 0 and scales both up and down, as the
-text says. The 1x1x1 convolution has no bias: one would add the same to every class. It starts
-normal, of variance 1 / C_fc. 1e-6 is added to the range that m is divided by. On ViT tokens
+text says. Of a classifier by cosines to P vectors a class, W_fc has a class's mean of unit vectors
+less that of all classes: what classes share moves no softmax, and would outweigh what tells them
+apart in m. The 1x1x1 convolution has no bias: one would add the same to every class. It starts
+normal, of variance 1 / C_fc. m = (w - min + e / 2) / (max - min + e) with e = 1e-6, so that a row
+which prefers no channel, such as one that has learned nothing, is the identity. On ViT tokens
 the mean is over the patches, and the factors hold for every token, the class token too, which is
 what later stages read.
 
@@ -23,6 +26,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from heads.grafts._clips import by_clip, frames_of
 
@@ -38,7 +42,8 @@ class ClassRegularization(nn.Module):
 
     Args:
         inner: The stage's module.
-        classifier: A module with a `weight` [K, F], a row a class; K may change, F may not.
+        classifier: A module with a `weight` [K, F], a row a class, or [K, P, F], P vectors a class;
+            K may change, F may not.
         channels: C of the stage's output.
         frames: T; the class is predicted for a clip as a whole.
         strength: A, from 0 (the identity) to 1. The paper's text leaves it open; we use 0.1, 0.2,
@@ -62,10 +67,11 @@ class ClassRegularization(nn.Module):
     ) -> None:
         super().__init__()
         weight = getattr(classifier, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2:
+        if not isinstance(weight, Tensor) or weight.ndim not in (2, 3):
             raise ValueError(
-                f"a classifier {type(classifier).__name__} without a weight [classes, width]: give "
-                "the module that the classes are told apart by, such as nn.Linear"
+                f"a classifier {type(classifier).__name__} without a weight [classes, width] or "
+                "[classes, proxies, width]: give the module that the classes are told apart by, "
+                "such as nn.Linear"
             )
         if not 0 <= strength <= 1:
             raise ValueError(f"{strength=}: give a number from 0, the identity, to 1")
@@ -76,9 +82,11 @@ class ClassRegularization(nn.Module):
         self.strength = strength
         self.prefix = prefix
         generator = torch.Generator("cpu").manual_seed(seed)
-        shape = (channels, weight.shape[1])
-        drawn_CF = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-        self.projection = nn.Parameter(drawn_CF * weight.shape[1] ** -0.5)
+        width = weight.shape[-1]
+        drawn_CF = torch.randn(
+            (channels, width), generator=generator, dtype=torch.float32, device="cpu"
+        )
+        self.projection = nn.Parameter(drawn_CF * width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.inner(x)
@@ -120,8 +128,11 @@ class ClassRegularization(nn.Module):
 
     def _rows(self) -> Tensor:
         """W_i [K, C], in the projection's type."""
-        weight_KF: Tensor = self.classifier.weight.detach().to(self.projection.dtype)
-        return weight_KF @ self.projection.T
+        weight: Tensor = self.classifier.weight.detach().to(self.projection)
+        if weight.ndim == 3:
+            weight = normalize(weight, dim=2).mean(dim=1)
+            weight = weight - weight.mean(dim=0)
+        return weight @ self.projection.T
 
     @torch.no_grad()
     def _best(self, wide: Tensor, rows_KC: Tensor) -> Tensor:
@@ -144,9 +155,9 @@ class ClassRegularization(nn.Module):
 
 
 def _scaled(rows_C: Tensor) -> Tensor:
-    """Each row from its least number to its greatest, as 0 to 1."""
+    """Each row from its least number to its greatest, as 0 to 1; one without a range is 1/2."""
     low, high = rows_C.aminmax(dim=1, keepdim=True)
-    return (rows_C - low) / (high - low + EPS)
+    return (rows_C - low + EPS / 2) / (high - low + EPS)
 
 
 build = ClassRegularization

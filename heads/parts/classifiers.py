@@ -13,6 +13,8 @@ from torch.nn.functional import linear, normalize
 # up to lr * length**2 / 2 = 2 * (1 + momentum): at lr = 0.01 and momentum = 0.9, up to a length of
 # 27.
 LENGTH = 16.0
+# How far proxies of a class of one clip are drawn from it: without, they were one proxy for good.
+APART = 0.1
 
 
 class Linear(nn.Module):
@@ -90,6 +92,8 @@ class Cosine(nn.Module):
             theta_PW = normalize(unit_NW.mean(dim=0, keepdim=True), dim=1)
             if self.weight.shape[1] > 1:
                 deviation_W = unit_NW.std(dim=0, correction=0)
+                if len(unit_NW) == 1:
+                    deviation_W = torch.full_like(deviation_W, APART / len(deviation_W) ** 0.5)
                 noise = torch.from_numpy(rng.normal(size=self.weight.shape[1:])).to(self.weight)
                 theta_PW = theta_PW + deviation_W * noise
             length = self.weight[others].norm(dim=2).mean() if len(others) else 1.0

@@ -4,9 +4,11 @@
     R_c   = ratio of c's side, and the loss is CE(p + R, y), in training alone
 
 Adding one number to all classes changes no softmax: only the difference of the two ratios matters,
-and a common scale of H none. Ours, where HCE is silent: the mean is each side's own; ratios are
-those of the epoch before, without gradients, and none in the first; the logarithm's argument is
-1e-12 at least, and the difference within 5.
+and a common scale of H none. Ours, where HCE is silent: the mean is each side's own; the
+logarithm's argument is 1e-12 at least, and the difference within 5; ratios are those of the epoch
+before, without gradients, and none in the first. Or they are a batch's own, with gradients (the
+text says that the offset cross entropy and L_hc optimise H together), where it has two clips of
+each side.
 
 Shapes: N clips, W numbers of H of a clip, C classes.
 """
@@ -36,6 +38,18 @@ class Spread:
         if not self._count:
             return 0.0
         return max(0.0, self._square - float(self._total.square().sum()) / self._count)
+
+
+def difference(old_MW: Tensor, new_NW: Tensor) -> Tensor:
+    """R of old classes less that of new ones, by the clips of a batch, a scalar with gradients.
+
+    >>> difference(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [2.0]]))
+    tensor(1.3863)
+    """
+    if min(len(old_MW), len(new_NW)) < 2:
+        return torch.zeros((), device=new_NW.device)
+    old, new = ((h - h.mean(dim=0)).square().sum().clamp(min=LEAST) for h in (old_MW, new_NW))
+    return (old.log() - new.log()).clamp(-MOST, MOST)
 
 
 def ratios(old: Spread, new: Spread) -> tuple[float, float]:

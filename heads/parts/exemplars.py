@@ -41,6 +41,17 @@ def herd(vectors_NW: Tensor, count: int) -> Tensor:
     return torch.tensor(order, dtype=torch.int64)
 
 
+def balanced(labels_M: Tensor) -> Tensor:
+    """Places of as many clips of each label, int64: of those with fewer each more than once.
+
+    >>> balanced(torch.tensor([7, 7, 7, 4])).tolist()
+    [0, 1, 2, 3, 3, 3]
+    """
+    own = [torch.nonzero(labels_M == label)[:, 0] for label in dict.fromkeys(labels_M.tolist())]
+    most = max(map(len, own))
+    return torch.cat([places.repeat(-(-most // len(places)))[:most] for places in own])
+
+
 class Exemplars:
     """What a rehearsal head remembers: rows and labels of clips, and its classes' means.
 
@@ -136,10 +147,14 @@ class Exemplars:
         after = type(self)(self.budget, self.shared, self.choice)
         kept = torch.cat(places)
         after.rows, after.labels = clips.rows[kept], clips.labels[kept]
-        after._means_CW = torch.stack(
-            [normalize(vectors_NW[of].double().cpu(), dim=1).mean(dim=0) for of in places]
-        )
+        after.measure(vectors_NW[kept.to(vectors_NW.device)])
         return after, kept
+
+    def measure(self, vectors_MW: Tensor) -> None:
+        """Take the classes' means of the exemplars' vectors, in the order of `rows`."""
+        unit_MW = normalize(vectors_MW.double().cpu(), dim=1)
+        labels = dict.fromkeys(self.labels.tolist())
+        self._means_CW = torch.stack([unit_MW[self.labels == c].mean(dim=0) for c in labels])
 
     def nearest(self, vectors_BW: Tensor) -> Tensor:
         """Float32 [B, C], cosines to the means. A vector of zeros has 0."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from heads.parts.hypercorrelation import block, correlation, enlarged
+from heads.parts.hypercorrelation import block, correlation, enlarged, pooled
 
 WIDTH = 128
 MIXES = ("cascade", "sum")
@@ -34,6 +34,19 @@ BOUNDS = ("bounded", "softmax")
 # By the size of the map: kernels and strides of the three convolutions. As published for maps of
 # 28, 14 and 7 on a side.
 SQUEEZE = ((21, (5, 5, 3), (4, 4, 2)), (11, (5, 3, 3), (4, 2, 2)), (0, (3, 3, 3), (2, 2, 2)))
+
+
+def check(mix: str, h: str, last_stride: int, frames: int | None) -> None:
+    """Refuse what `HAS` cannot be made with.
+
+    Raises:
+        ValueError: No such choice.
+    """
+    if mix not in MIXES or h not in BOUNDS or last_stride not in (1, 2) or frames == 0:
+        raise ValueError(
+            f"{mix=}, {h=}, {last_stride=}, {frames=}: choose mix from {', '.join(MIXES)}, h from "
+            f"{', '.join(BOUNDS)}, last_stride 1 or 2, and frames 1 or more, or None for all"
+        )
 
 
 class HAS(nn.Module):
@@ -60,12 +73,9 @@ class HAS(nn.Module):
         frames: int | None = 8,
     ) -> None:
         super().__init__()
-        if mix not in MIXES or h not in BOUNDS or last_stride not in (1, 2) or not groups:
-            raise ValueError(
-                f"{mix=}, {h=}, {last_stride=} for {len(groups)} blocks: choose mix from "
-                f"{', '.join(MIXES)}, h from {', '.join(BOUNDS)}, last_stride 1 or 2, and give a "
-                "block at least"
-            )
+        check(mix, h, last_stride, frames)
+        if not groups:
+            raise ValueError("HAS of no block: give one at least")
         self.h, self.mix, self.frames = h, mix, frames
         sizes = sorted({shape[1:] for shape in groups.values()})  # coarse to fine
         self.names = [[n for n, shape in groups.items() if shape[1:] == size] for size in sizes]
@@ -123,6 +133,8 @@ class HAS(nn.Module):
             own = [(new.pop(0), old.pop(0)) for _ in names]
             squeezed.append(squeeze(correlation([x for x, _ in own], [y for _, y in own])))
         finest = squeezed[-1].shape[2:4]
+        least = [min(one.shape[dim] for one in squeezed) for dim in (4, 5)]
+        squeezed = [pooled(one, least) for one in squeezed]
         if self.mix == "sum":
             summed = torch.stack([enlarged(one, finest) for one in squeezed]).sum(dim=0)
             mixed: Tensor = self.mixers[0](summed)
@@ -137,6 +149,14 @@ class HAS(nn.Module):
             return torch.softmax(raw_NC, dim=1) * raw_NC.shape[1]
         h_NC = 0.5 + torch.sigmoid(raw_NC)
         return h_NC / h_NC.mean(dim=1, keepdim=True)
+
+
+def effective(h_NC: Tensor) -> Tensor:
+    """The share of channels that H speaks of, exp(entropy) / C, mean over frames; 1 if alike."""
+    p_NC = h_NC / h_NC.sum(dim=1, keepdim=True)
+    entropy_N = -torch.special.xlogy(p_NC, p_NC).sum(dim=1)
+    share: Tensor = entropy_N.exp().mean() / h_NC.shape[1]
+    return share
 
 
 def drift(h: Mapping[str, Tensor], new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Tensor:

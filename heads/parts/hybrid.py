@@ -69,12 +69,12 @@ class Hybrid(nn.Module):
             self.project = nn.ModuleList(nn.Linear(D, width) for D in widths)
             self.attend = nn.ModuleList(HybridAttention(width, heads, ffn) for _ in widths)
             self.fuse = nn.Linear(len(widths) * width, width)
-        for number, D in enumerate(widths):
-            self.register_buffer(f"mean_{number}", torch.zeros(D))
-            self.register_buffer(f"deviation_{number}", torch.ones(D))
             self.position = None
             if position is not None:
                 self.position = nn.Parameter(AS_SEGMENTS * torch.randn(segments, width))
+        for number, D in enumerate(widths):
+            self.register_buffer(f"mean_{number}", torch.zeros(D))
+            self.register_buffer(f"deviation_{number}", torch.ones(D))
 
     def settle(self, features: Pair) -> None:
         """Take mean and deviation of [N, S, D] each. Dimensions that stay still stay small."""

@@ -72,3 +72,15 @@ def enlarged(x: Tensor, size: Sequence[int]) -> Tensor:
     flat = x.permute(0, 4, 5, 1, 2, 3).reshape(-1, C, H, W)
     flat = functional.interpolate(flat, tuple(size), mode="bilinear", align_corners=True)
     return flat.view(N, U, V, C, *size).permute(0, 3, 4, 5, 1, 2)
+
+
+def pooled(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The old places averaged to another size; as they are where it is theirs.
+
+    At 224 pixels all maps end at the same few; those of spectrograms may not.
+    """
+    U, V = size
+    if tuple(x.shape[4:]) == (U, V):
+        return x
+    flat = functional.adaptive_avg_pool2d(x.flatten(0, 3), (U, V))
+    return flat.reshape(*x.shape[:4], U, V)

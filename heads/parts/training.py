@@ -20,6 +20,30 @@ SCHEDULES = ("cosine", "step", "constant")
 OPTIMIZERS = ("sgd", "adam")
 
 
+def check(
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    schedule: str = "cosine",
+    optimizer: str = "sgd",
+    **others: object,
+) -> None:
+    """Refuse what `fit` cannot train with, before there is anything to train.
+
+    Raises:
+        ValueError: An option is none.
+    """
+    if epochs < 0 or schedule not in SCHEDULES or optimizer not in OPTIMIZERS:
+        raise ValueError(
+            f"{epochs=} by {schedule=}, {optimizer=}: give at least 0, one of "
+            f"{', '.join(SCHEDULES)}, and one of {', '.join(OPTIMIZERS)}"
+        )
+    if batch_size < 1 or not lr >= 0:
+        raise ValueError(
+            f"{batch_size=}, {lr=}: a batch has at least one clip, a rate is 0 or more"
+        )
+
+
 def fit(
     step: Callable[[Tensor, Batch], Tensor],
     parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
@@ -61,11 +85,7 @@ def fit(
     Raises:
         ValueError: A loss or a parameter became infinite or not a number, or an option is none.
     """
-    if epochs < 0 or schedule not in SCHEDULES or optimizer not in OPTIMIZERS:
-        raise ValueError(
-            f"{epochs=} by {schedule=}, {optimizer=}: give at least 0, one of "
-            f"{', '.join(SCHEDULES)}, and one of {', '.join(OPTIMIZERS)}"
-        )
+    check(epochs, batch_size, lr, schedule, optimizer)
     # Fused: one pass over the numbers in place of one each for momentum, decay and step.
     common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "fused": True}
     steps: torch.optim.Optimizer

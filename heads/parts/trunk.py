@@ -98,7 +98,12 @@ class Trunk(nn.Module):
     def own(self) -> dict[str, nn.Parameter]:
         """What trains. A classifier that a graft looks at is trained by who has it."""
         named = self.suffix.named_parameters()
-        return {n: p for n, p in named if p.requires_grad and ".classifier." not in n}
+        return {n: p for n, p in named if p.requires_grad and not _of_classifier(n)}
+
+    @property
+    def looks(self) -> bool:
+        """Whether a graft looks at the classifier, so that the vectors are others with another."""
+        return any(_of_classifier(name) for name, _ in self.suffix.named_parameters())
 
     def state(self) -> dict[str, Tensor]:
         """What training has changed: `own`, and statistics where they are trained."""
@@ -110,3 +115,7 @@ class Trunk(nn.Module):
         with torch.no_grad():
             for name, tensor in self.state().items():
                 tensor.copy_(values[name])
+
+
+def _of_classifier(name: str) -> bool:
+    return ".classifier." in name

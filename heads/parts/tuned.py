@@ -2,10 +2,13 @@
 
     L = CE(logits of f(x), y) + what a method adds,     over a task's clips and the exemplars
 
-f(x) is the encoder of the last vectors of T frames. A method is its grafts (`changed`), its
-classifier, linear or by cosines, and what it adds to the loss (`more`); its CNN is the classifier,
-its NME that of the exemplars. With nothing added it is fine-tuning with rehearsal, what such a
-method is to be compared with.
+f(x) is the encoder of the last vectors of T frames. A method is its grafts (`changed`) and what it
+adds to the loss (`more`); its CNN is the classifier, its NME that of the exemplars. With nothing
+added it is fine-tuning with rehearsal, what such a method is to be compared with.
+
+As in TCD (Park et al., ICCV 2021), whose recipe HCE's is, the classifier is one of cosines to
+proxies, and tuned on the exemplars after each task: without, a handful of them is outvoted by the
+new clips, and all methods look alike.
 
 Ours: the recipe of `heads.linear` where a method has none of its own; the parameters of batch norms
 train and their statistics stay (`batch_norm`), as TCD holds all but the first; new columns of a
@@ -24,15 +27,15 @@ from torch import Tensor, autocast, nn
 from torch.nn.functional import cross_entropy
 
 from heads import Network, Task
-from heads.parts import classifiers, models
+from heads.parts import classifiers, models, training
 from heads.parts.classifiers import Classifier
 from heads.parts.clips import Batch, Clips
-from heads.parts.exemplars import Exemplars
+from heads.parts.exemplars import Exemplars, balanced
 from heads.parts.expert import PRECISIONS
-from heads.parts.training import fit
 from heads.parts.trunk import VECTOR, Passed, Trunk
 
 Change = Callable[[nn.Module], nn.Module]
+CLASSIFIERS = ("lsc", "linear")
 READ = 40
 
 
@@ -44,7 +47,7 @@ class More:
         return []
 
     def offsets(self, classes: int) -> Tensor:
-        """Added to the logits in training, [C]."""
+        """Added to the logits in training, [C]; asked for after the batch's `loss`."""
         return torch.zeros(classes)
 
     def loss(
@@ -71,23 +74,28 @@ class Tuned:
 
     Args:
         blocks: How many of the network's last blocks train. What goes into them is read.
+        classifier: `lsc`, cosines to `proxies` vectors of each class, or `linear`.
         encoder, expert: How T frames become one vector; see `heads.parts.encoders`.
         budget, shared, choice: Of the exemplars; see `heads.parts.exemplars`.
         batch_norm: `frozen` or `trained`, of its statistics.
         drop: Share of a clip's vector that is dropped in training.
         first_epochs: Of the first task; `epochs` of every other.
         tune_epochs: Of the classifier alone, after each task but the first, on the exemplars, as
-            many of each class, at half the rate (class-balanced fine-tuning).
+            many of each class (where it has fewer, each of its own more than once), at half the
+            rate (class-balanced fine-tuning).
+        classifier_rate: The rate of the classifier, in times `lr`; 5 in TCD.
         milestones: Epochs after which the rate is a tenth; with schedule="step".
-        clip_norm: Of the gradients of the blocks, encoder and linear classifier together, of those
-            of a cosine classifier, and of what a method adds; None leaves them.
+        clip_norm: Of the gradients of the blocks and encoder together, of those of the classifier,
+            and of those of what a method adds; None leaves them.
         precision: Of the products of the blocks in training (`bfloat16` is two to four times as
             fast on CPUs that have it); parameters, losses and scores are float32.
     """
 
     def __init__(
         self,
-        blocks: int = 1,
+        blocks: int = 2,
+        classifier: str = "lsc",
+        proxies: int = 10,
         encoder: str = "mean",
         expert: Mapping[str, Any] | None = None,
         budget: int = 5,
@@ -97,9 +105,10 @@ class Tuned:
         drop: float = 0.0,
         first_epochs: int = 60,
         epochs: int = 30,
-        tune_epochs: int = 0,
+        tune_epochs: int = 20,
         batch_size: int = 40,
         lr: float = 0.01,
+        classifier_rate: float = 1.0,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         schedule: str = "cosine",
@@ -112,12 +121,18 @@ class Tuned:
             raise ValueError(f"{blocks=}, {drop=}: train a block at least, and drop less than all")
         if precision not in PRECISIONS:
             raise ValueError(f"no {precision=}; choose from {', '.join(PRECISIONS)}")
+        if classifier not in CLASSIFIERS or proxies < 1:
+            raise ValueError(
+                f"{classifier=}, {proxies=}: choose from {', '.join(CLASSIFIERS)}, and give a "
+                "proxy at least"
+            )
         self.reads: Sequence[str] = (f"blocks.-{blocks + 1}",)
         self.classes: list[int] = []
         self._blocks, self._batch_norm, self._drop = blocks, batch_norm, drop
+        self._proxies = proxies if classifier == "lsc" else 0
         self._form = models.Form(VECTOR, encoder, expert, self.classifier)
         self._epochs, self._seed, self._precision = (first_epochs, epochs), seed, precision
-        self._tune_epochs = tune_epochs
+        self._tune_epochs, self._classifier_rate = tune_epochs, classifier_rate
         self._recipe: dict[str, Any] = {
             "batch_size": batch_size,
             "lr": lr,
@@ -127,6 +142,10 @@ class Tuned:
             "milestones": milestones,
             "clip_norm": clip_norm,
         }
+        for count in (first_epochs, epochs, tune_epochs):
+            training.check(epochs=count, **self._recipe)
+        if not classifier_rate > 0:
+            raise ValueError(f"{classifier_rate=}: give a number above 0, such as 1")
         self._network: Network | None = None
         self._trunk: Trunk | None = None
         self._model: models.Model[Classifier] | None = None
@@ -136,7 +155,9 @@ class Tuned:
 
     def classifier(self, width: int) -> Classifier:
         """Of clips' vectors of a width, without columns."""
-        return classifiers.Linear(width)
+        if not self._proxies:
+            return classifiers.Linear(width)
+        return classifiers.Cosine(width, self._proxies)
 
     def classified(
         self, classifier: Classifier, vectors_BW: Tensor, columns_B: Tensor, offsets_C: Tensor
@@ -193,15 +214,18 @@ class Tuned:
         with torch.no_grad():
             trunk(first)  # refuses what is not the network's
         classifier = model.classifier
-        classifier.grow(len(classes), rng)
         clips = self._exemplars.rehearsal(task)
         columns_N = classifiers.columns(classes, clips.labels)
         if isinstance(classifier, classifiers.Cosine):
-            known = torch.arange(len(self.classes))
+            # Before there are new columns, which mean nothing yet, for a graft to look at.
             vectors_NW = _encoded(trunk, model, clips)
+            classifier.grow(len(classes), rng)
+            known = torch.arange(len(self.classes))
             for column in range(len(known), len(classes)):
                 of = vectors_NW[(columns_N == column).to(device)]
                 classifier.imprint(column, of, known, rng)
+        else:
+            classifier.grow(len(classes), rng)
 
         more = self.more(task, clips, trunk, model, rng)
         epochs = self._epochs[bool(self.classes)]
@@ -212,11 +236,12 @@ class Tuned:
                 vectors, outputs = trunk(batch)
             vectors = vectors | {models.ENCODED: model.vectors(vectors)}
             vectors_BW = _dropped(vectors[models.ENCODED], self._drop, generator)
+            added = more.loss(places, batch, vectors, outputs)
             offsets_C, columns_B = more.offsets(len(classes)), columns_N[places]
             loss = self.classified(
                 classifier, vectors_BW, columns_B.to(device), offsets_C.to(device)
             )
-            return loss + more.loss(places, batch, vectors, outputs)
+            return loss + added
 
         def progress(done: int, _: int, loss: float) -> None:
             more.ended()
@@ -224,12 +249,14 @@ class Tuned:
 
         trunk.train(trunk.learns)
         own = [*trunk.own().values(), *model.encoder.parameters()]
-        groups: list[dict[str, Any]] = [{"params": own}, *more.groups()]
-        if classifier.decays:
-            own += classifier.parameters()
-        else:
-            groups.append({"params": [*classifier.parameters()], "weight_decay": 0.0})
-        fit(
+        of_classifier: dict[str, Any] = {
+            "params": [*classifier.parameters()],
+            "lr": self._recipe["lr"] * self._classifier_rate,
+        }
+        if not classifier.decays:
+            of_classifier["weight_decay"] = 0.0
+        groups: list[dict[str, Any]] = [{"params": own}, of_classifier, *more.groups()]
+        training.fit(
             step,
             groups,
             clips,
@@ -246,8 +273,13 @@ class Tuned:
             def tuned(done: int, _: int, loss: float) -> None:
                 task.progress(epochs + done, epochs + tune_epochs, loss)
 
-            balanced = Clips({models.ENCODED: vectors_NW[kept.to(device)]}, clips.labels[kept])
-            self._tune(classifier, balanced, classes, tune_epochs, rng, tuned)
+            even = kept[balanced(chosen.labels)]
+            balanced_clips = Clips(
+                {models.ENCODED: vectors_NW[even.to(device)]}, clips.labels[even]
+            )
+            self._tune(classifier, balanced_clips, classes, tune_epochs, rng, tuned)
+            if trunk.looks:
+                chosen.measure(_encoded(trunk, model, clips, kept))
         self.classes, self._exemplars = classes, chosen
         self._model, self._trunk = model, trunk
         more.kept()
@@ -273,7 +305,7 @@ class Tuned:
 
         recipe = self._recipe | {"lr": self._recipe["lr"] / 2, "weight_decay": 0.0}
         trained = [p for name, p in classifier.named_parameters() if name != "scale"]
-        fit(step, trained, clips, epochs=epochs, rng=rng, progress=progress, **recipe)
+        training.fit(step, trained, clips, epochs=epochs, rng=rng, progress=progress, **recipe)
 
     def scores(self, batch: Batch) -> Tensor:
         model, vectors = self._vectors(batch)
@@ -347,10 +379,13 @@ def grid(shape: Sequence[int]) -> tuple[int, int]:
     return shape[1], shape[0] - math.isqrt(shape[0]) ** 2
 
 
-def _encoded(trunk: Trunk, model: models.Model[Classifier], clips: Clips) -> Tensor:
-    """The clips' vectors, [N, W]."""
+def _encoded(
+    trunk: Trunk, model: models.Model[Classifier], clips: Clips, places: Tensor | None = None
+) -> Tensor:
+    """The vectors of the clips, [N, W], or of those in some places."""
+    places = torch.arange(len(clips)) if places is None else places
     with torch.no_grad():
-        parts = [model.vectors(trunk(batch)[0]) for _, batch in clips.batches(READ)]
+        parts = [model.vectors(trunk(clips[some])[0]) for some in torch.split(places, READ)]
     return torch.cat(parts)
 
 

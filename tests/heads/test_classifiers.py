@@ -81,6 +81,17 @@ def test_proxies_are_imprinted_about_the_mean_with_the_clips_deviation():
     np.testing.assert_allclose(found.std(axis=0), unit(x).std(axis=0), rtol=0.05)
 
 
+def test_proxies_of_a_single_clip_are_drawn_apart():
+    head = Cosine(64, 3)
+    head.grow(1, np.random.default_rng(0))
+    x = torch.from_numpy(draw(1, 64)).float()
+    head.imprint(0, x, torch.arange(0), np.random.default_rng(1))
+    first, second, _ = head.weight.detach()[0]
+    gap = (first - second).norm()
+    assert 0.05 < gap < 0.3
+    assert torch.cosine_similarity(first, x[0], dim=0) > 0.98
+
+
 def test_held_columns_get_no_gradient():
     head = Cosine(4)
     head.grow(3, np.random.default_rng(0))

@@ -337,7 +337,7 @@ def regularization(a, rows, strength):
         best = int(np.argmax(scores))
         low, high = rows[best].min(), rows[best].max()
         for c in range(a.shape[2]):
-            m = (rows[best][c] - low) / (high - low + 1e-6)
+            m = (rows[best][c] - low + 5e-7) / (high - low + 1e-6)
             out[b, :, c] = a[b, :, c] * (2 * strength * m + (1 - strength))
         classes.append(best)
     return classes, out
@@ -392,7 +392,7 @@ def test_excitations_are_the_scaled_rows_of_every_class(regularizer):
     graft = regularizer()
     rows = rows_of(graft)
     low, high = rows.min(axis=1, keepdims=True), rows.max(axis=1, keepdims=True)
-    close(graft.excitations(), (rows - low) / (high - low + 1e-6))
+    close(graft.excitations(), (rows - low + 5e-7) / (high - low + 1e-6))
     assert not graft.excitations().requires_grad
     x = torch.from_numpy(draw(6, 5, 4, 4))
     factors = 0.8 * graft.excitations()[graft.predict(x)] + 0.6
@@ -409,6 +409,34 @@ def test_classes_that_arrive_count_at_the_next_forward(regularizer):
     assert max(graft.predict(x).tolist()) > 1
     graft.classifier.weight = nn.Parameter(more[:0])
     assert torch.equal(graft(x), x)
+
+
+def test_of_vectors_by_cosines_what_the_classes_do_not_share_speaks():
+    theta = draw(7, 4, 11) + 3
+    classifier = nn.Module()
+    classifier.weight = nn.Parameter(torch.from_numpy(theta))
+    graft = stirred(ClassRegularization(nn.Identity(), classifier, 5, 3, strength=0.4))
+    unit = theta / np.linalg.norm(theta, axis=2, keepdims=True)
+    means = unit.sum(axis=1) / 4
+    P = graft.projection.detach().numpy()
+    rows = (means - means.sum(axis=0) / 7) @ P.T
+    a = draw(6, 3, 5, 4, 2)
+    classes, expected = regularization(a.reshape(6, 3, 5, 8), rows, 0.4)
+    x = torch.from_numpy(a).flatten(0, 1)
+    close(graft(x), expected.reshape(18, 5, 4, 2))
+    assert graft.predict(x).tolist() == classes
+    assert len(set(classes)) > 2
+
+
+@pytest.mark.parametrize("shape", [(4, 11), (1, 3, 11)])
+def test_rows_that_prefer_no_channel_are_the_identity(shape):
+    """Those of a linear classifier that has not learned, and what one class does not share."""
+    classifier = nn.Module()
+    weight = np.zeros(shape) if len(shape) == 2 else draw(*shape)
+    classifier.weight = nn.Parameter(torch.from_numpy(weight))
+    graft = stirred(ClassRegularization(nn.Identity(), classifier, 5, 3, strength=0.4))
+    x = torch.from_numpy(draw(6, 5, 4, 4))
+    torch.testing.assert_close(graft(x), x)
 
 
 def test_one_classifier_serves_four_blocks_and_learns_from_none():

@@ -90,6 +90,18 @@ def test_without_positions_a_clip_is_the_set_of_its_segments(runner, position):
     assert torch.allclose(scores, reversed_, atol=1e-5) == (position is None)
 
 
+@pytest.mark.parametrize("position", [None, "learned"])
+def test_what_is_drawn_is_the_seeds(position):
+    found = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        found.append(Hybrid((6, 4), 3, 8, 2, 8, position, seed=5).state_dict())
+        assert torch.equal(torch.get_rng_state(), before)
+    assert ("position" in found[0]) == (position is not None)
+    assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
+
+
 def test_both_modalities_are_heard(runner):
     run = learned(runner)
     batch = run.batch(run.tokens([2, 9], seed=5)[0])

@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional
 
 from heads.parts import crm
-from heads.parts.has import HAS, drift
-from heads.parts.hypercorrelation import CenterPivot4d, correlation, enlarged
+from heads.parts.has import HAS, drift, effective
+from heads.parts.hypercorrelation import CenterPivot4d, correlation, enlarged, pooled
 
 
 def groups(counts, widths=(8, 12, 16), sizes=(28, 14, 7)):
@@ -187,8 +187,48 @@ def test_ratios_stay_within_bounds():
 
 
 @pytest.mark.parametrize(
-    "options", [{"mix": "stack"}, {"h": "free"}, {"last_stride": 3}, {"groups": {}}]
+    "options", [{"mix": "stack"}, {"h": "free"}, {"last_stride": 3}, {"frames": 0}]
 )
 def test_other_choices_are_refused(options):
     with pytest.raises(ValueError, match="choose mix"):
-        HAS(**{"groups": groups((1, 1, 1))} | options)
+        HAS(groups((1, 1, 1)), **options)
+    with pytest.raises(ValueError, match="HAS of no block"):
+        HAS({})
+
+
+@pytest.mark.parametrize("mix", ["cascade", "sum"])
+def test_maps_of_spectrograms_end_at_old_places_of_one_number(mix):
+    """8 x 13, 4 x 7 and 2 x 4 do not halve alike."""
+    shapes = {f"{n}": (8, h, w) for n, (h, w) in enumerate([(8, 13), (4, 7), (2, 4)])}
+    has = HAS(shapes, mix=mix, last_stride=1)
+    new, old = (maps(shapes, 2, seed) for seed in (1, 2))
+    assert {h.shape for h in has(new, old).values()} == {(2, 8)}
+
+
+def test_old_places_are_averaged():
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 2, 2, 2, 4, 2)))
+    found = pooled(x, (2, 1))
+    expected = x.reshape(1, 2, 2, 2, 2, 2, 2).mean(dim=(5, 6))[..., None]
+    torch.testing.assert_close(found, expected)
+    assert pooled(x, (4, 2)) is x
+
+
+def test_ratios_of_a_batch_are_those_of_the_sums_and_have_gradients():
+    rng = np.random.default_rng(0)
+    h = torch.from_numpy(rng.normal(size=(7, 5))).requires_grad_()
+    old, new = h[:3], h[3:]
+    sides = h.detach().numpy()[:3], h.detach().numpy()[3:]
+    spreads = [((x - x.mean(axis=0)) ** 2).sum() for x in sides]
+    found = crm.difference(old, new)
+    np.testing.assert_allclose(found.detach(), np.log(spreads[0] / spreads[1]))
+    (gradient,) = torch.autograd.grad(found, h)
+    assert gradient.abs().sum(dim=1).min() > 0
+    assert crm.difference(old[:1], new) == crm.difference(old, new[:0]) == 0
+
+
+def test_effective_channels_are_one_where_all_count_alike_and_one_in_c_where_one_does():
+    assert effective(torch.full((3, 8), 1.0)) == pytest.approx(1)
+    assert effective(torch.eye(8)[:3] * 8) == pytest.approx(1 / 8)
+    p = np.array([0.5, 0.25, 0.25])
+    expected = np.exp(-(p * np.log(p)).sum()) / 3
+    assert effective(torch.tensor([[1.5, 0.75, 0.75]])) == pytest.approx(expected)

@@ -191,7 +191,7 @@ def test_without_a_network_or_with_another_ones_features_it_refuses(runner):
     task = run.task([0, 1])
     with pytest.raises(ValueError, match="no network was attached"):
         PODNet().learn(task)
-    with pytest.raises(ValueError, match="give at least 1 of each"):
+    with pytest.raises(ValueError, match="train a block at least"):
         PODNet(blocks=0)
     run.head.learn(task)
     with pytest.raises(ValueError, match="use the store of the network attached"):

@@ -8,10 +8,9 @@ from heads import Task, options_of
 from heads.class_regularization import Regularized
 from heads.grafts.class_regularization import ClassRegularization
 from heads.grafts.hf_gate import HFGate
-from heads.hce import HCE
 from heads.hf_net import HFNet
-from heads.parts.classifiers import Cosine
 from heads.parts.tuned import Tuned, grid
+from heads.podnet import PODNet
 
 FLAT = {"strengths": [0.1, 0.2, 0.3]}
 
@@ -75,9 +74,12 @@ def test_a_grid_is_told_by_its_shape(shape, expected):
 @pytest.mark.parametrize(
     ("build", "options", "said"),
     [
-        (HFNet, {"gates": 3}, "give 0 to 1"),
+        (HFNet, {"gates": 3}, "give 0 to 2"),
         (Tuned, {"blocks": 0}, "train a block at least"),
         (Tuned, {"drop": 1.0}, "drop less than all"),
+        (Tuned, {"classifier": "svm"}, "choose from lsc, linear"),
+        (Tuned, {"proxies": 0}, "give a proxy at least"),
+        (PODNet, {"classifier": "linear"}, "one of cosines"),
     ],
 )
 def test_options_that_cannot_be_are_refused(build, options, said):
@@ -85,16 +87,13 @@ def test_options_that_cannot_be_are_refused(build, options, said):
         build(**options)
 
 
-class ByCosine(HFNet):
-    def classifier(self, width):
-        return Cosine(width)
-
-
-def test_a_method_may_have_a_cosine_classifier(runner):
-    """Its loss is cross entropy of eta times the cosines; new classes start from their clips."""
+def test_the_loss_is_cross_entropy_of_eta_times_the_cosines(runner):
+    """New classes start from their clips."""
     told, heads = [], []
     for epochs in (0, 1):
-        run = runner(ByCosine, batch_size=99, epochs=epochs, first_epochs=epochs, momentum=0)
+        run = runner(
+            HFNet, proxies=1, batch_size=99, epochs=epochs, first_epochs=epochs, momentum=0
+        )
         task = run.task([4, 2])
         run.head.learn(Task(task.clips, progress=lambda *epoch: told.append(epoch)))
         heads.append(run.head)
@@ -110,7 +109,7 @@ def test_a_method_may_have_a_cosine_classifier(runner):
 
 
 def test_a_cosine_classifier_does_not_decay(runner):
-    run = runner(ByCosine, first_epochs=5, weight_decay=2.0)
+    run = runner(HFNet, first_epochs=5, weight_decay=2.0, proxies=1)
     run.learn([4, 2])
     state = run.head.state_dict()
     assert state["classifier.scale"] == pytest.approx(20, abs=0.2)
@@ -119,13 +118,13 @@ def test_a_cosine_classifier_does_not_decay(runner):
 
 @pytest.mark.parametrize("options", [{"classifier": "linear"}, {"proxies": 3}], ids=str)
 def test_balanced_tuning_moves_the_classifier_alone_after_the_first_task(runner, options):
-    options = {"parts": "kd", "budget": 2, "epochs": 2, "first_epochs": 2, **options}
-    plain, tuned = (trained(runner, HCE, tune_epochs=n, **options) for n in (0, 3))
+    options = {"budget": 2, "epochs": 2, "first_epochs": 2, **options}
+    plain, tuned = (trained(runner, HFNet, tune_epochs=n, **options) for n in (0, 3))
     states = [run.head.state_dict() for run in (plain, tuned)]
     moved = {name for name, x in states[0].items() if not torch.equal(x, states[1][name])}
     own = {"classifier.weight", "classifier.bias"}
     assert moved == (own if "classifier" in options else {"classifier.weight"})
-    first = [trained(runner, HCE, tasks=1, tune_epochs=n, **options) for n in (0, 3)]
+    first = [trained(runner, HFNet, tasks=1, tune_epochs=n, **options) for n in (0, 3)]
     states = [run.head.state_dict() for run in first]
     assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
 
@@ -142,6 +141,34 @@ def test_training_in_bfloat16_is_near_and_scores_are_float32(runner):
         HFNet(precision="float8")
 
 
-def test_blocks_that_look_at_the_classifier_are_not_tuned_behind_their_back():
-    with pytest.raises(ValueError, match="tune_epochs"):
-        Regularized(tune_epochs=1)
+def test_new_classes_start_where_their_clips_are_behind_blocks_that_look_at_them(runner):
+    """The blocks do not look at columns that mean nothing yet."""
+    run = runner(Regularized, proxies=1, first_epochs=0, strengths=[0.9] * 3)
+    task = run.task([4, 2])
+    run.head.learn(task)
+    classifier = run.head._model.classifier
+    columns = torch.tensor([[2, 4].index(label) for label in task.clips.labels.tolist()])
+    held, classifier.weight = classifier.weight, torch.nn.Parameter(classifier.weight[:0])
+    batch = {name: task.clips.whole(name) for name in run.head.reads}
+    vectors = normalize(run.head._model.vectors(run.head._vectors(batch)[1]), dim=1)
+    means = torch.stack([vectors[columns == c].mean(dim=0) for c in (0, 1)])
+    torch.testing.assert_close(normalize(held[:, 0], dim=1).detach(), normalize(means, dim=1))
+
+
+class Upended(Regularized):
+    def _tune(self, classifier, *rest):
+        with torch.no_grad():
+            classifier.weight.neg_()
+
+
+def test_means_are_those_of_blocks_that_look_at_the_tuned_classifier(runner):
+    found = []
+    for build in (Upended, Regularized):
+        run = trained(runner, build, budget=2, epochs=2, first_epochs=2, **FLAT)
+        kept = [run.seen[row][0] for row in run.head.exemplars.tolist()]
+        batch = run.batch(torch.stack(kept))
+        vectors = normalize(run.head._model.vectors(run.head._vectors(batch)[1]).double(), dim=1)
+        means = torch.stack([vectors[n : n + 2].mean(dim=0) for n in range(0, 8, 2)])
+        found.append(run.head.state_dict()["exemplars.means"])
+        torch.testing.assert_close(found[-1], means, rtol=1e-5, atol=1e-6)
+    assert (found[0] - found[1]).abs().max() > 1e-3

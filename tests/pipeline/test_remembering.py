@@ -5,12 +5,12 @@ import shutil
 import pytest
 
 from heads.hce import HCE
-from pipeline import BuildSpec, FeatureTensors, experiment, offering, run
+from pipeline import BuildSpec, FeatureTensors, Runtime, build, experiment, offering, run
 from stores import FeatureStore, SpecMismatch
 
 NAME = "resnet18:random-0"
 CLASSES = ("grow", "shrink", "fade in", "fade out")
-QUICK = {"first_epochs": 2, "epochs": 2, "last_stride": 1}
+QUICK = {"blocks": 1, "first_epochs": 2, "epochs": 2, "last_stride": 1}
 
 
 @pytest.fixture
@@ -36,20 +36,22 @@ def test_old_maps_are_computed_once_a_task_and_read_in_every_epoch(store, tmp_pa
         assert set(old) == {"old layer4.1", "old vector"}
         assert all(isinstance(cells, FeatureTensors) for cells in old.values())
     for calls in done.cost["stages_recomputed"]:
-        assert set(calls) <= {"layer4.1", "pool", "fc"}
+        assert set(calls) <= {"layer4.1", "pool"}
     changed = [f for f in FeatureStore.open(store.path).features() if f.spec.get("grafts")]
-    assert {f.name for f in changed} == {"layer4.1", "fc"}
+    assert {f.name for f in changed} == {"layer4.1", "pool"}
     freed = FeatureStore.open(store.path).gc()
     assert len(freed.freed) == len(changed)
     assert done.nme is not None
+    told = done.metrics["told"]
+    assert [set(one) for one in told] == [set(), *[{"effective channels, layer4.1"}] * 2]
+    assert all(0 < share <= 1 for one in told for share in one.values())
 
 
 def test_what_a_run_remembers_is_no_feature_for_another(store, tmp_path):
-    """resnet18 ends with fc, which the store has of changed networks alone."""
     options = QUICK | {"parts": "kd", "first_epochs": 0, "epochs": 0}
     run(store, "hce", "2+1x2", options=options, out=tmp_path)
     again = FeatureStore.open(store.path)
-    assert "fc" in {name for _, name, _ in again.columns()}
+    assert "pool" in {f.name for f in again.features() if f.spec.get("grafts")}
     before = {
         name: one.fingerprint for name, one in offering.features_of(store, NAME, ["vector"]).items()
     }
@@ -57,6 +59,19 @@ def test_what_a_run_remembers_is_no_feature_for_another(store, tmp_path):
     assert done.spec["features"] == before
     with pytest.raises(SpecMismatch, match="no fc of"):
         run(again, "nearest_mean", "2+1x2", options={"feature": "fc"}, out=tmp_path)
+
+
+def test_old_maps_are_of_the_frames_that_the_head_reads(store, tmp_path):
+    """Whatever was built into the store since."""
+    alone = run(store, "hce", "2+1x2", options=QUICK, out=tmp_path / "a")
+    dataset = store.attributes["dataset"]
+    other = BuildSpec(("ViT-S-32:random-0",), ("proj",), 3, "dense", stride=1, dtype="bfloat16")
+    build(dataset, store.path, other, runtime=Runtime(serial=True))
+    found = run(store.path, "hce", "2+1x2", options=QUICK, backbone=NAME, out=tmp_path / "b")
+    assert found.matrix.to_json() == alone.matrix.to_json()
+    assert found.cost["stages_recomputed"] != alone.cost["stages_recomputed"]  # they were there
+    changed = [f for f in FeatureStore.open(store.path).features() if f.spec.get("grafts")]
+    assert {f.spec["frames"]["sampling"] for f in changed} == {"tsn"}
 
 
 def test_a_store_of_another_precision_is_refused_before_anything_is_learned(
