@@ -28,6 +28,7 @@ from pipeline.decoders._pool import require
 from pipeline.disk import check_disk, explained
 from pipeline.facts import settle, take_facts, take_known_facts
 from pipeline.layouts import Listing
+from pipeline.measuring import slower
 from pipeline.planning import Plan, make_plan
 from pipeline.probe import Estimate, probe
 from pipeline.progress import Watch
@@ -259,6 +260,9 @@ def prepare(
     left = staging.all_facts(store)
     take_facts(found.table, (f for f in left if not (runtime.retry and "reason" in f)))
     plan = make_plan(store, opened, found.table, found.rows, base, asked, chosen)
+    here = device_of(runtime) == "cpu" and not runtime.scheduler
+    if plan.blocks and here and (warning := slower(spec.precision)):
+        watch.said(warning)
     return Prepared(listing, found, chosen, plan)
 
 

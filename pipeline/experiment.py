@@ -32,7 +32,7 @@ from torch import Tensor
 from heads import Rehearses, Remembers, Task, Tells
 from heads.parts.clips import Batch, Clips
 from pipeline import checkpoints, methods, remembering
-from pipeline.measuring import memory_peak, multiply_adds
+from pipeline.measuring import memory_peak, multiply_adds, slower
 from pipeline.metrics import Matrix
 from pipeline.preparing import Prepared, learning_of, prepare
 from pipeline.progress import Watch
@@ -217,6 +217,9 @@ def _carry_out(plan: Prepared, folder: Path, watch: Watch, teacher: Run | None) 
     if last >= 0:
         head.load_state_dict(state)
         watch.said(f"going on after task {last + 1} of {len(plan.tasks)}")
+    precision = plan.spec["options"].get("precision", "float32")
+    if plan.device == "cpu" and (warning := slower(precision)):
+        watch.said(warning)
     plan.seen = [plan.clips(rows) for rows in plan.division.test[: last + 1]]
     for number in range(last + 1, len(plan.tasks)):
         with memory_peak() as peak:

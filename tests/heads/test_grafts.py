@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from heads.grafts.adapter import Adapter
 from heads.grafts.class_regularization import ClassRegularization
@@ -467,3 +468,11 @@ def test_a_class_regularization_that_cannot_work_is_refused():
     for shape in ((2, 5, 3, 3), (2, 9, 5), (2, 4)):
         with pytest.raises(ValueError, match="class regularization of 4 channels"):
             graft(torch.zeros(shape))
+
+
+def test_a_block_that_is_made_apart_from_its_classifier_looks_at_it():
+    """A network is built on the CPU, when the classifier that it is to look at may be on a GPU."""
+    with FakeTensorMode():
+        classifier = nn.Linear(6, 3, device="cuda")
+        graft = ClassRegularization(nn.Conv2d(4, 4, 1), classifier, 4, 2, 0.1)
+        assert graft(torch.zeros(2, 4, 3, 3)).device.type == "cpu"
