@@ -58,6 +58,7 @@ def run(
     scenario = _learn(FeatureStore.open(store), out / "runs", watch)
     options = [f"--backbone {name}" for name in names] + [f"--keep {feature}" for feature in keep]
     asked = "".join(f" \\\n      {option}" for option in options)
+    maps = out / "maps.zarr"
     print(
         f"""
 next:
@@ -68,6 +69,11 @@ next:
       (again: nothing is decoded, nothing computed)
   strata run {store} --head stpr --backbone {names[0].partition(":")[0]} --scenario {scenario} \\
       --set position=learned
+  strata build {videos} --store {maps} --frames 4 --backbone {RANDOM[1]} \\
+      --keep layer3.1 --keep pool
+  strata run {maps} --head hf_net --scenario {scenario} \\
+      --set first_epochs=15 --set epochs=8
+      (trains the last two blocks of a network)
   strata plan YOUR_VIDEOS --store yours.zarr --backbone ViT-B-16:openai --keep proj"""
     )
 
