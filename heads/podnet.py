@@ -13,8 +13,7 @@ mean of their clips (imprinting), and old ones are held until the tuning.
 Ours, on video: the network trains from a cached feature on, so `blocks` says how many of its last
 blocks; outputs are pooled frame by frame; f(x) is the encoder of the last vectors of T frames. The
 shared recipe of `heads.linear` without decay of proxies; eta starts from 20, and proxies are
-imprinted in the first task too (see `heads.lucir`); the tuning, 20 epochs at 0.05 in the paper
-beside a rate of 0.1, keeps half the rate; 5 exemplars a class (TCD's).
+imprinted in the first task too (see `heads.lucir`); 5 exemplars a class (TCD's).
 
 Shapes: B clips, T frames, L tokens, C classes, W width of a clip's vector.
 """

@@ -69,6 +69,26 @@ class Sweep:
                 "`backbone`, `splits`, [grid] and [options.HEAD]"
             ) from error
 
+    def with_options(self, options: Mapping[str, Any]) -> "Sweep":
+        """With options in the place of its own, by "head.option", or "option" of all that have it.
+
+        Raises:
+            ValueError: No head has one, or it is in the grid.
+        """
+        known = {one.name: inspect_options(one.build) for one in map(method_of, self.heads)}
+        merged = {head: dict(self.options.get(head, {})) for head in known}
+        for name, value in options.items():
+            head, _, option = name.rpartition(".")
+            having = [one for one in known if option in known[one] and head in ("", one)]
+            if not having or {name, option} & set(self.grid):
+                raise ValueError(
+                    f"--set {name}: "
+                    + (f"none of {', '.join(known)} has it" if not having else "the grid has it")
+                )
+            for one in having:
+                merged[one][option] = value
+        return replace(self, options=merged)
+
     def seed_list(self) -> list[int]:
         if isinstance(self.seeds, int):
             if not 1 <= self.seeds <= len(SEEDS):

@@ -93,7 +93,7 @@ def carry_out(
         totals = {"decode": (to_decode, "clips")} if to_decode else {}
         totals["forward"] = (sum(len(block.clips) for block in plan.blocks), "clips")
         totals["write"] = (sum(column.missing for column in plan.all_columns), "cells")
-        with watch.bars(**totals):
+        with watch.bars(None, **totals):
             write()
             for answer in execute(job, list(plan.blocks), runtime, events, networks):
                 facts = _take_report(answer, assemblers, job)

@@ -60,7 +60,8 @@ RandomCrop = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="On disk: float16, float32 or bfloat16.")]
 Precision = Annotated[
-    str, typer.Option(help="Of the networks: float32, bfloat16 (about 4 x faster) or float16.")
+    str,
+    typer.Option(help="Of the networks: float32, bfloat16 (4 x faster on some CPUs), float16."),
 ]
 DecoderOption = Annotated[str, typer.Option(help="auto (PyAV), pyav, decord or torchcodec.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]

@@ -59,6 +59,15 @@ def ablate(
     store: StoreArgument,
     sweep: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="heads, scenario, [grid].")],
     scenario: Annotated[str, typer.Option(help="In the place of the sweep's.")] = "",
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="An option of all heads that have it; HEAD.KEY of one.",
+        ),
+    ] = None,
+    backbone: Backbone = "",
     out: Out = Path("runs"),
     device: Device = "cpu",
     workers: Annotated[int, typer.Option(help="Runs side by side; 0: one a core.")] = 0,
@@ -89,9 +98,10 @@ def ablate(
     if table is not None:
         results.writable(table)
     watch = Watch() if as_json else for_this_output()
+    asked = asked.with_options(settings(options or []))
     found = do(store, asked.heads, scenario or asked.scenario, asked.grid, asked.seeds,
-               options=asked.options, backbone=asked.backbone, splits=asked.splits, out=out,
-               device=device, watch=watch, keep_checkpoints=keep_checkpoints,
+               options=asked.options, backbone=backbone or asked.backbone, splits=asked.splits,
+               out=out, device=device, watch=watch, keep_checkpoints=keep_checkpoints,
                runtime=Runtime(workers=workers, scheduler=scheduler, serial=serial))  # fmt: skip
     if table is not None:
         results.write(found, table)

@@ -360,11 +360,12 @@ def _bytes_read(clips: Sequence[Clips]) -> int:
 @contextlib.contextmanager
 def _told(watch: Watch, name: str) -> Iterator[Callable[[int, int, float], None]]:
     """A bar over the epochs of a task, which is there from the first one on."""
+    began = time.monotonic()
     with contextlib.ExitStack() as stack:
 
         def progress(done: int, epochs: int, loss: float) -> None:
             if done == 1:
-                stack.enter_context(watch.bars(**{name: (epochs, "epochs")}))
+                stack.enter_context(watch.bars(began, **{name: (epochs, "epochs")}))
             watch.advance(name, 1)
 
         yield progress

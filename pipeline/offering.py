@@ -53,9 +53,8 @@ def meaning(name: str, backbone: Backbone) -> str:
         first = backbone.stage_names.index(next(iter(blocks.values()))[0])
         if number > len(blocks) + (not step):
             raise ValueError(
-                f"{name}: {backbone.name} has {len(blocks)} blocks, and before them "
-                f"{backbone.stage_names[first - 1]}, blocks.-{len(blocks) + 1}; a head trains all "
-                f"of them with blocks={len(blocks)}"
+                f"{name}: {backbone.name} has {len(blocks)} blocks, so that a head trains at most "
+                f"blocks={len(blocks)}, all of them, and reads {backbone.stage_names[first - 1]}"
             )
         if number > len(blocks):
             stage = backbone.stage_names[first - 1]
@@ -80,7 +79,7 @@ def backbone_of(store: FeatureStore, asked: str) -> str:
     if not asked and len(found) > 1:
         found = sorted(set(found) - set(_listening(store))) or found
     if len(found) != 1:
-        what = f"backbone {asked!r} is {len(found)} of those" if asked else "name the backbone"
+        what = f"backbone {asked!r} is {len(found)} of those" if asked else "name one by --backbone"
         raise ValueError(f"{what} of {store.place}: {', '.join(held) or 'it has no feature'}")
     return found[0]
 

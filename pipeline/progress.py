@@ -20,8 +20,12 @@ class Watch:
         """One sentence about what is going on."""
 
     @contextmanager
-    def bars(self, **totals: tuple[int, str]) -> Iterator[None]:
-        """Show a bar for each name while the block runs: `bars(decode=(1494, "clips"))`."""
+    def bars(self, began: float | None = None, **totals: tuple[int, str]) -> Iterator[None]:
+        """Show a bar for each name while the block runs: `bars(decode=(1494, "clips"))`.
+
+        Args:
+            began: When the work did, by `time.monotonic`; by default now.
+        """
         yield
 
     def advance(self, name: str, count: int, frames: int = 0) -> None:
@@ -59,8 +63,9 @@ class Lines(Watch):
         print(line, file=self.out, flush=True)
 
     @contextmanager
-    def bars(self, **totals: tuple[int, str]) -> Iterator[None]:
-        self._bars = {name: _Bar(total, unit) for name, (total, unit) in totals.items()}
+    def bars(self, began: float | None = None, **totals: tuple[int, str]) -> Iterator[None]:
+        began = time.monotonic() if began is None else began
+        self._bars = {n: _Bar(total, unit, began=began) for n, (total, unit) in totals.items()}
         self._last = dict.fromkeys(totals, time.monotonic())
         yield
         self._bars = {}
@@ -94,7 +99,7 @@ class Bars(Watch):
         self._console.print(line, highlight=False, markup=False)
 
     @contextmanager
-    def bars(self, **totals: tuple[int, str]) -> Iterator[None]:
+    def bars(self, began: float | None = None, **totals: tuple[int, str]) -> Iterator[None]:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
@@ -104,10 +109,11 @@ class Bars(Watch):
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
         )
+        began = time.monotonic() if began is None else began
         with Progress(*columns, console=self._console) as progress:
             self._progress = progress
             for name, (total, unit) in totals.items():
-                self._bars[name] = _Bar(total, unit)
+                self._bars[name] = _Bar(total, unit, began=began)
                 self._tasks[name] = progress.add_task(name, total=total, unit=unit, rate="")
             try:
                 yield
