@@ -23,9 +23,12 @@ TILE = 1.15  # inches
 
 
 def tubes(
-    pictures_TSS3: np.ndarray, maps: Mapping[str, np.ndarray], label: str = "share of the highest"
+    pictures_TSS3: np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    label: str = "share of the highest",
+    from_lowest: bool = False,
 ) -> "Figure":
-    """Numbers from 0 up as heat over the frames: a row a stage or level, under the frames' own.
+    """Numbers as heat over the frames: a row a stage or level, under the frames' own.
 
     Each row is scaled by its own highest number; one of nothing but zeros says so.
 
@@ -33,15 +36,18 @@ def tubes(
         pictures_TSS3: uint8, of the clip.
         maps: [T, H, W] each, such as `looking.saliency` and `looking.agreement` give.
         label: Of the colour bar.
+        from_lowest: A row's colours begin at its lowest number in the place of 0: for numbers
+            that are all far from it.
 
     Raises:
         ValueError: There is no map, or one is of another number of frames.
     """
     figure, axes = _rows(pictures_TSS3, maps)
     for row, (name, map_THW) in zip(axes[1:], maps.items(), strict=True):
+        least = float(map_THW.min()) if from_lowest else 0.0
         most = float(map_THW.max())
         for tile, picture, map_HW in zip(row, pictures_TSS3, map_THW, strict=True):
-            image = _heat(tile, picture, map_HW / (most or 1), 0, 1, HEAT)
+            image = _heat(tile, picture, (map_HW - least) / (most - least or 1), 0, 1, HEAT)
         row[0].set_ylabel(name if most else f"{name}\n(all 0)", fontsize="small")
     figure.colorbar(image, ax=[*axes.flat], shrink=0.8).set_label(label, fontsize="small")
     return figure
@@ -145,6 +151,7 @@ def excitations(found: Mapping[str, Any], classes: Sequence[str], most: int = 64
         axes.set_title(f"{name}: {len(top)} of {x_KC.shape[1]} channels", fontsize="medium")
         if len(classes) <= NAMED_CLASSES:
             axes.set_yticks(range(len(classes)), classes, fontsize="small")
+        axes.set_xticks([])
     panels[-1].set_xlabel("channels, by how much they differ between classes")
     figure.colorbar(image, ax=[*panels], label="excitation", shrink=0.8)
     return figure

@@ -76,11 +76,14 @@ class HFGate(nn.Module):
     def gates(self, x: Tensor) -> Tensor:
         """G- of every place, [N, H, W] in (-1, 1): how much of the next frame is taken.
 
+        A clip's last frame has none after it: its gate moves nothing and is told as 0.
+
         Args:
             x: The stage's input, as for `forward`.
         """
         wide = self.inner(x).to(self.weight.dtype)
         taken, _ = self._gates(wide)
+        taken[self.frames - 1 :: self.frames] = 0
         if wide.ndim == 4:
             return taken[:, 0]
         side = math.isqrt(wide.shape[1] - self.prefix)

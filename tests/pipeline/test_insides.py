@@ -68,6 +68,15 @@ def test_correlations_of_a_place_are_drawn_over_the_old_frame():
     assert tiles[0, 1].images[1].get_clim() == tiles[1, 1].images[1].get_clim()
 
 
+def test_a_rows_colours_may_begin_at_its_lowest_number():
+    found = {"a": 5 + RNG.random((T, 2, 2)), "b": np.ones((T, 2, 2))}
+    figure = insides.tubes(PICTURES, found, from_lowest=True)
+    drawn = np.stack([axes.images[1].get_array() for axes in figure.axes[T : 2 * T]])
+    low, high = found["a"].min(), found["a"].max()
+    np.testing.assert_allclose(drawn, (found["a"] - low) / (high - low))
+    assert not figure.axes[2 * T].images[1].get_array().any()
+
+
 def test_channels_that_differ_most_between_classes_come_first():
     found = {"a": torch.from_numpy(RNG.random((2, 6))), "b": RNG.random((2, 3))}
     found["a"][:, 4] = torch.tensor([0.0, 1.0])
