@@ -40,6 +40,19 @@ def test_a_grid_is_every_combination_for_every_seed():
     }
 
 
+def test_options_of_the_command_line_take_the_place_of_the_sweeps():
+    heads, own = ("nearest_mean", "linear"), {"linear": {"lr": 0.5, "epochs": 3}}
+    sweep = Sweep(heads, "demo", {"nearest_mean.time": ["mean", "order"]}, options=own)
+    found = sweep.with_options({"lr": 0.1, "nearest_mean.unit": False})
+    assert found.options == {"nearest_mean": {"unit": False}, "linear": {"lr": 0.1, "epochs": 3}}
+    assert sweep.options == own
+    for given, said in (({"nosuch": 1}, "none of nearest_mean, linear has it"),
+                        ({"nearest_mean.time": "mean"}, "the grid has it"),
+                        ({"linear.unit": 1}, "none of")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            sweep.with_options(given)
+
+
 def test_an_option_of_one_head_is_not_given_to_another():
     heads = ("nearest_mean", "linear")
     sweep = Sweep(heads, "demo", {"nearest_mean.time": ["mean", "order"], "linear.lr": [0.1]},

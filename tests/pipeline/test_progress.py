@@ -3,6 +3,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -40,6 +41,15 @@ def test_a_log_tells_the_time_left():
     with lines.bars(forward=(1000, "clips")):
         lines.advance("forward", 1)
     assert out.getvalue().rstrip().endswith("left")
+
+
+def test_a_rate_is_of_the_time_since_the_work_began():
+    """A task's bar comes with its first epoch, when that is done already."""
+    out = io.StringIO()
+    lines = Lines(out)
+    with lines.bars(time.monotonic() - 10, task=(1, "epochs")):
+        lines.advance("task", 1)
+    assert out.getvalue().startswith("task: 1/1 epochs, 0.1 epochs/s")
 
 
 def test_the_silent_watch_takes_everything():
