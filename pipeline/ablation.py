@@ -80,7 +80,8 @@ class Sweep:
         for name, value in options.items():
             head, _, option = name.rpartition(".")
             having = [one for one in known if option in known[one] and head in ("", one)]
-            if not having or {name, option} & set(self.grid):
+            swept = {option, *(f"{one}.{option}" for one in having)} & set(self.grid)
+            if not having or swept:
                 raise ValueError(
                     f"--set {name}: "
                     + (f"none of {', '.join(known)} has it" if not having else "the grid has it")

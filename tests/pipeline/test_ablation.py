@@ -48,6 +48,7 @@ def test_options_of_the_command_line_take_the_place_of_the_sweeps():
     assert sweep.options == own
     for given, said in (({"nosuch": 1}, "none of nearest_mean, linear has it"),
                         ({"nearest_mean.time": "mean"}, "the grid has it"),
+                        ({"time": "mean"}, "the grid has it"),
                         ({"linear.unit": 1}, "none of")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             sweep.with_options(given)
