@@ -42,7 +42,8 @@ def check(mix: str, h: str, last_stride: int, frames: int | None) -> None:
     Raises:
         ValueError: No such choice.
     """
-    if mix not in MIXES or h not in BOUNDS or last_stride not in (1, 2) or frames == 0:
+    none = frames is not None and frames < 1
+    if mix not in MIXES or h not in BOUNDS or last_stride not in (1, 2) or none:
         raise ValueError(
             f"{mix=}, {h=}, {last_stride=}, {frames=}: choose mix from {', '.join(MIXES)}, h from "
             f"{', '.join(BOUNDS)}, last_stride 1 or 2, and frames 1 or more, or None for all"

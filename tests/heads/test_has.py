@@ -187,7 +187,7 @@ def test_ratios_stay_within_bounds():
 
 
 @pytest.mark.parametrize(
-    "options", [{"mix": "stack"}, {"h": "free"}, {"last_stride": 3}, {"frames": 0}]
+    "options", [{"mix": "stack"}, {"h": "free"}, {"last_stride": 3}, {"frames": 0}, {"frames": -1}]
 )
 def test_other_choices_are_refused(options):
     with pytest.raises(ValueError, match="choose mix"):

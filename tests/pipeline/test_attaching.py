@@ -40,6 +40,14 @@ def test_what_trains_is_float32_whatever_the_features_were_computed_in(network):
     assert 0 < off < 0.03
 
 
+def test_a_network_may_train_whole_from_what_goes_into_its_first_block(network):
+    assert network.find("blocks.-8") == "layer1.0"
+    assert network.find("blocks.-9") == "stem"
+    assert network.find("vector") == "pool"
+    with pytest.raises(ValueError, match="at most blocks=8"):
+        network.find("blocks.-10")
+
+
 def test_the_last_block_trains_in_a_run_and_nothing_before_it_is_computed(store, tmp_path):
     done = run(store, "podnet", "2+1x2", options=QUICK, out=tmp_path)
     for calls in done.cost["stages_recomputed"]:
