@@ -36,7 +36,7 @@ def write(store: Path, target: Path, *pieces: bytes | memoryview) -> None:
 
 
 def clear_temporary(store: Path) -> None:
-    """Remove what killed writers left. Only for the holder of the store's lock."""
+    """Remove what killed writers left. Only for the holder of the lock they would need."""
     shutil.rmtree(store / TEMPORARY, ignore_errors=True)
 
 

@@ -2,6 +2,8 @@
 
 `references/<digest of the folder's path>.json` is {"holder": path, "fingerprints": [...]}. A
 reference counts while its folder exists: to let a run's columns go, delete the run's folder.
+References have a lock and a `.tmp/` of their own: a run may hold columns while another process has
+the store's lock, whose holder empties the store's `.tmp/`.
 """
 
 import fcntl
@@ -82,7 +84,8 @@ def hold(store: Path, holder: str | Path, fingerprints: Iterable[str]) -> None:
         after = sorted(before | set(asked))
         if after != sorted(before):
             text = json.dumps({"holder": str(folder), "fingerprints": after}, indent=1)
-            atomic.write(store, file, text.encode())
+            atomic.clear_temporary(store / FOLDER)
+            atomic.write(store / FOLDER, file, text.encode())
 
 
 def release(store: Path, holder: str | Path) -> None:
@@ -95,10 +98,7 @@ def release(store: Path, holder: str | Path) -> None:
 
 @contextmanager
 def locked(store: Path) -> Iterator[None]:
-    """Keep the references as they are for the length of a `with` block. Waits for its turn.
-
-    A lock of its own: columns can be held while a build has the store's for hours.
-    """
+    """Keep the references as they are for the length of a `with` block. Waits for its turn."""
     folder = store / FOLDER
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)

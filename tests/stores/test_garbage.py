@@ -301,6 +301,21 @@ def test_whoever_wants_to_hold_waits_while_columns_are_removed(changed, run, mon
     assert ALONE in references.held(changed.path)[0].fingerprints
 
 
+def test_holding_goes_on_while_a_builder_empties_its_temporary_files(changed, run, monkeypatch):
+    real = os.fsync
+
+    def emptied(descriptor):
+        atomic.clear_temporary(changed.path)
+        real(descriptor)
+
+    killed = changed.path / "references" / atomic.TEMPORARY / "left by a kill"
+    atomic.write(changed.path / "references", killed, b"half")
+    monkeypatch.setattr("stores.atomic.os.fsync", emptied)
+    changed.hold(run, [ALONE])
+    assert ALONE in references.held(changed.path)[0].fingerprints
+    assert not killed.exists()
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing catches it on the way."""
 
