@@ -138,7 +138,7 @@ def passes(
             if stage.frames not in (0, spec.frames):
                 raise ValueError(
                     f"{backbone.name}: {stage.name} looks across clips of {stage.frames} frames, "
-                    f"and the clips have {spec.frames}"
+                    f"and the clips have {spec.frames}. Build with `--frames {stage.frames}`"
                 )
         for frame_set in spec.frame_sets(backbone.picture):
             keys = backbone.keys(frames_key(frame_set))
