@@ -16,15 +16,19 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from heads import Network
 from heads.grafts.class_regularization import ClassRegularization
 from heads.parts import models
 from heads.parts.classifiers import Classifier
-from heads.parts.tuned import Change, Tuned, grid
+from heads.parts.clips import Clips
+from heads.parts.trunk import Trunk
+from heads.parts.tuned import READ, Change, Tuned, grid
 
 STRENGTHS = (0.1, 0.2, 0.3, 0.4)
+STARTS = ("fitted", "drawn")
 
 
 class Regularized(Tuned):
@@ -35,19 +39,43 @@ class Regularized(Tuned):
         strengths: A, from the first stage of the network to its last; stages are where the maps
             change their size (a ResNet has four), or quarters of a transformer's blocks; of fewer
             stages the deeper ones. 0 is none.
+        start: Of the projections: `fitted` to the first task's clips, so that each stage predicts
+            what the classifier would, as nearly as its channels' means can tell; or `drawn`.
     """
 
     def __init__(
-        self, blocks: int = 2, strengths: Sequence[float] = STRENGTHS, **tuned: Any
+        self,
+        blocks: int = 2,
+        strengths: Sequence[float] = STRENGTHS,
+        start: str = "fitted",
+        **tuned: Any,
     ) -> None:
         super().__init__(blocks, **tuned)
-        self._strengths = [float(a) for a in strengths]
+        if start not in STARTS:
+            raise ValueError(f"no {start=}; choose from {', '.join(STARTS)}")
+        self._strengths, self._start = [float(a) for a in strengths], start
 
     def changed(self, network: Network, classifier: Classifier) -> Mapping[str, Change]:
         return {
             stage: partial(self._block, network, classifier, stage, strength)
             for stage, strength in self._ends(network).items()
         }
+
+    def begins(self, clips: Clips, trunk: Trunk, model: models.Model[Classifier]) -> None:
+        if self._start == "drawn":
+            return
+        blocks = _blocks(trunk)
+        means: dict[str, list[Tensor]] = {name: [] for name in blocks}
+        encoded = []
+        with torch.no_grad():
+            for places in torch.split(torch.arange(len(clips)), READ):
+                vectors, outputs = trunk(clips[places])
+                encoded.append(model.vectors(vectors))
+                for name, out in zip(trunk.trained, outputs, strict=True):
+                    if name in blocks:
+                        means[name].append(blocks[name].means(out.flatten(0, 1)))
+        for name, block in blocks.items():
+            block.align(torch.cat(means[name]), torch.cat(encoded))
 
     def excitations(self) -> dict[str, Tensor]:
         """m, how much each channel speaks for each class, at the end of each stage that trains.
@@ -61,9 +89,7 @@ class Regularized(Tuned):
         """
         models.learned(self._model)
         assert self._trunk is not None
-        blocks = [m for m in self._trunk.modules() if isinstance(m, ClassRegularization)]
-        names = self._ends(self._attached())
-        return {name: block.excitations() for name, block in zip(names, blocks, strict=True)}
+        return {name: block.excitations() for name, block in _blocks(self._trunk).items()}
 
     def _block(
         self,
@@ -98,6 +124,11 @@ class Regularized(Tuned):
         begin = network.stages.index(network.find(self.reads[0]))
         found = zip(ends, self._strengths[-len(ends) :], strict=True)
         return {name: a for name, a in found if network.stages.index(name) > begin}
+
+
+def _blocks(trunk: Trunk) -> dict[str, ClassRegularization]:
+    """By the stages that they stand behind."""
+    return {name: s for name, s in trunk.stages() if isinstance(s, ClassRegularization)}
 
 
 build = Regularized

@@ -14,10 +14,11 @@ at A = 0 and at A = 1; this reading is the identity at A = 0 and scales both up 
 text says. Of a classifier by cosines to P vectors a class, W_fc has a class's mean of unit vectors
 less that of all classes: what classes share moves no softmax, and would outweigh what tells them
 apart in m. The 1x1x1 convolution has no bias: one would add the same to every class. It starts
-normal, of variance 1 / C_fc. m = (w - min + e / 2) / (max - min + e) with e = 1e-6, so that a row
-which prefers no channel, such as one that has learned nothing, is the identity. On ViT tokens
-the mean is over the patches, and the factors hold for every token, the class token too, which is
-what later stages read.
+normal, of variance 1 / C_fc, or where `align` puts it: nothing teaches c*, for no gradient passes
+the argmax, and a random start leaves it at chance. m = (w - min + e / 2) / (max - min + e) with
+e = 1e-6, so that a row which prefers no channel, such as one that has learned nothing, is the
+identity. On ViT tokens the mean is over the patches, and the factors hold for every token, the
+class token too, which is what later stages read.
 
 Shapes: N = B * T frames, C channels, K classes, F = C_fc; L tokens with P prefix tokens first.
 """
@@ -31,6 +32,7 @@ from torch.nn.functional import normalize
 from heads.grafts._clips import by_clip, frames_of
 
 EPS = 1e-6
+RIDGE = 1e-3
 
 
 class ClassRegularization(nn.Module):
@@ -113,6 +115,42 @@ class ClassRegularization(nn.Module):
         return self._best(self.inner(x).to(rows_KC.dtype), rows_KC)
 
     @torch.no_grad()
+    def align(self, means_BC: Tensor, vectors_BF: Tensor) -> None:
+        """Start the projection where W_i . mean of a is W_fc . f(x), as nearly as can be.
+
+        The least squares between clips' means of activations and what the classifier takes of them,
+        by a ridge of `RIDGE` times the mean square of a channel; towards the identity, where both
+        have as many channels.
+
+        Args:
+            means_BC: As `means` gives them, of clips that were not scaled here.
+            vectors_BF: What the classifier takes of the same clips.
+        """
+        x_BC, y_BF = means_BC.double().cpu(), vectors_BF.double().cpu()
+        start_CF = torch.zeros(x_BC.shape[1], y_BF.shape[1], dtype=torch.float64)
+        if start_CF.shape[0] == start_CF.shape[1]:
+            start_CF = torch.eye(len(start_CF), dtype=torch.float64)
+        gram_CC = x_BC.T @ x_BC
+        gram_CC += RIDGE * gram_CC.diagonal().mean() * torch.eye(len(gram_CC), dtype=torch.float64)
+        step_CF = torch.linalg.solve(gram_CC, x_BC.T @ (y_BF - x_BC @ start_CF))
+        self.projection.copy_(start_CF + step_CF)
+
+    @torch.no_grad()
+    def means(self, out: Tensor) -> Tensor:
+        """What a class is predicted by, [B, C]: means over places and frames of outputs."""
+        if out.ndim == 4 and out.shape[1] == self.channels and not self.prefix:
+            pooled_NC = out.mean((2, 3))
+        elif out.ndim == 3 and out.shape[2] == self.channels and out.shape[1] > self.prefix:
+            pooled_NC = out[:, self.prefix :].mean(1)
+        else:
+            raise ValueError(
+                f"class regularization of {self.channels} channels and prefix={self.prefix} on "
+                f"{list(out.shape)}: it takes maps [N, channels, H, W] with prefix=0, or tokens "
+                "[N, L, channels], the prefix being the stage's"
+            )
+        return by_clip(pooled_NC, self.frames).mean(1)
+
+    @torch.no_grad()
     def excitations(self) -> Tensor:
         """m of every class, [K, C] in [0, 1]: how much each channel here speaks for it.
 
@@ -136,17 +174,7 @@ class ClassRegularization(nn.Module):
 
     @torch.no_grad()
     def _best(self, wide: Tensor, rows_KC: Tensor) -> Tensor:
-        if wide.ndim == 4 and wide.shape[1] == self.channels and not self.prefix:
-            pooled_NC = wide.mean((2, 3))
-        elif wide.ndim == 3 and wide.shape[2] == self.channels and wide.shape[1] > self.prefix:
-            pooled_NC = wide[:, self.prefix :].mean(1)
-        else:
-            raise ValueError(
-                f"class regularization of {self.channels} channels and prefix={self.prefix} on "
-                f"{list(wide.shape)}: it takes maps [N, channels, H, W] with prefix=0, or tokens "
-                "[N, L, channels], the prefix being the stage's"
-            )
-        pooled_BC = by_clip(pooled_NC, self.frames).mean(1)
+        pooled_BC = self.means(wide)
         # Not a matrix product: with so few rows, the bits of one were seen to follow a clip's place
         # in the batch, and no near tie may fall by that.
         scores_BK = (pooled_BC[:, None] * rows_KC).sum(2)

@@ -88,12 +88,16 @@ class Trunk(nn.Module):
             return hook
 
         with ExitStack() as stack:
-            stages: Any = self.suffix.stages
-            for name, stage in zip(self._names, stages, strict=False):
-                if name in self.trained:
-                    stack.callback(stage.register_forward_hook(keep(name)).remove)
+            for name, stage in self.stages():
+                stack.callback(stage.register_forward_hook(keep(name)).remove)
             vectors, _ = self(batch)
         return vectors, passed
+
+    def stages(self) -> list[tuple[str, nn.Module]]:
+        """Those that train, with their grafts, by name."""
+        modules: Any = self.suffix.stages
+        named = zip(self._names, modules, strict=False)
+        return [(name, module) for name, module in named if name in self.trained]
 
     def own(self) -> dict[str, nn.Parameter]:
         """What trains. A classifier that a graft looks at is trained by who has it."""

@@ -36,7 +36,7 @@ from heads.parts.trunk import VECTOR, Passed, Trunk
 
 Change = Callable[[nn.Module], nn.Module]
 CLASSIFIERS = ("lsc", "linear")
-READ = 40
+READ = 40  # clips at a time, where nothing is trained
 
 
 class More:
@@ -174,6 +174,9 @@ class Tuned:
         """Grafts by stage, each made around the stage's trained copy."""
         return {}
 
+    def begins(self, clips: Clips, trunk: Trunk, model: models.Model[Classifier]) -> None:
+        """Told of the first task's clips before anything is trained, or has a column."""
+
     def more(
         self,
         task: Task,
@@ -221,6 +224,8 @@ class Tuned:
         classifier = model.classifier
         clips = self._exemplars.rehearsal(task)
         columns_N = classifiers.columns(classes, clips.labels)
+        if not self.classes:
+            self.begins(clips, trunk, model)
         if isinstance(classifier, classifiers.Cosine):
             # Before there are new columns, which mean nothing yet, for a graft to look at.
             vectors_NW = _encoded(trunk, model, clips)

@@ -429,6 +429,27 @@ def test_of_vectors_by_cosines_what_the_classes_do_not_share_speaks():
     assert len(set(classes)) > 2
 
 
+@pytest.mark.parametrize("width", [5, 11])
+def test_an_aligned_projection_predicts_what_the_classifier_would(width):
+    """Against numpy's least squares, whose last rows are the ridge, towards the identity if any."""
+    classifier = nn.Module()
+    classifier.weight = nn.Parameter(torch.from_numpy(draw(7, width)))
+    graft = ClassRegularization(nn.Identity(), classifier, 5, 3, strength=0.4).double()
+    x = draw(40, 3, 5, 4, 2) + 1
+    means = x.mean(axis=(1, 3, 4))
+    vectors = means @ draw(5, width, seed=2) + 0.02 * draw(40, width, seed=3)
+    x = torch.from_numpy(x).flatten(0, 1)
+    close(graft.means(x), means)
+    graft.align(graft.means(x), torch.from_numpy(vectors))
+    ridge = 0.001 * (means**2).sum(axis=0).mean()
+    start = np.eye(5) if width == 5 else np.zeros((5, width))
+    design = np.concatenate([means, ridge**0.5 * np.eye(5)])
+    P, *_ = np.linalg.lstsq(design, np.concatenate([vectors, ridge**0.5 * start]))
+    close(graft.projection, P)
+    logits = vectors @ classifier.weight.detach().numpy().T
+    assert np.mean(graft.predict(x).numpy() == logits.argmax(axis=1)) > 0.9
+
+
 @pytest.mark.parametrize("shape", [(4, 11), (1, 3, 11)])
 def test_rows_that_prefer_no_channel_are_the_identity(shape):
     """Those of a linear classifier that has not learned, and what one class does not share."""

@@ -155,6 +155,28 @@ def test_new_classes_start_where_their_clips_are_behind_blocks_that_look_at_them
     torch.testing.assert_close(normalize(held[:, 0], dim=1).detach(), normalize(means, dim=1))
 
 
+def test_blocks_predict_the_classifiers_class_from_the_start(runner):
+    """Those whose projections are drawn do not; a later task leaves what was learned."""
+    agree = {}
+    for start in ("fitted", "drawn"):
+        run = runner(Regularized, start=start, first_epochs=0, epochs=0, strengths=[0.0] * 3)
+        task = run.task([4, 2, 7, 1])
+        run.head.learn(task)
+        batch = {name: task.clips.whole(name) for name in run.head.reads}
+        scores, passed = run.head.traced(batch)
+        found = [stage.module.predict(stage.taken) for stage in passed.values()
+                 if isinstance(stage.module, ClassRegularization)]  # fmt: skip
+        agree[start] = [(c == scores.argmax(dim=1)).float().mean().item() for c in found]
+        before = [m.projection.clone() for m in run.head._trunk.modules()
+                  if isinstance(m, ClassRegularization)]  # fmt: skip
+        run.learn([5, 6], seed=1)
+        after = [m.projection for m in run.head._trunk.modules()
+                 if isinstance(m, ClassRegularization)]  # fmt: skip
+        assert all(map(torch.equal, before, after))
+    assert min(agree["fitted"]) > max(agree["drawn"]) > 0
+    assert min(agree["fitted"]) > 0.9
+
+
 class Upended(Regularized):
     def _tune(self, classifier, *rest):
         with torch.no_grad():
