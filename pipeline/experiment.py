@@ -15,6 +15,7 @@ A killed run goes on from its last whole task to the same numbers, on a CPU to t
 """
 
 import contextlib
+import gc
 import json
 import time
 from collections import Counter
@@ -221,6 +222,7 @@ def _carry_out(plan: Prepared, folder: Path, watch: Watch, teacher: Run | None) 
     if plan.device == "cpu" and (warning := slower(precision)):
         watch.said(warning)
     plan.seen = [plan.clips(rows) for rows in plan.division.test[: last + 1]]
+    gc.collect()  # what earlier runs left in cycles is not this one's memory
     for number in range(last + 1, len(plan.tasks)):
         with memory_peak() as peak:
             rows_own, rows_kept = plan.division.train[number], np.zeros(0, np.int64)

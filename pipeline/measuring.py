@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import gc
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -64,7 +63,6 @@ def memory_peak() -> Iterator[Callable[[], int]]:
 
     Where the kernel does not let the mark be reset, since the process began.
     """
-    gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         # What earlier runs have freed goes back, or it would be counted here: glibc keeps it.
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,5 +1,6 @@
 """What tests of several rooms share: a small store that no network was needed for."""
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,16 @@ def vectors_in_a_store(
         }
     )  # fmt: skip
     return FeatureStore.open(opened.path)
+
+
+def pytest_collection_finish():
+    """What all tests share is there by now, and is looked through by no later collection."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
