@@ -16,6 +16,7 @@ from stores import Feature, FeatureStore
 
 RANDOM = ("ViT-S-32:random-0", "resnet18:random-0")
 LISTENS = "mel_resnet18:random-0"
+HEARS = {"width": 128, "ffn": 256, "batch_size": 32, "position": "learned"}
 RANDOM_KEEP = ("blocks.2.mlp:grid7", "proj", "layer2.1:grid7", "pool")
 
 
@@ -55,7 +56,13 @@ def run(
     keep = () if backbones else RANDOM_KEEP
     report = build(videos, store, BuildSpec(names, keep, precision=precision), watch=watch)
     print(f"\n{report_summary(report)}\n")
-    scenario = _learn(FeatureStore.open(store), out / "runs", watch)
+    learned = _learn(FeatureStore.open(store), out / "runs", watch)
+    scenario, own = learned.spec["scenario"], ["position=learned"]
+    head, sees = "stpr", names[0].partition(":")[0]
+    if learned.spec["head"] == "had":
+        head, sees = "had", learned.spec["backbone"]
+        own = ["parts=low+high", *(f"{name}={value}" for name, value in HEARS.items())]
+    more = "".join(f" \\\n      --set {one}" for one in own)
     options = [f"--backbone {name}" for name in names] + [f"--keep {feature}" for feature in keep]
     asked = "".join(f" \\\n      {option}" for option in options)
     maps = out / "maps.zarr"
@@ -67,8 +74,7 @@ next:
   strata verify {store}
   strata build {videos} --store {store}{asked}
       (again: nothing is decoded, nothing computed)
-  strata run {store} --head stpr --backbone {names[0].partition(":")[0]} --scenario {scenario} \\
-      --set position=learned
+  strata run {store} --head {head} --backbone {sees} --scenario {scenario}{more}
   strata build {videos} --store {maps} --frames 4 --backbone {RANDOM[1]} \\
       --keep layer3.1 --keep pool
   strata run {maps} --head hf_net --scenario {scenario} \\
@@ -78,8 +84,8 @@ next:
     )
 
 
-def _learn(store: FeatureStore, runs: Path, watch: Watch) -> str:
-    """Learn with what is quick, print how well, and return the scenario."""
+def _learn(store: FeatureStore, runs: Path, watch: Watch) -> Run:
+    """Learn with what is quick, print how well, and return what is best, or HAD where it hears."""
     classes = store.attributes["classes"]
     heard = sorted(set(classes) & set(HEARD))
     head, scenario = "nearest_mean", "4+4x3" if heard else "demo"
@@ -111,11 +117,11 @@ def _learn(store: FeatureStore, runs: Path, watch: Watch) -> str:
     print("Most classes are motions: an average over frames cannot tell one from its reverse.")
     assert best is not None
     if heard:
-        print(f"Told by their sound alone: {'; '.join(heard)}.\nHAD, on both networks:")
-        options = {"width": 128, "ffn": 256, "batch_size": 32, "position": "learned"}
         sees = best.spec["backbone"]
+        listens = next(f.backbone for f in store.features() if f.backbone.startswith(PREFIX))
+        print(f"Told by their sound alone: {'; '.join(heard)}.\nHAD, on {sees} and {listens}:")
         best = experiment.run(
-            store, "had", scenario, options=options, backbone=sees, out=runs, watch=watch
+            store, "had", scenario, options=HEARS, backbone=sees, out=runs, watch=watch
         )
     print(f"\n{run_summary(best)}")
-    return scenario
+    return best
