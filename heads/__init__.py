@@ -114,7 +114,8 @@ class Rehearses(Protocol):
     """A head that keeps clips of earlier tasks: their rows in the table of clips.
 
     Attributes:
-        exemplars: int64 [M]. The next task's `memory` has exactly these.
+        exemplars: int64 [M]. The next task's `memory` has exactly these. Where there are none
+            after a task, there is no NME.
     """
 
     @property

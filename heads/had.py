@@ -77,7 +77,8 @@ class HAD:
         logical, correlative: Weights of the two kinds of distillation.
         within: Cosines of snippets are taken within a clip alone.
         width, heads, ffn, position: Of the attention; see `parts/hybrid.py`.
-        budget, shared, choice: Of the exemplars; see `heads.parts.exemplars`.
+        budget, shared, choice: Of the exemplars; see `heads.parts.exemplars`. With 0 of them, and
+            without parts, it is fine-tuning, and there is no NME.
         first_epochs: Of the first task; `epochs` of every other.
     """
 
@@ -140,7 +141,12 @@ class HAD:
         for count in self._epochs:
             check(epochs=count, **self._recipe)
         self._model: Model | None = None
-        self._exemplars = Exemplars(budget, shared, choice)
+        self._exemplars = Exemplars(budget, shared, choice, least=0)
+        if budget == 0 and self.parts & set(HAM):
+            raise ValueError(
+                f"budget=0, {parts=}: exemplars are what low and high augment; give parts without "
+                "them"
+            )
         self._means_CW = self._deviations_CW = torch.zeros(0, width)
 
     @property

@@ -52,7 +52,7 @@ class HCE(Tuned):
         blocks: How many of the network's last blocks train.
         parts: What CE is joined by, "+" between them: `kd`, `hc` (L_hc), and `crm` or `number`, the
             logarithms of class counts as R. None for "kd+hc+crm", without crm where there is no
-            HAS.
+            HAS or no exemplar.
         importance: H by `has`; `multi`, every channel of every block alike; `single`, those of the
             last block alone.
         weight: Of L_hc; 1000 in the paper, on a scale of its own.
@@ -85,7 +85,8 @@ class HCE(Tuned):
     ) -> None:
         super().__init__(blocks, **tuned)
         if parts is None:
-            parts = "kd+hc+crm" if importance == "has" else "kd+hc"
+            has_crm = importance == "has" and self._exemplars.budget != 0
+            parts = "kd+hc+crm" if has_crm else "kd+hc"
         self.parts = set(parts.split("+")) if parts else set()
         if importance not in IMPORTANCES or not self.parts <= set(PARTS):
             raise ValueError(
@@ -96,6 +97,10 @@ class HCE(Tuned):
         if "crm" in self.parts and (importance != "has" or alone):
             raise ValueError(
                 f"{parts=}, {importance=}: crm is made of what HAS says, in the place of number"
+            )
+        if "crm" in self.parts and self._exemplars.budget == 0:
+            raise ValueError(
+                f"budget=0, {parts=}: crm compares exemplars with new clips; give parts without it"
             )
         if crm not in CRMS or levels < 1 or not has_lr >= 0:
             raise ValueError(

@@ -246,7 +246,7 @@ def _carry_out(plan: Prepared, folder: Path, watch: Watch, teacher: Run | None) 
             learned = time.perf_counter()
             plan.seen.append(plan.clips(plan.division.test[number]))
             answers = {CNN: head.scores}
-            if isinstance(head, Rehearses):
+            if isinstance(head, Rehearses) and len(head.exemplars):
                 answers[NME] = head.nearest
             for classifier, answer in answers.items():
                 row, frame = _answers(plan, answer, number, classifier)

@@ -56,23 +56,31 @@ class Exemplars:
     """What a rehearsal head remembers: rows and labels of clips, and its classes' means.
 
     Args:
-        budget: Clips to keep of each class; None keeps all.
+        budget: Clips to keep of each class; None keeps all, and 0 none, for heads that can do
+            without (`least`): no NME then.
         shared: The budget is that of all classes together, evenly split; what is left over by the
             division is not used.
         choice: `herding`, or `random`, a draw without replacement.
+        least: Which budget is the least.
 
     Attributes:
         rows: int64 [M], class by class, in the order in which they were chosen.
         labels: int64 [M].
     """
 
-    def __init__(self, budget: int | None, shared: bool = False, choice: str = "herding") -> None:
-        if (budget is not None and budget < 1) or choice not in CHOICES:
+    def __init__(
+        self,
+        budget: int | None,
+        shared: bool = False,
+        choice: str = "herding",
+        least: int = 1,
+    ) -> None:
+        if (budget is not None and budget < least) or choice not in CHOICES:
             raise ValueError(
-                f"{budget=} exemplars by {choice=}: give at least 1, and one of "
+                f"{budget=} exemplars by {choice=}: give at least {least}, and one of "
                 f"{', '.join(CHOICES)}"
             )
-        self.budget, self.shared, self.choice = budget, shared, choice
+        self.budget, self.shared, self.choice, self.least = budget, shared, choice, least
         self.rows = torch.zeros(0, dtype=torch.int64)
         self.labels = torch.zeros(0, dtype=torch.int64)
         self._means_CW = torch.zeros(0, 0, dtype=torch.float64)
@@ -83,7 +91,7 @@ class Exemplars:
         Raises:
             ValueError: Less than one.
         """
-        if self.budget is None or not self.shared:
+        if not self.budget or not self.shared:
             return self.budget
         if self.budget < classes:
             raise ValueError(
@@ -144,7 +152,7 @@ class Exemplars:
             else:
                 order = herd(vectors_NW[torch.from_numpy(mine)], count).numpy()
             places.append(torch.from_numpy(mine[order[:count]]))
-        after = type(self)(self.budget, self.shared, self.choice)
+        after = type(self)(self.budget, self.shared, self.choice, self.least)
         kept = torch.cat(places)
         after.rows, after.labels = clips.rows[kept], clips.labels[kept]
         after.measure(vectors_NW[kept.to(vectors_NW.device)])
@@ -152,12 +160,20 @@ class Exemplars:
 
     def measure(self, vectors_MW: Tensor) -> None:
         """Take the classes' means of the exemplars' vectors, in the order of `rows`."""
+        if not len(self.rows):
+            return
         unit_MW = normalize(vectors_MW.double().cpu(), dim=1)
         labels = dict.fromkeys(self.labels.tolist())
         self._means_CW = torch.stack([unit_MW[self.labels == c].mean(dim=0) for c in labels])
 
     def nearest(self, vectors_BW: Tensor) -> Tensor:
-        """Float32 [B, C], cosines to the means. A vector of zeros has 0."""
+        """Float32 [B, C], cosines to the means. A vector of zeros has 0.
+
+        Raises:
+            ValueError: There are no exemplars.
+        """
+        if not len(self.rows):
+            raise ValueError(f"budget={self.budget}: no exemplars are kept that could be near")
         means_CW = normalize(self._means_CW, dim=1).to(vectors_BW.device)
         return (normalize(vectors_BW.double(), dim=1) @ means_CW.T).float()
 

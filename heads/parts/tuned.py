@@ -4,7 +4,8 @@
 
 f(x) is the encoder of the last vectors of T frames. A method is its grafts (`changed`) and what it
 adds to the loss (`more`); its CNN is the classifier, its NME that of the exemplars. With nothing
-added it is fine-tuning with rehearsal, what such a method is to be compared with.
+added it is fine-tuning with rehearsal, what such a method is to be compared with; with budget=0 too
+it is the fine-tuning of the papers' tables, which remembers nothing.
 
 As in TCD (Park et al., ICCV 2021), whose recipe HCE's is, the classifier is one of cosines to
 proxies, and tuned on the exemplars after each task: without, a handful of them is outvoted by the
@@ -76,7 +77,8 @@ class Tuned:
         blocks: How many of the network's last blocks train. What goes into them is read.
         classifier: `lsc`, cosines to `proxies` vectors of each class, or `linear`.
         encoder, expert: How T frames become one vector; see `heads.parts.encoders`.
-        budget, shared, choice: Of the exemplars; see `heads.parts.exemplars`.
+        budget, shared, choice: Of the exemplars; see `heads.parts.exemplars`. With 0 of them the
+            classifier is not tuned and there is no NME.
         batch_norm: `frozen` or `trained`, of its statistics.
         drop: Share of a clip's vector that is dropped in training.
         first_epochs: Of the first task; `epochs` of every other.
@@ -154,7 +156,7 @@ class Tuned:
         self._network: Network | None = None
         self._trunk: Trunk | None = None
         self._model: models.Model[Classifier] | None = None
-        self._exemplars = Exemplars(budget, shared, choice)
+        self._exemplars = Exemplars(budget, shared, choice, least=0)
 
     # What a method is
 
@@ -239,7 +241,7 @@ class Tuned:
 
         more = self.more(task, clips, trunk, model, rng)
         epochs = self._epochs[bool(self.classes)]
-        tune_epochs = self._tune_epochs if self.classes else 0
+        tune_epochs = self._tune_epochs if self.classes and self._exemplars.budget != 0 else 0
 
         def step(places: Tensor, batch: Batch) -> Tensor:
             with autocast(device.type, PRECISIONS[self._precision], self._precision != "float32"):

@@ -8,6 +8,8 @@ from heads import Task, options_of
 from heads.class_regularization import Regularized
 from heads.grafts.class_regularization import ClassRegularization
 from heads.grafts.hf_gate import HFGate
+from heads.had import HAD
+from heads.hce import HCE
 from heads.hf_net import HFNet
 from heads.parts.tuned import Tuned, grid
 from heads.podnet import PODNet
@@ -80,11 +82,31 @@ def test_a_grid_is_told_by_its_shape(shape, expected):
         (Tuned, {"classifier": "svm"}, "choose from lsc, linear"),
         (Tuned, {"proxies": 0}, "give a proxy at least"),
         (PODNet, {"classifier": "linear"}, "one of cosines"),
+        (HFNet, {"budget": -1}, "give at least 0"),
+        (HCE, {"budget": 0, "parts": "hc+crm"}, "crm compares exemplars with new clips"),
+        (HAD, {"budget": 0, "parts": "high"}, "exemplars are what low and high augment"),
     ],
 )
 def test_options_that_cannot_be_are_refused(build, options, said):
     with pytest.raises(ValueError, match=said):
         build(**options)
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [(Tuned, {}), (PODNet, {}), (HCE, {}), (HAD, {"parts": "", "width": 16, "heads": 2, "ffn": 8})],
+    ids=["tuned", "podnet", "hce", "had"],
+)
+def test_fine_tuning_remembers_nothing(runner, build, options):
+    run = trained(runner, build, budget=0, epochs=1, first_epochs=1, **options)
+    assert run.head.classes == [2, 4, 1, 7]
+    assert len(run.head.exemplars) == 0
+    batch = run.batch(run.tokens([4, 1], seed=9)[0])
+    with pytest.raises(ValueError, match="no exemplars are kept that could be near"):
+        run.head.nearest(batch)
+    other = trained(runner, build, tasks=0, budget=0, epochs=1, first_epochs=1, **options)
+    other.head.load_state_dict(run.head.state_dict())
+    assert torch.equal(other.head.scores(batch), run.head.scores(batch))
 
 
 def test_the_loss_is_cross_entropy_of_eta_times_the_cosines(runner):

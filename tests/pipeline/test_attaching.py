@@ -57,3 +57,11 @@ def test_the_last_block_trains_in_a_run_and_nothing_before_it_is_computed(store,
     assert done.nme is not None
     again = run(store, "podnet", "2+1x2", options=QUICK, out=tmp_path / "again")
     assert done.matrix.to_json() == again.matrix.to_json()
+
+
+def test_a_run_without_exemplars_has_no_nearest_means(store, tmp_path):
+    done = run(store, "hf_net", "2+1x2", options={**QUICK, "budget": 0}, out=tmp_path)
+    assert done.nme is None
+    assert done.metrics["nme"] is None
+    assert done.cost["exemplars"] == 0
+    assert set(done.predictions["classifier"]) == {"cnn"}
