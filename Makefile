@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/strata demo --out demo
 
 # Two test processes share the cores, so each is given one thread: on small tensors two that wait for
-# each other take twice the time. No bit depends on their number.
+# each other take twice the time.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist worksteal --durations=8
 

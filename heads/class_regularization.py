@@ -7,7 +7,8 @@ come task by task with exemplars: a new class enters the blocks as it enters the
 Tuning the classifier, by the vectors that there were before it, moves the blocks with it.
 
 It is no incremental method. Ours: rehearsal and CE with the recipe of `heads.linear`; only the last
-`blocks` train, from a cached feature on; A of a stage follows its depth in the network. Published
+`blocks` train, from a cached feature on; A of a stage follows its depth in the network; where the
+projections start. Published
 were all blocks, 170 epochs from scratch or 100 of fine-tuning; the rate is not given.
 """
 
@@ -24,7 +25,7 @@ from heads.grafts.class_regularization import ClassRegularization
 from heads.parts import models
 from heads.parts.classifiers import Classifier
 from heads.parts.clips import Clips
-from heads.parts.trunk import Trunk
+from heads.parts.trunk import VECTOR, Trunk
 from heads.parts.tuned import READ, Change, Tuned, grid
 
 STRENGTHS = (0.1, 0.2, 0.3, 0.4)
@@ -40,7 +41,8 @@ class Regularized(Tuned):
             change their size (a ResNet has four), or quarters of a transformer's blocks; of fewer
             stages the deeper ones. 0 is none.
         start: Of the projections: `fitted` to the first task's clips, so that each stage predicts
-            what the classifier would, as nearly as its channels' means can tell; or `drawn`.
+            what the classifier would, as nearly as its channels' means can tell; or `drawn`. Of
+            classes to come a stage before the network's last tells less than of the first task's.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class Regularized(Tuned):
         }
 
     def begins(self, clips: Clips, trunk: Trunk, model: models.Model[Classifier]) -> None:
-        if self._start == "drawn":
+        if self._start == "drawn" or not any(self._strengths):
             return
         blocks = _blocks(trunk)
         means: dict[str, list[Tensor]] = {name: [] for name in blocks}
@@ -75,7 +77,9 @@ class Regularized(Tuned):
                     if name in blocks:
                         means[name].append(blocks[name].means(out.flatten(0, 1)))
         for name, block in blocks.items():
-            block.align(torch.cat(means[name]), torch.cat(encoded))
+            width, vector = encoded[0].shape[1], self._attached().shape(VECTOR)[-1]
+            alike = block.channels == vector and width % vector == 0
+            block.align(torch.cat(means[name]), torch.cat(encoded), alike)
 
     def excitations(self) -> dict[str, Tensor]:
         """m, how much each channel speaks for each class, at the end of each stage that trains.

@@ -1,8 +1,8 @@
 """Atomic files: a reader sees the old bytes or the new ones, a power cut included.
 
-Every write goes to a temporary file under the store's `.tmp/`, is flushed to the disk, and takes
-its place by a rename; the folder's entry is flushed too. What a killed process leaves behind lies
-in `.tmp/` alone, and the next builder empties it.
+Every write goes to a temporary file under a `.tmp/`, is flushed to the disk, and takes its place by
+a rename; the folder's entry is flushed too. What a killed process leaves behind lies in `.tmp/`
+alone, and the next who has the same lock empties it: a store's own, or that of its references.
 """
 
 import os
@@ -36,7 +36,7 @@ def write(store: Path, target: Path, *pieces: bytes | memoryview) -> None:
 
 
 def clear_temporary(store: Path) -> None:
-    """Remove what killed writers left. Only for the holder of the lock they would need."""
+    """Remove what killed writers left. Only for the holder of the lock under which they wrote."""
     shutil.rmtree(store / TEMPORARY, ignore_errors=True)
 
 

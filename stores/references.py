@@ -100,7 +100,9 @@ def release(store: Path, holder: str | Path) -> None:
 def locked(store: Path) -> Iterator[None]:
     """Keep the references as they are for the length of a `with` block. Waits for its turn."""
     folder = store / FOLDER
-    folder.mkdir(exist_ok=True)
+    if not folder.is_dir():
+        folder.mkdir(exist_ok=True)
+        atomic.sync_folder(store)
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

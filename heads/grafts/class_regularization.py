@@ -115,23 +115,25 @@ class ClassRegularization(nn.Module):
         return self._best(self.inner(x).to(rows_KC.dtype), rows_KC)
 
     @torch.no_grad()
-    def align(self, means_BC: Tensor, vectors_BF: Tensor) -> None:
+    def align(self, means_BC: Tensor, vectors_BF: Tensor, alike: bool = False) -> None:
         """Start the projection where W_i . mean of a is W_fc . f(x), as nearly as can be.
 
         The least squares between clips' means of activations and what the classifier takes of them,
-        by a ridge of `RIDGE` times the mean square of a channel; towards the identity, where both
-        have as many channels.
+        by a ridge of `RIDGE` times a channel's sum of squares. What these clips do not span is left
+        at zero, and classes to come may lie there; where channels are `alike`, at the identity.
 
         Args:
             means_BC: As `means` gives them, of clips that were not scaled here.
             vectors_BF: What the classifier takes of the same clips.
+            alike: The vectors are of these very channels, frame after frame where F is T * C.
         """
         x_BC, y_BF = means_BC.double().cpu(), vectors_BF.double().cpu()
-        start_CF = torch.zeros(x_BC.shape[1], y_BF.shape[1], dtype=torch.float64)
-        if start_CF.shape[0] == start_CF.shape[1]:
-            start_CF = torch.eye(len(start_CF), dtype=torch.float64)
+        unit_CC = torch.eye(x_BC.shape[1], dtype=torch.float64)
+        start_CF = torch.zeros_like(self.projection, dtype=torch.float64, device="cpu")
+        if alike:
+            start_CF = unit_CC.repeat(1, y_BF.shape[1] // len(unit_CC))
         gram_CC = x_BC.T @ x_BC
-        gram_CC += RIDGE * gram_CC.diagonal().mean() * torch.eye(len(gram_CC), dtype=torch.float64)
+        gram_CC += (RIDGE * gram_CC.diagonal().mean()).clamp(min=EPS) * unit_CC
         step_CF = torch.linalg.solve(gram_CC, x_BC.T @ (y_BF - x_BC @ start_CF))
         self.projection.copy_(start_CF + step_CF)
 

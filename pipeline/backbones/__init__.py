@@ -293,7 +293,7 @@ class Backbone:
         if any(stage.code == GRAFT or stage.altered for stage in self.stages):
             return self._traced()
         parts = [
-            [stage.name, stage.identity(), type(stage.module).__qualname__,
+            [stage.name, stage.identity(), repr(stage.structure),
              [[name, list(x.shape)] for name, x in tensors_of(stage.module).items()]]
             for stage in self.stages
         ]  # fmt: skip

@@ -181,7 +181,7 @@ def test_blocks_predict_the_classifiers_class_from_the_start(runner):
     """Those whose projections are drawn do not; a later task leaves what was learned."""
     agree = {}
     for start in ("fitted", "drawn"):
-        run = runner(Regularized, start=start, first_epochs=0, epochs=0, strengths=[0.0] * 3)
+        run = runner(Regularized, start=start, first_epochs=0, epochs=0, strengths=[1e-6] * 3)
         task = run.task([4, 2, 7, 1])
         run.head.learn(task)
         batch = {name: task.clips.whole(name) for name in run.head.reads}

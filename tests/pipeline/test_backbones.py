@@ -559,6 +559,19 @@ def test_fingerprints_are_the_ones_that_stores_were_made_with():
     assert found == json.loads(GOLDEN.read_text())
 
 
+def test_shapes_are_the_networks_own_and_not_of_one_with_the_same_parameters():
+    found = {}
+    for pool in (None, torch.nn.Identity()):
+        network = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], 3)
+        network.maxpool = pool or network.maxpool
+        chain = resnet.stages(network, (0.5,) * 3, (0.5,) * 3, torch.float32)
+        backbone = Backbone("tiny:0", "tiny", chain, Picture(64, 64), torch.float32)
+        x = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+        found[pool] = tuple(backbone.run(x, ["stem"])["stem"].shape[1:])
+        assert backbone.shapes["stem"] == found[pool]
+    assert len(set(found.values())) == 2
+
+
 def test_a_digest_tells_names_types_and_shapes_apart():
     def module(**tensors):
         holder = torch.nn.Module()

@@ -301,6 +301,17 @@ def test_whoever_wants_to_hold_waits_while_columns_are_removed(changed, run, mon
     assert ALONE in references.held(changed.path)[0].fingerprints
 
 
+def test_the_first_reference_of_a_store_lasts_through_a_power_cut(plain, tmp_path, monkeypatch):
+    store, flushed = FeatureStore(tmp_path / "s.zarr", {}), []
+    shutil.copytree(plain, store.path)
+    shutil.rmtree(store.path / "references", ignore_errors=True)
+    (tmp_path / "run").mkdir()
+    real = atomic.sync_folder
+    monkeypatch.setattr(atomic, "sync_folder", lambda f: (flushed.append(f), real(f)))
+    store.hold(tmp_path / "run", [ALONE])
+    assert {store.path, store.path / "references"} <= set(flushed)
+
+
 def test_holding_goes_on_while_a_builder_empties_its_temporary_files(changed, run, monkeypatch):
     real = os.fsync
 
