@@ -7,9 +7,9 @@ come task by task with exemplars: a new class enters the blocks as it enters the
 Tuning the classifier, by the vectors that there were before it, moves the blocks with it.
 
 It is no incremental method. Ours: rehearsal and CE with the recipe of `heads.linear`; only the last
-`blocks` train, from a cached feature on; A of a stage follows its depth in the network; where the
-projections start. Published
-were all blocks, 170 epochs from scratch or 100 of fine-tuning; the rate is not given.
+`blocks` train, from a cached feature on; A of a stage follows its depth in the network;
+projections may start fitted. Published were all blocks, 170 epochs from scratch or 100 of
+fine-tuning; the rate is not given.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from heads.parts.trunk import VECTOR, Trunk
 from heads.parts.tuned import READ, Change, Tuned, grid
 
 STRENGTHS = (0.1, 0.2, 0.3, 0.4)
-STARTS = ("fitted", "drawn")
+STARTS = ("drawn", "fitted")
 
 
 class Regularized(Tuned):
@@ -40,16 +40,18 @@ class Regularized(Tuned):
         strengths: A, from the first stage of the network to its last; stages are where the maps
             change their size (a ResNet has four), or quarters of a transformer's blocks; of fewer
             stages the deeper ones. 0 is none.
-        start: Of the projections: `fitted` to the first task's clips, so that each stage predicts
-            what the classifier would, as nearly as its channels' means can tell; or `drawn`. Of
-            classes to come a stage before the network's last tells less than of the first task's.
+        start: Of the projections: `drawn` from a normal distribution, or `fitted` to the first
+            task's clips, so that each stage predicts what the classifier would, as nearly as its
+            channels' means can tell (of classes to come less than of the first task's). As drawn,
+            c* stays at chance and the blocks change little; fitted, less is forgotten and less
+            learned in a few epochs (REPRODUCIBILITY.md).
     """
 
     def __init__(
         self,
         blocks: int = 2,
         strengths: Sequence[float] = STRENGTHS,
-        start: str = "fitted",
+        start: str = "drawn",
         **tuned: Any,
     ) -> None:
         super().__init__(blocks, **tuned)
@@ -78,7 +80,7 @@ class Regularized(Tuned):
                         means[name].append(blocks[name].means(out.flatten(0, 1)))
         for name, block in blocks.items():
             width, vector = encoded[0].shape[1], self._attached().shape(VECTOR)[-1]
-            alike = block.channels == vector and width % vector == 0
+            alike = block.channels == vector == width
             block.align(torch.cat(means[name]), torch.cat(encoded), alike)
 
     def excitations(self) -> dict[str, Tensor]:

@@ -15,10 +15,10 @@ text says. Of a classifier by cosines to P vectors a class, W_fc has a class's m
 less that of all classes: what classes share moves no softmax, and would outweigh what tells them
 apart in m. The 1x1x1 convolution has no bias: one would add the same to every class. It starts
 normal, of variance 1 / C_fc, or where `align` puts it: nothing teaches c*, for no gradient passes
-the argmax, and a random start leaves it at chance. m = (w - min + e / 2) / (max - min + e) with
-e = 1e-6, so that a row which prefers no channel, such as one that has learned nothing, is the
-identity. On ViT tokens the mean is over the patches, and the factors hold for every token, the
-class token too, which is what later stages read.
+the argmax, and from a random start it was seen to stay at chance. m = (w - min + e / 2) /
+(max - min + e) with e = 1e-6, so that a row which prefers no channel, such as one that has learned
+nothing, is the identity. On ViT tokens the mean is over the patches, and the factors hold for every
+token, the class token too, which is what later stages read.
 
 Shapes: N = B * T frames, C channels, K classes, F = C_fc; L tokens with P prefix tokens first.
 """
@@ -125,13 +125,13 @@ class ClassRegularization(nn.Module):
         Args:
             means_BC: As `means` gives them, of clips that were not scaled here.
             vectors_BF: What the classifier takes of the same clips.
-            alike: The vectors are of these very channels, frame after frame where F is T * C.
+            alike: The vectors are of these very channels, F being C.
         """
         x_BC, y_BF = means_BC.double().cpu(), vectors_BF.double().cpu()
         unit_CC = torch.eye(x_BC.shape[1], dtype=torch.float64)
         start_CF = torch.zeros_like(self.projection, dtype=torch.float64, device="cpu")
         if alike:
-            start_CF = unit_CC.repeat(1, y_BF.shape[1] // len(unit_CC))
+            start_CF = unit_CC
         gram_CC = x_BC.T @ x_BC
         gram_CC += (RIDGE * gram_CC.diagonal().mean()).clamp(min=EPS) * unit_CC
         step_CF = torch.linalg.solve(gram_CC, x_BC.T @ (y_BF - x_BC @ start_CF))

@@ -429,7 +429,7 @@ def test_of_vectors_by_cosines_what_the_classes_do_not_share_speaks():
     assert len(set(classes)) > 2
 
 
-@pytest.mark.parametrize(("width", "alike"), [(5, True), (15, True), (5, False), (11, False)])
+@pytest.mark.parametrize(("width", "alike"), [(5, True), (5, False), (11, False)])
 def test_an_aligned_projection_predicts_what_the_classifier_would(width, alike):
     """Against numpy's least squares, whose last rows are the ridge, towards the identity if any."""
     classifier = nn.Module()
@@ -442,7 +442,7 @@ def test_an_aligned_projection_predicts_what_the_classifier_would(width, alike):
     close(graft.means(x), means)
     graft.align(graft.means(x), torch.from_numpy(vectors), alike)
     ridge = 0.001 * (means**2).sum(axis=0).mean()
-    start = np.tile(np.eye(5), (1, width // 5)) if alike else np.zeros((5, width))
+    start = np.eye(5) if alike else np.zeros((5, width))
     design = np.concatenate([means, ridge**0.5 * np.eye(5)])
     P, *_ = np.linalg.lstsq(design, np.concatenate([vectors, ridge**0.5 * start]))
     close(graft.projection, P)
@@ -451,9 +451,9 @@ def test_an_aligned_projection_predicts_what_the_classifier_would(width, alike):
 
 
 def test_clips_of_zeros_leave_an_aligned_projection_where_it_starts():
-    graft = ClassRegularization(nn.Identity(), linear(3, 10), 5, 2, strength=0.4)
-    graft.align(torch.zeros(4, 5), torch.zeros(4, 10), alike=True)
-    close(graft.projection, np.tile(np.eye(5), (1, 2)))
+    graft = ClassRegularization(nn.Identity(), linear(3, 5), 5, 2, strength=0.4)
+    graft.align(torch.zeros(4, 5), torch.zeros(4, 5), alike=True)
+    close(graft.projection, np.eye(5))
 
 
 @pytest.mark.parametrize("shape", [(4, 11), (1, 3, 11)])
