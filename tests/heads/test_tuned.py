@@ -83,6 +83,7 @@ def test_a_grid_is_told_by_its_shape(shape, expected):
         (Tuned, {"proxies": 0}, "give a proxy at least"),
         (PODNet, {"classifier": "linear"}, "one of cosines"),
         (HFNet, {"budget": -1}, "give at least 0"),
+        (Regularized, {"start": "random"}, "choose from drawn, fitted"),
         (HCE, {"budget": 0, "parts": "hc+crm"}, "crm compares exemplars with new clips"),
         (HAD, {"budget": 0, "parts": "high"}, "exemplars are what low and high augment"),
     ],
