@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 .PHONY: demo test slow check clean
 
 demo: $(STAMP)
-	$(BIN)/strata demo --out demo
+	$(BIN)/varve demo --out demo
 
 # Two test processes share the cores, so each is given one thread: on small tensors two that wait for
 # each other take twice the time.

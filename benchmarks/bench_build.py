@@ -4,7 +4,7 @@
 
 Four figures in one run, all over the same clips and T frames:
 
-  build          `strata build` with one worker: from the command to the closed store, and steady,
+  build          `varve build` with one worker: from the command to the closed store, and steady,
                  without start and end (from the first finished block to the last)
   plain loop     what an experiment does today: decord, open_clip's preprocessing, float32
                  `encode_image` a clip at a time; on a part of the clips
@@ -32,15 +32,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline import backbones, layouts
-from pipeline.building import build
-from pipeline.columns import new_execution
-from pipeline.progress import Watch
-from pipeline.spec import BuildSpec, Runtime
-from pipeline.synthetic import make_dataset
+from varve.pipeline import backbones
+from varve.pipeline.config import BuildSpec, Runtime
+from varve.pipeline.datasets import layouts
+from varve.pipeline.datasets.synthetic import make_dataset
+from varve.pipeline.extraction.build import build
+from varve.pipeline.extraction.passes import new_execution
+from varve.pipeline.progress import Progress
 
 
-class Clock(Watch):
+class Clock(Progress):
     """Notes when blocks leave the forward."""
 
     def __init__(self) -> None:
@@ -140,7 +141,7 @@ def main() -> int:
         spec = BuildSpec((name,), frames=options.frames, precision=options.precision, text=False)
         began = time.perf_counter()
         report = build(
-            root, Path(scratch) / "s.zarr", spec, runtime=Runtime(workers=1), watch=clock
+            root, Path(scratch) / "s.zarr", spec, runtime=Runtime(workers=1), progress=clock
         )
         seconds = time.perf_counter() - began
         after = forward_alone(name, options.precision, options.frames)

@@ -29,10 +29,10 @@ import av
 import numpy as np
 import pebble
 
-from pipeline.decoders import _index, pyav
-from pipeline.decoders._stream import Converter, Undecodable, decode, open_video
-from pipeline.sampling import indices
-from pipeline.spec import FrameSet
+from varve.pipeline.config import FrameSet
+from varve.pipeline.decoders import _index, pyav
+from varve.pipeline.decoders._stream import Converter, Undecodable, decode, open_video
+from varve.pipeline.decoders.sampling import indices
 
 SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".mpg", ".ts", ".flv"}
 DEADLINE_SECONDS = 20.0
@@ -52,7 +52,7 @@ def with_pyav(path: str, frames: int, index: _index.Index | None = None) -> Fram
 
 def with_decord_where_safe(path: str, frames: int) -> Frames:
     """The policy `--decoder decord`: decord for files the index finds safe, PyAV for others."""
-    from pipeline.decoders import decord
+    from varve.pipeline.decoders import decord
 
     index = _index.read(path)
     if index.hazard:
@@ -191,7 +191,7 @@ def main() -> int:
     folders = options.folders or [shared / n for n in ("ucf101_few", "asl20", "asl24")]
     with tempfile.TemporaryDirectory() as scratch:
         if not options.folders and not any(folder.is_dir() for folder in folders):
-            from pipeline import synthetic
+            from varve.pipeline.datasets import synthetic
 
             synthetic.make_dataset(Path(scratch) / "generated", clips_per_class=2, broken=False)
             folders = [Path(scratch) / "generated"]

@@ -38,13 +38,13 @@ import pandas as pd
 import tensorstore
 import zarr
 
-from stores import Feature, FeatureStore, clips
-from stores.columns import Column, ColumnSpec
+from varve.stores import Feature, FeatureStore, clips
+from varve.stores.columns import Column, ColumnSpec
 
 SHAPES = {"pooled": (8, 512), "token": (8, 197, 768), "map": (8, 256, 14, 14)}
 BATCHES = {"pooled": (32, 256), "token": (32,), "map": (32,)}
 BASELINE = "memmap, take into out"
-FAST = ("memmap", "strata")
+FAST = ("memmap", "varve")
 TURN_BYTES = 64 << 20
 
 Contender = Callable[[np.ndarray, np.ndarray], object]
@@ -116,14 +116,14 @@ def contenders(feature: Feature, plain: np.ndarray, small: bool) -> dict[str, Co
     found: dict[str, Contender] = {
         BASELINE: take,
         "memmap[rows]": lambda rows, out: plain[rows],
-        "strata, unverified": lambda rows, out: feature.read(rows, out, verify=False),
-        "strata": lambda rows, out: feature.read(rows, out),
+        "varve, unverified": lambda rows, out: feature.read(rows, out, verify=False),
+        "varve": lambda rows, out: feature.read(rows, out),
     }
     if small:
         files = FeatureStore.open(feature.path.parents[3]).feature(feature.backbone, feature.name)
         files.keep_bytes = 0
-        found["strata, not kept, unverified"] = lambda r, out: files.read(r, out, verify=False)
-        found["strata, not kept"] = lambda rows, out: files.read(rows, out)
+        found["varve, not kept, unverified"] = lambda r, out: files.read(r, out, verify=False)
+        found["varve, not kept"] = lambda rows, out: files.read(rows, out)
     return found | {
         "zarr, a slice a clip": slices,
         "zarr, asynchronous": gathered,

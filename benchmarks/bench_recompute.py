@@ -43,14 +43,15 @@ import torch
 from bench_build import dataset
 from torch import Tensor, nn
 
-from heads.grafts.adapter import Adapter
-from pipeline import BuildSpec, Runtime, backbones, build, update
-from pipeline.backbones import Backbone
-from pipeline.columns import new_execution
-from pipeline.decoders import Decoded, Request, Stretch
-from pipeline.decoders._child import decode
-from pipeline.spec import FrameSet
-from stores import Feature, FeatureStore
+from varve import BuildSpec, Runtime, build, update
+from varve.heads.grafts.adapter import Adapter
+from varve.pipeline import backbones
+from varve.pipeline.backbones import Backbone
+from varve.pipeline.config import FrameSet
+from varve.pipeline.decoders import Decoded, Request, Stretch
+from varve.pipeline.decoders._child import decode
+from varve.pipeline.extraction.passes import new_execution
+from varve.stores import Feature, FeatureStore
 
 VIT, RESNET = "ViT-B-16:random-0", "resnet50:random-0"
 LAYERS = (1, 2, 3, 6, 12)

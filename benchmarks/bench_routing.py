@@ -42,12 +42,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from heads import Task
-from heads.parts.anchor_pool import AnchorPool
-from heads.parts.clips import Clips
-from heads.parts.expert import Expert
-from heads.parts.shortlist import Shortlist
-from heads.stpr import StPR
+from varve.heads import Task
+from varve.heads.parts.anchor_pool import AnchorPool
+from varve.heads.parts.clips import Clips
+from varve.heads.parts.expert import Expert
+from varve.heads.parts.shortlist import Shortlist
+from varve.heads.stpr import StPR
 
 POOLS = (100, 1_000, 10_000, 100_000, 1_000_000)
 BATCHES = (1, 16, 256, 4096)

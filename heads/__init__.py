@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from heads.parts.clips import Batch, Clips
+from varve.heads.parts.clips import Batch, Clips
 
 
 def options_of(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -41,7 +41,8 @@ class Task:
         text: float32 [len(classes), W], the text features of `classes`, made unit; None where the
             network has no text tower.
         memory: The clips that `Rehearses.exemplars` asked for; None for other heads.
-        progress: Told of every finished epoch: how many are done, of how many, and the mean loss.
+        on_epoch_end: Told of every finished epoch: how many are done, of how many, and the mean
+        loss.
         key: Of the columns that the clips come from. What is kept to be compared with clips later,
             such as anchors, can say with it what it is of.
     """
@@ -50,7 +51,7 @@ class Task:
     number: int = 0
     text: Tensor | None = None
     memory: Clips | None = None
-    progress: Callable[[int, int, float], object] = lambda done, epochs, loss: None
+    on_epoch_end: Callable[[int, int, float], object] = lambda done, epochs, loss: None
     key: str = ""
 
     @property
@@ -110,7 +111,7 @@ class Head(Protocol):
 
 
 @runtime_checkable
-class Rehearses(Protocol):
+class ReplaysExemplars(Protocol):
     """A head that keeps clips of earlier tasks: their rows in the table of clips.
 
     Attributes:
@@ -126,7 +127,7 @@ class Rehearses(Protocol):
 
 
 @runtime_checkable
-class Answers(Protocol):
+class HasInferenceOptions(Protocol):
     """A head with options that decide its scores and nothing of what it learns.
 
     Attributes:
@@ -135,19 +136,19 @@ class Answers(Protocol):
     """
 
     @property
-    def answering(self) -> Sequence[str]: ...
+    def inference_options(self) -> Sequence[str]: ...
 
 
 @runtime_checkable
-class Tells(Protocol):
+class ReportsDiagnostics(Protocol):
     """A head with something to say of how it learned its last task.
 
     Attributes:
-        told: Figures by name. They are no part of its state.
+        diagnostics: Figures by name. They are no part of its state.
     """
 
     @property
-    def told(self) -> Mapping[str, float]: ...
+    def diagnostics(self) -> Mapping[str, float]: ...
 
 
 class Network(Protocol):
@@ -170,7 +171,7 @@ class Network(Protocol):
         """Of a feature, one frame's."""
 
     def module(self, stage: str) -> nn.Module:
-        """The frozen module itself, to put a graft around; see `heads.grafts`."""
+        """The frozen module itself, to put a graft around; see `varve.heads.grafts`."""
 
     def suffix(
         self,
@@ -194,23 +195,24 @@ class Network(Protocol):
 
 
 @runtime_checkable
-class Changes(Protocol):
+class FineTunesBackbone(Protocol):
     """A head that trains a part of the network.
 
     Attributes:
-        changes: Whether it does, with the options that it was built with. If not, there is no need
+        fine_tunes: Whether it does, with the options that it was built with. If not, there is no
+        need
             to attach it.
     """
 
     @property
-    def changes(self) -> bool: ...
+    def fine_tunes(self) -> bool: ...
 
     def attach(self, network: Network) -> None:
         """Told of the network before anything else is called."""
 
 
 @runtime_checkable
-class Remembers(Protocol):
+class UsesTeacher(Protocol):
     """A head that learns with what the network, as the task before left it, makes of the clips.
 
     From the second task on the clips of a task and of its memory have these outputs as features
@@ -222,7 +224,7 @@ class Remembers(Protocol):
     """
 
     @property
-    def remembers(self) -> Sequence[str]: ...
+    def teacher_stages(self) -> Sequence[str]: ...
 
     @property
     def suffix(self) -> nn.Module: ...

@@ -6,8 +6,8 @@ come task by task with exemplars: a new class enters the blocks as it enters the
 
 Tuning the classifier, by the vectors that there were before it, moves the blocks with it.
 
-It is no incremental method. Ours: rehearsal and CE with the recipe of `heads.linear`; only the last
-`blocks` train, from a cached feature on; A of a stage follows its depth in the network;
+It is no incremental method. Ours: rehearsal and CE with the recipe of `varve.heads.linear`; only
+the last `blocks` train, from a cached feature on; A of a stage follows its depth in the network;
 projections may start fitted. Published were all blocks, 170 epochs from scratch or 100 of
 fine-tuning; the rate is not given.
 """
@@ -20,20 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from heads import Network
-from heads.grafts.class_regularization import ClassRegularization
-from heads.parts import models
-from heads.parts.classifiers import Classifier
-from heads.parts.clips import Clips
-from heads.parts.trunk import VECTOR, Trunk
-from heads.parts.tuned import READ, Change, Tuned, grid
+from varve.heads import Network
+from varve.heads.grafts.class_regularization import ClassRegularization
+from varve.heads.parts import models
+from varve.heads.parts.classifiers import Classifier
+from varve.heads.parts.clips import Clips
+from varve.heads.parts.fine_tuned_head import READ, Change, FineTunedHead, grid
+from varve.heads.parts.trainable_suffix import VECTOR, TrainableSuffix
 
 STRENGTHS = (0.1, 0.2, 0.3, 0.4)
 STARTS = ("drawn", "fitted")
 
 
-class Regularized(Tuned):
-    """See the module, and `heads.parts.tuned` for the other options.
+class Regularized(FineTunedHead):
+    """See the module, and `varve.heads.parts.fine_tuned_head` for the other options.
 
     Args:
         blocks: How many of the network's last blocks train.
@@ -65,7 +65,7 @@ class Regularized(Tuned):
             for stage, strength in self._ends(network).items()
         }
 
-    def begins(self, clips: Clips, trunk: Trunk, model: models.Model[Classifier]) -> None:
+    def begins(self, clips: Clips, trunk: TrainableSuffix, model: models.Model[Classifier]) -> None:
         if self._start == "drawn" or not any(self._strengths):
             return
         blocks = _blocks(trunk)
@@ -132,7 +132,7 @@ class Regularized(Tuned):
         return {name: a for name, a in found if network.stages.index(name) > begin}
 
 
-def _blocks(trunk: Trunk) -> dict[str, ClassRegularization]:
+def _blocks(trunk: TrainableSuffix) -> dict[str, ClassRegularization]:
     """By the stages that they stand behind."""
     return {name: s for name, s in trunk.stages() if isinstance(s, ClassRegularization)}
 

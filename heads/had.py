@@ -34,13 +34,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from heads import Task
-from heads.parts.classifiers import Cosine, columns
-from heads.parts.clips import Batch, Clips, frames
-from heads.parts.distillation import relations, softened
-from heads.parts.exemplars import Exemplars
-from heads.parts.hybrid import Hybrid, Pair
-from heads.parts.training import check, fit
+from varve.heads import Task
+from varve.heads.parts.classifiers import Cosine, columns
+from varve.heads.parts.clips import Batch, Clips, frames
+from varve.heads.parts.distillation import relations, softened
+from varve.heads.parts.exemplars import Exemplars
+from varve.heads.parts.hybrid import Hybrid, Pair
+from varve.heads.parts.training import check, fit
 
 HAM = ("low", "high")
 HDM = ("video", "distribution", "snippet", "correlative")
@@ -77,7 +77,8 @@ class HAD:
         logical, correlative: Weights of the two kinds of distillation.
         within: Cosines of snippets are taken within a clip alone.
         width, heads, ffn, position: Of the attention; see `parts/hybrid.py`.
-        budget, shared, choice: Of the exemplars; see `heads.parts.exemplars`. With 0 of them, and
+        budget, shared, choice: Of the exemplars; see `varve.heads.parts.exemplars`. With 0 of
+        them, and
             without parts, it is fine-tuning, and there is no NME.
         first_epochs: Of the first task; `epochs` of every other.
     """
@@ -204,7 +205,7 @@ class HAD:
             clips,
             epochs=self._epochs[bool(known)],
             rng=rng,
-            progress=task.progress,
+            on_epoch_end=task.on_epoch_end,
             **self._recipe,
         )
         vectors_NW = self._vectors(model, clips)

@@ -11,7 +11,8 @@ From the second task on, e and e' being the maps of the trained blocks by the ne
 The old maps come with the clips, computed once a task and read in every epoch. HAS goes on from
 task to task; there is none in the first. CNN is the classifier, NME the nearest mean of exemplars.
 
-Ours, where HCE is silent: see the parts, and the form of L_kd; the recipe of `heads.linear` in the
+Ours, where HCE is silent: see the parts, and the form of L_kd; the recipe of `varve.heads.linear`
+in the
 place of SGD at 1e-3 for 50 epochs with x 0.1 after 20 and 30. `blocks` of the network train, from a
 cached feature on: what is frozen has a zero L_hc and is left out. As published the network is
 `tsm_resnet34` (UCF101) or `tsm_resnet50`; of a plain ResNet the blocks that train are shifted. The
@@ -30,23 +31,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from heads import Network, Task
-from heads.grafts.temporal_shift import TemporalShift
-from heads.parts import crm as crm_
-from heads.parts import models
-from heads.parts.classifiers import Classifier
-from heads.parts.clips import Batch, Clips
-from heads.parts.has import HAS, check, drift, effective
-from heads.parts.trunk import Trunk
-from heads.parts.tuned import Change, More, Tuned, grid
+from varve.heads import Network, Task
+from varve.heads.grafts.temporal_shift import TemporalShift
+from varve.heads.parts import crm as crm_
+from varve.heads.parts import models
+from varve.heads.parts.classifiers import Classifier
+from varve.heads.parts.clips import Batch, Clips
+from varve.heads.parts.fine_tuned_head import Change, FineTunedHead, TaskLoss, grid
+from varve.heads.parts.has import HAS, check, drift, effective
+from varve.heads.parts.trainable_suffix import TrainableSuffix
 
 IMPORTANCES = ("has", "multi", "single")
 PARTS = ("kd", "hc", "crm", "number")
 CRMS = ("epoch", "batch")
 
 
-class HCE(Tuned):
-    """See the module, and `heads.parts.tuned` for the other options.
+class HCE(FineTunedHead):
+    """See the module, and `varve.heads.parts.fine_tuned_head` for the other options.
 
     Args:
         blocks: How many of the network's last blocks train.
@@ -109,7 +110,7 @@ class HCE(Tuned):
             )
         check(mix, h, last_stride, frames)
         self.importance, self.weight, self.kd, self.crm = importance, weight, kd, crm
-        self.told: Mapping[str, float] = {}
+        self.diagnostics: Mapping[str, float] = {}
         self._levels = levels
         self._has_options: dict[str, Any] = {
             "mix": mix,
@@ -121,7 +122,7 @@ class HCE(Tuned):
         self._has: HAS | None = None
 
     @property
-    def remembers(self) -> Sequence[str]:
+    def teacher_stages(self) -> Sequence[str]:
         network = self._attached()
         stages = network.stages
         after = stages.index(network.find(self.reads[0])) + 1
@@ -152,27 +153,27 @@ class HCE(Tuned):
         self,
         task: Task,
         clips: Clips,
-        trunk: Trunk,
+        trunk: TrainableSuffix,
         model: models.Model[Classifier],
         rng: np.random.Generator,
-    ) -> More:
+    ) -> TaskLoss:
         if not self.classes:
-            return More()
-        lacking = [name for name in self.remembers if f"old {name}" not in clips.features]
+            return TaskLoss()
+        lacking = [name for name in self.teacher_stages if f"old {name}" not in clips.features]
         if lacking:
             raise ValueError(
                 f"clips without {', '.join(f'old {name!r}' for name in lacking)}: what the network "
                 "made of them before this task comes with them (heads.Remembers)"
             )
-        return Held(self, task, clips, trunk, self._begun_has(rng, trunk))
+        return FeatureDistillation(self, task, clips, trunk, self._begun_has(rng, trunk))
 
-    def _begun_has(self, rng: np.random.Generator, trunk: Trunk) -> HAS | None:
+    def _begun_has(self, rng: np.random.Generator, trunk: TrainableSuffix) -> HAS | None:
         """A copy to train, or one that has learned nothing."""
         if self.importance != "has" or "hc" not in self.parts:
             return None
         network = self._attached()
         shapes = {}
-        for name in self.remembers:
+        for name in self.teacher_stages:
             if name != "vector":
                 shapes[name] = _map_shape(network.shape(name))
         with torch.random.fork_rng(devices=[]):
@@ -204,12 +205,14 @@ class HCE(Tuned):
             self._has.load_state_dict(own)
 
 
-class Held(More):
+class FeatureDistillation(TaskLoss):
     """What holds a task's network to the old one."""
 
-    def __init__(self, head: HCE, task: Task, clips: Clips, trunk: Trunk, has: HAS | None) -> None:
+    def __init__(
+        self, head: HCE, task: Task, clips: Clips, trunk: TrainableSuffix, has: HAS | None
+    ) -> None:
         self._head, self._has, self._trained = head, has, trunk.trained
-        self._maps = [name for name in head.remembers if name != "vector"]
+        self._maps = [name for name in head.teacher_stages if name != "vector"]
         if head.importance == "single":
             self._maps = self._maps[-1:]
         self._old_N = torch.arange(len(clips)) >= len(task.clips)  # exemplars come after
@@ -276,7 +279,7 @@ class Held(More):
         self._effective = {name: [] for name in self._effective}
 
     def kept(self) -> None:
-        self._head.told = self._told
+        self._head.diagnostics = self._told
         if self._has is not None:
             self._head._has = self._has.eval()
 

@@ -5,8 +5,9 @@ gated block trains with the gates, the mean of the frames' vectors (TSN's consen
 has the mean of their logits: the classifier makes it unit) or a relation network (TRN) is the
 clip's, and classes come task by task with exemplars.
 
-HF-Net is no incremental method. Ours: rehearsal, CE and the classifier of `heads.parts.tuned`, the
-recipe of `heads.linear` in the place of SGD at 1e-3 for 60 epochs with x 0.1 after 25 and 40
+HF-Net is no incremental method. Ours: rehearsal, CE and the classifier of
+`varve.heads.parts.fine_tuned_head`, the
+recipe of `varve.heads.linear` in the place of SGD at 1e-3 for 60 epochs with x 0.1 after 25 and 40
 (schedule="step", milestones=[25, 40]), and only the last `blocks` train, from a cached feature on.
 As published: blocks=8 of a ResNet-18 (all), gates=None, drop=0.5, batch_norm="trained",
 classifier="linear", tune_epochs=0, and encoder="trn" for the rows with a relation network.
@@ -21,14 +22,14 @@ from typing import Any
 
 from torch import nn
 
-from heads import Network
-from heads.grafts.hf_gate import HFGate
-from heads.parts.classifiers import Classifier
-from heads.parts.tuned import Change, Tuned, grid
+from varve.heads import Network
+from varve.heads.grafts.hf_gate import HFGate
+from varve.heads.parts.classifiers import Classifier
+from varve.heads.parts.fine_tuned_head import Change, FineTunedHead, grid
 
 
-class HFNet(Tuned):
-    """See the module, and `heads.parts.tuned` for the other options.
+class HFNet(FineTunedHead):
+    """See the module, and `varve.heads.parts.fine_tuned_head` for the other options.
 
     Args:
         blocks: How many of the network's last blocks train.

@@ -1,12 +1,13 @@
 """iCaRL: exemplars by herding, and the class whose mean of exemplars is nearest.
 
 Rebuffi et al., CVPR 2017. A clip's class is argmax_c cos(phi(x), mean of c's exemplars) (Alg. 1;
-`heads.parts.exemplars` has herding and the means). Where something trains, phi and a sigmoid
+`varve.heads.parts.exemplars` has herding and the means). Where something trains, phi and a sigmoid
 classifier learn on the task's clips and the exemplars together (Alg. 3): columns of the task by
-labels, the others by what the old model answers, see `heads.lwf`, whose loss it is.
+labels, the others by what the old model answers, see `varve.heads.lwf`, whose loss it is.
 
 With a fixed encoder (`mean`, `order`) and `predict="nme"` nothing trains, and this is herding and
-NME alone. Ours: the shared recipe of `heads.linear`; 5 exemplars a class (TCD's, on video), where
+NME alone. Ours: the shared recipe of `varve.heads.linear`; 5 exemplars a class (TCD's, on video),
+where
 the paper has 2000 for all classes (`budget=2000, shared=True`); a class that comes again is taught
 by labels, and its exemplars are chosen anew among the old and the new.
 
@@ -20,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heads import Task
-from heads.parts import models
-from heads.parts.classifiers import Linear, columns
-from heads.parts.clips import Batch
-from heads.parts.distillation import sigmoid_distillation
-from heads.parts.encoders import TRAINED
-from heads.parts.exemplars import Exemplars
-from heads.parts.training import fit
+from varve.heads import Task
+from varve.heads.parts import models
+from varve.heads.parts.classifiers import Linear, columns
+from varve.heads.parts.clips import Batch
+from varve.heads.parts.distillation import sigmoid_distillation
+from varve.heads.parts.encoders import TRAINED
+from varve.heads.parts.exemplars import Exemplars
+from varve.heads.parts.training import fit
 
 PREDICTIONS = ("nme", "classifier")
 
@@ -38,7 +39,7 @@ class ICaRL:
     Args:
         feature: One vector a frame.
         encoder: How T frames become one vector: `mean`, `order`, `trn`, `expert`; see
-            `heads.parts.encoders`.
+            `varve.heads.parts.encoders`.
         expert: Options of the expert: `layers`, `heads`, `ffn`, `position`.
         predict: What `scores` are: `nme`, the method, or `classifier` (the paper's hybrid).
         budget: Exemplars of each class.
@@ -118,7 +119,7 @@ class ICaRL:
                 clips,
                 epochs=self._epochs[bool(self.classes)],
                 rng=rng,
-                progress=task.progress,
+                on_epoch_end=task.on_epoch_end,
                 **self._sgd,
             )
         vectors_NW = model.encoded(clips).whole(models.ENCODED)

@@ -6,7 +6,7 @@ It is no incremental method: it rehearses everything that it has seen. `exemplar
 and the memory that the next task brings is the whole past ("oracle" in the tables of TCD and
 FrameMaker). NME is that of all clips. With encoder="expert" the representation is trained anew too.
 
-Ours: the shared recipe of `heads.linear`, with the epochs of a first task every time.
+Ours: the shared recipe of `varve.heads.linear`, with the epochs of a first task every time.
 
 Shapes: B clips, C classes.
 """
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from heads import Task
-from heads.parts import models
-from heads.parts.classifiers import Linear, columns
-from heads.parts.clips import Batch
-from heads.parts.exemplars import Exemplars
-from heads.parts.training import fit
+from varve.heads import Task
+from varve.heads.parts import models
+from varve.heads.parts.classifiers import Linear, columns
+from varve.heads.parts.clips import Batch
+from varve.heads.parts.exemplars import Exemplars
+from varve.heads.parts.training import fit
 
 
 class Joint:
@@ -33,7 +33,7 @@ class Joint:
     Args:
         feature: One vector a frame.
         encoder: How T frames become one vector: `mean`, `order`, `trn`, `expert`; see
-            `heads.parts.encoders`.
+            `varve.heads.parts.encoders`.
         expert: Options of the expert: `layers`, `heads`, `ffn`, `position`.
         epochs: Of every task, over all clips so far.
     """
@@ -93,7 +93,7 @@ class Joint:
             clips,
             epochs=self._epochs,
             rng=rng,
-            progress=task.progress,
+            on_epoch_end=task.on_epoch_end,
             **self._sgd,
         )
         vectors_NW = model.encoded(clips).whole(models.ENCODED)

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from heads import Task
-from heads.parts import classifiers, models
-from heads.parts.clips import Batch
-from heads.parts.training import fit
+from varve.heads import Task
+from varve.heads.parts import classifiers, models
+from varve.heads.parts.clips import Batch
+from varve.heads.parts.training import fit
 
 
 class Linear:
@@ -33,7 +33,7 @@ class Linear:
     Args:
         feature: One vector a frame.
         encoder: How T frames become one vector: `mean`, `order`, `trn`, `expert`; see
-            `heads.parts.encoders`.
+            `varve.heads.parts.encoders`.
         expert: Options of the expert: `layers`, `heads`, `ffn`, `position`.
         first_epochs: Of the first task.
         epochs: Of every other.
@@ -82,7 +82,7 @@ class Linear:
             return cross_entropy(logits_BC, columns_N[places].to(logits_BC.device))
 
         epochs = self._epochs[bool(self.classes)]
-        fit(step, model.parameters(), clips, epochs=epochs, rng=rng, progress=task.progress,
+        fit(step, model.parameters(), clips, epochs=epochs, rng=rng, on_epoch_end=task.on_epoch_end,
             **self._sgd)  # fmt: skip
         self.classes, self._model = classes, model
 

@@ -11,8 +11,9 @@ f* is the old model; lambda_base = 5, m = 0.5. As in the published code new clas
 mean of their clips (imprinting), and old theta are held while others train. With a fixed encoder
 (`mean`, `order`) f = f*, and less-forget has nothing to hold.
 
-Ours: the shared recipe of `heads.linear`, without decay of theta, whose length a cosine ignores;
-eta starts from 20 (`heads.parts.classifiers` says why); the first task's classes are imprinted too:
+Ours: the shared recipe of `varve.heads.linear`, without decay of theta, whose length a cosine
+ignores; eta starts from 20 (`varve.heads.parts.classifiers` says why); the first task's classes are
+imprinted too:
 from drawn theta a trained encoder first undoes the draw, and in 5 of 6 trials on two motions it
 stayed where both classes look alike; 5 exemplars a class (TCD's, on video) where the paper has 20;
 the sum over k as the paper prints it, not the code's mean; theta of a class that comes again
@@ -29,13 +30,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from heads import Task
-from heads.parts import models
-from heads.parts.classifiers import Cosine, columns
-from heads.parts.clips import Batch
-from heads.parts.distillation import less_forget, margin_ranking
-from heads.parts.exemplars import Exemplars
-from heads.parts.training import fit
+from varve.heads import Task
+from varve.heads.parts import models
+from varve.heads.parts.classifiers import Cosine, columns
+from varve.heads.parts.clips import Batch
+from varve.heads.parts.distillation import less_forget, margin_ranking
+from varve.heads.parts.exemplars import Exemplars
+from varve.heads.parts.training import fit
 
 
 class LUCIR:
@@ -44,7 +45,7 @@ class LUCIR:
     Args:
         feature: One vector a frame.
         encoder: How T frames become one vector: `mean`, `order`, `trn`, `expert`; see
-            `heads.parts.encoders`.
+            `varve.heads.parts.encoders`.
         expert: Options of the expert: `layers`, `heads`, `ffn`, `position`.
         less_forget: lambda_base.
         margin: m; 0 leaves L_mr out.
@@ -132,7 +133,9 @@ class LUCIR:
             {"params": [*model.classifier.parameters()], "weight_decay": 0.0},
         ]
         epochs = self._epochs[bool(known)]
-        fit(step, groups, clips, epochs=epochs, rng=rng, progress=task.progress, **self._sgd)
+        fit(
+            step, groups, clips, epochs=epochs, rng=rng, on_epoch_end=task.on_epoch_end, **self._sgd
+        )
         vectors_NW = model.encoded(clips).whole(models.ENCODED)
         self._exemplars, _ = self._exemplars.chosen(vectors_NW, clips, task.classes, classes, rng)
         self.classes, self._model = classes, model

@@ -9,8 +9,8 @@ its labels, the others by what the old model answers on the task's own clips:
 
 summed over columns, mean over clips. With a fixed encoder (`mean`, `order`) old columns then stay
 as they are, since the old model's answers are theirs: what is lost is lost to new columns, which
-are never taught on old classes. Ours: the shared recipe of `heads.linear`; a class that comes again
-is taught by labels.
+are never taught on old classes. Ours: the shared recipe of `varve.heads.linear`; a class that
+comes again is taught by labels.
 
 Shapes: B clips, C classes, K known before.
 """
@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heads import Task
-from heads.parts import models
-from heads.parts.classifiers import Linear, columns
-from heads.parts.clips import Batch
-from heads.parts.distillation import sigmoid_distillation
-from heads.parts.training import fit
+from varve.heads import Task
+from varve.heads.parts import models
+from varve.heads.parts.classifiers import Linear, columns
+from varve.heads.parts.clips import Batch
+from varve.heads.parts.distillation import sigmoid_distillation
+from varve.heads.parts.training import fit
 
 
 class LwF:
@@ -36,7 +36,7 @@ class LwF:
     Args:
         feature: One vector a frame.
         encoder: How T frames become one vector: `mean`, `order`, `trn`, `expert`; see
-            `heads.parts.encoders`.
+            `varve.heads.parts.encoders`.
         expert: Options of the expert: `layers`, `heads`, `ffn`, `position`.
         weight: Of the old model's answers; 1 in the paper.
         first_epochs: Of the first task.
@@ -100,7 +100,7 @@ class LwF:
             clips,
             epochs=epochs,
             rng=rng,
-            progress=task.progress,
+            on_epoch_end=task.on_epoch_end,
             **self._sgd,
         )
         self.classes, self._model = classes, model

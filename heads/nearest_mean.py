@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from heads import Task
-from heads.parts.clips import TIMES, Batch, vectors
+from varve.heads import Task
+from varve.heads.parts.clips import TIMES, Batch, vectors
 
 BATCH = 256
 

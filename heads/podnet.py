@@ -6,14 +6,15 @@ the NCA loss with a margin; from the second task on, over its clips and the exem
     L = NCA(x) + (POD-flat + 3 POD-spatial) sqrt(classes so far / classes of the task)
     POD-flat = 1 - cos(f*(x), f(x)),   POD-spatial: pooled outputs of each trained stage
 
-f* is the old model; `heads.parts.distillation` has the equations. Then the classifier alone is
+f* is the old model; `varve.heads.parts.distillation` has the equations. Then the classifier alone
+is
 tuned on the exemplars, as many of each class. As in the published code new proxies start about the
 mean of their clips (imprinting), and old ones are held until the tuning.
 
 Ours, on video: the network trains from a cached feature on, so `blocks` says how many of its last
 blocks; outputs are pooled frame by frame; f(x) is the encoder of the last vectors of T frames. The
-shared recipe of `heads.linear` without decay of proxies; eta starts from 20, and proxies are
-imprinted in the first task too (see `heads.lucir`); 5 exemplars a class (TCD's).
+shared recipe of `varve.heads.linear` without decay of proxies; eta starts from 20, and proxies are
+imprinted in the first task too (see `varve.heads.lucir`); 5 exemplars a class (TCD's).
 
 Shapes: B clips, T frames, L tokens, C classes, W width of a clip's vector.
 """
@@ -25,17 +26,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heads import Task
-from heads.parts import models
-from heads.parts.classifiers import Classifier, Cosine
-from heads.parts.clips import Batch, Clips
-from heads.parts.distillation import less_forget, nca, pooled
-from heads.parts.trunk import Trunk
-from heads.parts.tuned import More, Tuned
+from varve.heads import Task
+from varve.heads.parts import models
+from varve.heads.parts.classifiers import Classifier, Cosine
+from varve.heads.parts.clips import Batch, Clips
+from varve.heads.parts.distillation import less_forget, nca, pooled
+from varve.heads.parts.fine_tuned_head import FineTunedHead, TaskLoss
+from varve.heads.parts.trainable_suffix import TrainableSuffix
 
 
-class PODNet(Tuned):
-    """See the module, and `heads.parts.tuned` for the other options.
+class PODNet(FineTunedHead):
+    """See the module, and `varve.heads.parts.fine_tuned_head` for the other options.
 
     Args:
         blocks: How many of the network's last blocks train.
@@ -67,14 +68,14 @@ class PODNet(Tuned):
         self,
         task: Task,
         clips: Clips,
-        trunk: Trunk,
+        trunk: TrainableSuffix,
         model: models.Model[Classifier],
         rng: np.random.Generator,
-    ) -> More:
-        return Pooled(self, task, model.classifier) if self.classes else More()
+    ) -> TaskLoss:
+        return Pooled(self, task, model.classifier) if self.classes else TaskLoss()
 
 
-class Pooled(More):
+class Pooled(TaskLoss):
     """What holds a task's network to the old one."""
 
     def __init__(self, head: PODNet, task: Task, classifier: Classifier) -> None:

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from heads import Task
-from heads.parts.classifiers import columns
-from heads.parts.clips import TIMES, Batch, Clips, vectors
+from varve.heads import Task
+from varve.heads.parts.classifiers import columns
+from varve.heads.parts.clips import TIMES, Batch, Clips, vectors
 
 BATCH = 256
 RIDGES = tuple(10.0**power for power in range(-8, 9))

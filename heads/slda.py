@@ -20,9 +20,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from heads import Task
-from heads.parts.classifiers import columns
-from heads.parts.clips import TIMES, Batch, vectors
+from varve.heads import Task
+from varve.heads.parts.classifiers import columns
+from varve.heads.parts.clips import TIMES, Batch, vectors
 
 BATCH = 256
 

@@ -32,15 +32,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from heads import Network, Routing, Task
-from heads.parts import losses
-from heads.parts.anchor_pool import AnchorPool
-from heads.parts.clips import Batch, Clips, frames
-from heads.parts.expert import PRECISIONS, STARTS, Expert
-from heads.parts.shortlist import Shortlist, weights
-from heads.parts.spatial import READ, Spatial
-from heads.parts.text import TRAINED, Codes, Given, Text
-from heads.parts.training import SCHEDULES, fit
+from varve.heads import Network, Routing, Task
+from varve.heads.parts import losses
+from varve.heads.parts.anchor_pool import AnchorPool
+from varve.heads.parts.clips import Batch, Clips, frames
+from varve.heads.parts.expert import PRECISIONS, STARTS, Expert
+from varve.heads.parts.shortlist import Shortlist, weights
+from varve.heads.parts.spatial import READ, Spatial
+from varve.heads.parts.text import TRAINED, Codes, Given, Text
+from varve.heads.parts.training import SCHEDULES, fit
 
 TAU = {"given": 0.01, "codes": 0.1}
 CHOICES = {
@@ -61,7 +61,7 @@ class StPR:
     Args:
         adapters: 0, or in how many blocks from the end, or "all".
         feature: One vector a frame; for `adapters=0`.
-        form, bottleneck, scale: Of the adapters; see `heads.grafts.adapter`.
+        form, bottleneck, scale: Of the adapters; see `varve.heads.grafts.adapter`.
         layers, heads, ffn, position, start: Of the experts; see `parts/expert.py`. Without a
             position ("learned"), as published, a motion and its reverse are one.
         routing: `td` as above; `average` has r_k = 1 / K; `clip` compares the frozen network's
@@ -158,13 +158,13 @@ class StPR:
         self._text: Text = Given() if text == "given" else Codes(seed, codes)
 
     @property
-    def answering(self) -> Sequence[str]:
+    def inference_options(self) -> Sequence[str]:
         names = ["softmax", "keep", "doubt"]
         if self.shortlist:
             names.append("shortlist")
-        if self.routing_by != "none" and not (self.changes and self.routing_by == "clip"):
+        if self.routing_by != "none" and not (self.fine_tunes and self.routing_by == "clip"):
             names.append("routing")
-        if not self.changes:
+        if not self.fine_tunes:
             names += ["form", "bottleneck", "scale", "distillation", "weight"]
         return names
 
@@ -200,7 +200,7 @@ class StPR:
         )
 
     @property
-    def changes(self) -> bool:
+    def fine_tunes(self) -> bool:
         return bool(self._spatial.adapters)
 
     def grafted(self, network: Network, stage: str, adapter: nn.Module) -> nn.Module:
@@ -279,7 +279,7 @@ class StPR:
                 momentum=self.momentum,
                 schedule=self.schedule,
                 clip_norm=self.clip_norm,
-                progress=task.progress,
+                on_epoch_end=task.on_epoch_end,
             )
         self._absorb(task, expert, text)
 
@@ -423,7 +423,7 @@ class StPR:
         return made.to(like_BTD.device)
 
     def _pool(self, width: int) -> AnchorPool:
-        return AnchorPool(width, lineage=self.changes)
+        return AnchorPool(width, lineage=self.fine_tunes)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"classes": torch.tensor(self.classes, dtype=torch.int64)}

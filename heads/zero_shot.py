@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from heads import Task
-from heads.parts.clips import Batch, frames
+from varve.heads import Task
+from varve.heads.parts.clips import Batch, frames
 
 
 class ZeroShot:

@@ -7,16 +7,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from varve.pipeline.units import clock
+
 LINE_SECONDS = 10.0
 
 
-class Watch:
+class Progress:
     """Says nothing. What the pipeline reports to; the variants below show it.
 
     A bar has a name ("decode"), a total and a unit ("clips"); `advance` moves it on.
     """
 
-    def said(self, line: str) -> None:
+    def message(self, line: str) -> None:
         """One sentence about what is going on."""
 
     @contextmanager
@@ -51,7 +53,7 @@ class _Bar:
         return (time.monotonic() - self.began) / self.done * (self.total - self.done)
 
 
-class Lines(Watch):
+class Lines(Progress):
     """Plain lines, for a log: each bar at most every ten seconds, and when it is full."""
 
     def __init__(self, out: TextIO | None = None, every_seconds: float = LINE_SECONDS) -> None:
@@ -59,7 +61,7 @@ class Lines(Watch):
         self._bars: dict[str, _Bar] = {}
         self._last: dict[str, float] = {}
 
-    def said(self, line: str) -> None:
+    def message(self, line: str) -> None:
         print(line, file=self.out, flush=True)
 
     @contextmanager
@@ -81,10 +83,10 @@ class Lines(Watch):
         self._last[name] = now
         left = bar.seconds_left()
         rest = f", {clock(left)} left" if left and bar.done < bar.total else ""
-        self.said(f"{name}: {bar.done}/{bar.total} {bar.unit}, {bar.rate()}{rest}")
+        self.message(f"{name}: {bar.done}/{bar.total} {bar.unit}, {bar.rate()}{rest}")
 
 
-class Bars(Watch):
+class Bars(Progress):
     """Live bars with rates and time left, in a terminal or in Jupyter."""
 
     def __init__(self) -> None:
@@ -95,26 +97,26 @@ class Bars(Watch):
         self._tasks: dict[str, Any] = {}
         self._bars: dict[str, _Bar] = {}
 
-    def said(self, line: str) -> None:
+    def message(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False)
 
     @contextmanager
     def bars(self, began: float | None = None, **totals: tuple[int, str]) -> Iterator[None]:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich import progress as rich_progress
 
         columns = (
-            TextColumn("{task.description:>8}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
+            rich_progress.TextColumn("{task.description:>8}"),
+            rich_progress.BarColumn(),
+            rich_progress.TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
+            rich_progress.TextColumn("{task.fields[rate]}"),
+            rich_progress.TimeRemainingColumn(),
         )
         began = time.monotonic() if began is None else began
-        with Progress(*columns, console=self._console) as progress:
-            self._progress = progress
+        with rich_progress.Progress(*columns, console=self._console) as shown:
+            self._progress = shown
             for name, (total, unit) in totals.items():
                 self._bars[name] = _Bar(total, unit, began=began)
-                self._tasks[name] = progress.add_task(name, total=total, unit=unit, rate="")
+                self._tasks[name] = shown.add_task(name, total=total, unit=unit, rate="")
             try:
                 yield
             finally:
@@ -128,36 +130,9 @@ class Bars(Watch):
         self._progress.update(self._tasks[name], advance=count, rate=bar.rate())
 
 
-def for_this_output() -> Watch:
+def default_progress() -> Progress:
     """Bars where a terminal or a notebook shows them, else lines."""
     from rich.console import Console
 
     console = Console(stderr=True)
     return Bars() if console.is_terminal or console.is_jupyter else Lines()
-
-
-def clock(seconds: float) -> str:
-    """Seconds for a person.
-
-    >>> clock(42.4), clock(75), clock(7322)
-    ('42 s', '1 min 15 s', '2 h 02 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def size(num_bytes: float) -> str:
-    """Bytes for a person, in powers of ten.
-
-    >>> size(999), size(2_420_736), size(23e9)
-    ('999 B', '2.42 MB', '23 GB')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"

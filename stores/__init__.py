@@ -14,12 +14,12 @@ from urllib.parse import unquote
 
 import pandas as pd
 
-from stores import atomic, clips, garbage, lock, references, text
-from stores.columns import FEATURES, Damaged, group_json
-from stores.feature import Feature, FeatureDataset
-from stores.garbage import Garbage
-from stores.identity import store_name
-from stores.remote import Place, Unreachable, local_folder, place_of
+from varve.stores import atomic, clips, garbage, lock, references, text
+from varve.stores.columns import FEATURES, Damaged, group_json
+from varve.stores.feature import Feature, FeatureDataset
+from varve.stores.garbage import Garbage
+from varve.stores.identity import store_name
+from varve.stores.remote import Place, Unreachable, local_folder, place_of
 
 __all__ = [
     "Damaged",
@@ -51,7 +51,7 @@ class FeatureStore:
 
     >>> FeatureStore.open("no/such.zarr")
     Traceback (most recent call last):
-    stores.NotAStore: no/such.zarr: no such folder; `strata build DATASET --store ...` makes one
+    stores.NotAStore: no/such.zarr: no such folder; `varve build DATASET --store ...` makes one
     """
 
     def __init__(self, place: Place, attributes: Mapping[str, Any]) -> None:
@@ -74,7 +74,7 @@ class FeatureStore:
         """
         place = place_of(path, storage_options)
         if isinstance(place, Path) and not place.is_dir():
-            raise NotAStore(f"{path}: no such folder; `strata build DATASET --store ...` makes one")
+            raise NotAStore(f"{path}: no such folder; `varve build DATASET --store ...` makes one")
         return cls(place, _attributes(place))
 
     @classmethod
@@ -128,7 +128,7 @@ class FeatureStore:
 
     @cached_property
     def clips(self) -> pd.DataFrame:
-        """The table of clips, indexed by row id; see `stores.clips.COLUMNS`."""
+        """The table of clips, indexed by row id; see `varve.stores.clips.COLUMNS`."""
         return clips.read(self.place)
 
     def features(self) -> list[Feature]:
@@ -231,7 +231,7 @@ class FeatureStore:
         """Change the store's own attributes (where the data set lies, its classes)."""
         file = self.path / "zarr.json"
         self.attributes |= changes
-        text = group_json({"strata": self.attributes})
+        text = group_json({"varve": self.attributes})
         if not file.exists() or file.read_bytes() != text:
             atomic.write(self.path, file, text)
 
@@ -271,17 +271,17 @@ def _flatten(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 def _attributes(folder: Place) -> dict[str, Any]:
     try:
         root = json.loads((folder / "zarr.json").read_bytes())
-        ours = root["attributes"]["strata"]
+        ours = root["attributes"]["varve"]
         version = ours["format"]
     except FileNotFoundError as error:
         why = "it has no zarr.json" if isinstance(folder, Path) else str(error)
         raise NotAStore(f"{folder} is no store: {why}") from None
     except (ValueError, KeyError, TypeError):
-        raise NotAStore(f"{folder} is no store: its zarr.json was not written by Strata") from None
+        raise NotAStore(f"{folder} is no store: its zarr.json was not written by Varve") from None
     if not isinstance(version, int) or version > FORMAT:
         raise NotAStore(
             f"{folder} has format {version}, this version reads up to {FORMAT}; nothing was "
-            "changed. Install a newer Strata to use it."
+            "changed. Install a newer Varve to use it."
         )
     return dict(ours)
 

@@ -14,9 +14,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stores import atomic
-from stores.identity import digest
-from stores.remote import Place, Unreachable, mending
+from varve.stores import atomic
+from varve.stores.identity import digest
+from varve.stores.remote import Place, Unreachable, mending
 
 FILE = "clips.parquet"
 KEY_BYTES = 16

@@ -22,9 +22,9 @@ import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
-from stores import atomic
-from stores.clips import KEY_BYTES
-from stores.remote import Place, Unreachable, mending, open_array
+from varve.stores import atomic
+from varve.stores.clips import KEY_BYTES
+from varve.stores.remote import Place, Unreachable, mending, open_array
 
 FEATURES = "features"
 SHARD_BYTES = 64 << 20

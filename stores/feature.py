@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import zarr
 
-from stores.clips import row_ids, row_keys
-from stores.columns import CODEC_ERRORS, MISSING, Damaged, read_all
-from stores.reader import KEEP_BYTES, Reader, ShardReader, Unreadable, plain_shards
-from stores.remote import REQUESTS, Objects, Place, local_folder, mending, open_array
-from stores.zarr_reader import ZarrReader
+from varve.stores.clips import row_ids, row_keys
+from varve.stores.columns import CODEC_ERRORS, MISSING, Damaged, read_all
+from varve.stores.reader import KEEP_BYTES, Reader, ShardReader, Unreadable, plain_shards
+from varve.stores.remote import REQUESTS, Objects, Place, local_folder, mending, open_array
+from varve.stores.zarr_reader import ZarrReader
 
 if TYPE_CHECKING:
     import dask.array
@@ -146,7 +146,7 @@ class Feature:
         )
 
     def rows(self, rows: Sequence[int] | np.ndarray | slice) -> np.ndarray:
-        """Row ids as int64, whichever way they were given; see `stores.clips.row_ids`."""
+        """Row ids as int64, whichever way they were given; see `varve.stores.clips.row_ids`."""
         return row_ids(rows, len(self._clips))
 
     def bits(self, rows: np.ndarray) -> np.ndarray:
@@ -193,7 +193,7 @@ class Feature:
 
     def _damage(self, row: int, why: str) -> str:
         again = (
-            "`strata verify` says what else is; remove the file and build again, and its cells are "
+            "`varve verify` says what else is; remove the file and build again, and its cells are "
             "computed anew"
         )
         return (

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from stores import atomic, lock, references, staging
-from stores.columns import FEATURES
-from stores.references import Reference
-from stores.remote import Place
+from varve.stores import atomic, lock, references, staging
+from varve.stores.columns import FEATURES
+from varve.stores.references import Reference
+from varve.stores.remote import Place
 
 MIN_DIGITS = 6
 

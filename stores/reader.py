@@ -2,7 +2,7 @@
 
 A reader has one method, `read(rows, out, verify)`; see `Reader`. `ShardReader`, here, serves what
 a build writes: local shards, a chunk a clip, nothing compressed (`plain_shards` tells).
-`stores.zarr_reader` serves every other array.
+`varve.stores.zarr_reader` serves every other array.
 
 Bytes are copied by `preadv`, never from a memory map: when a mapped file is cut off, or its disk
 fails, the process ends (SIGBUS), where `preadv` comes back short or raises. It has no file
@@ -26,8 +26,8 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.storage import LocalStore
 
-from stores.columns import CRC_BYTES
-from stores.shards import ABSENT, OPEN_FILES, Shard, Shards, differs, fill
+from varve.stores.columns import CRC_BYTES
+from varve.stores.shards import ABSENT, OPEN_FILES, Shard, Shards, differs, fill
 
 # A thread starts in 0.1 ms, in which another copies a megabyte.
 THREAD_BYTES = 8 << 20

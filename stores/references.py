@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from stores import atomic
-from stores.columns import Damaged
-from stores.identity import digest
+from varve.stores import atomic
+from varve.stores.columns import Damaged
+from varve.stores.identity import digest
 
 FOLDER = "references"
 LOCK = ".lock"

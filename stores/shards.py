@@ -17,7 +17,7 @@ from pathlib import Path
 import google_crc32c  # what Zarr's own crc32c codec calls, and requires
 import numpy as np
 
-from stores.columns import CRC_BYTES, INDEX_ENTRY_BYTES
+from varve.stores.columns import CRC_BYTES, INDEX_ENTRY_BYTES
 
 OPEN_FILES = 32
 ABSENT, WRONG = -1, -2

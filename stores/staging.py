@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from stores import atomic
-from stores.identity import digest
+from varve.stores import atomic
+from varve.stores.identity import digest
 
 FOLDER = ".staging"
 FACTS = "facts"

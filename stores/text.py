@@ -16,10 +16,10 @@ import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
-from stores import atomic
-from stores.columns import group_json, node_name
-from stores.identity import digest
-from stores.remote import Place, open_array
+from varve.stores import atomic
+from varve.stores.columns import group_json, node_name
+from varve.stores.identity import digest
+from varve.stores.remote import Place, open_array
 
 FOLDER = "text"
 

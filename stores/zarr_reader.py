@@ -1,6 +1,7 @@
 """Reading cells of any Zarr array through zarr-python, wherever it lies.
 
-For what `stores.reader.ShardReader` does not serve: compressed or unsharded arrays, other stores.
+For what `varve.stores.reader.ShardReader` does not serve: compressed or unsharded arrays, other
+stores.
 A slice a run of neighbours, several at a time; never fancy indexing, which took forty times as
 long.
 """
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 import zarr
 
-from stores.columns import CODEC_ERRORS, runs
-from stores.reader import Unreadable
+from varve.stores.columns import CODEC_ERRORS, runs
+from varve.stores.reader import Unreadable
 
 REQUESTS = 8
 TRIES = 20
@@ -44,7 +45,7 @@ class ZarrReader:
         self._requests = requests
 
     def read(self, rows: np.ndarray, out: np.ndarray, verify: bool = True) -> list[int]:
-        """Fill `out`; see `stores.reader`."""
+        """Fill `out`; see `varve.stores.reader`."""
         if not out.size:
             return []
         distinct, places = np.unique(rows, return_inverse=True)

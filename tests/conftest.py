@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from hypothesis import settings
 
-from stores import FeatureStore, clips
-from stores.columns import Column, ColumnSpec
-from stores.identity import digest
+from varve.stores import FeatureStore, clips
+from varve.stores.columns import Column, ColumnSpec
+from varve.stores.identity import digest
 
 # An example takes as long as a busy machine lets it.
 settings.register_profile("unhurried", deadline=None)

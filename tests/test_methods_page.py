@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pipeline
-from pipeline import BuildSpec, Runtime, build
-from pipeline.methods import method_of
-from pipeline.synthetic import make_dataset
+import varve
+from varve import BuildSpec, Runtime, build
+from varve.pipeline.datasets.synthetic import make_dataset
+from varve.pipeline.experiments.head_source import method_of
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "METHODS.md").read_text()
+TEXT = (ROOT / "docs" / "METHODS.md").read_text()
 FILES = dict(re.findall(r"In `(methods/\w+\.py)`:\n\n```python\n(.*?)```", TEXT, flags=re.DOTALL))
 BLOCKS = [b for b in re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
           if b not in FILES.values()]  # fmt: skip
@@ -60,7 +60,7 @@ def test_the_page_runs(folder, monkeypatch, capsys):
         assert " ".join(f"--keep {name}" for name in keep) in TEXT
         build("videos", f"{place}.zarr", BuildSpec((f"{network}:random-0",), tuple(keep), frames=2),
               runtime=Runtime(serial=True))  # fmt: skip
-    run, ablate = pipeline.run, pipeline.ablate
+    run, ablate = varve.run, varve.ablate
     quick = {"first_epochs": 1, "epochs": 1}
 
     def quick_run(store, head, scenario, options):
@@ -73,8 +73,8 @@ def test_the_page_runs(folder, monkeypatch, capsys):
         return ablate(store, heads, "1+1x1", grid, seeds, options=options,
                       runtime=Runtime(serial=True))  # fmt: skip
 
-    monkeypatch.setattr(pipeline, "run", quick_run, raising=False)
-    monkeypatch.setattr(pipeline, "ablate", quick_ablate, raising=False)
+    monkeypatch.setattr(varve, "run", quick_run, raising=False)
+    monkeypatch.setattr(varve, "ablate", quick_ablate, raising=False)
     names: dict = {}
     for block in BLOCKS:
         exec(compile(block, "METHODS.md", "exec"), names)

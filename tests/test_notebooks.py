@@ -12,26 +12,26 @@ import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from pipeline import BuildSpec, Runtime, build
-from pipeline.synthetic import make_dataset
+from varve import BuildSpec, Runtime, build
+from varve.pipeline.datasets.synthetic import make_dataset
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 BUILD, ABLATE, ROUTE = ("01_build_a_store", "02_ablate_stpr", "03_route_with_anchors")
 LOOK = "04_look_inside"
 ALL = [BUILD, ABLATE, ROUTE, LOOK]
 OURS = {
-    "pipeline",
-    "pipeline.insides",
-    "pipeline.looking",
-    "pipeline.pictures",
-    "pipeline.progress",
-    "pipeline.results",
-    "pipeline.routing",
-    "pipeline.scenarios",
-    "pipeline.show",
-    "pipeline.show_runs",
-    "pipeline.synthetic",
-    "stores",
+    "varve",
+    "varve.pipeline.analysis.interpret_plots",
+    "varve.pipeline.analysis.interpret",
+    "varve.pipeline.analysis.plots",
+    "varve.pipeline.progress",
+    "varve.pipeline.experiments.results",
+    "varve.pipeline.experiments.routing",
+    "varve.pipeline.experiments.scenarios",
+    "varve.pipeline.cli.format_store",
+    "varve.pipeline.cli.format_runs",
+    "varve.pipeline.datasets.synthetic",
+    "varve.stores",
 }
 OTHERS = {"pandas", "pathlib", "shlex", "sys"}
 LINES = 10
@@ -199,8 +199,8 @@ def test_clips_and_videos_are_routed(execute, small, tmp_path):
     assert pictures(outputs) == ["routing-it", "residuals-it"]
     told = printed(outputs["route-it"])
     assert told.count("nearest class") == 3
-    strata, route, run, *videos = shlex.split(printed(outputs["shell-it"]))
-    assert (strata, route, len(videos)) == ("strata", "route", 3)
+    varve, route, run, *videos = shlex.split(printed(outputs["shell-it"]))
+    assert (varve, route, len(videos)) == ("varve", "route", 3)
     assert (tmp_path / "notebooks" / run / "checkpoints").is_dir()
     for video in videos:
         assert Path(video).is_file()

@@ -27,7 +27,7 @@ def test_python_blocks_compile_and_their_imports_give_what_they_name():
 
 @pytest.mark.parametrize(
     "line",
-    ["from pipeline import BuildSpec, build, plan", "from pipeline import plan, build, BuildSpec"],
+    ["from varve import BuildSpec, build, plan", "from varve import plan, build, BuildSpec"],
 )
 def test_public_calls_are_calls_in_whatever_order_they_are_imported(line):
     code = f"{line}\nassert callable(build) and callable(plan)"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.synthetic import make_dataset
+from varve.pipeline.datasets.synthetic import make_dataset
 
-PAGE = Path(__file__).parents[1] / "RECOMPUTE.md"
+PAGE = Path(__file__).parents[1] / "docs" / "RECOMPUTE.md"
 
 
 def test_the_worked_example_runs(tmp_path, monkeypatch, capsys):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from heads.grafts._clips import by_clip, frames_of
+from varve.heads.grafts._clips import by_clip, frames_of
 
 EPS = 1e-6
 RIDGE = 1e-3

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from heads.grafts._clips import frames_of, shift_left, shift_right
+from varve.heads.grafts._clips import frames_of, shift_left, shift_right
 
 
 class HFGate(nn.Module):

@@ -19,7 +19,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from heads.grafts._clips import by_clip, frames_of
+from varve.heads.grafts._clips import by_clip, frames_of
 
 
 class Shift(nn.Module):

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heads import Routing
-from heads.parts.neighbours import Neighbours, cosines, ordered, queries, slack, threads, unit
+from varve.heads import Routing
+from varve.heads.parts.neighbours import Neighbours, cosines, ordered, queries, slack, threads, unit
 
 ROOM = 64  # experts before the lists are first moved
 

@@ -2,10 +2,10 @@
 
     mean    their mean. It cannot tell a motion from its reverse. Nothing to train.
     order   one after the other. Nothing to train.
-    trn     relations between them, in order (`heads.parts.relation`), trained.
+    trn     relations between them, in order (`varve.heads.parts.relation`), trained.
     expert  unit(mean of unit V_i) + unit(E(unit V_1 ... unit V_T)), with E one spatiotemporal
-            expert of `heads.parts.expert`, trained: the representation itself moves, and what is
-            distilled between an old model and a new one has something to hold.
+            expert of `varve.heads.parts.expert`, trained: the representation itself moves, and
+            what is distilled between an old model and a new one has something to hold.
 
 Ours: the sum of the `expert`, which is StPR's video feature with one expert of weight 1, so that a
 baseline has what one of its experts has, and starts from what the mean knows.
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from heads.parts.expert import Expert
-from heads.parts.relation import WIDTH, Relation
+from varve.heads.parts.expert import Expert
+from varve.heads.parts.relation import WIDTH, Relation
 
 ENCODERS = ("mean", "order", "trn", "expert")
 TRAINED = ("trn", "expert")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from heads import Task
-from heads.parts.clips import Clips, joined
+from varve.heads import Task
+from varve.heads.parts.clips import Clips, joined
 
 CHOICES = ("herding", "random")
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from heads.parts.hypercorrelation import block, correlation, enlarged, pooled
+from varve.heads.parts.hypercorrelation import block, correlation, enlarged, pooled
 
 WIDTH = 128
 MIXES = ("cascade", "sum")

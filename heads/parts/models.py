@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from heads.parts.clips import Batch, Clips, frames
-from heads.parts.encoders import Encoder, check
+from varve.heads.parts.clips import Batch, Clips, frames
+from varve.heads.parts.encoders import Encoder, check
 
 ENCODED = "encoded"
 
@@ -62,7 +62,7 @@ class Form[K: nn.Module]:
 
     Attributes:
         feature: One vector a frame.
-        encoder: One of `heads.parts.encoders.ENCODERS`.
+        encoder: One of `varve.heads.parts.encoders.ENCODERS`.
         expert: Options of the expert, or None.
         classifier: From W to a classifier without columns.
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from heads.parts.neighbours import Neighbours, queries
+from varve.heads.parts.neighbours import Neighbours, queries
 
 # From an expert's number and clips [n, T, D] to its unit vectors V^st, [n, D].
 Encode = Callable[[int, Tensor], Tensor]

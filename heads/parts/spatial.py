@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from heads import Network
-from heads.grafts.adapter import Adapter
-from heads.parts.clips import Batch, Clips, frames
+from varve.heads import Network
+from varve.heads.grafts.adapter import Adapter
+from varve.heads.parts.clips import Batch, Clips, frames
 
 READ = 64  # clips at a time, where nothing trains
 

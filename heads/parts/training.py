@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from heads.parts.clips import Batch, Clips
+from varve.heads.parts.clips import Batch, Clips
 
 SCHEDULES = ("cosine", "step", "constant")
 OPTIMIZERS = ("sgd", "adam")
@@ -60,7 +60,7 @@ def fit(
     gamma: float = 0.1,
     clip_norm: float | None = None,
     optimizer: str = "sgd",
-    progress: Callable[[int, int, float], object] = lambda done, epochs, loss: None,
+    on_epoch_end: Callable[[int, int, float], object] = lambda done, epochs, loss: None,
 ) -> None:
     """Train parameters where they are, on every clip once an epoch.
 
@@ -80,7 +80,7 @@ def fit(
         clip_norm: Greatest 2-norm of the gradients of a group, all parameters where there are no
             groups; None leaves them.
         optimizer: `sgd` or `adam`, which has no momentum of one's own.
-        progress: `Task.progress`. The mean loss is over clips.
+        on_epoch_end: `Task.on_epoch_end`. The mean loss is over clips.
 
     Raises:
         ValueError: A loss or a parameter became infinite or not a number, or an option is none.
@@ -122,4 +122,4 @@ def fit(
                 f"training diverged: the mean loss of epoch {epoch + 1} of {epochs} is {mean}, "
                 f"at {lr=}; try a smaller rate, or give clip_norm"
             )
-        progress(epoch + 1, epochs, mean)
+        on_epoch_end(epoch + 1, epochs, mean)

@@ -27,12 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline._variants import available, variant
-from pipeline.spec import Picture, Sound
-from stores.identity import digest
+from varve.pipeline.backbones._precision import slower as slower
+from varve.pipeline.config import Picture, Sound
+from varve.pipeline.registry import available, variant
+from varve.stores.identity import digest
 
 if TYPE_CHECKING:
-    from pipeline.backbones._grafts import Suffix
+    from varve.pipeline.backbones._graft import Suffix
 
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 GRAFT = "graft"
@@ -88,7 +89,7 @@ class Stage:
         Raises:
             ValueError, TypeError: It holds what no key can name, such as a hook.
         """
-        from pipeline.backbones._identity import identity
+        from varve.pipeline.backbones._identity import identity
 
         if self.sealed and "identity" in self._known:
             return dict(self._known["identity"])
@@ -198,15 +199,16 @@ class Backbone:
 
         The module takes the stage's input and gives an output of the stage's form. It may say
         `frames` (T, where it looks across the frames of a clip), and `token_wise`; see
-        `heads.grafts`. Column keys from this stage on follow its code, attributes and parameters.
+        `varve.heads.grafts`. Column keys from this stage on follow its code, attributes and
+        parameters.
 
         Raises:
             ValueError: No such stage, or the module's output does not fit the stages after it.
             TypeError: `module` is no module, or holds what no key can name.
         """
-        from pipeline.backbones import _grafts
+        from varve.pipeline.backbones import _graft
 
-        return _grafts.graft(self, stage, module)
+        return _graft.graft(self, stage, module)
 
     def unfreeze(self, *stages: str) -> "Backbone":
         """A backbone with trainable copies of some of its stages. This one stays as it is.
@@ -216,9 +218,9 @@ class Backbone:
         Raises:
             ValueError: No such stage.
         """
-        from pipeline.backbones import _grafts
+        from varve.pipeline.backbones import _graft
 
-        return _grafts.unfreeze(self, stages)
+        return _graft.unfreeze(self, stages)
 
     def suffix(self, after: str, keep: Sequence[str] = ()) -> "Suffix":
         """The rest of the chain as a module to train on a cached feature.
@@ -230,9 +232,9 @@ class Backbone:
         Raises:
             ValueError: No such stage, or a reduction that cannot feed what follows.
         """
-        from pipeline.backbones import _grafts
+        from varve.pipeline.backbones import _graft
 
-        return _grafts.Suffix(self, after, keep)
+        return _graft.Suffix(self, after, keep)
 
     def run(
         self,
@@ -413,9 +415,7 @@ def load(name: str, precision: torch.dtype = torch.float32) -> Backbone:
         OSError: The weights cannot be had (no file, or no hub to ask).
     """
     network, _, weights = name.partition(":")
-    families = {
-        family: variant("pipeline.backbones", family) for family in available("pipeline.backbones")
-    }
+    families = {family: variant("backbones", family) for family in available("backbones")}
     known = {one: module for module in families.values() for one in module.networks()}
     if network not in known:
         near = difflib.get_close_matches(network, known, n=4)

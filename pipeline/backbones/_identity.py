@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.backbones._code import Use, describe_code, uses
-from pipeline.backbones._nodes import Nodes, text_of
-from pipeline.backbones._origin import (
+from varve.pipeline.backbones._code import Use, describe_code, uses
+from varve.pipeline.backbones._nodes import Nodes, text_of
+from varve.pipeline.backbones._origin import (
     class_origin,
     constants,
     declared,
@@ -45,7 +45,7 @@ from pipeline.backbones._origin import (
     release,
     version,
 )
-from pipeline.backbones._values import CONTAINERS, OTHER, exact, kept_by, nameless, parts_of
+from varve.pipeline.backbones._values import CONTAINERS, OTHER, exact, kept_by, nameless, parts_of
 
 _INTERNAL = {*vars(nn.Module()), "_compiled_call_impl", "_is_torch_compile"}
 _CONSTRUCTORS = ("__init__", "__new__", "__post_init__")

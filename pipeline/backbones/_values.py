@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.backbones._origin import class_origin, release
+from varve.pipeline.backbones._origin import class_origin, release
 
 OTHER = object()
 CONTAINERS = (dict, list, tuple, set, frozenset)

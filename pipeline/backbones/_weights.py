@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stores.identity import WEIGHT_FILES
+from varve.stores.identity import WEIGHT_FILES
 
 CONNECT_SECONDS = 5.0
 WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -221,7 +221,7 @@ def no_tag(network: str, weights: str, tags: Iterable[str]) -> ValueError:
 
 def _reach(url: str, name: str) -> None:
     """Find out within seconds that nobody answers: the clients themselves try for minutes."""
-    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "strata"})
+    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "varve"})
     try:
         urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
     except urllib.error.HTTPError as error:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones import Backbone, Stage, _vit, _weights, parameter_digest
-from pipeline.spec import Picture
-from stores.identity import store_name
+from varve.pipeline.backbones import Backbone, Stage, _vit, _weights, parameter_digest
+from varve.pipeline.config import Picture
+from varve.stores.identity import store_name
 
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # In the state of OpenAI's archives, beside the parameters.

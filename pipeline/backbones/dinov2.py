@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones import Backbone, Stage, _vit, _weights
-from pipeline.spec import Picture
-from stores.identity import store_name
+from varve.pipeline.backbones import Backbone, Stage, _vit, _weights
+from varve.pipeline.config import Picture
+from varve.stores.identity import store_name
 
 SIZE = 224
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones import Backbone, Stage, _weights, resnet
-from pipeline.spec import Sound
-from stores.identity import store_name
+from varve.pipeline.backbones import Backbone, Stage, _weights, resnet
+from varve.pipeline.config import Sound
+from varve.stores.identity import store_name
 
 PREFIX = "mel_"
 SOUND = Sound(rate=16000, seconds=1.0)

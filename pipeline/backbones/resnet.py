@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones import Backbone, Stage, _weights
-from pipeline.backbones._vit import Normalise
-from pipeline.spec import Picture
-from stores.identity import store_name
+from varve.pipeline.backbones import Backbone, Stage, _weights
+from varve.pipeline.backbones._vit import Normalise
+from varve.pipeline.config import Picture
+from varve.stores.identity import store_name
 
 PICTURES_OF = "IMAGENET1K_V1"
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from heads.grafts.temporal_shift import TemporalShift
-from pipeline.backbones import Backbone, resnet
+from varve.heads.grafts.temporal_shift import TemporalShift
+from varve.pipeline.backbones import Backbone, resnet
 
 PREFIX = "tsm_"
 FRAMES, FOLD = 8, 8

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.spec import FrameSet
+from varve.pipeline.config import FrameSet
 
 REASONS = (
     "missing",  # no such file

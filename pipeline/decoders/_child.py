@@ -10,13 +10,21 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from PIL import Image
 
-from pipeline import sampling
-from pipeline._variants import variant
-from pipeline.decoders import Decoded, Facts, Failure, Request, Stretch, _index, images
-from pipeline.decoders._sound import Window
-from pipeline.decoders._stream import Undecodable, refused, words
-from pipeline.sampling import CLOCK_SLACK_SECONDS
-from pipeline.spec import FrameSet, Sound
+from varve.pipeline.config import FrameSet, Sound
+from varve.pipeline.decoders import (
+    Decoded,
+    Facts,
+    Failure,
+    Request,
+    Stretch,
+    _index,
+    images,
+    sampling,
+)
+from varve.pipeline.decoders._sound import Window
+from varve.pipeline.decoders._stream import Undecodable, refused, words
+from varve.pipeline.decoders.sampling import CLOCK_SLACK_SECONDS
+from varve.pipeline.registry import variant
 
 # Where one picture goes: (clip, frame set, place in T).
 Place = tuple[int, FrameSet, int]
@@ -104,7 +112,7 @@ class _Answer:
 
     def fill(self, decoder: str, places: dict[int, list[Place]]) -> None:
         """Put every wanted frame's pictures into their arrays."""
-        module = variant("pipeline.decoders", decoder)
+        module = variant("decoders", decoder)
         frames: Iterator[tuple[int, Image.Image]] = module.pictures(
             self.request.path, self.index, sorted(places)
         )

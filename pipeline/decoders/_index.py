@@ -20,9 +20,9 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from pipeline.decoders import _sound
-from pipeline.decoders._bitstream import Shape, reader
-from pipeline.decoders._stream import Undecodable, VideoPacket, decode, open_video
+from varve.pipeline.decoders import _sound
+from varve.pipeline.decoders._bitstream import Shape, reader
+from varve.pipeline.decoders._stream import Undecodable, VideoPacket, decode, open_video
 
 # What is held in memory to spare a second pass over the file. Beyond it the second pass is made.
 KEPT_PACKET_BYTES = 64 << 20

@@ -22,9 +22,9 @@ from types import TracebackType
 
 import pebble
 
-from pipeline.decoders import Decoded, Failure, Request
-from pipeline.decoders._child import decode
-from pipeline.guard import require_guard
+from varve.pipeline.decoders import Decoded, Failure, Request
+from varve.pipeline.decoders._child import decode
+from varve.pipeline.main_guard import require_guard
 
 Answers = list[Decoded | Failure]
 
@@ -171,7 +171,7 @@ class _Child:
                 self.kill()
         raise RuntimeError(
             "decoding children end before they begin: what they are started from must be able to "
-            "import pipeline.decoders, and a script must start them under "
+            "import varve.pipeline.decoders, and a script must start them under "
             "`if __name__ == '__main__':`"
         )
 

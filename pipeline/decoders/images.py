@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.decoders._index import Index
-from pipeline.decoders._stream import Undecodable, refused
-from pipeline.files import FRAME_SUFFIXES, frame_files
+from varve.pipeline.datasets.media import FRAME_SUFFIXES, frame_files
+from varve.pipeline.decoders._index import Index
+from varve.pipeline.decoders._stream import Undecodable, refused
 
 FPS = 12.0
 

@@ -11,8 +11,8 @@ from itertools import chain
 import av
 from PIL import Image
 
-from pipeline.decoders._index import Contradicted, Index, Source
-from pipeline.decoders._stream import Converter, decode
+from varve.pipeline.decoders._index import Contradicted, Index, Source
+from varve.pipeline.decoders._stream import Converter, decode
 
 
 def pictures(path: str, index: Index, wanted_N: list[int]) -> Iterator[tuple[int, Image.Image]]:

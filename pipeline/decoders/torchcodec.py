@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from PIL import Image
 
-from pipeline.decoders._index import Contradicted, Index
-from pipeline.decoders._stream import Undecodable
+from varve.pipeline.decoders._index import Contradicted, Index
+from varve.pipeline.decoders._stream import Undecodable
 
 
 def pictures(path: str, index: Index, wanted_N: list[int]) -> Iterator[tuple[int, Image.Image]]:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from heads import Changes, Rehearses, Remembers, Task, options_of
-from heads.parts.clips import Clips
+from varve.heads import FineTunesBackbone, ReplaysExemplars, Task, UsesTeacher, options_of
+from varve.heads.parts.clips import Clips
 
 T, L, D = 4, 5, 16
 BLOCKS = 3
@@ -48,7 +48,8 @@ class Projection(nn.Module):
 
 
 class TinyNetwork:
-    """What `heads.Network` asks: three blocks of two steps and a last vector, tokens before it."""
+    """What `varve.heads.Network` asks: three blocks of two steps and a last vector, tokens before
+    it."""
 
     frames = T
 
@@ -141,7 +142,7 @@ class Runner:
         quick = {name: 25 for name in ("epochs", "first_epochs") if name in known}
         self.head = build(**quick | options)
         self.network = TinyNetwork()
-        if isinstance(self.head, Changes):
+        if isinstance(self.head, FineTunesBackbone):
             self.head.attach(self.network)
         self.number, self.next_row, self.reads = 0, 0, Counter()
         self.seen = {}
@@ -181,11 +182,13 @@ class Runner:
 
     def old(self, tokens):
         """What the network of the task before makes of clips, for heads that ask for it."""
-        if not isinstance(self.head, Remembers) or not self.head.classes:
+        if not isinstance(self.head, UsesTeacher) or not self.head.classes:
             return {}
         with torch.no_grad():
             outputs = self.head.suffix(self.batch(tokens)[self.head.reads[0]])
-        return {f"old {name}": outputs[self.network.find(name)] for name in self.head.remembers}
+        return {
+            f"old {name}": outputs[self.network.find(name)] for name in self.head.teacher_stages
+        }
 
     def text(self, classes):
         """A unit vector a class, near its clips' mean frame."""
@@ -196,7 +199,7 @@ class Runner:
     def task(self, labels, clips=6, seed=0):
         own = self.clips(*self.tokens(labels, clips, seed))
         memory = None
-        if isinstance(self.head, Rehearses) and len(self.head.exemplars):
+        if isinstance(self.head, ReplaysExemplars) and len(self.head.exemplars):
             rows = self.head.exemplars
             cells, numbers = zip(*(self.seen[row] for row in rows.tolist()), strict=True)
             memory = self.clips(torch.stack(cells), torch.tensor(numbers), rows)

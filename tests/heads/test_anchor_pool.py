@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from heads.parts.anchor_pool import ROOM, AnchorPool
-from heads.parts.neighbours import Neighbours, queries
+from varve.heads.parts.anchor_pool import ROOM, AnchorPool
+from varve.heads.parts.neighbours import Neighbours, queries
 
 
 def cosine(a, b):

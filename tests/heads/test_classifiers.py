@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from heads.parts.classifiers import LENGTH, Cosine, Linear, columns
+from varve.heads.parts.classifiers import LENGTH, Cosine, Linear, columns
 
 
 def draw(*shape, seed=0):

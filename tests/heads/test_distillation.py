@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from heads.parts.distillation import (
+from varve.heads.parts.distillation import (
     less_forget,
     margin_ranking,
     nca,

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from heads import Task, options_of
-from heads.parts.clips import Clips
-from heads.parts.encoders import Encoder
-from pipeline._variants import available, variant
+from varve.heads import Task, options_of
+from varve.heads.parts.clips import Clips
+from varve.heads.parts.encoders import Encoder
+from varve.pipeline.registry import available, variant
 
 SMALL = {"layers": 1, "heads": 2, "ffn": 16}
 BUILDS = {name: variant("heads", name).build for name in available("heads")}

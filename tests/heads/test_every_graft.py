@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline import backbones
-from pipeline._variants import available, variant
+from varve.pipeline import backbones
+from varve.pipeline.registry import available, variant
 
 T = 3
 STAGES = {"tokens": ("ViT-S-32", "blocks.1.mlp"), "map": ("resnet18", "layer2.0")}
@@ -26,7 +26,7 @@ FORMS = {
     "hf_gate": ["tokens", "map"],
     "class_regularization": ["tokens", "map"],
 }
-GRAFTS = available("heads.grafts")
+GRAFTS = available("grafts")
 CASES = [(name, form) for name in GRAFTS for form in FORMS.get(name, ["tokens", "map"])]
 PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -81,7 +81,7 @@ def make(case, stage):
             "classifier": classifier,
             "strength": 0.3,
         }
-        build = variant("heads.grafts", name).build
+        build = variant("grafts", name).build
         options = inspect.signature(build).parameters
         given = {key: value for key, value in fitting.items() if key in options} | changes
         graft = build(frozen.module if inner is None else inner, **given)

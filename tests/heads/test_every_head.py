@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-import heads
-from heads import Rehearses, Task, options_of
-from heads.parts.clips import Clips
-from pipeline._variants import available
-from pipeline.methods import method_of
+from varve import heads
+from varve.heads import ReplaysExemplars, Task, options_of
+from varve.heads.parts.clips import Clips
+from varve.pipeline.experiments.head_source import method_of
+from varve.pipeline.registry import available
 
 # Fewer numbers, or a greater rate: sigmoids that nothing sets against each other take more steps.
 QUICK = {
@@ -206,7 +206,7 @@ def test_old_clips_are_read_only_where_the_head_says_that_it_keeps_them(made):
     run = made()
     run.learn([0, 1])
     old = set(run.seen)
-    rehearses = isinstance(run.head, Rehearses)
+    rehearses = isinstance(run.head, ReplaysExemplars)
     kept = set(run.head.exemplars.tolist()) if rehearses else set()
     assert kept <= old
     task = run.task([2, 3], seed=1)
@@ -221,7 +221,7 @@ def test_old_clips_are_read_only_where_the_head_says_that_it_keeps_them(made):
 
 
 def test_exemplars_are_of_all_classes_and_within_the_budget(build, made):
-    if not isinstance(made().head, Rehearses):
+    if not isinstance(made().head, ReplaysExemplars):
         assert not hasattr(made().head, "exemplars")
         return
     known = options_of(build)
@@ -245,7 +245,7 @@ def test_exemplars_are_of_all_classes_and_within_the_budget(build, made):
 
 def test_memory_is_asked_back_row_by_row(made):
     run = made()
-    if not isinstance(run.head, Rehearses):
+    if not isinstance(run.head, ReplaysExemplars):
         return
     run.learn([0, 1])
     task = run.task([2], seed=1)
@@ -374,7 +374,7 @@ def test_a_head_reaches_torch_and_numpy_and_no_other_room(file):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
             roots.add(node.module.split(".")[0])
-    assert roots - set(sys.stdlib_module_names) <= {"torch", "numpy", "faiss", "heads"}
+    assert roots - set(sys.stdlib_module_names) <= {"torch", "numpy", "faiss", "varve"}
 
 
 def test_every_option_has_a_default_that_is_json_and_unknown_values_are_refused(build):

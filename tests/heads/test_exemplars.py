@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from heads import Task
-from heads.parts.clips import Clips
-from heads.parts.exemplars import Exemplars, herd
+from varve.heads import Task
+from varve.heads.parts.clips import Clips
+from varve.heads.parts.exemplars import Exemplars, herd
 
 
 def unit(x):

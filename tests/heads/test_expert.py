@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from heads.grafts.adapter import Adapter
-from heads.parts.expert import Expert
+from varve.heads.grafts.adapter import Adapter
+from varve.heads.parts.expert import Expert
 
 
 def draw(*shape, seed=0):

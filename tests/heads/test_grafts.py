@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from heads.grafts.adapter import Adapter
-from heads.grafts.class_regularization import ClassRegularization
-from heads.grafts.hf_gate import HFGate
-from heads.grafts.temporal_shift import Shift, TemporalShift
-from pipeline import backbones
+from varve.heads.grafts.adapter import Adapter
+from varve.heads.grafts.class_regularization import ClassRegularization
+from varve.heads.grafts.hf_gate import HFGate
+from varve.heads.grafts.temporal_shift import Shift, TemporalShift
+from varve.pipeline import backbones
 
 BN_INCEPTION = (256, 320, 576, 576, 576, 608, 608, 1056, 1024, 1024)
 PRECISIONS = [torch.float32, torch.bfloat16]

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from heads.had import HAD, HAM, HDM
-from heads.parts.hybrid import Hybrid
+from varve.heads.had import HAD, HAM, HDM
+from varve.heads.parts.hybrid import Hybrid
 
 SMALL = {"width": 8, "heads": 2, "ffn": 12, "batch_size": 64}
 

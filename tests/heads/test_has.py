@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from heads.parts import crm
-from heads.parts.has import HAS, drift, effective
-from heads.parts.hypercorrelation import CenterPivot4d, correlation, enlarged, pooled
+from varve.heads.parts import crm
+from varve.heads.parts.has import HAS, drift, effective
+from varve.heads.parts.hypercorrelation import CenterPivot4d, correlation, enlarged, pooled
 
 
 def groups(counts, widths=(8, 12, 16), sizes=(28, 14, 7)):

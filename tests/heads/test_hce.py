@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from heads import Task
-from heads.hce import HCE
-from heads.parts.clips import Clips
+from varve.heads import Task
+from varve.heads.hce import HCE
+from varve.heads.parts.clips import Clips
 
 STILL = {"lr": 0.0, "has_lr": 0.0, "momentum": 0.0, "batch_size": 999, "classifier": "linear",
          "tune_epochs": 0, "blocks": 1}  # fmt: skip
@@ -29,8 +29,8 @@ def second(runner, **options):
                 features[name] = cells + 0.3 * noise
         parts.append(Clips(features, clips.labels, clips.rows))
     told = []
-    progress = lambda done, epochs, loss: told.append(loss)  # noqa: E731
-    run.head.learn(Task(parts[0], 1, None, parts[1], progress))
+    on_epoch_end = lambda done, epochs, loss: told.append(loss)  # noqa: E731
+    run.head.learn(Task(parts[0], 1, None, parts[1], on_epoch_end))
     return run.head, parts, told
 
 
@@ -187,7 +187,7 @@ def test_it_tells_how_many_channels_has_speaks_of(runner):
     for name, x in h.items():
         p = x.double().numpy() / x.double().numpy().sum(axis=1, keepdims=True)
         expected[f"effective channels, {name}"] = np.exp(-(p * np.log(p)).sum(axis=1)).mean() / 16
-    assert head.told == pytest.approx(expected, rel=1e-4)
+    assert head.diagnostics == pytest.approx(expected, rel=1e-4)
 
 
 def test_clips_without_old_maps_are_refused(runner):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from heads import Task
-from heads.icarl import ICaRL
-from heads.parts.clips import Clips
+from varve.heads import Task
+from varve.heads.icarl import ICaRL
+from varve.heads.parts.clips import Clips
 
 T, D = 3, 5
 SMALL = {"layers": 1, "heads": 1, "ffn": 16}

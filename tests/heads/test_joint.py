@@ -2,8 +2,8 @@
 
 import torch
 
-from heads import Task
-from heads.joint import Joint
+from varve.heads import Task
+from varve.heads.joint import Joint
 
 
 def test_it_keeps_every_row_and_reads_every_row_again(runner):

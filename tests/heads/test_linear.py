@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from heads import Task
-from heads.linear import Linear
-from heads.nearest_mean import NearestMean
-from heads.parts.clips import Clips
+from varve.heads import Task
+from varve.heads.linear import Linear
+from varve.heads.nearest_mean import NearestMean
+from varve.heads.parts.clips import Clips
 
 N, T, D = 12, 3, 5
 
@@ -16,7 +16,7 @@ def task(labels, number=0, seed=0, told=None):
     feats = np.random.default_rng([seed, 3]).normal(size=(len(labels), T, D)).astype(np.float32)
     clips = Clips({"vector": torch.from_numpy(feats)}, torch.tensor(labels))
     told = [] if told is None else told
-    return feats, Task(clips, number, progress=lambda done, epochs, loss: told.append(loss))
+    return feats, Task(clips, number, on_epoch_end=lambda done, epochs, loss: told.append(loss))
 
 
 def cross_entropy(feats, weight, bias, columns):

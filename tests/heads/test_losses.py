@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from heads.parts import losses
+from varve.heads.parts import losses
 
 
 def draw(*shape, seed=0):

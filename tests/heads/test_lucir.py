@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from heads import Task
-from heads.lucir import LUCIR
-from heads.parts.clips import Clips
+from varve.heads import Task
+from varve.heads.lucir import LUCIR
+from varve.heads.parts.clips import Clips
 
 T, D = 3, 5
 SMALL = {"layers": 1, "heads": 1, "ffn": 16}

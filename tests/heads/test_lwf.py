@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from heads import Task
-from heads.linear import Linear
-from heads.lwf import LwF
-from heads.parts.clips import Clips
+from varve.heads import Task
+from varve.heads.linear import Linear
+from varve.heads.lwf import LwF
+from varve.heads.parts.clips import Clips
 
 T, D = 3, 5
 
@@ -15,7 +15,7 @@ T, D = 3, 5
 def task(labels, number, told):
     feats = np.random.default_rng([number, 3]).normal(size=(len(labels), T, D)).astype(np.float32)
     clips = Clips({"vector": torch.from_numpy(feats)}, torch.tensor(labels))
-    return feats, Task(clips, number, progress=lambda done, epochs, loss: told.append(loss))
+    return feats, Task(clips, number, on_epoch_end=lambda done, epochs, loss: told.append(loss))
 
 
 def logits(feats, weight, bias):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from heads import Task
-from heads.nearest_mean import NearestMean
-from heads.parts.clips import Clips
+from varve.heads import Task
+from varve.heads.nearest_mean import NearestMean
+from varve.heads.parts.clips import Clips
 
 
 def learn(head, feats, labels):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from heads import Task
-from heads.podnet import PODNet
+from varve.heads import Task
+from varve.heads.podnet import PODNet
 
 
 def unit(x):
@@ -27,10 +27,10 @@ def started(runner, **options):
 def second(run, told=None):
     """The task after it, with the losses told; the features and columns of all its clips."""
     task = run.task([7, 9], seed=1)
-    progress = (lambda *epoch: told.append(epoch)) if told is not None else task.progress
+    on_epoch_end = (lambda *epoch: told.append(epoch)) if told is not None else task.on_epoch_end
     parts = [one.whole(run.head.reads[0]) for one in (task.clips, task.memory)]
     labels = torch.cat([task.clips.labels, task.memory.labels]).tolist()
-    run.head.learn(Task(task.clips, 1, None, task.memory, progress))
+    run.head.learn(Task(task.clips, 1, None, task.memory, on_epoch_end))
     return torch.cat(parts), [run.head.classes.index(label) for label in labels]
 
 

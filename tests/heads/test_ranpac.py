@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from heads import Task
-from heads.parts.clips import Clips
-from heads.ranpac import RIDGES, RanPAC, solved
+from varve.heads import Task
+from varve.heads.parts.clips import Clips
+from varve.heads.ranpac import RIDGES, RanPAC, solved
 
 T, D = 3, 6
 

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load, save
 from torch.nn.functional import normalize
 
-from heads.parts.anchor_pool import AnchorPool
-from heads.parts.shortlist import Shortlist, run, shared, weights
+from varve.heads.parts.anchor_pool import AnchorPool
+from varve.heads.parts.shortlist import Shortlist, run, shared, weights
 
 T, D = 3, 6
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from heads import Task
-from heads.parts.clips import Clips
-from heads.slda import StreamingLDA, oas
+from varve.heads import Task
+from varve.heads.parts.clips import Clips
+from varve.heads.slda import StreamingLDA, oas
 
 T, D = 3, 6
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from heads import Changes, Routes, Task
-from heads.grafts.hf_gate import HFGate
-from heads.parts import losses
-from heads.parts.clips import Clips
-from heads.parts.text import Codes, code
-from heads.stpr import StPR, build
+from varve.heads import FineTunesBackbone, Routes, Task
+from varve.heads.grafts.hf_gate import HFGate
+from varve.heads.parts import losses
+from varve.heads.parts.clips import Clips
+from varve.heads.parts.text import Codes, code
+from varve.heads.stpr import StPR, build
 
 SMALL = {"layers": 2, "ffn": 32}
 ROUTINGS = ["td", "average", "clip", "adapter"]
@@ -97,8 +97,8 @@ def test_frames_are_those_of_the_network_with_its_adapters(learned, adapters, co
 def test_what_is_read_is_what_comes_before_the_first_adapter(options, reads):
     head = build(**options)
     assert tuple(head.reads) == reads
-    assert head.changes is bool(options.get("adapters"))
-    assert isinstance(head, Changes)
+    assert head.fine_tunes is bool(options.get("adapters"))
+    assert isinstance(head, FineTunesBackbone)
     assert isinstance(head, Routes)
 
 
@@ -198,11 +198,11 @@ def test_what_decides_scores_alone_changes_nothing_of_what_is_learned(learned, a
         assert state.keys() == states[0].keys()
         assert all(torch.equal(state[name], states[0][name]) for name in state)
     for way, run in zip(ways, runs, strict=True):
-        assert set(way) <= set(run.head.answering)
-    assert "routing" not in build(adapters=1, routing="clip").answering
-    assert "routing" not in build(routing="none").answering
-    assert "weight" in build().answering
-    assert "weight" not in build(adapters=1).answering
+        assert set(way) <= set(run.head.inference_options)
+    assert "routing" not in build(adapters=1, routing="clip").inference_options
+    assert "routing" not in build(routing="none").inference_options
+    assert "weight" in build().inference_options
+    assert "weight" not in build(adapters=1).inference_options
 
 
 def test_with_a_shortlist_of_all_experts_all_run(learned):
@@ -350,8 +350,8 @@ def test_epochs_of_the_first_task_and_of_later_ones(runner):
     for labels in ([0, 1], [2]):
         told = []
         task = run.task(labels)
-        progress = lambda *epoch, told=told: told.append(epoch)  # noqa: E731
-        run.head.learn(Task(task.clips, run.number, task.text, None, progress))
+        on_epoch_end = lambda *epoch, told=told: told.append(epoch)  # noqa: E731
+        run.head.learn(Task(task.clips, run.number, task.text, None, on_epoch_end))
         run.number += 1
         counts.append(len(told))
     assert counts == [4, 3]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from heads.parts.clips import Clips
-from heads.parts.training import fit
+from varve.heads.parts.clips import Clips
+from varve.heads.parts.training import fit
 
 N, D = 7, 3
 
@@ -30,7 +30,7 @@ def trained(clips, start=0.1, seed=3, parameters=None, **options):
     settings = {"epochs": 4, "batch_size": 3, "lr": 0.05} | options
     groups = [weight] if parameters is None else parameters(weight)
     rng = np.random.default_rng(seed)
-    fit(step, groups, clips, rng=rng, progress=lambda *epoch: told.append(epoch), **settings)
+    fit(step, groups, clips, rng=rng, on_epoch_end=lambda *epoch: told.append(epoch), **settings)
     return weight, told
 
 

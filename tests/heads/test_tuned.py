@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from heads import Task, options_of
-from heads.class_regularization import Regularized
-from heads.grafts.class_regularization import ClassRegularization
-from heads.grafts.hf_gate import HFGate
-from heads.had import HAD
-from heads.hce import HCE
-from heads.hf_net import HFNet
-from heads.parts.tuned import Tuned, grid
-from heads.podnet import PODNet
+from varve.heads import Task, options_of
+from varve.heads.class_regularization import Regularized
+from varve.heads.grafts.class_regularization import ClassRegularization
+from varve.heads.grafts.hf_gate import HFGate
+from varve.heads.had import HAD
+from varve.heads.hce import HCE
+from varve.heads.hf_net import HFNet
+from varve.heads.parts.fine_tuned_head import FineTunedHead, grid
+from varve.heads.podnet import PODNet
 
 FLAT = {"strengths": [0.1, 0.2, 0.3]}
 
@@ -59,7 +59,7 @@ def test_classes_raise_the_channels_that_speak_for_them(runner):
     assert all(block.classifier is run.head._model.classifier for block in blocks)
 
 
-@pytest.mark.parametrize("build", [HFNet, Regularized, Tuned])
+@pytest.mark.parametrize("build", [HFNet, Regularized, FineTunedHead])
 def test_options_of_the_common_part_are_named_by_the_error_of_another(build):
     assert "blocks" in options_of(build)
     with pytest.raises((TypeError, ValueError)):
@@ -77,10 +77,10 @@ def test_a_grid_is_told_by_its_shape(shape, expected):
     ("build", "options", "said"),
     [
         (HFNet, {"gates": 3}, "give 0 to 2"),
-        (Tuned, {"blocks": 0}, "train a block at least"),
-        (Tuned, {"drop": 1.0}, "drop less than all"),
-        (Tuned, {"classifier": "svm"}, "choose from lsc, linear"),
-        (Tuned, {"proxies": 0}, "give a proxy at least"),
+        (FineTunedHead, {"blocks": 0}, "train a block at least"),
+        (FineTunedHead, {"drop": 1.0}, "drop less than all"),
+        (FineTunedHead, {"classifier": "svm"}, "choose from lsc, linear"),
+        (FineTunedHead, {"proxies": 0}, "give a proxy at least"),
         (PODNet, {"classifier": "linear"}, "one of cosines"),
         (HFNet, {"budget": -1}, "give at least 0"),
         (Regularized, {"start": "random"}, "choose from drawn, fitted"),
@@ -95,7 +95,12 @@ def test_options_that_cannot_be_are_refused(build, options, said):
 
 @pytest.mark.parametrize(
     ("build", "options"),
-    [(Tuned, {}), (PODNet, {}), (HCE, {}), (HAD, {"parts": "", "width": 16, "heads": 2, "ffn": 8})],
+    [
+        (FineTunedHead, {}),
+        (PODNet, {}),
+        (HCE, {}),
+        (HAD, {"parts": "", "width": 16, "heads": 2, "ffn": 8}),
+    ],
     ids=["tuned", "podnet", "hce", "had"],
 )
 def test_fine_tuning_remembers_nothing(runner, build, options):
@@ -118,7 +123,7 @@ def test_the_loss_is_cross_entropy_of_eta_times_the_cosines(runner):
             HFNet, proxies=1, batch_size=99, epochs=epochs, first_epochs=epochs, momentum=0
         )
         task = run.task([4, 2])
-        run.head.learn(Task(task.clips, progress=lambda *epoch: told.append(epoch)))
+        run.head.learn(Task(task.clips, on_epoch_end=lambda *epoch: told.append(epoch)))
         heads.append(run.head)
     classifier = heads[0]._model.classifier
     batch = {name: task.clips.whole(name) for name in run.head.reads}

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from heads import Task
-from heads.parts.clips import Clips
-from heads.zero_shot import ZeroShot
+from varve.heads import Task
+from varve.heads.parts.clips import Clips
+from varve.heads.zero_shot import ZeroShot
 
 
 def draw(*shape, seed=0):

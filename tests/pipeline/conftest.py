@@ -171,7 +171,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Video]:
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Iterator[Callable[..., Path]]:
     """`dataset(classes, clips_per_class, broken=False)`: a synthetic one, made once for all."""
-    from pipeline.synthetic import make_dataset
+    from varve.pipeline.datasets.synthetic import make_dataset
 
     made: dict[Path, dict[Path, tuple[int, int]]] = {}
 
@@ -193,7 +193,7 @@ def dataset(tmp_path_factory) -> Iterator[Callable[..., Path]]:
 @pytest.fixture(scope="session")
 def built_once(tmp_path_factory) -> Callable[..., Path]:
     """`built_once(videos, *specs)`: a store, by one build after the other in this process."""
-    from pipeline import Runtime, build
+    from varve import Runtime, build
 
     @cache
     def make(videos: Path, *specs) -> Path:
@@ -210,14 +210,14 @@ def loaded_once() -> Iterator[None]:
     """Each network is made and digested once for the whole file, whose tests must leave it so."""
     import torch
 
-    from pipeline import backbones
-    from pipeline.backbones import _grafts
+    from varve.pipeline import backbones
+    from varve.pipeline.backbones import _graft
 
     made = {}
 
     def load(name: str, precision: torch.dtype = torch.float32, real=backbones.load):
         if (name, precision) not in made:
-            network = _grafts.sealed(real(name, precision))
+            network = _graft.sealed(real(name, precision))
             made[name, precision] = (network, network.keys(""))
         return made[name, precision][0]
 
@@ -232,11 +232,11 @@ def loaded_once() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def children_kept() -> Iterator[None]:
     """Decoding children go on from build to build of this process, until the end of the file."""
-    from pipeline import blocks
+    from varve.pipeline.extraction import worker
 
     made = []
 
-    class Kept(blocks.DecodePool):
+    class Kept(worker.DecodePool):
         def __init__(self, *arguments) -> None:
             super().__init__(*arguments)
             made.append(self)
@@ -245,36 +245,36 @@ def children_kept() -> Iterator[None]:
             """Not yet."""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "DecodePool", cache(Kept))
+        patch.setattr(worker, "DecodePool", cache(Kept))
         yield
-        blocks.close_pools()
+        worker.close_pools()
     for pool in made:
         super(Kept, pool).close()
 
 
 @pytest.fixture(scope="module")
 def resnet():
-    from pipeline import backbones
+    from varve.pipeline import backbones
 
     return backbones.load("resnet18:random-0")
 
 
 @pytest.fixture(scope="module")
 def vit():
-    from pipeline import backbones
+    from varve.pipeline import backbones
 
     return backbones.load("ViT-S-32:random-0")
 
 
 @pytest.fixture
-def strata(monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
+def varve(monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
     """The command line within this process; says its exit code and what it printed."""
-    from pipeline import cli
+    from varve.pipeline.cli import store_commands
 
     def run(*arguments: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["strata", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["varve", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            store_commands.main()
         said = capsys.readouterr()
         return SimpleNamespace(returncode=end.value.code, stdout=said.out, stderr=said.err)
 

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stores import FeatureStore, clips
-from stores.columns import Column, ColumnSpec
+from varve.stores import FeatureStore, clips
+from varve.stores.columns import Column, ColumnSpec
 
 T, D = 4, 3
 

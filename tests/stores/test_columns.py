@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import zarr
 
-from stores import atomic
-from stores.columns import MISSING, STORED, Column, ColumnSpec, node_name, runs
+from varve.stores import atomic
+from varve.stores.columns import MISSING, STORED, Column, ColumnSpec, node_name, runs
 
 CELL = (2, 1 << 17)  # 1 MB in float32, 512 kB in float16: shards of 64 and 128 clips
 
@@ -117,7 +117,7 @@ def test_a_kill_while_a_row_is_replaced_never_leaves_new_cells_under_the_old_key
         real(store, target, *pieces)
 
     before = shard.stat().st_mtime_ns
-    monkeypatch.setattr("stores.columns.atomic.write", dies)
+    monkeypatch.setattr("varve.stores.columns.atomic.write", dies)
     with pytest.raises(KeyboardInterrupt):
         write(column, [1], 2, salt=1)
     done = Column(tmp_path, spec()).done(2)

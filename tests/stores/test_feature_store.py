@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.files import content_digest
-from stores import Damaged, FeatureStore, NotAStore, SpecMismatch, clips
+from varve.pipeline.datasets.media import content_digest
+from varve.stores import Damaged, FeatureStore, NotAStore, SpecMismatch, clips
 
 
 def expected(rows):
@@ -138,7 +138,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
             call(tmp_path)
     (tmp_path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
     for call in (FeatureStore.open, FeatureStore.create):
-        with pytest.raises(NotAStore, match="not written by Strata"):
+        with pytest.raises(NotAStore, match="not written by Varve"):
             call(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.txt", "zarr.json"]
 
@@ -154,7 +154,7 @@ def test_a_file_is_no_store(tmp_path):
 def test_a_newer_format_is_refused_and_unchanged(store, call):
     file = store.path / "zarr.json"
     root = json.loads(file.read_bytes())
-    root["attributes"]["strata"]["format"] = 2
+    root["attributes"]["varve"]["format"] = 2
     file.write_text(json.dumps(root))
     before = file.read_bytes()
     with pytest.raises(NotAStore, match="format 2, this version reads up to 1"):

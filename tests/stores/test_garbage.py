@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 import zarr
 
-from stores import Damaged, FeatureStore, atomic, clips, garbage, lock, references, staging
-from stores.columns import Column, ColumnSpec, group_json, node_name
+from varve.stores import Damaged, FeatureStore, atomic, clips, garbage, lock, references, staging
+from varve.stores.columns import Column, ColumnSpec, group_json, node_name
 
 CELL = (2, 8192)
 OWN, ALONE, HELD, OTHER = ("ab" * 32, "e1" * 32, "e2" * 32, "e3" * 32)
@@ -294,7 +294,7 @@ def test_whoever_wants_to_hold_waits_while_columns_are_removed(changed, run, mon
         seen.append(thread.is_alive())
         real(store, column)
 
-    monkeypatch.setattr("stores.garbage._remove", watching)
+    monkeypatch.setattr("varve.stores.garbage._remove", watching)
     changed.gc()
     thread.join()
     assert seen == [True, True]
@@ -321,7 +321,7 @@ def test_holding_goes_on_while_a_builder_empties_its_temporary_files(changed, ru
 
     killed = changed.path / "references" / atomic.TEMPORARY / "left by a kill"
     atomic.write(changed.path / "references", killed, b"half")
-    monkeypatch.setattr("stores.atomic.os.fsync", emptied)
+    monkeypatch.setattr("varve.stores.atomic.os.fsync", emptied)
     changed.hold(run, [ALONE])
     assert ALONE in references.held(changed.path)[0].fingerprints
     assert not killed.exists()

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from stores import lock
+from varve.stores import lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from stores import lock
+from varve.stores import lock
 with lock.held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

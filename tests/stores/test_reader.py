@@ -17,10 +17,10 @@ import pytest
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
-from stores import Damaged, Feature, FeatureStore, columns, reader
-from stores.columns import MISSING, STORED, Column, ColumnSpec
-from stores.reader import ShardReader
-from stores.zarr_reader import ZarrReader
+from varve.stores import Damaged, Feature, FeatureStore, columns, reader
+from varve.stores.columns import MISSING, STORED, Column, ColumnSpec
+from varve.stores.reader import ShardReader
+from varve.stores.zarr_reader import ZarrReader
 
 CELL = (4, 6)
 SLOTS = 8  # clips a shard
@@ -266,7 +266,7 @@ def test_damage_is_named_whatever_was_read_before(make, memory, damage, rows):
         for _ in range(2):
             with pytest.raises(
                 Damaged, match=r"pool/abab\w+/c/0/0/0 is damaged near row \d \(\d\.mp4\): it.* "
-                r"`strata verify` says"
+                r"`varve verify` says"
             ) as caught:  # fmt: skip
                 feature.read(rows)
             if "cell" in damage or "checksum" in damage or "entry" in damage:
@@ -497,7 +497,7 @@ def test_a_pickled_feature_takes_no_descriptor_along(make):
 def test_many_shards_need_few_descriptors(make, monkeypatch):
     monkeypatch.setattr(Feature, "keep_bytes", 0)
     monkeypatch.setattr(columns, "MAX_SHARD_CLIPS", 1)
-    monkeypatch.setattr("stores.atomic.write", lambda store, target, data: (
+    monkeypatch.setattr("varve.stores.atomic.write", lambda store, target, data: (
         target.parent.mkdir(parents=True, exist_ok=True), target.write_bytes(data)))  # fmt: skip
     made = make(120)
     feature = made.feature()

@@ -29,9 +29,9 @@ import pytest
 from obstore.exceptions import NotSupportedError
 from obstore.store import from_url
 
-from stores import Damaged, FeatureStore, NotAStore, Unreachable, columns, text
-from stores.columns import Column, ColumnSpec
-from stores.text import TextFeatures
+from varve.stores import Damaged, FeatureStore, NotAStore, Unreachable, columns, text
+from varve.stores.columns import Column, ColumnSpec
+from varve.stores.text import TextFeatures
 
 CELL = (4, 6)
 SLOTS = 8  # clips a shard

@@ -1,0 +1,1 @@
+"""Plots of results and of what a trained head attends to."""

@@ -1,0 +1,322 @@
+"""Pictures of runs: accuracy over the tasks, forgetting, routing, residuals in their plane.
+
+Each call takes numbers and gives a matplotlib Figure, which Jupyter shows and `savefig` keeps;
+nothing global is touched. Fonts and background are those of the user's matplotlib style, without
+one dark on white, whatever the page. Colours are of Okabe and Ito's palette and of cividis, which
+colour-blind people tell apart; markers differ too.
+
+Shapes: N clips, D width, C classes, K experts.
+"""
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from varve.pipeline.experiments.metrics import Matrix
+from varve.pipeline.experiments.results import NUMBERS, SEEDS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from varve.heads import Routing
+    from varve.pipeline.experiments.run import Run
+
+# Without its yellow and black, which white and dark pages swallow.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+MARKERS = "osD^vPX"
+GREY = "#999999"
+HEAT = "cividis"
+NAMED_CLASSES = 40
+
+
+def groups(runs: pd.DataFrame, by: Sequence[str] | None = None) -> dict[str, list["Run"]]:
+    """Finished runs, seeds of one configuration together under its name.
+
+    Args:
+        runs: From `results.read`, or `DataFrame(table.attrs["runs"])` of an ablation's table.
+        by: Columns that tell configurations apart: by default those in which the runs differ, but
+            for seeds.
+
+    Raises:
+        ValueError: No run has finished.
+    """
+    from varve.pipeline.experiments.run import Run
+
+    done = runs[runs["finished"].astype(bool)]
+    if done.empty:
+        raise ValueError(f"none of {len(runs)} runs has finished, so there is nothing to draw")
+    if by is None:
+        asked = [name for name in done if not name.startswith(NUMBERS)]
+        aside = ("run", "finished", *SEEDS)
+        differ = [x for x in asked if x not in aside and done[x].nunique(dropna=False) > 1]
+        # Fingerprints say again what options say, mostly.
+        by = [x for x in differ if not x.startswith("features.")] or differ or ["head"]
+    found: dict[str, list[Run]] = {}
+    for record in done.to_dict("records"):
+        name = ", ".join(_told(column, record[column]) for column in by)
+        found.setdefault(name, []).append(Run.read(record["run"]))
+    return found
+
+
+def accuracy(runs: Mapping[str, Sequence["Run"]], classifier: str = "cnn") -> "Figure":
+    """Accuracy over all classes learned so far, after each task.
+
+    A line is the mean over the runs of a name, its band one standard deviation (n - 1 in the
+    denominator) to either side; a single run has none.
+
+    Args:
+        runs: By name, such as `groups` gives; a run a seed.
+        classifier: "cnn" or "nme".
+
+    Raises:
+        ValueError: Runs of one name have tasks of other sizes, or a run lacks the classifier.
+    """
+    figure, axes = _figure(6.4, 3.8 + 0.25 * len(runs))
+    ticks: set[int] = set()
+    for number, (name, alike) in enumerate(runs.items()):
+        sizes = {tuple(len(task) for task in run.spec["tasks"]) for run in alike}
+        matrices = [run.matrix if classifier == "cnn" else run.nme for run in alike]
+        if len(sizes) != 1 or classifier not in ("cnn", "nme") or None in matrices:
+            raise ValueError(
+                f"{name}: {len(alike)} runs with tasks of {sorted(sizes)} classes, of which "
+                f"{sum(m is not None for m in matrices)} have {classifier!r}: draw runs of one "
+                "scenario, by a classifier that all of them have"
+            )
+        classes = np.cumsum(sizes.pop())
+        stages = range(len(classes))
+        shares = np.array([[m.stage(i) for i in stages] for m in matrices if m is not None])
+        means = 100 * shares.mean(axis=0)
+        style = _style(number)
+        label = textwrap.fill(f"{name} (n = {len(alike)})", 75)
+        axes.plot(classes, means, label=label, markersize=5, **style)
+        if len(alike) > 1:
+            deviations = 100 * shares.std(axis=0, ddof=1)
+            axes.fill_between(
+                classes,
+                means - deviations,
+                means + deviations,
+                linewidth=0.8,
+                facecolor=(style["color"], 0.12),
+                edgecolor=(style["color"], 0.5),
+            )
+        ticks.update(classes.tolist())
+    axes.set_xlabel("classes learned")
+    axes.set_ylabel("accuracy on all of them (%)")
+    axes.set_xticks(_thinned(sorted(ticks)))
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize="small", loc="outside lower center")
+    return figure
+
+
+def forgetting(matrix: Matrix) -> "Figure":
+    """The accuracy matrix: a row is read along as what is known, a column down as forgetting."""
+    tasks = len(matrix.clips)
+    side = min(1.6 + 0.6 * tasks, 10.0)
+    figure, axes = _figure(side + 1.0, side)
+    image = axes.imshow(100 * matrix.accuracy, cmap=HEAT, vmin=0, vmax=100)
+    for i, j in np.argwhere(np.tri(tasks)).tolist():
+        percent = 100 * matrix.accuracy[i, j]
+        # cividis is dark below its middle.
+        colour = "white" if percent < 50 else "black"
+        axes.text(j, i, f"{percent:.0f}", ha="center", va="center", color=colour,
+                  fontsize=min(10, 120 / tasks))  # fmt: skip
+    axes.set_xticks(_thinned(range(tasks)))
+    axes.set_yticks(_thinned(range(tasks)))
+    axes.set_xlabel("tested on task")
+    axes.set_ylabel("after learning task")
+    figure.colorbar(image, label="accuracy (%)", shrink=0.8)
+    return figure
+
+
+def routing(found: "Routing", labels: Sequence[str], tasks: Sequence[Sequence[str]]) -> "Figure":
+    """Each expert's weight for each clip; clips in order of their classes' arrival.
+
+    Frames mark the experts of the clips' own tasks: there the weights should be highest, and the
+    title says for how many clips they are. An expert that was not asked about a clip is left blank.
+    Colours span the middle 96 % of the weights.
+
+    Args:
+        found: Of N clips.
+        labels: Their classes.
+        tasks: Class names of each task, an expert each; a run's `spec["tasks"]`.
+
+    Raises:
+        ValueError: The numbers do not fit, or a label is of no task.
+    """
+    from matplotlib.patches import Rectangle
+
+    task_of = {label: number for number, task in enumerate(tasks) for label in task}
+    experts_NS, weights_NS = found.experts.cpu().numpy(), found.weights.cpu().numpy()
+    strange = sorted(set(labels) - set(task_of))
+    if len(labels) != len(weights_NS) or strange or experts_NS.max() >= len(tasks):
+        raise ValueError(
+            f"{len(labels)} labels for {len(weights_NS)} clips of {experts_NS.max() + 1} experts "
+            f"and {len(tasks)} tasks; of no task: {', '.join(strange[:5]) or 'none'}"
+        )
+    weights_NK = np.full((len(labels), len(tasks)), np.nan)
+    np.put_along_axis(weights_NK, experts_NS, weights_NS, axis=1)
+    arrival = list(task_of)
+    places_N = np.array([arrival.index(label) for label in labels])
+    own_N = np.array([task_of[label] for label in labels])
+    counts_C = np.bincount(places_N, minlength=len(arrival))
+    present = [label for label, count in zip(arrival, counts_C, strict=True) if count]
+
+    height = float(np.clip(1.5 + 0.25 * len(present), 3.0, 9.0))
+    figure, axes = _figure(2.8 + 0.7 * min(len(tasks), 12), height)
+    # A few clips far from every anchor would leave all others one colour.
+    low, high = np.nanpercentile(weights_NK, [2, 98])
+    image = axes.imshow(weights_NK[np.argsort(places_N, kind="stable")], cmap=HEAT, vmin=low,
+                        vmax=high, aspect="auto", interpolation="nearest")  # fmt: skip
+    counts_K = np.bincount(own_N, minlength=len(tasks))
+    ends_K = np.cumsum(counts_K)
+    for task, (count, end) in enumerate(np.stack([counts_K, ends_K], axis=1).tolist()):
+        own = (task - 0.5, end - count - 0.5)
+        axes.add_patch(Rectangle(own, 1, count, fill=False, edgecolor="white", linewidth=3))
+        axes.add_patch(Rectangle(own, 1, count, fill=False, edgecolor="black", linewidth=1))
+        if end < len(labels):
+            axes.axhline(end - 0.5, color="white", linewidth=0.8)
+    middles_C = np.cumsum(counts_C) - counts_C / 2 - 0.5
+    if len(present) <= NAMED_CLASSES:
+        axes.set_yticks(middles_C[counts_C > 0], present)
+    axes.set_ylabel("clips, by class")
+    axes.set_xticks(_thinned(range(len(tasks))))
+    axes.set_xlabel("expert of task")
+    figure.colorbar(image, label="weight", extend="both")
+    share = (experts_NS[np.arange(len(labels)), weights_NS.argmax(axis=1)] == own_N).mean()
+    axes.set_title(f"own expert weighs most: {share:.0%} of the clips", fontsize="medium")
+    return figure
+
+
+def residuals(
+    residuals_ND: Any, labels: Sequence[str], anchors_CD: Any, classes: Sequence[str]
+) -> "Figure":
+    """What an expert compares with its anchors, in the plane in which the clips vary most.
+
+    The plane is that of the two first principal components of the clips given. An anchor is the
+    larger mark; clips of classes without one are grey.
+
+    Args:
+        residuals_ND: Array or tensor: of one expert, `StPR.residuals(batch, [k])[:, 0]`.
+        labels: Classes of the N clips.
+        anchors_CD: Its anchors, `StPR.pool.anchors(k)`.
+        classes: Their names.
+
+    Raises:
+        ValueError: The numbers do not fit, or are too few to span a plane.
+    """
+    x_ND, anchors_CD = _float64(residuals_ND), _float64(anchors_CD)
+    if x_ND.ndim != 2 or len(x_ND) != len(labels) or anchors_CD.shape != (
+        len(classes), x_ND.shape[1],
+    ):  # fmt: skip
+        raise ValueError(
+            f"residuals {list(x_ND.shape)} of {len(labels)} labelled clips, anchors "
+            f"{list(anchors_CD.shape)} of {len(classes)} classes: give a vector for each"
+        )
+    mean_D, axes_2D, shares = plane(x_ND)
+    clips_N2, anchors_C2 = (x_ND - mean_D) @ axes_2D.T, (anchors_CD - mean_D) @ axes_2D.T
+    names = np.array(labels)
+    figure, axes = _figure(6.4, 4.4)
+    outline = axes.xaxis.label.get_color()  # of whatever style, not the background's
+    others = ~np.isin(names, list(classes))
+    if others.any():
+        x_N, y_N = clips_N2[others].T
+        axes.scatter(x_N, y_N, s=12, color=GREY, marker=".", label="other classes")
+    for number, name in enumerate(classes):
+        style = _style(number)
+        x_N, y_N = clips_N2[names == name].T
+        axes.scatter(x_N, y_N, s=22, alpha=0.8, label=name, **style)
+        x, y = anchors_C2[number]
+        axes.scatter([x], [y], s=170, edgecolors=outline, linewidths=1.5, zorder=3,
+                     label=f"_anchor of {name}", **style)  # fmt: skip
+    axes.set_xlabel(f"first component ({shares[0]:.0%} of the variance)")
+    axes.set_ylabel(f"second component ({shares[1]:.0%} of the variance)")
+    axes.set_aspect("equal", adjustable="datalim")
+    columns = 1 + len(classes) // 18
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", ncols=columns,
+                title="large: anchor")  # fmt: skip
+    return figure
+
+
+def plane(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two first principal components of some vectors, float64.
+
+    Returns:
+        mean_D: Their mean.
+        axes_2D: Unit vectors; of each the largest entry is positive, so that the same vectors
+            always give the same picture.
+        shares: [2], of the variance.
+
+    Raises:
+        ValueError: They are too few or too narrow for a plane, all the same, or not finite.
+    """
+    mean_D = x_ND.mean(axis=0)
+    centred_ND = x_ND - mean_D
+    if min(x_ND.shape) < 2 or not np.isfinite(x_ND).all() or not centred_ND.any():
+        raise ValueError(
+            f"{list(x_ND.shape)} numbers span no plane: give two or more vectors that differ, all "
+            "of them finite"
+        )
+    _, sizes, axes_DD = np.linalg.svd(centred_ND, full_matrices=False)
+    largest = np.abs(axes_DD[:2]).argmax(axis=1)
+    axes_2D = axes_DD[:2] * np.sign(axes_DD[[0, 1], largest])[:, None]
+    return mean_D, axes_2D, sizes[:2] ** 2 / (sizes**2).sum()
+
+
+def blank(width: float, height: float) -> "Figure":
+    """A figure without axes, in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "matplotlib draws the pictures, and is not installed: pip install -e '.[notebooks]'"
+        ) from error
+
+    class Picture(Figure):
+        """Jupyter shows a plain Figure only after pyplot, which keeps figures for ever."""
+
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png")
+            return file.getvalue()
+
+    return Picture(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:
+    figure = blank(width, height)
+    return figure, figure.add_subplot()
+
+
+def _style(number: int) -> dict[str, Any]:
+    """42 that differ."""
+    return {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def _told(column: str, value: Any) -> str:
+    """`position learned`, `no position`.
+
+    >>> _told("option.position", None), _told("head", "stpr")
+    ('no position', 'stpr')
+    """
+    name = column.removeprefix("option.")
+    if pd.isna(value):
+        return f"no {name}"
+    return str(value) if name in ("head", "scenario", "backbone") else f"{name} {value}"
+
+
+def _thinned(values: Sequence[int], most: int = 16) -> list[int]:
+    """Ticks for at most `most` of many values, evenly.
+
+    >>> _thinned(range(40))
+    [0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 36, 39]
+    """
+    return list(values)[:: -(-len(values) // most)]
+
+
+def _float64(x: Any) -> np.ndarray:
+    return np.asarray(x.cpu() if hasattr(x, "cpu") else x, np.float64)

@@ -1,0 +1,127 @@
+"""The demo: from no data at all to a head's accuracy matrix, on one machine without a network."""
+
+import shutil
+from pathlib import Path
+
+from varve.pipeline.backbones.mel_resnet import PREFIX
+from varve.pipeline.cli.format_runs import run_summary
+from varve.pipeline.cli.format_store import report_summary
+from varve.pipeline.config import BuildSpec
+from varve.pipeline.datasets.synthetic import HEARD, make_dataset
+from varve.pipeline.experiments.run import Run
+from varve.pipeline.experiments.run import run as run_experiment
+from varve.pipeline.extraction.build import build
+from varve.pipeline.progress import Progress
+from varve.stores import Feature, FeatureStore
+
+RANDOM = ("ViT-S-32:random-0", "resnet18:random-0")
+LISTENS = "mel_resnet18:random-0"
+HEARS = {"width": 128, "ffn": 256, "batch_size": 32, "position": "learned"}
+RANDOM_KEEP = ("blocks.2.mlp:grid7", "proj", "layer2.1:grid7", "pool")
+
+
+def run(
+    out: Path,
+    backbones: list[str] | None,
+    precision: str,
+    clips_per_class: int,
+    sound: bool,
+    progress: Progress,
+) -> None:
+    """Make videos in `out`/videos and a store in `out`/store.zarr, learn, and print the results.
+
+    Args:
+        backbones: NAME:TAG each; None for two small random networks.
+        clips_per_class: Videos of each class, a third of them for testing.
+        sound: Whether they have sound, heard by a network of its own, and learned with HAD.
+    """
+    videos, store = out / "videos", out / "store.zarr"
+    if not videos.exists():
+        print(f"making {clips_per_class} videos of each class in {videos}")
+        unfinished = out / "videos.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make_dataset(unfinished, clips_per_class=clips_per_class, sound=sound)
+        unfinished.rename(videos)
+    elif sound and not any(videos.glob(f"train/{HEARD[0]}")):
+        raise ValueError(f"{videos} was made without sound: give another --out, or remove it")
+    names = tuple(backbones or RANDOM)
+    if sound and not any(name.startswith(PREFIX) for name in names):
+        names += (LISTENS,)
+    if not backbones:
+        print(
+            f"networks: {' and '.join(names)}: small, with RANDOM weights, so that no download is "
+            "needed.\nFor real ones: varve demo --backbone ViT-B-16:openai --backbone "
+            "resnet18:IMAGENET1K_V1\n(or NAME:/path/to/weights.safetensors)"
+        )
+    keep = () if backbones else RANDOM_KEEP
+    report = build(videos, store, BuildSpec(names, keep, precision=precision), progress=progress)
+    print(f"\n{report_summary(report)}\n")
+    learned = _learn(FeatureStore.open(store), out / "runs", progress)
+    scenario, own = learned.spec["scenario"], ["position=learned"]
+    head, sees = "stpr", names[0].partition(":")[0]
+    if learned.spec["head"] == "had":
+        head, sees = "had", learned.spec["backbone"]
+        own = ["parts=low+high", *(f"{name}={value}" for name, value in HEARS.items())]
+    more = "".join(f" \\\n      --set {one}" for one in own)
+    options = [f"--backbone {name}" for name in names] + [f"--keep {feature}" for feature in keep]
+    asked = "".join(f" \\\n      {option}" for option in options)
+    maps = out / "maps.zarr"
+    print(
+        f"""
+next:
+  varve info {store}
+  varve failures {store}
+  varve verify {store}
+  varve build {videos} --store {store}{asked}
+      (again: nothing is decoded, nothing computed)
+  varve run {store} --head {head} --backbone {sees} --scenario {scenario}{more}
+  varve build {videos} --store {maps} --frames 4 --backbone {RANDOM[1]} \\
+      --keep layer3.1 --keep pool
+  varve run {maps} --head hf_net --scenario {scenario} \\
+      --set first_epochs=15 --set epochs=8
+      (trains the last two blocks of a network)
+  varve plan YOUR_VIDEOS --store yours.zarr --backbone ViT-B-16:openai --keep proj"""
+    )
+
+
+def _learn(store: FeatureStore, runs: Path, progress: Progress) -> Run:
+    """Learn with what is quick, print how well, and return what is best, or HAD where it hears."""
+    classes = store.attributes["classes"]
+    heard = sorted(set(classes) & set(HEARD))
+    head, scenario = "nearest_mean", "4+4x3" if heard else "demo"
+
+    def done(feature: Feature, time: str) -> Run:
+        options = {"feature": feature.name, "time": time}
+        return run_experiment(
+            store, head, scenario, options=options, backbone=feature.backbone, out=runs
+        )
+
+    ready = store.clips[store.clips["status"] == "ready"]
+    clips = ready["split"].value_counts()
+    count, step = len(classes), 4 if heard else 2
+    print(
+        f"nearest class mean, scenario {scenario} ({count} classes, 4 and then {step} at a time; "
+        f"{clips['train']} clips to learn from, {clips['test']} to test on; chance {1 / count:.0%})"
+    )
+    print("final accuracy, with the frames' features averaged / kept in order:")
+    best: Run | None = None
+    for feature in store.features():
+        averaged, ordered = (done(feature, time) for time in ("mean", "order"))
+        print(
+            f"  {feature.backbone:24} {feature.name:20} "
+            f"{averaged.matrix.final:4.0%} / {ordered.matrix.final:4.0%}"
+        )
+        whole_vector = ":" not in feature.name and not feature.backbone.startswith(PREFIX)
+        if whole_vector and (best is None or ordered.matrix.final > best.matrix.final):
+            best = ordered
+    print("Most classes are motions: an average over frames cannot tell one from its reverse.")
+    assert best is not None
+    if heard:
+        sees = best.spec["backbone"]
+        listens = next(f.backbone for f in store.features() if f.backbone.startswith(PREFIX))
+        print(f"Told by their sound alone: {'; '.join(heard)}.\nHAD, on {sees} and {listens}:")
+        best = run_experiment(
+            store, "had", scenario, options=HEARS, backbone=sees, out=runs, progress=progress
+        )
+    print(f"\n{run_summary(best)}")
+    return best

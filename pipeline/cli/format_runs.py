@@ -1,0 +1,77 @@
+"""What `varve run` and `varve route` print, as JSON for programs and as text for people."""
+
+from typing import Any
+
+from varve.pipeline.experiments.metrics import Matrix
+from varve.pipeline.experiments.routing import Routed
+from varve.pipeline.experiments.run import Run
+from varve.pipeline.units import clock, size
+
+
+def run_facts(run: Run) -> dict[str, Any]:
+    """A finished run as JSON."""
+    return {
+        "run": str(run.folder),
+        "spec": dict(run.spec),
+        "metrics": dict(run.metrics),
+        "cost": dict(run.cost),
+    }
+
+
+def run_summary(run: Run) -> str:
+    """A finished run for a person."""
+    spec, cost = run.spec, run.cost
+    lines = [
+        f"{spec['head']} on {spec['backbone']}, {spec['scenario']}, seed {spec['seed']}: "
+        f"{len(run.matrix.clips)} tasks",
+        "(row: after learning task i; column: on the test clips of task j)",
+        matrix_text(run.matrix),
+    ]
+    for name, matrix in (("", run.matrix), ("nearest mean of exemplars: ", run.nme)):
+        if matrix is not None:
+            bwf = matrix.bwf(len(matrix.clips) - 1)
+            lines.append(
+                f"{name}final accuracy {matrix.final:.1%} (mean over tasks "
+                f"{matrix.final_over_tasks:.1%}), average incremental accuracy "
+                f"{matrix.average_incremental:.1%}"
+                + (f", BWF {bwf * 100:.1f} points" if len(matrix.clips) > 1 else "")
+            )
+    lines.append(
+        f"cost: {cost['trainable']:,} numbers trained in {clock(sum(cost['seconds']))}, "
+        f"{cost['multiply_adds'] / 1e6:.3g} M multiply-adds a clip, peak memory "
+        f"{size(cost['peak_memory_bytes'])}, {size(cost['bytes_read'])} read"
+        + (f", {cost['exemplars']} exemplars" if cost["exemplars"] else "")
+    )
+    left_out = run.metrics["left_out"]
+    if left_out:
+        lines.append("left out: " + ", ".join(f"{n} clips {why}" for why, n in left_out.items()))
+    lines.append(f"in {run.folder}")
+    return "\n".join(lines)
+
+
+def routed_text(routed: Routed) -> str:
+    """What experts make of a video, for a person."""
+    if routed.reason:
+        return f"{routed.video}: {routed.reason}"
+    named = ", ".join(f"{name} {score:.3f}" for name, score in routed.classes)
+    lines = [f"{routed.video}: {named}", "  expert  weight  similarity  nearest class"]
+    for one in routed.experts:
+        lines.append(f"  {one.number:6}  {one.weight:6.3f}  {one.similarity:10.3f}  {one.nearest}")
+    return "\n".join(lines)
+
+
+def matrix_text(matrix: Matrix) -> str:
+    """The accuracy matrix as a table.
+
+    >>> import numpy as np
+    >>> print(matrix_text(Matrix(np.array([[1.0, np.nan], [0.5, 0.75]]), np.array([4, 4]))))
+          task 0  task 1     all
+      0   100.0%          100.0%
+      1    50.0%   75.0%   62.5%
+    """
+    tasks = len(matrix.clips)
+    lines = ["    " + "".join(f"  task {j}" for j in range(tasks)) + "     all"]
+    for i, row in enumerate(matrix.accuracy):
+        cells = "".join("        " if value != value else f"{value:8.1%}" for value in row)
+        lines.append(f"  {i} {cells}{matrix.stage(i):8.1%}")
+    return "\n".join(lines)

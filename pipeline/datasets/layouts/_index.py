@@ -1,0 +1,57 @@
+"""Class index files ("37 HandstandPushups"), and the split lists that come with them."""
+
+import re
+from pathlib import Path
+
+from varve.pipeline.datasets.layouts._disk import join, near, scan
+from varve.pipeline.datasets.layouts._lists import lines
+
+
+def numbered_lists(root: Path, pattern: str) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """Find split lists in the root or in a folder of it, the first that has any.
+
+    Args:
+        root: The dataset's directory.
+        pattern: For whole file names, case aside; the group `number` is the split's.
+
+    Returns:
+        The folder ("" for the root) and its lists: names by split number, sorted.
+    """
+    for folder, files in near(root):
+        found: dict[str, tuple[str, ...]] = {}
+        for name in files:
+            if match := re.fullmatch(pattern, name, re.IGNORECASE):
+                number = match["number"].lstrip("0")
+                found[number] = (*found.get(number, ()), name)
+        if found:
+            return folder, found
+    return "", {}
+
+
+def class_index(root: Path, folder: str) -> tuple[dict[int, str], str]:
+    """Find classInd.txt in a folder of the root, or in the root.
+
+    Returns:
+        The classes by number, in the numbers' order, and the file's path; ({}, "") without one.
+
+    Raises:
+        ValueError: A line is not a number and a name, or a number or name is there twice.
+    """
+    for place in dict.fromkeys((folder, "")):
+        for name in scan(root / place)[1]:
+            if name.lower() == "classind.txt":
+                return _read_index(root / join(place, name)), join(place, name)
+    return {}, ""
+
+
+def _read_index(path: Path) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for where, line in lines(path):
+        match = re.fullmatch(r"([0-9]+)\s+(.+)", line)
+        if not match:
+            raise ValueError(f"{where}: {line!r} is no class; give its number and its name")
+        number, name = int(match[1]), match[2]
+        if number in names or name in names.values():
+            raise ValueError(f"{where}: {line!r} repeats a number or a name; give each class one")
+        names[number] = name
+    return dict(sorted(names.items()))

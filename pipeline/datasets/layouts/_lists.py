@@ -1,0 +1,241 @@
+"""What list files have in common: lines and rows with their places, paths, splits, duplicates."""
+
+import csv
+import io
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from varve.pipeline.datasets.layouts import ListedClip, Listing
+from varve.pipeline.datasets.layouts._disk import Shelf, folder_key, natural_key
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One clip, and the place in a list that names it ("testlist01.txt line 7")."""
+
+    clip: ListedClip
+    where: str
+
+
+def text(path: Path) -> str:
+    """A list file's text: UTF-8, or UTF-16 with its mark, as spreadsheets write it.
+
+    Raises:
+        ValueError: It is neither; the message names the line.
+    """
+    data = path.read_bytes()
+    try:
+        return data.decode(_encoding(data))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} line {line} is not UTF-8; save the list as UTF-8") from None
+
+
+def _encoding(data: bytes) -> str:
+    return "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(place, stripped line) of every line that is not blank."""
+    # Not splitlines(): it also breaks at characters that a file name may hold.
+    for number, line in enumerate(io.StringIO(text(path), newline=None), 1):
+        if line.strip():
+            yield f"{path.name} line {number}", line.strip()
+
+
+def rows(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    """(place, cells) of every row of a CSV file that is not blank.
+
+    Raises:
+        ValueError: The text is not as CSV should be (a quote left open), with its line.
+    """
+    reader = csv.reader(io.StringIO(text(path), newline=""), delimiter=delimiter, strict=True)
+    while True:
+        where = f"{path.name} line {reader.line_num + 1}"  # line_num is where a row ends
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(
+                f"{where}: {error}; a quote inside a quoted value is written twice"
+            ) from None
+        if any(cells):
+            yield where, cells
+
+
+def first_rows(path: Path, delimiter: str, count: int = 1) -> list[list[str]]:
+    """The first rows that are not blank, for recognising a file: wrong bytes are no matter yet."""
+    with path.open("rb") as file:
+        encoding = _encoding(file.read(2))
+    with path.open(encoding=encoding, errors="replace", newline="") as file:
+        try:
+            reader = csv.reader(file, delimiter=delimiter)
+            return list(itertools.islice((row for row in reader if any(row)), count))
+        except csv.Error:
+            return []
+
+
+def inside(root: Path, path: str, where: str) -> str:
+    """A list's path as one relative to `root` with forward slashes.
+
+    Backslashes are read as slashes unless a file of that very name exists. `..` is resolved by
+    name. An absolute path is taken if it lies in `root`.
+
+    Raises:
+        ValueError: The path is empty, or leaves the root.
+    """
+    if not path.strip() or "\0" in path:
+        raise ValueError(f"{where}: {path!r} is no path; give each clip's video file")
+    if "\\" in path and not os.path.lexists(root / path):
+        path = path.replace("\\", "/")
+    relative = os.path.normpath(path)
+    if os.path.isabs(path) or re.match("[A-Za-z]:/", path):
+        real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+        ways = (os.path.relpath(path, root), os.path.relpath(real, os.path.realpath(root)))
+        relative = min(ways, key=_leaves)
+    if _leaves(relative):
+        raise ValueError(
+            f"{where}: {path!r} is not inside {os.path.abspath(root)}; give paths relative to that "
+            "directory, or name a directory that holds all the videos"
+        )
+    return relative.replace(os.sep, "/")
+
+
+def _leaves(relative: str) -> bool:
+    return relative == os.curdir or relative.split(os.sep)[0] == os.pardir
+
+
+def choose_split(numbers: Collection[str], split: str | None, of: str) -> str:
+    """The asked one of the numbered splits, or the first.
+
+    Raises:
+        ValueError: There is no such split; the message lists those found.
+    """
+    found = sorted(numbers, key=natural_key)
+    if split is None:
+        return found[0]
+    if split not in found:
+        raise ValueError(f"{of} has no split {split!r}; found {', '.join(found)}")
+    return split
+
+
+def no_splits(split: str | None, of: str) -> None:
+    """Refuse a split where the dataset has only one way to be split.
+
+    Raises:
+        ValueError: One was asked for.
+    """
+    if split is not None:
+        raise ValueError(
+            f"{of} has no numbered splits, split {split!r} was asked for; leave it out"
+        )
+
+
+def place(
+    root: Path, entries: Sequence[Entry], classes: Collection[str], ignore_case: bool = False
+) -> tuple[list[Entry], str]:
+    """Give each entry the path under which the disk has its clip, and say what was not found.
+
+    A missing clip keeps its listed path, below the folder that most of the others were found
+    under ("UCF-101/").
+    """
+    shelf = Shelf(root, (_name(entry.clip.path) for entry in entries), ignore_case)
+    keys = {folder_key(name) for name in classes}
+    found = [
+        shelf.find(_name(entry.clip.path), (entry.clip.label, entry.clip.split), keys)
+        for entry in entries
+    ]
+    pairs = [(path, "/" + entry.clip.path) for path, entry in zip(found, entries, strict=True)]
+    tops = [f"/{path}".removesuffix(end) for path, end in pairs if f"/{path}".endswith(end)]
+    top = Counter(tops).most_common(1)[0][0] if tops else ""
+    placed = [
+        replace(entry, clip=replace(entry.clip, path=path or (top + end).removeprefix("/")))
+        for (path, end), entry in zip(pairs, entries, strict=True)
+    ]
+    missing = sum(path is None for path in found)
+    return placed, f"listed but not on the disk: {missing}" if missing else ""
+
+
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
+def assemble(
+    root: Path,
+    entries: Iterable[Entry],
+    layout: str,
+    said: str,
+    classes: Sequence[str] | None = None,
+    notes: Iterable[str] = (),
+) -> Listing:
+    """Make the listing: clips without a label are left out, repeated ones named once.
+
+    Args:
+        root: What paths are relative to.
+        entries: In the order to keep.
+        layout: The layout's name.
+        said: What the layout took; counts and notes are added.
+        classes: The dataset's order of its classes; None for sorted labels.
+        notes: Anything more to tell; empty ones are dropped.
+
+    Raises:
+        ValueError: One clip has two labels, a label is none of `classes`, `classes` has a name
+            twice, or no clip is left.
+    """
+    kept: dict[tuple[str, float | None, float | None], Entry] = {}
+    unlabelled = repeated = astride = 0
+    for entry in entries:
+        clip = entry.clip
+        if not clip.label:
+            unlabelled += 1
+            continue
+        _check_unicode(entry)
+        key = (clip.path, clip.start_seconds, clip.end_seconds)
+        first = kept.setdefault(key, entry)
+        repeated += first is not entry
+        astride += first.clip.split != clip.split
+        if first.clip.label != clip.label:
+            raise ValueError(
+                f"{clip.path} has two labels: {first.clip.label!r} ({first.where}) and "
+                f"{clip.label!r} ({entry.where}); keep one of them"
+            )
+    clips = tuple(entry.clip for entry in kept.values())
+    if not clips:
+        raise ValueError(f"{root}: {said}: no clip with a label")
+    known = set(classes or ())
+    if len(known) < len(classes or ()):
+        twice = next(name for name, n in Counter(classes).items() if n > 1)
+        raise ValueError(f"{root}: {said}: the class index has {twice!r} twice; name it once")
+    for entry in kept.values() if classes is not None else ():
+        if entry.clip.label not in known:
+            raise ValueError(
+                f"{entry.where}: the label {entry.clip.label!r} is none of the class index's "
+                f"{len(known)} classes; add it there"
+            )
+    order = tuple(classes) if classes is not None else tuple(sorted({c.label for c in clips}))
+    counts = Counter(clip.split for clip in clips)
+    parts = ", ".join(f"{n} {split or 'in no split'}" for split, n in counts.items())
+    notes = [
+        *notes,
+        f"without a label, left out: {unlabelled}" if unlabelled else "",
+        f"repeated entries, taken once: {repeated}" if repeated else "",
+        f"in two splits, of which the first counts: {astride}" if astride else "",
+    ]
+    counted = f"{len(clips)} clips" + (f" ({parts})" if any(counts) else "")
+    told = [f"{said}: {counted}, {len(order)} classes", *filter(None, notes)]
+    return Listing(clips, order, layout, "; ".join(told), root)
+
+
+def _check_unicode(entry: Entry) -> None:
+    """A name in another encoding, or half a surrogate pair, cannot be written to a table."""
+    for value in (entry.clip.path, entry.clip.label, entry.clip.split):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{entry.where}: {value!r} is not Unicode; rename it") from None

@@ -1,0 +1,70 @@
+"""Class folders: root/<class>/<clip>, or root/<train, test...>/<class>/<clip>.
+
+The class is the first folder, however deep the clip lies below it. A clip is a video file, or a
+folder of JPEG or PNG frames without videos. The first folders are splits, and the second ones
+classes, where all of them have names of splits and every clip lies deep enough.
+"""
+
+from pathlib import Path
+
+from varve.pipeline.datasets.layouts import ListedClip, Listing
+from varve.pipeline.datasets.layouts._disk import clips_below, natural_key
+from varve.pipeline.datasets.layouts._lists import Entry, assemble, no_splits
+
+SPECIFIC = 0
+NEEDS = "videos (or folders of frames) in one folder a class, ROOT/<class>/<video>"
+SPLITS = frozenset({"train", "test", "val", "valid", "validation"})
+
+
+def recognise(root: Path) -> str | None:
+    if not root.is_dir():
+        return None
+    first = next((path for path in clips_below(root) if "/" in path), None)
+    return first and f"class folders, such as {first}"
+
+
+def read(root: Path, split: str | None = None) -> Listing:
+    no_splits(split, "class folders")
+    below = sorted(clips_below(root), key=natural_key)
+    paths = [path for path in below if "/" in path]
+    splits = _are_splits(root, paths)
+    entries = []
+    for path in paths:
+        top, second, *_ = path.split("/")
+        clip = ListedClip(path, second, top) if splits else ListedClip(path, top)
+        entries.append(Entry(clip, path))
+    videos = len(below) - len(paths)
+    return assemble(
+        root,
+        entries,
+        "class_folders",
+        "class folders in folders of splits" if splits else "class folders",
+        notes=(
+            f"directly in the root, so without a class, left out: {videos}" if videos else "",
+            _lone_class(root, paths, splits),
+        ),
+    )
+
+
+def _are_splits(root: Path, paths: list[str]) -> bool:
+    tops = {path.split("/")[0] for path in paths}
+    named = sorted(top for top in tops if top.lower() in SPLITS)
+    shallow = [path for path in paths if path.count("/") < 2 and path.split("/")[0] in named]
+    if len(named) == len(tops) and not shallow:
+        return True
+    if len(named) < 2:
+        return False
+    strange = shallow[0] if shallow else f"{min(tops - set(named))}/"
+    raise ValueError(
+        f"{root}: {', '.join(named)} look like splits, of which each holds a folder a class, but "
+        f"{strange} does not fit; move it, or write a list with columns path, label, split"
+    )
+
+
+def _lone_class(root: Path, paths: list[str], splits: bool) -> str:
+    """A hint where the one class is likelier a folder around the classes."""
+    tops = {path.split("/")[0] for path in paths}
+    inner = {path.split("/")[1] for path in paths if path.count("/") > 1}
+    if splits or len(tops) > 1 or len(inner) < 2:
+        return ""
+    return f"if the classes are the folders in {paths[0].split('/')[0]}/, name that directory"

@@ -1,0 +1,159 @@
+"""A plain list: a CSV or TSV file with a column of paths and a column of labels.
+
+The header names the columns, in any order and case: `path` (or video, file, filename...), `label`
+(or class, category...), and if there are any `split`, `start_seconds` (start), `end_seconds` (end).
+Other columns are ignored. Without a header exactly two columns are read, path and label, if one of
+the first paths is there. The delimiter is the one under which the header has both columns: comma,
+semicolon or tab. Paths are relative to the list's own directory.
+
+The list is the one in the root, the root itself, or several that are named after their splits
+(train.csv, val.csv, test.csv) and then need no column `split`.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from varve.pipeline.datasets.layouts import ListedClip, Listing
+from varve.pipeline.datasets.layouts._disk import LIST_SUFFIXES, scan, suffix
+from varve.pipeline.datasets.layouts._lists import (
+    Entry,
+    assemble,
+    first_rows,
+    inside,
+    no_splits,
+    rows,
+)
+
+SPECIFIC = 1
+NEEDS = "a .csv or .tsv file with a column path (or video, file) and a column label (or class)"
+COLUMNS = {
+    "path": ("path", "video_path", "file_path", "filepath", "video", "file", "filename"),
+    "label": ("label", "class", "category", "label_name", "class_name"),
+    "split": ("split", "subset", "partition"),
+    "start": ("start_seconds", "start_time", "time_start", "start"),
+    "end": ("end_seconds", "end_time", "time_end", "end"),
+}
+SPLIT_NAMES = re.compile(r"(?:.*[_-])?(train|val|valid|validation|test)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one list is written: its delimiter, each role's column, and the columns not used."""
+
+    delimiter: str
+    columns: dict[str, int]
+    ignored: tuple[str, ...]
+    header: bool
+    width: int
+
+
+def recognise(root: Path) -> str | None:
+    if root.is_file():
+        return f"the list {root.name}"  # named by hand: what is wrong with it is for `read` to say
+    names = [path.name for path in _lists(root)]
+    return f"a list of clips, {', '.join(names)}" if names else None
+
+
+def read(root: Path, split: str | None = None) -> Listing:
+    no_splits(split, "a list of clips")
+    base = root.parent if root.is_file() else root
+    files = [root] if root.is_file() else _lists(root)
+    by_split = {path: SPLIT_NAMES.fullmatch(path.stem) for path in files}
+    if len(files) > 1 and not all(by_split.values()):
+        raise ValueError(
+            f"{root} holds {len(files)} lists: {', '.join(path.name for path in files)}; name the "
+            f"one to read in place of the directory, such as {files[0]}"
+        )
+    order = ("train", "val", "valid", "validation", "test")
+    splits = {path: match[1].lower() if match else "" for path, match in by_split.items()}
+    files.sort(key=lambda path: (order.index(splits[path]) if splits[path] else 0, path.name))
+    entries: list[Entry] = []
+    used = []
+    for path in files:
+        form = _form(path, base)
+        if form is None:
+            raise ValueError(f"{path} is no list of clips: {_first_line(path)}; {NEEDS} is needed")
+        entries += _entries(base, path, form, splits[path])
+        columns = f"columns {', '.join(form.columns)}" if form.header else "path and label, unnamed"
+        ignored = f", ignored {', '.join(form.ignored)}" if form.ignored else ""
+        used.append(f"{path.name} ({columns}{ignored})")
+    return assemble(base, entries, "table", f"list {', '.join(used)}")
+
+
+def _lists(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    files = [root / name for name in scan(root)[1] if suffix(name) in LIST_SUFFIXES]
+    return [path for path in files if _form(path, root)]
+
+
+def _form(path: Path, base: Path) -> Form | None:
+    delimiters = "\t" if suffix(path.name) == ".tsv" else ",;\t"
+    for delimiter in delimiters:
+        first = first_rows(path, delimiter)
+        names = [re.sub(r"[\s-]+", "_", cell.strip().lower()) for cell in first[0]] if first else []
+        columns = {
+            role: names.index(alias)
+            for role, aliases in COLUMNS.items()
+            for alias in aliases[::-1]
+            if alias in names
+        }
+        if {"path", "label"} <= columns.keys():
+            ignored = tuple(
+                cell for i, cell in enumerate(first[0]) if i not in columns.values() and cell
+            )
+            return Form(delimiter, columns, ignored, header=True, width=len(names))
+    plain = [delimiter for delimiter in delimiters if _is_plain(path, delimiter, base)]
+    if len(plain) == 1:
+        return Form(plain[0], {"path": 0, "label": 1}, (), header=False, width=2)
+    return None
+
+
+def _is_plain(path: Path, delimiter: str, base: Path) -> bool:
+    first = first_rows(path, delimiter, 100)
+    return all(len(row) == 2 for row in first) and any(
+        row[0] and os.path.lexists(base / row[0].replace("\\", "/")) for row in first
+    )
+
+
+def _entries(base: Path, path: Path, form: Form, split: str) -> Iterator[Entry]:
+    table = rows(path, form.delimiter)
+    if form.header:
+        next(table)
+    for where, cells in table:
+        if len(cells) < form.width or any(cells[form.width :]):
+            raise ValueError(
+                f"{where}: {len(cells)} values for {form.width} columns; put a value that holds "
+                f"{form.delimiter!r} in quotes, and leave no value out"
+            )
+        row = {role: cells[i] for role, i in form.columns.items()}
+        start = _seconds(row.get("start", ""), where)
+        end = _seconds(row.get("end", ""), where)
+        if end is not None and end <= (start or 0.0):
+            raise ValueError(f"{where}: the clip ends at {end:g} s, no later than it starts")
+        clip = ListedClip(
+            inside(base, row["path"], where), row["label"], row.get("split", split), start, end
+        )
+        yield Entry(clip, where)
+
+
+def _seconds(cell: str, where: str) -> float | None:
+    if not cell.strip():
+        return None
+    try:
+        value = float(cell)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{where}: {cell!r} is no time in seconds; leave it empty for none")
+    return value
+
+
+def _first_line(path: Path) -> str:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        line = file.readline(200)
+    return f"its first line is {line!r}" if line else "it is empty"

@@ -1,0 +1,68 @@
+"""UCF101: trainlist0k.txt and testlist0k.txt, with classInd.txt for the order of the classes.
+
+A clip's label is the folder in its listed path, spelled as the class index spells it; without a
+folder it is the class number beside it, or else the class in the file name (v_<Class>_g01_c01).
+The videos may lie in root/<Class>/, in any folder above that, or flat in one directory; they are
+found by name, and the names are compared without case: the release has HandstandPushups in the
+index and v_HandStandPushups in the files.
+"""
+
+import re
+from pathlib import Path
+
+from varve.pipeline.datasets.layouts import ListedClip, Listing
+from varve.pipeline.datasets.layouts._disk import join, stem
+from varve.pipeline.datasets.layouts._index import class_index, numbered_lists
+from varve.pipeline.datasets.layouts._lists import (
+    Entry,
+    assemble,
+    choose_split,
+    inside,
+    lines,
+    place,
+)
+
+SPECIFIC = 2
+NEEDS = "trainlist01.txt and testlist01.txt, in it or in a folder such as ucfTrainTestlist/"
+LISTS = r"(train|test)list(?P<number>0*[1-9][0-9]*)\.txt"
+
+
+def recognise(root: Path) -> str | None:
+    folder, found = numbered_lists(root, LISTS)
+    return f"UCF101: {len(found)} numbered splits in {folder or '.'}/" if found else None
+
+
+def read(root: Path, split: str | None = None) -> Listing:
+    folder, found = numbered_lists(root, LISTS)
+    number = choose_split(found, split, "UCF101")
+    classes, index = class_index(root, folder)
+    entries = []
+    for name in sorted(found[number], key=lambda name: name.lower().startswith("test")):
+        kind = "test" if name.lower().startswith("test") else "train"
+        for where, line in lines(root / join(folder, name)):
+            match = re.fullmatch(r"(.+?)(?:\s+([0-9]+))?", line)
+            assert match is not None  # `line` is not blank
+            path = inside(root, match[1], where)
+            label = _label(path, match[2], classes, where)
+            entries.append(Entry(ListedClip(path, label, kind), where))
+    labels = classes.values() or {entry.clip.label for entry in entries}
+    placed, missing = place(root, entries, labels, ignore_case=True)
+    order = f"class order from {index}" if classes else "no classInd.txt, classes in sorted order"
+    said = f"UCF101, split {number} of {len(found)}, lists in {folder or '.'}/"
+    return assemble(root, placed, "ucf101", said, list(classes.values()) or None, (order, missing))
+
+
+def _label(path: str, number: str | None, classes: dict[int, str], where: str) -> str:
+    *above, name = path.split("/")
+    if above:
+        label = above[-1]
+    elif number and classes:
+        if int(number) not in classes:
+            raise ValueError(f"{where}: class {number} is not in the class index; add it there")
+        return classes[int(number)]
+    elif match := re.fullmatch(r"v_(.+)_g[0-9]+_c[0-9]+", stem(name)):
+        label = match[1]
+    else:
+        raise ValueError(f"{where}: {path} says no class; list it as <Class>/{name}")
+    spelled = {name.casefold(): name for name in classes.values()}
+    return spelled.get(label.casefold(), label)

@@ -1,0 +1,1 @@
+"""Class-incremental experiments on a store: runs, sweeps, metrics and routing queries."""

@@ -1,0 +1,77 @@
+"""Attaching: a backbone as a head that changes it sees it; see `varve.heads.Network`."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from varve.pipeline.backbones import Backbone
+from varve.pipeline.backbones._reductions import canonical_reduction
+from varve.pipeline.experiments.head_inputs import meaning
+from varve.pipeline.extraction.passes import cell_shape
+
+
+class HeadNetwork:
+    """A backbone as its features were computed, and what a head puts into it.
+
+    Args:
+        load: The same network in a precision.
+
+    Attributes:
+        calls: Of each stage by the suffixes that were given out.
+    """
+
+    def __init__(
+        self, backbone: Backbone, frames: int, load: Callable[[torch.dtype], Backbone]
+    ) -> None:
+        self.frames = frames
+        self.calls: Counter[str] = Counter()
+        self._plain, self._load = backbone, load
+        self._behind: WeakKeyDictionary[nn.Module, Backbone] = WeakKeyDictionary()
+
+    @property
+    def stages(self) -> list[str]:
+        return self._plain.stage_names
+
+    def identity(self) -> str:
+        """Names the plain network: every stage's code and parameters."""
+        return self._plain.keys("")[self.stages[-1]]
+
+    def find(self, name: str) -> str:
+        return meaning(name, self._plain)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        own, _, reduction = self.find(name).partition(":")
+        stage = self._plain.stage(own)
+        return cell_shape(self._plain, stage, canonical_reduction(stage, reduction))
+
+    def module(self, stage: str) -> nn.Module:
+        return self._plain.stage(self.find(stage)).module
+
+    def suffix(
+        self,
+        changes: Mapping[str, nn.Module | Callable[[nn.Module], nn.Module]],
+        after: str,
+        keep: Sequence[str] = (),
+        unfreeze: Sequence[str] = (),
+    ) -> nn.Module:
+        new = self._plain
+        if unfreeze:
+            # What trains is float32: most steps are too small for the eight bits of bfloat16.
+            if new.precision != torch.float32:
+                new = self._load(torch.float32)
+            new = new.unfreeze(*map(self.find, unfreeze))
+        for stage, change in changes.items():
+            own = new.stage(self.find(stage)).module
+            module = change if isinstance(change, nn.Module) else change(own)
+            new = new.graft(self.find(stage), module)
+        suffix = new.suffix(self.find(after), [self.find(stage) for stage in keep])
+        suffix.calls = self.calls
+        self._behind[suffix] = new
+        return suffix
+
+    def behind(self, suffix: nn.Module) -> Backbone:
+        """The whole network that a suffix is of, with what has become of its modules since."""
+        return self._behind[suffix]

@@ -1,0 +1,326 @@
+"""Build: a data set's features into a store. Also plan, which says what a build would do.
+
+One operation whatever the occasion (a first build, a crash, new or replaced videos, another
+backbone): list the clips, compare keys, decode and compute what is missing, write, mark done.
+"""
+
+import json
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pandas as pd
+import torch
+
+from varve.pipeline import backbones as networks
+from varve.pipeline.backbones import Backbone, _graft, _prompts, slower
+from varve.pipeline.config import BuildSpec, Runtime
+from varve.pipeline.datasets import layouts
+from varve.pipeline.datasets.layouts import Listing
+from varve.pipeline.decoders._pool import require
+from varve.pipeline.extraction.clip_status import settle, take_facts, take_known_facts
+from varve.pipeline.extraction.commit import Done, carry_out, device_of, job_of
+from varve.pipeline.extraction.disk_space import check_disk, explained
+from varve.pipeline.extraction.estimate import Estimate, probe
+from varve.pipeline.extraction.passes import passes
+from varve.pipeline.extraction.plan import Plan, make_plan
+from varve.pipeline.extraction.scan import Scan, scan
+from varve.pipeline.extraction.update import Rows, plan_update
+from varve.pipeline.progress import Progress
+from varve.stores import FeatureStore, atomic, clips, lock, staging, text
+from varve.stores.remote import local_folder
+
+LOGS = "logs"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before any work: the listing, the table, the networks, the plan."""
+
+    listing: Listing
+    scan: Scan
+    backbones: dict[str, Backbone]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did.
+
+    Attributes:
+        store: Its folder.
+        said: What the listing took the data set for.
+        clips: Rows of the present listing, by status.
+        new, changed, gone: Clips, against the build before.
+        hashed: Files whose bytes were read for their digest.
+        decoded: Files decoded.
+        computed: Clips computed.
+        adopted: Cells that an unfinished build had left staged.
+        copied: Cells taken from another row with the same bytes.
+        quarantined: Rows of the table that failed, in this build or an earlier one.
+        seconds: In all, and by part (decode, forward, write: summed over workers).
+        file_bytes: Size of the columns' files.
+        calls: Of each stage, "network stage"; a call is one batch.
+        bytes_read: Of features that computations began from.
+    """
+
+    store: Path
+    said: str
+    clips: dict[str, int]
+    new: int
+    changed: int
+    gone: int
+    hashed: int
+    decoded: int
+    computed: int
+    frames: int
+    adopted: int
+    copied: int
+    quarantined: pd.DataFrame
+    seconds: dict[str, float]
+    file_bytes: int
+    calls: dict[str, int]
+    bytes_read: int
+
+
+def build(
+    dataset: str | Path,
+    store: str | Path,
+    spec: BuildSpec,
+    *,
+    layout: str = "auto",
+    split: str | None = None,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Compute whatever features of a data set a store lacks.
+
+    Args:
+        dataset: Directory of the videos.
+        store: Folder of the store; made where it does not exist.
+        spec: Which features.
+        layout: How the directory is laid out; `auto` recognises it.
+        split: Which of the data set's official splits.
+        runtime: Device, workers, deadline.
+        progress: Told how it goes; silent by default.
+
+    Returns:
+        What was done. Clips that could not be decoded are in `quarantined`; they end nothing.
+
+    Raises:
+        ValueError: The request cannot be met (unknown layout, stage, network; other data set).
+        StoreLocked: Another process builds this store.
+        OSError: The store cannot be written or its disk is too small. What was finished is kept.
+    """
+    runtime, progress = runtime or Runtime(), progress or Progress()
+    began = time.perf_counter()
+    root, path = Path(dataset), local_folder(store)
+    ready = None
+    if not (path / "zarr.json").exists():
+        # A request that cannot be met leaves nothing behind, so it is looked at first.
+        if path.is_dir():
+            FeatureStore.refuse_strangers(path)
+        ready = prepare(root, path, None, spec, layout, split, runtime, progress)
+        check_disk(ready.plan, path)
+    with explained(path):
+        opened = FeatureStore.create(path)
+    with explained(path), lock.held(path):
+        atomic.clear_temporary(path)
+        if ready is None or len(opened.clips):
+            ready = prepare(root, path, opened, spec, layout, split, runtime, progress)
+            check_disk(ready.plan, path)
+        table, plan = ready.scan.table, ready.plan
+        _record(opened, ready, root, spec)
+        clips.write(opened.path, table)
+        given = ready.backbones if runtime.serial else {}
+        done = carry_out(plan, job_of(plan, path, runtime), runtime, progress, given)
+        settle(table, plan, ready.scan.rows)
+        clips.write(opened.path, table)
+        staging.drop(opened.path, staging.facts_files(opened.path))
+        if spec.text:
+            for backbone in ready.backbones.values():
+                keep_text(opened.path, backbone, ready.listing.classes, progress)
+        done.seconds["all"] = time.perf_counter() - began
+        if plan.decodes or ready.scan.new or ready.scan.changed:
+            _log(opened.path, spec, runtime, done)
+        atomic.clear_temporary(opened.path)
+    listed = table.loc[ready.scan.rows]
+    return BuildReport(
+        store=opened.path,
+        said=ready.listing.said,
+        clips=dict(Counter(listed["status"])),
+        new=ready.scan.new,
+        changed=ready.scan.changed,
+        gone=ready.scan.gone,
+        hashed=ready.scan.hashed,
+        decoded=plan.decodes,
+        computed=plan.clips,
+        frames=done.frames,
+        adopted=sum(len(column.staged) for column in plan.all_columns),
+        copied=sum(len(column.copied) for column in plan.all_columns),
+        quarantined=listed[listed["status"] == "quarantined"],
+        seconds=done.seconds,
+        file_bytes=sum(column.column.disk_bytes() for column in plan.all_columns),
+        calls=dict(done.calls),
+        bytes_read=plan.bytes_read,
+    )
+
+
+@overload
+def plan(
+    dataset: str | Path,
+    store: str | Path,
+    spec: BuildSpec,
+    *,
+    layout: str = "auto",
+    split: str | None = None,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+    estimate: bool = True,
+) -> tuple[Plan, Estimate | None]: ...
+@overload
+def plan(
+    dataset: str | Path | FeatureStore,
+    store: Backbone,
+    keep: Sequence[str] = (),
+    rows: Rows = None,
+    *,
+    spec: BuildSpec | None = None,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+    estimate: bool = True,
+) -> tuple[Plan, Estimate | None]: ...
+def plan(dataset: Any, store: Any, *arguments: Any, **options: Any) -> tuple[Plan, Estimate | None]:
+    """What `build` or `update` with the same arguments would do. Writes nothing.
+
+    Returns:
+        The plan, and the time it will take by a short probe of this machine (None where nothing
+        is to be computed or `estimate` is False).
+
+    Raises:
+        ValueError: As `build` and `update`.
+    """
+    of = plan_update if isinstance(store, Backbone) else _plan_build
+    return of(dataset, store, *arguments, **options)
+
+
+def _plan_build(
+    dataset: str | Path,
+    store: str | Path,
+    spec: BuildSpec,
+    *,
+    layout: str = "auto",
+    split: str | None = None,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+    estimate: bool = True,
+) -> tuple[Plan, Estimate | None]:
+    runtime, progress, path = runtime or Runtime(), progress or Progress(), local_folder(store)
+    opened = FeatureStore.open(path) if (path / "zarr.json").exists() else None
+    if opened is None and path.is_dir():
+        FeatureStore.refuse_strangers(path)
+    ready = prepare(Path(dataset), path, opened, spec, layout, split, runtime, progress)
+    if not estimate or not ready.plan.blocks:
+        return ready.plan, None
+    job = job_of(ready.plan, path, runtime)
+    return ready.plan, probe(ready.plan, job, runtime, progress, ready.backbones)
+
+
+def prepare(
+    root: Path,
+    store: Path,
+    opened: FeatureStore | None,
+    spec: BuildSpec,
+    layout: str,
+    split: str | None,
+    runtime: Runtime,
+    progress: Progress,
+) -> Prepared:
+    """List, build the networks for their keys, scan, and plan. Writes nothing."""
+    require(spec.decoder)
+    listing = layouts.read(root, layout, split)
+    progress.message(listing.said)
+    precision = getattr(torch, spec.precision)
+    # A weight file by its whole path: workers may run elsewhere, and one file is one network.
+    names = dict.fromkeys(weights_in_full(name) for name in spec.backbones)
+    chosen = {name: _graft.sealed(networks.load(name, precision)) for name in names}
+    asked = passes(spec, chosen, opened, device_of(runtime))
+    old = opened.clips if opened else clips.empty()
+    base = listing.root.absolute()
+    found = scan(old, listing, base, runtime.retry)
+    take_known_facts(old, found.table)
+    left = staging.all_facts(store)
+    take_facts(found.table, (f for f in left if not (runtime.retry and "reason" in f)))
+    plan = make_plan(store, opened, found.table, found.rows, base, asked, chosen)
+    here = device_of(runtime) == "cpu" and not runtime.scheduler
+    if plan.blocks and here and (warning := slower(spec.precision)):
+        progress.message(warning)
+    return Prepared(listing, found, chosen, plan)
+
+
+def keep_text(store: Path, backbone: Backbone, classes: Iterable[str], progress: Progress) -> None:
+    """Keep the text features of the classes' prompts, for a backbone that has a text tower."""
+    names = list(classes)
+    if backbone.text is None or not names:
+        return
+    key = {
+        "code": _prompts.CODE,
+        "templates": list(_prompts.TEMPLATES),
+        "text": backbone.text.identity(),
+    }
+    held = text.held(store, backbone.name, key)
+    missing = [name for name in names if name not in held]
+    if not missing:
+        return
+    progress.message(f"text features of {len(missing)} classes for {backbone.name}")
+    made = _prompts.class_features(backbone.text, missing).numpy()
+    held |= dict(zip(missing, made, strict=True))
+    values = np.stack([held[name] for name in names])
+    text.write(store, backbone.name, key, text.TextFeatures(tuple(names), values))
+
+
+def _record(opened: FeatureStore, ready: Prepared, root: Path, spec: BuildSpec) -> None:
+    """Note in the store where its data set and weights lie, for `verify` and for people."""
+    asked = {name: list(names) for name, names in opened.attributes.get("backbones", {}).items()}
+    for name, backbone in ready.backbones.items():
+        # Two weight files of one stem share a name; their columns' keys tell them apart.
+        asked[backbone.name] = sorted({*asked.get(backbone.name, []), name})
+    opened.set_attributes(
+        {
+            "dataset": str(root.resolve()),
+            "layout": ready.listing.layout,
+            "classes": list(ready.listing.classes),
+            "backbones": asked,
+            "request": {**asdict(spec), "backbones": list(ready.backbones)},
+        }
+    )
+
+
+def weights_in_full(backbone: str) -> str:
+    """The backbone's name with a weight file's whole path, to be found from any folder."""
+    network, colon, weights = backbone.partition(":")
+    file = Path(weights)
+    return f"{network}:{file.resolve()}" if colon and file.is_file() else backbone
+
+
+def _log(store: Path, spec: BuildSpec, runtime: Runtime, done: Done) -> None:
+    """A line of history, the only thing in a store that knows the time and the machine."""
+    packages = ("torch", "torchvision", "open_clip_torch", "timm", "av", "zarr", "numpy")
+    record = {
+        "ended": time.strftime("%F %T%z"),
+        "machine": f"{platform.node()} {platform.machine()} {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in packages},
+        "spec": asdict(spec),
+        "runtime": asdict(runtime),
+        "frames": done.frames,
+        "seconds": {name: round(value, 3) for name, value in done.seconds.items()},
+    }
+    name = f"build-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.json"
+    atomic.write(store, store / LOGS / name, json.dumps(record, indent=1).encode())

@@ -1,0 +1,106 @@
+"""Probe: how long a plan will take, from a few clips of it done on this machine."""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from varve.pipeline.backbones import Backbone
+from varve.pipeline.config import Runtime
+from varve.pipeline.extraction.forward import Cells, adopt, dismiss, run_pass
+from varve.pipeline.extraction.plan import Plan
+from varve.pipeline.extraction.schedule import local_workers
+from varve.pipeline.extraction.worker import Block, Job, close_pools, decode
+from varve.pipeline.progress import Progress
+
+FILES = 6
+FORWARD_SECONDS = 4.0
+START_SECONDS = 8.0  # a cluster of one worker up, its libraries imported
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds a plan will take on this machine.
+
+    Attributes:
+        decode_seconds: Of all decoding, one child working alone.
+        forward_seconds: Of all forwards, on one worker.
+        load_seconds: To build the networks.
+        seconds: In all, with the cores shared as the build will share them.
+    """
+
+    decode_seconds: float
+    forward_seconds: float
+    load_seconds: float
+    seconds: float
+
+
+def probe(
+    plan: Plan, job: Job, runtime: Runtime, progress: Progress, networks: Mapping[str, Backbone]
+) -> Estimate:
+    """Decode a few files of the plan and run a few batches of each pass, with these networks.
+
+    The files are spread over the plan, since data sets are often sorted by kind.
+    """
+    progress.message("probing this machine for a few seconds")
+    decode_seconds = _decoding(plan, job)
+    forward_seconds = load_seconds = 0.0
+    for name, backbone in networks.items():
+        adopt(name, backbone)
+    for number, one in enumerate(plan.passes):
+        batches = plan.batches(number)
+        if not batches:
+            continue
+        batch = _example(plan, job, number) * one.batch_clips
+        outputs = tuple(set().union(*(block.outputs_of(number) for block in plan.blocks)))
+        began = time.perf_counter()
+        list(run_pass(one, outputs, batch))
+        load_seconds += time.perf_counter() - began
+        times: list[float] = []
+        while sum(times) < FORWARD_SECONDS and len(times) < min(20, batches):
+            began = time.perf_counter()
+            list(run_pass(one, outputs, batch))
+            times.append(time.perf_counter() - began)
+        forward_seconds += float(np.median(times)) * batches
+    for name in networks:
+        dismiss(name)
+    threads = max(one.execution.threads for one in plan.passes)
+    workers = 1 if runtime.serial or not threads else local_workers(threads, runtime.workers)
+    # On a CPU decoding and forward share the cores; on a GPU they overlap.
+    cores = os.cpu_count() or 1
+    decoding = decode_seconds / min(job.children * workers, cores)
+    computing = forward_seconds / max(1, min(workers, cores // max(1, threads)))
+    together = decoding + computing if threads else max(decoding, computing)
+    start = START_SECONDS + load_seconds if not runtime.serial else load_seconds
+    return Estimate(decode_seconds, forward_seconds, load_seconds, together + start)
+
+
+def _decoding(plan: Plan, job: Job) -> float:
+    """Seconds of all decoding, one child working alone."""
+    files = [file for block in plan.blocks for file in block.files]
+    if not files:
+        return 0.0
+    chosen = [files[i] for i in np.linspace(0, len(files) - 1, FILES).round().astype(int)]
+    decode(job, Block(0, tuple(chosen[:1])))  # starts the children
+    seconds = clips = 0.0
+    for file in dict.fromkeys(chosen):
+        began = time.perf_counter()
+        decode(job, Block(0, (file,)))
+        seconds += time.perf_counter() - began
+        clips += len(file.clips)
+    close_pools()
+    return seconds / clips * sum(len(file.clips) for file in files)
+
+
+def _example(plan: Plan, job: Job, number: int) -> list[np.ndarray]:
+    """One clip's input of a pass."""
+    one = plan.passes[number]
+    if one.source:
+        clips = (clip for block in plan.blocks for clip in block.cached)
+        held = next(clip.held for clip in clips if clip.needs[0][0] == number)
+        return list(Cells(job.store, one.source, [held])[:1])
+    picture = one.frame_set.picture
+    noise = np.random.default_rng(0).integers(0, 256, (one.frame_set.frames, *picture.shape))
+    return [noise.astype(picture.dtype)]

@@ -1,0 +1,264 @@
+"""From what is asked to columns: which passes over which frames give which features.
+
+A pass is one backbone run over one frame set; it fills one or more columns. Its `Execution` pins
+how the forward runs, since on a CPU the last bits of a result depend on the shape of the batch,
+the number of threads and the memory format. A column keeps the execution it was begun with.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from varve.pipeline.backbones import Backbone, Stage
+from varve.pipeline.backbones._reductions import canonical_reduction, reduce
+from varve.pipeline.config import BuildSpec, FrameSet, Picture
+from varve.stores import FeatureStore
+from varve.stores.columns import ColumnSpec, Damaged
+from varve.stores.identity import digest
+
+# What a picture's numbers are: changed when the decoders' pixels change.
+PIXELS = "rgb24, libswscale bicubic, 1"
+SAMPLES = "mono float32, libswresample, 2"
+CPU_BATCH_FRAMES = 8
+GPU_BATCH_FRAMES = 256
+MAX_THREADS = 4
+# Times as many clips a batch where only class tokens run (ViT-B-16's last MLP: 0.47 ms a clip
+# against 0.87).
+CLASS_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the forward of a pass runs. Recorded with its columns; not part of their key.
+
+    Attributes:
+        device: cpu or cuda.
+        batch_clips: Clips a batch; a shorter one is padded to it.
+        threads: Of the forward, on a CPU; 0 on a GPU.
+    """
+
+    device: str
+    batch_clips: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """One column of a pass: a stage's output, reduced, in the number format on disk."""
+
+    spec: ColumnSpec
+    stage: str
+    reduction: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A column of the store that a computation goes on from.
+
+    Attributes:
+        stage: Whose output it holds; with `reduction`, what of it.
+        dtype: Of its numbers on disk.
+        backbone, feature, fingerprint: Which column, as `FeatureStore.feature` takes them.
+        cell_bytes: Of one clip.
+    """
+
+    stage: str
+    reduction: str
+    dtype: str
+    backbone: str
+    feature: str
+    fingerprint: str
+    cell_bytes: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One backbone over one frame set, from one beginning.
+
+    Attributes:
+        backbone: As asked for; what `backbones.load` takes.
+        stage_keys: Fingerprint by stage, so that a worker can prove it runs the same network.
+        source: The feature it begins from; None for the pictures.
+    """
+
+    backbone: str
+    precision: str
+    frame_set: FrameSet
+    execution: Execution
+    outputs: tuple[Output, ...]
+    stage_keys: Mapping[str, str]
+    source: Source | None = None
+
+    @property
+    def batch_clips(self) -> int:
+        """Clips a batch. A class token a frame is little work, and takes more of them."""
+        alone = self.source is not None and self.source.reduction == "cls"
+        return self.execution.batch_clips * (CLASS_TOKENS if alone else 1)
+
+    def run_stages(self, outputs: Iterable[int]) -> list[str]:
+        """The stages that run for these of its outputs."""
+        names = list(self.stage_keys)
+        begin = names.index(self.source.stage) + 1 if self.source else 0
+        return names[begin : max(names.index(self.outputs[c].stage) for c in outputs) + 1]
+
+
+def pixels(frame_set: FrameSet) -> str:
+    """What the numbers of its pictures, or samples of its sounds, are."""
+    return PIXELS if isinstance(frame_set.picture, Picture) else SAMPLES
+
+
+def frames_key(frame_set: FrameSet) -> str:
+    """Fingerprint of a clip's pictures or sounds."""
+    return digest({"frames": frame_set.identity(), "pixels": pixels(frame_set)})
+
+
+def passes(
+    spec: BuildSpec, backbones: Mapping[str, Backbone], store: FeatureStore | None, device: str
+) -> tuple[Pass, ...]:
+    """All passes that `spec` asks for.
+
+    Args:
+        backbones: The networks, by the name they were asked for with.
+        store: Where columns may exist already (they keep their execution); None for none.
+        device: cpu or cuda.
+
+    Raises:
+        ValueError: A feature to keep that no backbone has, or a backbone that none is kept of.
+    """
+    kept = keep_of_each(spec.keep, backbones)
+    found = []
+    for asked, backbone in backbones.items():
+        for stage in backbone.stages:
+            if stage.frames not in (0, spec.frames):
+                raise ValueError(
+                    f"{backbone.name}: {stage.name} looks across clips of {stage.frames} frames, "
+                    f"and the clips have {spec.frames}. Build with `--frames {stage.frames}`"
+                )
+        for frame_set in spec.frame_sets(backbone.picture):
+            keys = backbone.keys(frames_key(frame_set))
+            by_execution: dict[Execution, list[Output]] = {}
+            for stage, reduction in kept[asked]:
+                output, execution = _output(
+                    spec, backbone, frame_set, stage, reduction, keys[stage.name], store, device
+                )
+                by_execution.setdefault(execution, []).append(output)
+            found += [
+                Pass(asked, spec.precision, frame_set, execution, tuple(outputs), keys)
+                for execution, outputs in by_execution.items()
+            ]
+    return tuple(found)
+
+
+def keep_of_each(
+    keep: tuple[str, ...], backbones: Mapping[str, Backbone]
+) -> dict[str, list[tuple[Stage, str]]]:
+    """Stages and canonical reductions to keep of each backbone, each once, in chain order."""
+    chosen: dict[str, dict[tuple[str, str], tuple[Stage, str]]] = {name: {} for name in backbones}
+    for asked in keep:
+        stage_name, _, reduction = asked.partition(":")
+        having = {n: b for n, b in backbones.items() if stage_name in b.stage_names}
+        if not having:
+            lists = "\n".join(f"  {n}: {', '.join(b.stage_names)}" for n, b in backbones.items())
+            raise ValueError(
+                f"--keep {asked}: no backbone has a stage {stage_name!r}; stages are\n{lists}"
+            )
+        for name, backbone in having.items():
+            stage = backbone.stage(stage_name)
+            canonical = canonical_reduction(stage, reduction)
+            chosen[name][stage.name, canonical] = (stage, canonical)
+    for name, backbone in backbones.items():
+        if keep and not chosen[name]:
+            raise ValueError(
+                f"nothing to keep of {name}: none of {', '.join(keep)} is a stage of it. Its "
+                f"stages are {', '.join(backbone.stage_names)}"
+            )
+        if not keep:
+            last = [stage for stage in backbone.stages if stage.form == "vector"][-1]
+            chosen[name][last.name, ""] = (last, "")
+    order = {n: b.stage_names for n, b in backbones.items()}
+    return {
+        name: sorted(picks.values(), key=lambda pick: (order[name].index(pick[0].name), pick[1]))
+        for name, picks in chosen.items()
+    }
+
+
+def _output(
+    spec: BuildSpec,
+    backbone: Backbone,
+    frame_set: FrameSet,
+    stage: Stage,
+    reduction: str,
+    stage_key: str,
+    store: FeatureStore | None,
+    device: str,
+) -> tuple[Output, Execution]:
+    fingerprint = digest({"input": stage_key, "reduction": reduction, "dtype": spec.dtype})
+    name = f"{stage.name}:{reduction}" if reduction else stage.name
+    upto = backbone.stage_names.index(stage.name) + 1
+    attributes: dict[str, Any] = {
+        "backbone": {"name": backbone.name, "network": backbone.network},
+        "frames": frame_set.identity(),
+        "pixels": pixels(frame_set),
+        "stages": [backbone.describe(stage) for stage in backbone.stages[:upto]],
+        "reduction": reduction,
+    }
+    if grafts := [name for name in backbone.changed if name in backbone.stage_names[:upto]]:
+        attributes["grafts"] = grafts
+        attributes["modules"] = [type(backbone.stage(name).module).__name__ for name in grafts]
+    draft = ColumnSpec(backbone.name, name, fingerprint, (1,), spec.dtype, attributes)
+    held = draft.group(store.path) / draft.short / "zarr.json" if store else None
+    if held is not None and held.exists():
+        shape, kept, resumed = _held(held)
+        if resumed:
+            attributes["resumed"] = resumed
+        # Another device's column goes on as it was begun only where that device is.
+        if kept.device == device:
+            attributes["execution"] = asdict(kept)
+            column = replace(draft, cell=shape, attributes=attributes)
+            return Output(column, stage.name, reduction), kept
+        execution, cell = new_execution(frame_set, device), shape
+        attributes["execution"] = asdict(kept)
+    else:
+        execution, cell = new_execution(frame_set, device), cell_shape(backbone, stage, reduction)
+        cell = (frame_set.frames, *cell)
+        attributes["execution"] = asdict(execution)
+    return Output(
+        replace(draft, cell=cell, attributes=attributes), stage.name, reduction
+    ), execution
+
+
+def new_execution(frame_set: FrameSet, device: str) -> Execution:
+    """How a new column's forward runs.
+
+    Eight frames a batch are as fast on a CPU as thirty-two (ViT-B-16 bfloat16: 19.1 against
+    16.4 frames/s on 2 cores), so there a batch is one clip where a clip has eight frames.
+    """
+    frames = GPU_BATCH_FRAMES if device == "cuda" else CPU_BATCH_FRAMES
+    threads = 0 if device == "cuda" else min(MAX_THREADS, os.cpu_count() or 1)
+    return Execution(device, max(1, frames // frame_set.frames), threads)
+
+
+def cell_shape(backbone: Backbone, stage: Stage, reduction: str) -> tuple[int, ...]:
+    """Shape of one frame's feature. Nothing is computed: shapes alone pass through the chain."""
+    with FakeTensorMode():
+        output = torch.zeros(1, *backbone.shapes[stage.name])
+        return tuple(reduce(output, stage, reduction).shape[1:])
+
+
+def _held(metadata: Path) -> tuple[tuple[int, ...], Execution, list[str]]:
+    try:
+        held = json.loads(metadata.read_bytes())
+        attributes = held["attributes"]
+        execution = Execution(**attributes["execution"])
+        return tuple(held["shape"][1:]), execution, list(attributes.get("resumed", []))
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(
+            f"{metadata} is damaged ({error}). Remove it and build again: it is made anew, and "
+            "the cells stay"
+        ) from error

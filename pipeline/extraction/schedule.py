@@ -1,0 +1,316 @@
+"""Execution: blocks onto workers, and what to do when a worker dies.
+
+A cluster of the build's own has CPU workers that decode and, without a GPU, also run the forward;
+each GPU has a worker of its own next to them. At most `AHEAD` blocks a forward worker are in
+flight, which bounds memory by the number of blocks, not of clips.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from varve.pipeline.config import Runtime
+from varve.pipeline.decoders import Failure
+from varve.pipeline.extraction.cluster import connected
+from varve.pipeline.extraction.forward import adopt, dismiss
+from varve.pipeline.extraction.worker import (
+    Block,
+    DecodedBlock,
+    Job,
+    Report,
+    close_pools,
+    decode,
+    forward,
+)
+
+if TYPE_CHECKING:
+    from varve.pipeline.backbones import Backbone
+
+AHEAD = 3
+FORWARD, GPU = "FORWARD", "GPU"
+LOOK_SECONDS = 20.0
+GONE_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Events:
+    """What a person watching is told."""
+
+    decoded: Callable[[Block], None] = lambda block: None
+    message: Callable[[str], None] = lambda line: None
+
+
+@dataclass
+class Lost:
+    """A block of one clip's file that killed every worker it was given to."""
+
+    block: Block
+    failure: Failure = field(
+        default_factory=lambda: Failure("crashed", "the process computing it died, also alone")
+    )
+
+
+class NoSuchWorker(RuntimeError):
+    """The cluster has no worker that may do the work; it would wait for ever."""
+
+
+def execute(
+    job: Job,
+    blocks: list[Block],
+    runtime: Runtime,
+    events: Events,
+    networks: "Mapping[str, Backbone] | None" = None,
+) -> Iterator[Report | Lost]:
+    """Run blocks and yield what became of each, in any order. `networks` are given to the workers.
+
+    A worker that dies costs its block another try and nothing else. A block that keeps killing
+    workers is halved and its parts run one at a time; only a file that kills its worker with
+    nothing else running is given up, as `Lost`.
+
+    Raises:
+        NoSuchWorker: No worker of the cluster offers what the work needs.
+    """
+    given = dict(networks or {})
+    if runtime.serial:
+        try:
+            for name, backbone in given.items():
+                adopt(name, backbone)
+            for block in blocks:
+                if block.cached:
+                    yield forward(job, DecodedBlock(block))
+                    continue
+                decoded = decode(job, block)
+                events.decoded(block)
+                yield forward(job, decoded)
+        finally:
+            close_pools()
+            for name in given:
+                dismiss(name)
+        return
+    device = "cuda" if any(one.execution.device == "cuda" for one in job.passes) else "cpu"
+    with _client(job, runtime, device, events) as client, _given(client, given):
+        suspects: list[Block] = []
+        yield from _run(
+            client, job, blocks, device, events, AHEAD * _slots(client, device), suspects
+        )
+        while suspects:
+            block = suspects.pop(0)
+            again: list[Block] = []
+            yield from _run(client, job, [block], device, events, 1, again)
+            if again and block.halves() == [block]:
+                yield Lost(block)
+            elif again:
+                events.message(f"block {block.number} killed its worker; trying its halves alone")
+                suspects += block.halves()
+
+
+def local_workers(threads: int, workers: int) -> int:
+    """CPU workers of a cluster of the build's own.
+
+    Args:
+        threads: Of a forward on a CPU; 0 where forwards run on GPUs, and one worker with as many
+            decoding children as there are cores feeds them.
+        workers: As asked for; 0 for as many forwards as fit the cores.
+    """
+    return workers or (max(1, (os.cpu_count() or 1) // threads) if threads else 1)
+
+
+def _run(
+    client: Any,
+    job: Job,
+    blocks: list[Block],
+    device: str,
+    events: Events,
+    in_flight: int,
+    suspects: list[Block],
+) -> Iterator[Report]:
+    from distributed import KilledWorker
+
+    resources = {GPU: 1} if device == "cuda" else {FORWARD: 1}
+    waiting = iter(blocks)
+    decodes: dict[Any, Block] = {}
+    forwards: dict[Any, Block] = {}
+
+    def submit() -> None:
+        block = next(waiting, None)
+        if block is None:
+            return
+        if block.cached:
+            pictures = DecodedBlock(block)
+        else:
+            pictures = client.submit(decode, job, block, pure=False, priority=-block.number)
+            decodes[pictures] = block
+        report = client.submit(
+            forward, job, pictures, pure=False, resources=resources, priority=-block.number
+        )
+        forwards[report] = block
+
+    for _ in range(in_flight):
+        submit()
+    while forwards:
+        for future in _finished(client, [*decodes, *forwards], device):
+            if future in decodes:
+                block = decodes.pop(future)
+                if future.status == "finished":
+                    events.decoded(block)
+                continue
+            block = forwards.pop(future)
+            submit()
+            error = future.exception()
+            if error is None:
+                yield future.result()
+            elif isinstance(error, KilledWorker):
+                suspects.append(block)
+            else:
+                raise error
+
+
+def _finished(client: Any, futures: list[Any], device: str) -> list[Any]:
+    """Those of `futures` that have ended, once some have.
+
+    Raises:
+        NoSuchWorker: The scheduler, or every worker that could go on, has been gone for minutes.
+    """
+    from distributed import CancelledError, wait
+
+    deaf = 0.0
+    while True:
+        try:
+            done = wait(futures, timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED").done
+        except TimeoutError:
+            deaf = 0.0 if _offering(client, device) else deaf + LOOK_SECONDS
+            if deaf and client.cluster is not None:
+                # A worker killed while its nanny was still starting it is not started again by it.
+                client.cluster.scale(len(client.cluster.worker_spec))
+            if deaf >= GONE_SECONDS:
+                raise NoSuchWorker(
+                    f"no worker has been there for {deaf:.0f} seconds. What was finished is kept: "
+                    "start workers and run the same command again"
+                ) from None
+            continue
+        except CancelledError as error:
+            raise NoSuchWorker(
+                "the connection to the scheduler was lost. What was finished is kept: run the "
+                "same command again"
+            ) from error
+        # A decode's future is dropped here only: its forward holds on to the pictures.
+        return sorted(done, key=futures.index)
+
+
+def _offering(client: Any, device: str) -> int:
+    """How many workers offer what a forward needs."""
+    need = GPU if device == "cuda" else FORWARD
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return sum(need in worker["resources"] for worker in workers)
+
+
+@contextlib.contextmanager
+def _client(job: Job, runtime: Runtime, device: str, events: Events) -> Iterator[Any]:
+    threads = max((one.execution.threads for one in job.passes), default=1)
+    with connected(runtime.scheduler, _workers(threads, runtime, device), threads) as client:
+        _require(client, device, runtime.scheduler)
+        events.message(f"Dask dashboard: {client.dashboard_link}")
+        yield client
+
+
+def _workers(threads: int, runtime: Runtime, device: str) -> list[dict[str, Any]]:
+    """Of a cluster of the build's own: one of each for CPUs, and one for each GPU beside them."""
+    cpu: dict[str, Any] = {} if device == "cuda" else {"resources": {FORWARD: 1}}
+    workers = [cpu] * local_workers(threads, runtime.workers)
+    if device == "cuda":
+        import torch
+
+        for i in range(torch.cuda.device_count()):
+            environment = {"CUDA_VISIBLE_DEVICES": str(i)}
+            workers.append({"resources": {GPU: 1}, "env": environment})
+    return [{"nthreads": 2, **worker} for worker in workers]
+
+
+def _packed(networks: "dict[str, Backbone]") -> bytes:
+    """Networks with the classes that a worker could not import: a script's, a notebook's."""
+    import cloudpickle
+
+    from varve.pipeline.backbones._origin import origin
+
+    stages = [stage for backbone in networks.values() for stage in backbone.stages]
+    parts = {type(part).__module__ for stage in stages for part in stage.module.modules()}
+    ours = ("varve", "__main__")
+    theirs = [
+        sys.modules[name]
+        for name in parts
+        if name in sys.modules and name.partition(".")[0] not in ours and origin(name) == "user"
+    ]
+    for module in theirs:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return bytes(cloudpickle.dumps(networks))
+    finally:
+        for module in theirs:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+@contextlib.contextmanager
+def _given(client: Any, networks: "dict[str, Backbone]") -> Iterator[None]:
+    """Workers have these networks meanwhile, those that start later too."""
+    import cloudpickle
+    from distributed import WorkerPlugin
+
+    payload = _packed(networks)
+
+    class Given(WorkerPlugin):  # type: ignore[misc]
+        def setup(self, worker: Any) -> None:
+            for name, backbone in cloudpickle.loads(payload).items():
+                adopt(name, backbone)
+
+        def teardown(self, worker: Any) -> None:
+            for name in names:
+                dismiss(name)
+
+    names = list(networks)
+    if not names:
+        yield
+        return
+    name = "varve-networks-" + "-".join(names)
+    client.register_plugin(Given(), name=name)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            client.unregister_worker_plugin(name)
+
+
+def _require(client: Any, device: str, address: str) -> None:
+    """Refuse what would wait in silence: no worker with the resource, or none that may fork."""
+    need = GPU if device == "cuda" else FORWARD
+    try:
+        client.wait_for_workers(1, timeout=LOOK_SECONDS)
+    except TimeoutError:
+        raise NoSuchWorker(
+            f"{address or 'the cluster'} has had no worker for {LOOK_SECONDS:.0f} seconds"
+        ) from None
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    if not any(need in worker["resources"] for worker in workers.values()):
+        raise NoSuchWorker(
+            f"none of the {len(workers)} workers of {address or 'the cluster'} offers {need}. "
+            f"Start workers with `DASK_DISTRIBUTED__WORKER__DAEMON=False dask worker {address} "
+            f'--nthreads 2 --resources "{need}=1"`'
+        )
+    daemons = [name for name, daemon in client.run(_is_daemon).items() if daemon]
+    if daemons:
+        raise NoSuchWorker(
+            f"workers {', '.join(daemons)} are daemonic and may not start the processes that "
+            "decode. Start them with DASK_DISTRIBUTED__WORKER__DAEMON=False in their environment"
+        )
+
+
+def _is_daemon() -> bool:
+    import multiprocessing
+
+    return multiprocessing.current_process().daemon
+
+
+def _slots(client: Any, device: str) -> int:
+    return max(1, _offering(client, device))

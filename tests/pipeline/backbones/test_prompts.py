@@ -1,0 +1,95 @@
+"""Prompts: words of labels, sentences of templates, and features that are means of unit vectors."""
+
+import pytest
+import torch
+
+from varve.pipeline import backbones
+from varve.pipeline.backbones import _prompts, clip_vit
+from varve.stores.identity import canonical
+
+TWO = _prompts.TEMPLATES[:2]
+
+
+class Codes:
+    """A text tower whose features are written down beforehand."""
+
+    def __init__(self, codes):
+        self.codes = codes
+
+    def encode(self, sentences):
+        return torch.stack([self.codes[sentence] for sentence in sentences])
+
+    def identity(self):
+        return {"codes": len(self.codes)}
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("ApplyEyeMakeup", "apply eye makeup"),
+        ("YoYo", "yo yo"),
+        ("TVShow", "tv show"),
+        ("brush_hair", "brush hair"),
+        ("shoot_ball", "shoot ball"),
+        ("abseiling", "abseiling"),
+        ("air drumming", "air drumming"),
+        ("Pushing [something] from left to right", "Pushing [something] from left to right"),
+        ("Throwing {}", "Throwing {}"),
+        (" A ", "a"),
+        ("push-up", "push-up"),
+        ("Ёлка_Зимой", "ёлка зимой"),
+        ("___", "___"),
+        ("", ""),
+    ],
+)
+def test_labels_become_words(label, words):
+    assert _prompts.words(label) == words
+
+
+def test_braces_in_a_label_stay_data():
+    sentences = _prompts.prompts(["{0} {x}", "a {} b"], ["do {}."])
+    assert sentences == [["do {0} {x}."], ["do a {} b."]]
+
+
+def test_templates_are_distinct_and_name_their_place():
+    assert len(set(_prompts.TEMPLATES)) == len(_prompts.TEMPLATES)
+    (sentences,) = _prompts.prompts(["brush_hair"])
+    assert all("brush hair" in sentence and "{}" not in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize("templates", [[], ["a video"], ["a {}", "a video"]])
+def test_templates_without_a_place_are_refused(templates):
+    with pytest.raises(ValueError, match="says where the label goes"):
+        _prompts.prompts(["run"], templates)
+
+
+def test_a_class_is_the_unit_mean_of_its_prompts():
+    text = Codes({
+        "a run": torch.tensor([1.0, 0.0]),
+        "b run": torch.tensor([0.0, 1.0]),
+        "a sit": torch.tensor([0.0, -1.0]),
+        "b sit": torch.tensor([0.0, -1.0]),
+    })  # fmt: skip
+    found = _prompts.class_features(text, ["run", "sit"], ["a {}", "b {}"])
+    torch.testing.assert_close(found, torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, -1.0]]))
+
+
+def test_class_features_of_a_clip_network_are_unit_and_stand_alone(monkeypatch):
+    monkeypatch.setattr(clip_vit, "PROMPTS_A_BATCH", 4)
+    text = backbones.load("ViT-S-32:random-0").text
+    features = _prompts.class_features(text, ["Archery", "brush_hair", "YoYo"], TWO)
+    assert features.dtype == torch.float32
+    assert features.shape == (3, 384)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
+    assert torch.equal(_prompts.class_features(text, ["brush_hair"], TWO), features[1:2])
+
+
+def test_identity_follows_prompts_and_tower():
+    text = Codes({})
+    described = [
+        _prompts.identity(text, ["run"]),
+        _prompts.identity(text, ["sit"]),
+        _prompts.identity(text, ["run"], ["a {}"]),
+        _prompts.identity(Codes({"x": None}), ["run"]),
+    ]
+    assert len({canonical(one) for one in described}) == 4

@@ -1,0 +1,643 @@
+"""What is particular to each layout, and to choosing one. test_every_layout.py has the rest."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from varve.pipeline.datasets.layouts import ListedClip, read
+
+DATA = Path(__file__).parents[3].parent / "shared" / "data"
+
+
+def shared(name: str) -> Path:
+    if not (DATA / name).exists():
+        pytest.skip(f"no ../shared/data/{name} beside the repository")
+    return DATA / name
+
+
+def put(root: Path, *files: str) -> None:
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+
+
+def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def splits(listing) -> dict[str, int]:
+    return dict(Counter(clip.split for clip in listing.clips))
+
+
+def paths(listing) -> list[str]:
+    return [clip.path for clip in listing.clips]
+
+
+# Choosing a layout
+
+
+def test_a_root_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no dataset at .*nowhere"):
+        read(tmp_path / "nowhere")
+
+
+def test_a_root_that_is_a_video_is_refused_with_the_next_move(tmp_path):
+    put(tmp_path, "a.mp4")
+    with pytest.raises(NotADirectoryError, match="name the directory that holds the videos"):
+        read(tmp_path / "a.mp4")
+
+
+def test_an_empty_directory_is_told_what_each_layout_needs(tmp_path):
+    with pytest.raises(ValueError, match="it holds no file") as caught:
+        read(tmp_path)
+    for name in ("class_folders", "hmdb51", "kinetics", "something_something", "table", "ucf101"):
+        assert f"{name} needs " in str(caught.value)
+
+
+def test_videos_without_classes_are_counted_by_kind(tmp_path):
+    put(tmp_path, "a.mkv", "b.MKV", "c.txt", "README")
+    with pytest.raises(ValueError, match=r"it holds 2 \.mkv, 1 without extension, 1 \.txt"):
+        read(tmp_path)
+
+
+def test_an_unknown_layout_lists_those_there_are(tmp_path):
+    with pytest.raises(ValueError, match="no 'folders' in pipeline/layouts/; found class_folders"):
+        read(tmp_path, "folders")
+
+
+def test_two_datasets_in_one_directory_are_a_question(tmp_path):
+    put(tmp_path, "ucf/trainlist01.txt", "hmdb/hmdb51_trainlist01.txt")
+    with pytest.raises(ValueError, match=r"2 ways[\s\S]*--layout hmdb51[\s\S]*--layout ucf101"):
+        read(tmp_path)
+
+
+def test_a_list_goes_before_folders_and_an_official_list_before_a_plain_one(tmp_path):
+    write(tmp_path / "list.csv", "path,label\nA/v_A_g01_c01.avi,mine\n")
+    put(tmp_path, "A/v_A_g01_c01.avi")
+    listing = read(tmp_path)
+    assert listing.layout == "table"
+    assert "--layout class_folders" in listing.said
+    write(tmp_path / "lists" / "trainlist01.txt", "A/v_A_g01_c01.avi 1\n")
+    listing = read(tmp_path)
+    assert listing.layout == "ucf101"
+    assert "--layout table" in listing.said
+    assert read(tmp_path, "table").clips[0].label == "mine"
+
+
+# Class folders
+
+
+def test_folders_and_numbers_are_in_natural_order(tmp_path):
+    put(tmp_path, "b/2.avi", "b/10.avi", "b/1.avi", "a 10/x.avi", "a 9/x.avi")
+    listing = read(tmp_path)
+    assert paths(listing) == ["a 9/x.avi", "a 10/x.avi", "b/1.avi", "b/2.avi", "b/10.avi"]
+    assert listing.classes == ("a 10", "a 9", "b")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["avi", "mp4", "mkv", "webm", "mov", "mpg", "mpeg", "m4v", "wmv", "flv", "3gp", "ts", "AVI"],
+)
+def test_every_kind_of_video_is_a_clip(tmp_path, kind):
+    put(tmp_path, f"a/x.{kind}", "a/x.srt", "a/._x.avi", ".cache/y.avi", "a/x.avi.part")
+    assert paths(read(tmp_path)) == [f"a/x.{kind}"]
+
+
+def test_the_class_is_the_first_folder_however_deep_the_clip(tmp_path):
+    put(tmp_path, "a/x.avi", "b/group 1/day 2/y.avi", "z.avi")
+    listing = read(tmp_path)
+    assert [(c.path, c.label) for c in listing.clips] == [
+        ("a/x.avi", "a"),
+        ("b/group 1/day 2/y.avi", "b"),
+    ]
+    assert "without a class, left out: 1" in listing.said
+
+
+def test_a_folder_of_frames_is_a_clip_but_pictures_of_a_class_or_beside_videos_are_not(tmp_path):
+    put(tmp_path, "a/clip/1.jpg", "a/clip/2.JPEG", "b/clip/1.png", "b/thumb.jpg", "c/d/x.avi")
+    put(tmp_path, "c/d/x.jpg", "pictures/1.jpg", "a/.hidden/1.jpg", "a/secret/.1.jpg")
+    assert paths(read(tmp_path)) == ["a/clip", "b/clip", "c/d/x.avi"]
+
+
+def test_first_folders_named_after_splits_are_splits(tmp_path):
+    put(tmp_path, "train/a/x.avi", "test/a/x.avi", "Validation/b/c/y.avi", "train/b/frames/1.jpg")
+    assert [(c.path, c.label, c.split) for c in read(tmp_path).clips] == [
+        ("Validation/b/c/y.avi", "b", "Validation"),
+        ("test/a/x.avi", "a", "test"),
+        ("train/a/x.avi", "a", "train"),
+        ("train/b/frames", "b", "train"),
+    ]
+
+
+def test_one_class_named_train_is_a_class(tmp_path):
+    put(tmp_path, "train/x.avi", "plane/y.avi")
+    assert read(tmp_path).classes == ("plane", "train")
+
+
+@pytest.mark.parametrize("stray", ["extra/a/x.avi", "train/x.avi"])
+def test_splits_with_something_else_among_them_are_not_guessed_at(tmp_path, stray):
+    put(tmp_path, "train/a/x.avi", "test/a/x.avi", stray)
+    with pytest.raises(ValueError, match=r"test, train look like splits.*(extra/|train/x\.avi)"):
+        read(tmp_path)
+
+
+def test_a_folder_around_the_classes_is_pointed_at(tmp_path):
+    put(tmp_path, "videos/a/x.avi", "videos/b/y.avi")
+    listing = read(tmp_path)
+    assert listing.classes == ("videos",)
+    assert "classes are the folders in videos/, name that directory" in listing.said
+
+
+def test_a_name_that_is_not_unicode_is_an_error_that_shows_it(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/a"
+    os.mkdir(folder)
+    with open(folder + b"/caf\xe9.avi", "wb"):
+        pass
+    with pytest.raises(ValueError, match=r"is not Unicode; rename it"):
+        read(tmp_path)
+
+
+def test_a_pipe_named_like_a_video_is_not_one(tmp_path):
+    put(tmp_path, "a/x.avi")
+    os.mkfifo(tmp_path / "a" / "y.avi")
+    assert paths(read(tmp_path)) == ["a/x.avi"]
+
+
+def test_real_class_folders():
+    listing = read(shared("ucf101_few"))
+    assert (listing.layout, len(listing.clips)) == ("class_folders", 15)
+    assert listing.classes == ("ApplyEyeMakeup", "BenchPress", "Diving")
+
+
+def test_real_videos_without_folders_are_refused():
+    with pytest.raises(ValueError, match=r"no layout fits .*: it holds 20 \.mkv"):
+        read(shared("asl20"))
+
+
+# UCF101
+
+
+@pytest.mark.parametrize(
+    ("split", "train", "test"), [("1", 9537, 3783), ("2", 9586, 3734), ("3", 9624, 3696)]
+)
+def test_real_ucf101_lists(tmp_path, split, train, test):
+    shutil.copytree(shared("splits/ucf101"), tmp_path / "ucfTrainTestlist")
+    listing = read(tmp_path, split=split)
+    assert listing.layout == "ucf101"
+    assert splits(listing) == {"train": train, "test": test}
+    assert len(listing.classes) == 101
+    assert listing.classes[:3] == ("ApplyEyeMakeup", "ApplyLipstick", "Archery")
+    assert listing.classes[36:38] == ("HandstandPushups", "HandstandWalking")
+    assert {clip.label for clip in listing.clips} == set(listing.classes)
+    assert f"split {split} of 3" in listing.said
+
+
+def test_the_first_ucf101_split_is_the_default_and_a_fourth_is_refused(tmp_path):
+    shutil.copytree(shared("splits/ucf101"), tmp_path, dirs_exist_ok=True)
+    assert read(tmp_path).clips == read(tmp_path, split="1").clips
+    assert read(tmp_path).clips[0].path == "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi"
+    with pytest.raises(ValueError, match="UCF101 has no split '4'; found 1, 2, 3"):
+        read(tmp_path, split="4")
+
+
+LISTED = "HandstandPushups/v_HandStandPushups_g01_c01.avi"
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        LISTED,
+        f"UCF-101/{LISTED}",
+        "UCF-101/HandStandPushups/v_HandStandPushups_g01_c01.avi",
+        "HandstandPushups/v_HandstandPushups_g01_c01.avi",
+        "videos/v_HandStandPushups_g01_c01.avi",
+        "v_HandStandPushups_g01_c01.avi",
+        "mp4/HandstandPushups/v_HandStandPushups_g01_c01.mp4",
+        "frames/HandstandPushups/v_HandStandPushups_g01_c01/00001.jpg",
+    ],
+)
+def test_ucf101_videos_are_found_wherever_they_lie(tmp_path, place):
+    write(tmp_path / "classInd.txt", "37 HandstandPushups\n38 HandstandWalking\n")
+    write(tmp_path / "testlist01.txt", LISTED + "\n")
+    put(tmp_path, place)
+    clip = read(tmp_path).clips[0]
+    assert clip == ListedClip(place.removesuffix("/00001.jpg"), "HandstandPushups", "test")
+
+
+def test_a_missing_ucf101_clip_is_expected_beside_the_others(tmp_path):
+    write(tmp_path / "trainlist01.txt", "A/v_A_g01_c01.avi 1\nA/v_A_g01_c02.avi 1\n")
+    put(tmp_path, "UCF-101/A/v_A_g01_c01.avi")
+    listing = read(tmp_path)
+    assert paths(listing) == ["UCF-101/A/v_A_g01_c01.avi", "UCF-101/A/v_A_g01_c02.avi"]
+    assert "listed but not on the disk: 1" in listing.said
+
+
+def test_a_clip_in_another_class_folder_is_another_clip(tmp_path):
+    write(tmp_path / "trainlist01.txt", "A/x.avi 1\nB/x.avi 2\n")
+    put(tmp_path, "videos/B/x.avi")
+    assert paths(read(tmp_path)) == ["videos/A/x.avi", "videos/B/x.avi"]
+
+
+def test_a_flat_ucf101_list_takes_its_classes_from_numbers_and_names(tmp_path):
+    write(tmp_path / "classInd.txt", "37 HandstandPushups\n7 Bowling\n")
+    write(tmp_path / "trainlist01.txt", "v_x_g01_c01.avi 37\n")
+    write(tmp_path / "testlist01.txt", "v_HandStandPushups_g02_c01.avi\n")
+    listing = read(tmp_path)
+    assert [c.label for c in listing.clips] == ["HandstandPushups"] * 2
+    assert listing.classes == ("Bowling", "HandstandPushups")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("../../etc/x.avi 1", r"trainlist01\.txt line 2: .* is not inside"),
+        ("C/v_C_g01_c01.avi 3", r"trainlist01\.txt line 2: the label 'C' is none of .* 1 classes"),
+        ("x.avi 2", r"trainlist01\.txt line 2: class 2 is not in the class index"),
+        ("x.avi", r"trainlist01\.txt line 2: x\.avi says no class"),
+    ],
+)
+def test_a_wrong_ucf101_line_is_named(tmp_path, line, message):
+    write(tmp_path / "classInd.txt", "1 A\n")
+    write(tmp_path / "trainlist01.txt", f"A/v_A_g01_c01.avi 1\n{line}\n")
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["B", "1 B", "2 A"])
+def test_a_wrong_line_of_a_class_index_is_named(tmp_path, line):
+    write(tmp_path / "classInd.txt", f"1 A\n{line}\n")
+    write(tmp_path / "trainlist01.txt", "A/v_A_g01_c01.avi 1\n")
+    with pytest.raises(ValueError, match=r"classInd\.txt line 2"):
+        read(tmp_path)
+
+
+# HMDB51
+
+
+@pytest.mark.parametrize("split", ["1", "2", "3"])
+def test_real_hmdb51_lists(tmp_path, split):
+    shutil.copytree(shared("splits/hmdb51"), tmp_path / "lists")
+    listing = read(tmp_path, split=split)
+    assert listing.layout == "hmdb51"
+    assert splits(listing) == {"train": 3570, "test": 1530}
+    assert [listing.clips[0].split, listing.clips[-1].split] == ["train", "test"]
+    assert len(listing.classes) == 51
+    assert listing.classes[0] == "brush_hair"
+    assert listing.classes[17] == "cartwheel"
+    assert all(clip.path.startswith(f"{clip.label}/") for clip in listing.clips)
+
+
+def official_hmdb51(root: Path, flags: dict[str, str], split: int = 1) -> None:
+    for name, flag in flags.items():
+        label, file = name.split("/")
+        path = root / f"{label}_test_split{split}.txt"
+        before = path.read_text("utf-8") if path.exists() else ""
+        write(path, f"{before}{file} {flag} \n")
+
+
+def test_hmdb51_flags_are_train_test_and_neither(tmp_path):
+    official_hmdb51(tmp_path, {"wave/a.avi": "1", "wave/b.avi": "2", "brush_hair/c.avi": "0"})
+    listing = read(tmp_path)
+    assert listing.clips == (
+        ListedClip("brush_hair/c.avi", "brush_hair", ""),
+        ListedClip("wave/a.avi", "wave", "train"),
+        ListedClip("wave/b.avi", "wave", "test"),
+    )
+    assert "1 in no split" in listing.said
+    assert listing.classes == ("brush_hair", "wave")
+
+
+def test_the_asked_hmdb51_split_decides(tmp_path):
+    official_hmdb51(tmp_path, {"wave/a.avi": "1"}, split=1)
+    official_hmdb51(tmp_path, {"wave/a.avi": "2"}, split=2)
+    assert [read(tmp_path, split=k).clips[0].split for k in "12"] == ["train", "test"]
+    with pytest.raises(ValueError, match="HMDB51 has no split '3'; found 1, 2"):
+        read(tmp_path, split="3")
+
+
+def test_both_hmdb51_forms_of_the_real_lists_agree(tmp_path):
+    shutil.copytree(shared("splits/hmdb51"), tmp_path / "a")
+    listed = read(tmp_path / "a")
+    by_class: dict[str, list[str]] = {}
+    for clip in listed.clips:
+        flag = "1" if clip.split == "train" else "2"
+        by_class.setdefault(clip.label, []).append(f"{clip.path.split('/')[1]} {flag} \n")
+    for label, rows in by_class.items():
+        write(tmp_path / "b" / "splits" / f"{label}_test_split1.txt", "".join(rows))
+    official = read(tmp_path / "b")
+    assert set(official.clips) == set(listed.clips)
+    assert official.classes == tuple(sorted(listed.classes))
+
+
+@pytest.mark.parametrize("line", ["a.avi", "a.avi 3", "../../a.avi 1"])
+def test_a_wrong_hmdb51_line_is_named(tmp_path, line):
+    write(tmp_path / "wave_test_split1.txt", f"x.avi 1\ny.avi 1\nz.avi 0\n{line}\n")
+    with pytest.raises(ValueError, match=r"wave_test_split1\.txt line 4"):
+        read(tmp_path)
+
+
+# Kinetics
+
+
+KINETICS = "label,youtube_id,time_start,time_end,split,is_cc\n"
+ID = "-_bcdEFGHIJ"
+CUT = f"{ID}_000003_000013"
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        f"train/riding a bike/{CUT}.mp4",
+        f"train/riding_a_bike/{CUT}.mp4",
+        f"train/{CUT}.mp4",
+        f"riding a bike/{CUT}.mkv",
+        f"videos/{CUT}.webm",
+        f"{CUT}.mp4",
+    ],
+)
+def test_cut_kinetics_files_are_whole_clips_wherever_they_lie(tmp_path, place):
+    write(tmp_path / "train.csv", f"{KINETICS}riding a bike,{ID},3,13,train,0\n")
+    put(tmp_path, place, f"{ID}.mp4")
+    assert read(tmp_path).clips == (ListedClip(place, "riding a bike", "train"),)
+
+
+def test_an_uncut_kinetics_file_gives_its_stretch(tmp_path):
+    write(
+        tmp_path / "annotations" / "k.csv", f"{KINETICS}a,{ID},3,13,val,0\na,{ID},20,30.5,val,0\n"
+    )
+    put(tmp_path, f"val/{ID}.mp4")
+    listing = read(tmp_path)
+    assert listing.clips == (
+        ListedClip(f"val/{ID}.mp4", "a", "val", 3.0, 13.0),
+        ListedClip(f"val/{ID}.mp4", "a", "val", 20.0, 30.5),
+    )
+    assert "stretches of uncut videos: 2" in listing.said
+
+
+def test_kinetics_ids_that_differ_in_case_are_different_and_a_missing_file_is_listed(tmp_path):
+    rows = f"a,{ID},3,13,train,0\nb,{ID.upper()},3,13,train,0\n"
+    write(tmp_path / "train.csv", KINETICS + rows)
+    put(tmp_path, f"train/{CUT}.mp4")
+    listing = read(tmp_path)
+    assert paths(listing) == [f"train/{CUT}.mp4", f"{ID.upper()}_000003_000013.mp4"]
+    assert "listed but not on the disk: 1" in listing.said
+
+
+def test_a_kinetics_file_is_taken_from_its_own_split_and_class(tmp_path):
+    write(tmp_path / "train.csv", f"{KINETICS}a b,{ID},3,13,train,0\n")
+    write(tmp_path / "val.csv", f"{KINETICS}c,{ID},3,13,val,0\n")
+    put(tmp_path, f"val/c/{CUT}.mp4", f"train/a_b/{CUT}.mp4")
+    assert [(c.path, c.label) for c in read(tmp_path).clips] == [
+        (f"train/a_b/{CUT}.mp4", "a b"),
+        (f"val/c/{CUT}.mp4", "c"),
+    ]
+
+
+def test_a_kinetics_file_in_its_class_folder_goes_before_a_copy_nearer_the_root(tmp_path):
+    write(tmp_path / "train.csv", f"{KINETICS}a b,{ID},3,13,train,0\n")
+    put(tmp_path, f"{CUT}.mp4", f"old/{CUT}.mp4", f"train/a_b/{CUT}.mp4")
+    assert paths(read(tmp_path)) == [f"train/a_b/{CUT}.mp4"]
+
+
+def test_a_kinetics_file_in_another_class_folder_is_another_clip(tmp_path):
+    write(tmp_path / "train.csv", f"{KINETICS}c,{ID},3,13,train,0\na b,x,3,13,train,0\n")
+    put(tmp_path, f"all/a_b/{CUT}.mp4")
+    assert paths(read(tmp_path)) == [f"{CUT}.mp4", "x_000003_000013.mp4"]
+
+
+def test_kinetics_lists_are_read_train_first_and_unlabelled_rows_left_out(tmp_path):
+    write(tmp_path / "a_val.csv", f"{KINETICS}a,{ID},0,10,,0\n")
+    write(tmp_path / "b_train.csv", f"{KINETICS}a,{ID},10,20,,0\n")
+    write(tmp_path / "k_test.csv", f"youtube_id,time_start,time_end,split\n{ID},30,40,test\n")
+    listing = read(tmp_path)
+    assert [clip.split for clip in listing.clips] == ["train", "val"]
+    assert "without a label, left out: 1" in listing.said
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "a,../x,1,2,train,0",
+        "a,x/../y,1,2,train,0",
+        "a,,1,2,train,0",
+        "a,x,-1,2,train,0",
+        "a,x,2,2,train,0",
+        "a,b,x,1,2,train,0",
+    ],
+)
+def test_a_wrong_kinetics_row_is_named(tmp_path, row):
+    write(tmp_path / "train.csv", f"{KINETICS}a,ok,1,2,train,0\n{row}\n")
+    with pytest.raises(ValueError, match=r"train\.csv line 3: "):
+        read(tmp_path)
+
+
+# Something-Something
+
+
+def v2(root: Path, **lists: object) -> None:
+    for kind, value in lists.items():
+        write(root / "labels" / f"something-something-v2-{kind}.json", json.dumps(value))
+
+
+def test_something_v2_classes_are_templates_in_the_order_of_their_numbers(tmp_path):
+    item = {"label": "holding a cup", "placeholders": ["a cup"]}
+    v2(
+        tmp_path,
+        labels={"Holding something": "10", "Pushing something": "9"},
+        train=[{"id": "7", "template": "Holding [something]", **item}],
+        validation=[{"id": 8, "template": "Pushing [something]", **item}],
+        test=[{"id": "9"}],
+    )
+    put(tmp_path, "videos/7.webm", "videos/8.mp4", "videos/9.webm")
+    listing = read(tmp_path)
+    assert listing.clips == (
+        ListedClip("videos/7.webm", "Holding something", "train"),
+        ListedClip("videos/8.mp4", "Pushing something", "validation"),
+    )
+    assert listing.classes == ("Pushing something", "Holding something")
+    assert "without a label, left out: 1" in listing.said
+
+
+def test_something_v2_is_also_known_by_its_newer_file_names(tmp_path):
+    item = {"id": "7", "template": "Holding [something]"}
+    write(tmp_path / "labels" / "train.json", json.dumps([item]))
+    write(tmp_path / "labels" / "labels.json", json.dumps({"Holding something": "0"}))
+    put(tmp_path, "20bn/7.webm")
+    assert paths(read(tmp_path)) == ["20bn/7.webm"]
+
+
+def test_something_v1_clips_are_folders_of_frames(tmp_path):
+    write(tmp_path / "something-something-v1-train.csv", '7;Moving something, "up"\n8;Turning\n')
+    write(tmp_path / "something-something-v1-labels.csv", 'Turning\nMoving something, "up"\n')
+    write(tmp_path / "something-something-v1-test.csv", "9\n")
+    put(tmp_path, "20bn-something-something-v1/7/00001.jpg")
+    listing = read(tmp_path)
+    assert listing.clips == (
+        ListedClip("20bn-something-something-v1/7", 'Moving something, "up"', "train"),
+        ListedClip("20bn-something-something-v1/8", "Turning", "train"),
+    )
+    assert listing.classes == ("Turning", 'Moving something, "up"')
+
+
+@pytest.mark.parametrize(
+    ("labels", "train", "message"),
+    [
+        ({"A": "0"}, [{"id": "1", "template": "B"}], "entry 1: the label 'B' is none of"),
+        ({"A": "0"}, [{"id": "../1", "template": "A"}], "entry 1: '../1' is no clip's id"),
+        ({"A": "0", "B": "0"}, [{"id": "1", "template": "A"}], "2 labels have 1 numbers"),
+        ({"A": "0", "[A]": "1"}, [{"id": "1", "template": "A"}], "has 'A' twice"),
+        ({"A": "x"}, [{"id": "1", "template": "A"}], "every label needs its number"),
+    ],
+)
+def test_a_wrong_something_list_is_named(tmp_path, labels, train, message):
+    v2(tmp_path, labels=labels, train=train)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+
+
+# Plain lists
+
+
+def test_the_real_list_is_read_with_all_its_splits():
+    listing = read(shared("asl24"))
+    assert listing.layout == "table"
+    assert splits(listing) == {"train": 1024, "gap": 48, "test": 422}
+    assert "ignored signer, block" in listing.said
+    assert len(listing.classes) == 24
+    assert all((listing.root / clip.path).is_file() for clip in listing.clips)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_delimiters_marks_and_line_ends_make_no_difference(tmp_path, delimiter, encoding, newline):
+    rows = [["Video", "Class", "note"], ["a b.mp4", '"é, ""x""; y\ty"', "1"], ["c.mp4", "z", ""]]
+    text = "".join(delimiter.join(row) + newline for row in rows)
+    listing = read(write(tmp_path / "list.csv", text, encoding))
+    assert listing.clips == (ListedClip("a b.mp4", 'é, "x"; y\ty'), ListedClip("c.mp4", "z"))
+
+
+def test_a_column_named_path_goes_before_others_that_could_be_it(tmp_path):
+    path = write(tmp_path / "l.csv", "file,class,path,label\nno.mp4,no,a.mp4,x\n")
+    listing = read(path)
+    assert listing.clips == (ListedClip("a.mp4", "x"),)
+    assert "ignored file, class" in listing.said
+
+
+def test_a_list_given_by_name_has_paths_relative_to_its_own_directory(tmp_path):
+    path = write(tmp_path / "lists" / "mine.TSV", "file\tcategory\nv/a.mp4\tx\n")
+    listing = read(path)
+    assert listing.root == tmp_path / "lists"
+    assert paths(listing) == ["v/a.mp4"]
+
+
+def test_intervals_are_seconds_and_clips_of_one_file_are_several(tmp_path):
+    text = "path,label,start,end_seconds\na.mp4,x,,2.5\na.mp4,y,2.5,\na.mp4,z,1e1,11\n"
+    assert read(write(tmp_path / "l.csv", text)).clips == (
+        ListedClip("a.mp4", "x", "", None, 2.5),
+        ListedClip("a.mp4", "y", "", 2.5, None),
+        ListedClip("a.mp4", "z", "", 10.0, 11.0),
+    )
+
+
+def test_two_columns_without_a_header_are_read_if_a_path_is_there(tmp_path):
+    path = write(tmp_path / "list.csv", "gone.mp4,x\na.mp4,y\n")
+    with pytest.raises(ValueError, match=r"list\.csv is no list of clips: .*'gone\.mp4,x"):
+        read(path)
+    put(tmp_path, "a.mp4")
+    assert [(c.path, c.label) for c in read(tmp_path).clips] == [("gone.mp4", "x"), ("a.mp4", "y")]
+    write(path, "a.mp4,y,1\n")
+    with pytest.raises(ValueError, match=r"is no list of clips.* is needed"):
+        read(path)
+
+
+def test_lists_named_after_splits_are_read_together(tmp_path):
+    for name in ("my_test", "train", "val"):
+        write(tmp_path / f"{name}.csv", f"path,label\n{name}.mp4,x\n")
+    assert [(c.path, c.split) for c in read(tmp_path).clips] == [
+        ("train.mp4", "train"),
+        ("val.mp4", "val"),
+        ("my_test.mp4", "test"),
+    ]
+
+
+def test_several_lists_that_are_not_splits_are_a_question(tmp_path):
+    for name in ("old", "train"):
+        write(tmp_path / f"{name}.csv", "path,label\na.mp4,x\n")
+    with pytest.raises(ValueError, match=r"holds 2 lists: old\.csv, train\.csv; name the one"):
+        read(tmp_path)
+    assert len(read(tmp_path / "old.csv").clips) == 1
+
+
+def test_repeated_entries_are_taken_once_and_contradictions_named(tmp_path):
+    path = tmp_path / "l.csv"
+    write(path, "path,label,split\na.mp4,x,train\n./a.mp4,x,train\nb.mp4,y,train\nb.mp4,y,test\n")
+    listing = read(path)
+    assert [(c.path, c.split) for c in listing.clips] == [("a.mp4", "train"), ("b.mp4", "train")]
+    assert "taken once: 2" in listing.said
+    assert "in two splits, of which the first counts: 1" in listing.said
+    write(path, 'path,label\na.mp4,"x\ny"\nv//../a.mp4,z\n')
+    with pytest.raises(ValueError, match=r"'x\\ny' \(l\.csv line 2\) and 'z' \(l\.csv line 4\)"):
+        read(path)
+
+
+def test_absolute_paths_inside_the_root_become_relative(tmp_path):
+    root = tmp_path / "real"
+    (tmp_path / "link").symlink_to(root, target_is_directory=True)
+    put(root, "v/a.mp4")
+    text = f"path,label\n{root}/v/a.mp4,x\n{tmp_path}/link/v/b.mp4,y\n"
+    write(root / "l.csv", text)
+    assert paths(read(root)) == ["v/a.mp4", "v/b.mp4"]
+    assert paths(read(tmp_path / "link")) == ["v/a.mp4", "v/b.mp4"]
+
+
+def test_backslashes_are_slashes_unless_the_file_has_them_in_its_name(tmp_path):
+    put(tmp_path, "odd\\name.mp4")
+    write(tmp_path / "l.csv", "path,label\nv\\a.mp4,x\nodd\\name.mp4,y\n")
+    assert paths(read(tmp_path, "table")) == ["v/a.mp4", "odd\\name.mp4"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../a.mp4", "v/../../a.mp4", "..\\a.mp4", "/etc/a.mp4", "C:\\a.mp4", ".", "", "..", "\0"],
+)
+def test_a_path_that_leaves_the_root_is_an_error_that_names_its_line(tmp_path, path):
+    write(tmp_path / "l.csv", f'path,label\n"{path}",x\n')
+    with pytest.raises(ValueError, match=r"l\.csv line 2: .*(give paths relative|is no path)"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("a.mp4,x,-1,2", "'-1' is no time in seconds"),
+        ("a.mp4,x,nan,2", "'nan' is no time"),
+        ("a.mp4,x,00:01,2", "'00:01' is no time"),
+        ("a.mp4,x,2,1", "ends at 1 s, no later than it starts"),
+        ("a.mp4,x,y,1,2", "5 values for 4 columns"),
+        ("a.mp4,x", "2 values for 4 columns"),
+        ('a.mp4,"x,1,2', "unexpected end of data"),
+    ],
+)
+def test_a_wrong_row_of_a_list_is_named(tmp_path, row, message):
+    write(tmp_path / "l.csv", f"path,label,start,end\nb.mp4,x,1,2\n\n{row}\n")
+    with pytest.raises(ValueError, match=rf"l\.csv line 4: .*{message}"):
+        read(tmp_path)
+
+
+def test_a_list_in_another_encoding_is_refused_with_its_line(tmp_path):
+    write(tmp_path / "l.csv", "path,label\na.mp4,x\ncafé.mp4,y\n", "latin-1")
+    with pytest.raises(ValueError, match=r"l\.csv line 3 is not UTF-8; save the list as UTF-8"):
+        read(tmp_path)
+
+
+def test_a_list_without_labelled_clips_is_refused(tmp_path):
+    write(tmp_path / "l.csv", "path,label\na.mp4,\n")
+    with pytest.raises(ValueError, match="no clip with a label"):
+        read(tmp_path)

@@ -1,0 +1,137 @@
+"""The sweeps that the repository has: one call each, on a real network's store, in small."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from varve import BuildSpec, Runtime, ablate
+from varve.pipeline.experiments import results
+from varve.pipeline.experiments.sweep import Sweep
+from varve.stores import FeatureStore
+
+FOLDER = Path(__file__).parents[3] / "benchmarks" / "sweeps"
+FILES = sorted(file.stem for file in FOLDER.glob("*.toml"))
+NAME = "ViT-S-32:random-0"
+CLASSES = ("grow", "shrink", "fade in", "fade out")
+SMALL = {"layers": 1, "heads": 1, "ffn": 8, "first_epochs": 1, "epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def store(dataset, built_once) -> FeatureStore:
+    keep = ("proj", "blocks.0.attn", "blocks.11.attn:cls")
+    spec = BuildSpec((NAME,), keep=keep, frames=2)
+    return FeatureStore.open(built_once(dataset(CLASSES, 3), spec))
+
+
+def ends(grid):
+    """Of numbers the first and the last, since those between run the same code."""
+    return {
+        name: [values[0], values[-1]] if {type(v) for v in values} <= {int, float} else values
+        for name, values in grid.items()
+    }
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_sweep_names_options_that_there_are(name):
+    sweep = Sweep.read(FOLDER / f"{name}.toml")
+    assert sweep.seed_list() == [1000, 1993, 2021]
+    runs = sweep.runs()
+    each = math.prod(map(len, sweep.grid.values()))
+    assert len(runs) == 3 * each * len(sweep.heads)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("stpr_")])
+def test_rows_of_the_paper_are_one_call(store, tmp_path, name):
+    sweep = Sweep.read(FOLDER / f"{name}.toml")
+    options, grid = {"stpr": {**sweep.options.get("stpr", {}), **SMALL}}, ends(sweep.grid)
+    table = ablate(store, sweep.heads, "2+1x2", grid, 1, options=options, out=tmp_path,
+                   runtime=Runtime(serial=True))  # fmt: skip
+    assert table.attrs["errors"] == []
+    assert len(table) == math.prod(map(len, grid.values()))
+    runs = {tuple(r[f"option.{key}"] for key in grid): r for r in table.attrs["runs"]}
+    assert len(runs) == len(table)
+    for record in runs.values():
+        cost = json.loads((Path(record["run"]) / "cost.json").read_bytes())
+        # Adapters everywhere: all blocks run, from the first cached feature on, and none before.
+        ran = set().union(*cost["stages_recomputed"])
+        adapted = record["option.adapters"] in ("all", '"all"')
+        assert {"blocks.0.mlp", "blocks.11.mlp", "proj"} <= ran if adapted else not ran
+        assert not ran & {"stem", "blocks.0.attn"}
+        experts = record.get("option.routing") != "none"
+        assert (record["cost.trainable"] > 0) == (experts or adapted)
+
+
+@pytest.fixture(scope="module")
+def maps(dataset, built_once, tmp_path_factory) -> FeatureStore:
+    spec = BuildSpec(("resnet18:random-0",), keep=("layer2.1", "layer3.1", "pool"), frames=2)
+    place = tmp_path_factory.mktemp("maps") / "s.zarr"
+    shutil.copytree(built_once(dataset(CLASSES, 3), spec), place)  # runs add old maps
+    return FeatureStore.open(place)
+
+
+@pytest.mark.parametrize(
+    "name", ["hce_parts", "hce_levels", "hf_net_gates", "hf_net_trn", "class_regularization"]
+)
+def test_rows_of_methods_that_train_blocks_are_one_call(maps, tmp_path, name):
+    sweep = Sweep.read(FOLDER / f"{name}.toml")
+    (head,) = sweep.heads
+    options, grid = sweep.options.get(head, {}), ends(sweep.grid)
+    options = {head: {**options, "first_epochs": 1, "epochs": 1}}
+    table = ablate(maps, head, "2+2x1", grid, 1, options=options, out=tmp_path,
+                   runtime=Runtime(serial=True))  # fmt: skip
+    assert table.attrs["errors"] == []
+    assert len(table) == math.prod(map(len, grid.values()))
+    first = "layer3.0" if name == "hf_net_gates" else "layer4.0"
+    for record in table.attrs["runs"]:
+        cost = json.loads((Path(record["run"]) / "cost.json").read_bytes())
+        for calls in cost["stages_recomputed"]:
+            assert min(name for name in calls if name.startswith("layer")) == first
+
+
+def test_the_parts_of_had_are_one_call(dataset, built_once, tmp_path):
+    spec = BuildSpec((NAME, "mel_resnet18:random-0"), keep=("proj", "pool"), frames=2)
+    store = FeatureStore.open(built_once(dataset(CLASSES, 3), spec))
+    sweep = Sweep.read(FOLDER / "had.toml")
+    options = {"had": {"width": 16, "ffn": 16, "epochs": 2, "first_epochs": 2, "budget": 8}}
+    table = ablate(store, "had", "2+2x1", sweep.grid, 1, options=options, out=tmp_path,
+                   runtime=Runtime(serial=True))  # fmt: skip
+    assert table.attrs["errors"] == []
+    assert len(table) == len(sweep.grid["parts"]) == 10
+    for record in table.attrs["runs"]:
+        assert record["cost.stages_recomputed"] == 0
+
+
+def test_the_command_line_runs_and_sweeps(vector_store, tmp_path, varve):
+    place, out = vector_store.path, tmp_path / "runs"
+    said = varve("run", place, "--head", "nearest_mean", "--scenario", "2+2x2", "--out", out,
+                  "--set", "time=order")  # fmt: skip
+    assert said.returncode == 0
+    assert "final accuracy" in said.stdout
+    told = varve("run", place, "--head", "nearest_mean", "--scenario", "2+2x2", "--out", out,
+                  "--set", "time=order", "--json")  # fmt: skip
+    facts = json.loads(told.stdout)
+    assert facts["spec"]["options"]["time"] == "order"
+    assert varve("run", place, "--head", "nearest_mean", "--scenario", "2+2x2", "--set",
+                  "time").returncode == 2  # fmt: skip
+
+    sweep = tmp_path / "sweep.toml"
+    sweep.write_text(
+        'heads = ["nearest_mean"]\nscenario = "demo"\n[grid]\ntime = ["mean", "order"]\n'
+    )
+    for form in ("csv", "parquet", "tex"):
+        said = varve("ablate", place, sweep, "--scenario", "2+2x2", "--out", out, "--serial",
+                      "--table", tmp_path / f"table.{form}")  # fmt: skip
+        assert said.returncode == 0
+        assert [line.split()[:2] for line in said.stdout.splitlines()[-2:]] == [
+            ["nearest_mean", "mean"], ["nearest_mean", "order"],
+        ]  # fmt: skip
+        assert (tmp_path / f"table.{form}").stat().st_size > 100
+    records = json.loads(varve("ablate", place, sweep, "--scenario", "2+2x2", "--out", out,
+                                "--serial", "--json").stdout)  # fmt: skip
+    assert [record["n"] for record in records] == [3, 3]
+    finished = results.read(out)
+    assert finished["finished"].all()
+    assert len(finished) == 6

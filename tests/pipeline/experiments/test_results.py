@@ -1,0 +1,420 @@
+"""Results: run folders as tables, over seeds, on paper; classes of two runs against each other."""
+
+import json
+import math
+import statistics
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from varve.pipeline.experiments import results
+from varve.pipeline.experiments.metrics import FIGURES, Matrix
+from varve.pipeline.experiments.results import changes, latex, per_class, read, summary, text, write
+
+NAN = math.nan
+
+
+def make_run(
+    folder, head="stpr", seed=1000, rows=((0.9,), (0.5, 0.8)), nme=None, finished=True, **spec
+):
+    """A run folder as `varve.pipeline.experiments.run` leaves it."""
+    folder.mkdir(parents=True)
+    matrices = {"cnn": rows, **({"nme": nme} if nme else {})}
+    spec = {
+        "head": head,
+        "options": {"seed": seed},
+        "scenario": "2+1x1",
+        "seed": seed,
+        "backbone": "ViT-B-16%3Aopenai",
+        "tasks": [["a", "b"], ["c"]],
+        "features": {"vector": "0123abcd"},
+        "network": {"deep": {"er": 1}},
+        "text": None,
+        "clips": "beef",
+        "device": "cpu",
+        "digest": f"{seed:x}",
+        "threads": 1,
+    } | spec
+    cost = {
+        "trainable": 1179648,
+        "multiply_adds": 85_400_000,
+        "seconds": [1.5, 2.5],
+        "peak_memory_bytes": 2_420_736,
+        "bytes_read": 23_000_000_000,
+        "state_bytes": 10,
+        "exemplar_bytes": 0,
+        "stages_recomputed": [{"blocks.11.mlp": 3}, {"blocks.11.mlp": 4, "proj": 4}],
+    }
+    (folder / "checkpoints").mkdir()
+    (folder / "spec.json").write_text(json.dumps(spec))
+    if finished:
+        figures = {kind: Matrix.from_rows(x, [3, 1]).figures() for kind, x in matrices.items()}
+        figures |= {"left_out": {"quarantined": 4}} | ({} if nme else {"nme": None})
+        (folder / "metrics.json").write_text(json.dumps(figures))
+        (folder / "cost.json").write_text(json.dumps(cost))
+    return folder
+
+
+def test_a_run_is_a_row(tmp_path):
+    folder = make_run(tmp_path / "one", nme=((1.0,), (0.5, 0.5)), options={"seed": 1, "width": 64})
+    (row,) = read(folder).to_dict("records")
+    expected = {
+        "run": str(folder),
+        "finished": True,
+        "head": "stpr",
+        "scenario": "2+1x1",
+        "seed": 1000,
+        "backbone": "ViT-B-16%3Aopenai",
+        "option.seed": 1,
+        "option.width": 64,
+        "features.vector": "0123abcd",
+        "device": "cpu",
+        # (3 x 0.5 + 1 x 0.8) / 4, (0.5 + 0.8) / 2, (0.9 + 0.575) / 2, 0.9 - 0.5
+        "cnn.final": pytest.approx(0.575),
+        "cnn.final_over_tasks": pytest.approx(0.65),
+        "cnn.average_incremental": pytest.approx(0.7375),
+        "cnn.bwf": pytest.approx(0.4),
+        "cnn.forgetting": pytest.approx(0.4),
+        "nme.final": pytest.approx(0.5),
+        "nme.final_over_tasks": pytest.approx(0.5),
+        "nme.average_incremental": pytest.approx(0.75),
+        "nme.bwf": pytest.approx(0.5),
+        "nme.forgetting": pytest.approx(0.5),
+        "cost.trainable": 1179648,
+        "cost.multiply_adds": 85_400_000,
+        "cost.seconds": 4,
+        "cost.seconds_per_task": 2,
+        "cost.peak_memory_bytes": 2_420_736,
+        "cost.bytes_read": 23_000_000_000,
+        "cost.state_bytes": 10,
+        "cost.exemplar_bytes": 0,
+        "cost.stages_recomputed": 2,
+        "cost.stage_calls": 11,
+    }
+    assert row == expected
+    assert list(row) == list(expected)
+
+
+def test_runs_are_found_at_any_depth_and_once(tmp_path):
+    a = make_run(tmp_path / "a" / "deep" / "x", seed=1)
+    b = make_run(tmp_path / "b", seed=2)
+    assert read(tmp_path)["run"].tolist() == [str(a), str(b)]
+    assert read(str(tmp_path))["seed"].tolist() == [1, 2]
+    assert read([b, a, tmp_path])["run"].tolist() == [str(b), str(a)]
+    for nothing in ([], tmp_path / "a" / "deep" / "x" / "checkpoints"):
+        with pytest.raises(ValueError, match="no run folder"):
+            read(nothing)
+
+
+def test_a_run_that_has_not_ended_has_no_figures_and_no_part_in_a_mean(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", seed=1993, finished=False)
+    runs = read(tmp_path)
+    assert runs["finished"].tolist() == [True, False]
+    assert math.isnan(runs["cnn.final"][1])
+    assert summary(runs)["n"].tolist() == [1]
+    with pytest.raises(ValueError, match="none of 1 runs has finished"):
+        summary(read(tmp_path / "b"))
+    with pytest.raises(ValueError, match="none of 1 runs has finished"):
+        summary(runs[~runs["finished"]])
+
+
+@pytest.mark.parametrize("file", ["spec", "metrics", "cost"])
+@pytest.mark.parametrize("content", ["{", "[]", "\xff"])
+def test_a_damaged_file_is_named(file, content, tmp_path):
+    folder = make_run(tmp_path / "a")
+    (folder / f"{file}.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{file}\.json .*; remove its folder"):
+        read(tmp_path)
+
+
+def test_whole_numbers_stay_whole_and_mixed_options_become_text(tmp_path):
+    make_run(tmp_path / "a", options={"width": 64, "position": None, "epochs": [60, 30]})
+    make_run(tmp_path / "b", head="linear", options={"fssd": 0.5, "position": "learned"})
+    make_run(tmp_path / "c", options={"fssd": "uniform", "width": 128, "epochs": 30})
+    make_run(tmp_path / "d", options={"fssd": True, "steps": [1, 2]})
+    runs = read(tmp_path)
+    assert runs["option.width"].dtype == "Int64"
+    assert runs["option.width"].fillna(0).tolist() == [64, 0, 128, 0]
+    assert runs["option.fssd"].fillna("-").tolist() == ["-", "0.5", '"uniform"', "true"]
+    assert runs["option.epochs"].fillna("-").tolist() == ["[60, 30]", "-", "30", "-"]
+    assert runs["option.position"].fillna("-").tolist() == ["-", "learned", "-", "-"]
+    assert runs["option.steps"].fillna("-").tolist() == ["-", "-", "-", "[1, 2]"]
+    assert summary(runs)["n"].tolist() == [1, 1, 1, 1]
+
+
+values = st.floats(0, 1)
+
+
+@given(
+    st.lists(st.lists(st.tuples(values, values, values), min_size=1, max_size=5), min_size=1,
+             max_size=4)
+)  # fmt: skip
+def test_seeds_are_put_together_as_by_hand(groups):
+    records = [
+        {
+            "run": f"{i}-{seed}",
+            "finished": True,
+            "head": "h",
+            "seed": seed,
+            "option.seed": seed,
+            "option.width": i if i else None,
+            "cnn.final": a,
+            "nme.final": b,
+            "cost.seconds": c,
+        }
+        for i, group in enumerate(groups)
+        for seed, (a, b, c) in enumerate(group)
+    ]
+    # Configurations appear in the order of their first run, however their seeds are mixed.
+    records.sort(key=lambda record: record["seed"])
+    found = summary(pd.DataFrame(records))
+    assert found["n"].tolist() == [len(group) for group in groups]
+    for i, group in enumerate(groups):
+        for k, name in enumerate(("cnn.final", "nme.final", "cost.seconds")):
+            numbers = [one[k] for one in group]
+            assert found[f"{name}.mean"][i] == pytest.approx(statistics.fmean(numbers))
+            if len(numbers) > 1:
+                expected = statistics.stdev(numbers)
+                assert found[f"{name}.std"][i] == pytest.approx(expected, abs=1e-9)
+            else:
+                assert math.isnan(found[f"{name}.std"][i])
+
+
+def test_configurations_are_told_apart_by_all_that_was_asked_for(tmp_path):
+    for seed in (1000, 1993, 2021):
+        for lam in (0, 1e4):
+            options = {"seed": seed, "fssd": lam}
+            make_run(tmp_path / f"{lam}-{seed}", seed=seed, options=options)
+        make_run(tmp_path / f"frames-{seed}", seed=seed, features={"vector": "other"})
+    found = summary(read(tmp_path))
+    assert found["n"].tolist() == [3, 3, 3]
+    assert "option.seed" not in found
+    by_head = summary(read([tmp_path / "0-1000", tmp_path / "0-1993"]), by=["head"])
+    assert list(by_head.columns[:2]) == ["head", "n"]
+    with pytest.raises(ValueError, match=r"one configuration and seed: .*, \.\.\."):
+        summary(read(tmp_path), by=["head", "scenario"])
+
+
+def test_a_run_twice_is_refused(tmp_path):
+    make_run(tmp_path / "a" / "x")
+    make_run(tmp_path / "b" / "x")
+    with pytest.raises(ValueError, match=r"a/x, .*b/x\. Leave some out"):
+        summary(read(tmp_path))
+
+
+def test_a_figure_that_one_seed_lacks_has_no_mean(tmp_path):
+    make_run(tmp_path / "a", seed=1, nme=((1.0,), (0.5, 0.5)))
+    make_run(tmp_path / "b", seed=2)
+    make_run(tmp_path / "c", seed=3, nme=((1.0,), (0.5, 0.6)))
+    found = summary(read(tmp_path))
+    assert found[["nme.final.mean", "nme.final.std"]].isna().all(axis=None)
+    assert found[["cnn.final.mean", "cnn.final.std"]].notna().all(axis=None)
+    assert "NME" not in text(found)
+
+
+def test_a_cost_that_one_head_lacks_is_left_blank(tmp_path):
+    make_run(tmp_path / "a")
+    other = make_run(tmp_path / "b", head="linear")
+    cost = json.loads((other / "cost.json").read_text())
+    (other / "cost.json").write_text(json.dumps(cost | {"bytes_read": None, "trainable": None}))
+    found = latex(summary(read(tmp_path)), ("cost.bytes_read", "cost.trainable"))
+    assert r"stpr & 1 & 23 GB & 1,179,648 \\" in found
+    assert r"linear & 1 &  &  \\" in found
+
+
+def ablated(tmp_path):
+    """Two heads of two seeds, one without exemplars; one has a name that TeX would take amiss."""
+    first, second = ((0.9,), (0.5, 0.8)), ((0.9,), (0.7, 0.8))
+    for seed, rows in ((1000, first), (1993, second)):
+        make_run(tmp_path / f"a{seed}", "hf_net", seed, rows, options={"way": "50%"})
+        nme = ((1.0,), (1.0, 1.0))
+        make_run(tmp_path / f"b{seed}", "icarl", seed, first, nme=nme, options={"way": "a&b"})
+    return summary(read(tmp_path))
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_tables_come_back_from_disk(ending, tmp_path):
+    for table in (ablated(tmp_path / "runs"), read(tmp_path / "runs")):
+        table.attrs["runs"] = [object()]  # no JSON, and no part of the table
+        file = tmp_path / f"table.{ending}"
+        write(table, file)
+        again = pd.read_csv(file) if ending == "csv" else pd.read_parquet(file)
+        pd.testing.assert_frame_equal(again, table, check_dtype=ending == "parquet")
+        assert table.attrs["runs"]
+
+
+def test_latex_is_a_booktabs_table(tmp_path):
+    found = ablated(tmp_path / "runs")
+    write(found, tmp_path / "t.tex", figures=("cnn.final", "nme.bwf", "cost.bytes_read"))
+    # hf_net: 57.5 and 72.5, whose deviation is 15 / sqrt(2)
+    assert (tmp_path / "t.tex").read_text() == (
+        r"""\begin{tabular}{llrrrr}
+\toprule
+head & way & n & CNN final & NME BWF & read \\
+\midrule
+hf\_net & 50\% & 2 & 65.0 $\pm$ 10.6 &  & 23 GB \\
+icarl & a\&b & 2 & 57.5 $\pm$ 0.0 & 0.0 $\pm$ 0.0 & 23 GB \\
+\bottomrule
+\end{tabular}
+"""
+    )
+
+
+def test_bold_is_the_best_among_rows_of_one_scenario_and_backbone(tmp_path):
+    def one(name, last, **spec):
+        make_run(tmp_path / name, rows=((0.9,), (last, 0.8)), options={"way": name}, **spec)
+
+    one("low", 0.5)
+    one("high", 0.7)
+    one("as high", 0.70001)
+    one("elsewhere", 0.1, scenario="3")
+    one("otherwise", 0.2, backbone="resnet18")
+    figures = ("cnn.final_over_tasks", "cnn.bwf", "cost.trainable")
+    found = latex(summary(read(tmp_path)), figures, bold=True)
+    rows = [line.split(" & ") for line in found.splitlines() if " & " in line]
+    way = rows[0].index("way")
+    cells = {row[way]: row[-3:] for row in rows[1:]}
+    assert cells["low"] == ["65.0", "40.0", r"1,179,648 \\"]
+    for best in ("high", "as high"):
+        assert cells[best] == [r"\textbf{75.0}", r"\textbf{20.0}", r"1,179,648 \\"]
+    assert cells["elsewhere"][:2] == [r"\textbf{45.0}", r"\textbf{80.0}"]
+    assert cells["otherwise"][:2] == [r"\textbf{50.0}", r"\textbf{70.0}"]
+    assert "textbf" not in latex(summary(read(tmp_path)), figures)
+    # With three digits the two are no longer alike.
+    assert latex(summary(read(tmp_path)), figures, bold=True, digits=3).count("textbf") == 6
+
+
+def test_words_are_spelled_for_tex(tmp_path):
+    make_run(tmp_path / "a", options={"way": r"\a_b{c}#~^$&%"})
+    make_run(tmp_path / "b", options={"way": "x"})
+    spelled = r"\textbackslash{}a\_b\{c\}\#\textasciitilde{}\textasciicircum{}\$\&\%"
+    assert spelled in latex(summary(read(tmp_path)))
+
+
+def test_the_terminal_sees_what_differs_the_figures_and_the_costs(tmp_path):
+    lines = text(ablated(tmp_path)).splitlines()
+    assert len(lines) == 3
+    figures = ("CNN final", "CNN final (tasks)", "CNN avg. inc.", "CNN BWF", "NME final")
+    for title in ("head", "way", *figures, "trainable", "s/task", "stages", "read", "peak"):
+        assert title in lines[0]
+    assert "scenario" not in lines[0]  # the same in all rows
+    assert "head" in text(summary(read(tmp_path / "a1000")))
+    for cell in ("hf_net", "50%", "65.0 ± 10.6", "1,179,648", "2.0", "23 GB", "2.42 MB"):
+        assert cell in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("t.xlsx", {}, "a table is .csv, .parquet or .tex"),
+        ("t", {}, "a table is .csv, .parquet or .tex"),
+        ("t.csv", {"bold": True}, "only .tex has options"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(name, options, said, tmp_path):
+    table = ablated(tmp_path / "runs")
+    with pytest.raises(ValueError, match=said):
+        write(table, tmp_path / name, **options)
+    assert not (tmp_path / name).exists()
+
+
+def test_single_runs_are_no_summary(tmp_path):
+    make_run(tmp_path / "a")
+    for call in (latex, text, lambda runs: write(runs, tmp_path / "t.tex")):
+        with pytest.raises(ValueError, match=r"no summary .*`summary\(read"):
+            call(read(tmp_path))
+    with pytest.raises(ValueError, match=r"no summary with nme\.final"):
+        latex(summary(read(tmp_path)), ("nme.final",))
+
+
+LABELS = {3: "run", 5: "run", 7: "run", 8: "walk", 9: "walk", 2: "jump"}
+
+
+def predict(folder, named, stages=(0, 1), classifier="cnn"):
+    """Right at stage 0; at the others what `named` says, by row."""
+    folder.mkdir(exist_ok=True)
+    rows = [
+        {
+            "stage": stage,
+            "row": row,
+            "label": label,
+            "classifier": classifier,
+            "top1": named.get(row, label) if stage else label,
+            "top2": "",
+        }
+        for stage in stages
+        for row, label in LABELS.items()
+    ]
+    pd.DataFrame(rows).to_parquet(folder / "predictions.parquet")
+    return folder
+
+
+def test_changes_of_classes_and_what_they_were_confused_with(tmp_path):
+    # run: 0 of 3, taken for walk twice and jump once -> 2 of 3. walk: 2 of 2 -> 1 of 2.
+    before = predict(tmp_path / "before", {3: "walk", 5: "walk", 7: "jump"})
+    after = predict(tmp_path / "after", {5: "jump", 8: "jump"}, stages=(0, 1, 2))
+    found = changes(before, after)
+    assert list(found.index) == ["run", "jump", "walk"]
+    expected = {
+        "clips": [3, 1, 2],
+        "before": [0, 1, 1],
+        "after": [2 / 3, 1, 1 / 2],
+        "change": [2 / 3, 0, -1 / 2],
+        "confused_before": ["walk", "", ""],
+        "confused_share_before": [2 / 3, 0, 0],
+        "confused_after": ["jump", "", "jump"],
+        "confused_share_after": [1 / 3, 0, 1 / 2],
+    }
+    assert list(found) == list(expected)
+    for name, column in expected.items():
+        if isinstance(column[0], str):
+            assert found[name].tolist() == column
+        else:
+            np.testing.assert_allclose(found[name], column)
+    assert not changes(before, after, stage=0)["change"].any()
+    back = changes(after, before)
+    assert back.loc["run", "change"] == -found.loc["run", "change"]
+
+
+def test_classes_of_one_run(tmp_path):
+    folder = predict(tmp_path / "a", {8: "run"})
+    assert per_class(folder)["accuracy"].to_dict() == {"jump": 1, "run": 1, "walk": 0.5}
+    assert per_class(folder)["confused_with"].to_dict() == {"jump": "", "run": "", "walk": "run"}
+    assert (per_class(folder, stage=0)["accuracy"] == 1).all()
+
+
+def test_runs_on_other_clips_are_not_compared(tmp_path):
+    before = predict(tmp_path / "before", {})
+    table = pd.read_parquet(before / "predictions.parquet")
+    spoiled = (
+        table[table["row"] != 3],
+        table.assign(row=table["row"] + 1),
+        table.replace({"label": "run"}, "hop"),
+    )
+    for i, other in enumerate(spoiled):
+        after = tmp_path / f"after{i}"
+        after.mkdir()
+        other.to_parquet(after / "predictions.parquet")
+        with pytest.raises(ValueError, match=r"was tested on 6 clips, .* of them the same"):
+            changes(before, after)
+
+
+def test_predictions_that_are_not_there_are_refused_with_those_that_are(tmp_path):
+    folder = predict(tmp_path / "a", {})
+    with pytest.raises(ValueError, match="no predictions of 'nme'; it has 'cnn', stages 0 to 1"):
+        per_class(folder, classifier="nme")
+    with pytest.raises(ValueError, match="'cnn' at stage 2; it has 'cnn', stages 0 to 1"):
+        per_class(folder, stage=2)
+    with pytest.raises(ValueError, match=r"no predictions\.parquet"):
+        per_class(tmp_path)
+
+
+def test_every_shown_figure_is_one_that_runs_have(tmp_path):
+    made = summary(read(make_run(tmp_path / "a", nme=((1.0,), (0.5, 0.5)))))
+    for name in results.SHOWN:
+        assert made[f"{name}.mean"].notna().all(), name
+    assert {f"{kind}.{figure}.mean" for kind in ("cnn", "nme") for figure in FIGURES} <= set(made)

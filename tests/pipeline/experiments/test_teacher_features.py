@@ -1,0 +1,117 @@
+"""What the network of the task before makes of clips: computed once, from the cache, and held."""
+
+import shutil
+
+import pytest
+
+from varve import BuildSpec, FeatureTensors, Runtime, build, run
+from varve.heads.hce import HCE
+from varve.pipeline.experiments import head_inputs, teacher_features
+from varve.stores import FeatureStore, SpecMismatch
+
+NAME = "resnet18:random-0"
+CLASSES = ("grow", "shrink", "fade in", "fade out")
+QUICK = {"blocks": 1, "first_epochs": 2, "epochs": 2, "last_stride": 1}
+
+
+@pytest.fixture
+def store(dataset, built_once, tmp_path) -> FeatureStore:
+    spec = BuildSpec((NAME,), keep=("layer4.0", "pool"), frames=2)
+    place = built_once(dataset(CLASSES, 3), spec)
+    shutil.copytree(place, tmp_path / "s.zarr")
+    return FeatureStore.open(tmp_path / "s.zarr")
+
+
+def test_old_maps_are_computed_once_a_task_and_read_in_every_epoch(store, tmp_path, monkeypatch):
+    seen = []
+
+    def learn(self, task, do=HCE.learn):
+        cells = task.clips.features
+        seen.append({name: cells[name] for name in cells if name.startswith("old ")})
+        do(self, task)
+
+    monkeypatch.setattr(HCE, "learn", learn)
+    done = run(store, "hce", "2+1x2", options=QUICK, out=tmp_path / "runs")
+    assert seen[0] == {}
+    for old in seen[1:]:
+        assert set(old) == {"old layer4.1", "old vector"}
+        assert all(isinstance(cells, FeatureTensors) for cells in old.values())
+    for calls in done.cost["stages_recomputed"]:
+        assert set(calls) <= {"layer4.1", "pool"}
+    changed = [f for f in FeatureStore.open(store.path).features() if f.spec.get("grafts")]
+    assert {f.name for f in changed} == {"layer4.1", "pool"}
+    freed = FeatureStore.open(store.path).gc()
+    assert len(freed.freed) == len(changed)
+    assert done.nme is not None
+    told = done.metrics["told"]
+    assert [set(one) for one in told] == [set(), *[{"effective channels, layer4.1"}] * 2]
+    assert all(0 < share <= 1 for one in told for share in one.values())
+
+
+def test_what_a_run_remembers_is_no_feature_for_another(store, tmp_path):
+    options = QUICK | {"parts": "kd", "first_epochs": 0, "epochs": 0}
+    run(store, "hce", "2+1x2", options=options, out=tmp_path)
+    again = FeatureStore.open(store.path)
+    assert "pool" in {f.name for f in again.features() if f.spec.get("grafts")}
+    before = {
+        name: one.fingerprint
+        for name, one in head_inputs.features_of(store, NAME, ["vector"]).items()
+    }
+    done = run(again, "nearest_mean", "2+1x2", out=tmp_path)
+    assert done.spec["features"] == before
+    with pytest.raises(SpecMismatch, match="no fc of"):
+        run(again, "nearest_mean", "2+1x2", options={"feature": "fc"}, out=tmp_path)
+
+
+def test_old_maps_are_of_the_frames_that_the_head_reads(store, tmp_path):
+    """Whatever was built into the store since."""
+    alone = run(store, "hce", "2+1x2", options=QUICK, out=tmp_path / "a")
+    dataset = store.attributes["dataset"]
+    other = BuildSpec(("ViT-S-32:random-0",), ("proj",), 3, "dense", stride=1, dtype="bfloat16")
+    build(dataset, store.path, other, runtime=Runtime(serial=True))
+    found = run(store.path, "hce", "2+1x2", options=QUICK, backbone=NAME, out=tmp_path / "b")
+    assert found.matrix.to_json() == alone.matrix.to_json()
+    assert found.cost["stages_recomputed"] != alone.cost["stages_recomputed"]  # they were there
+    changed = [f for f in FeatureStore.open(store.path).features() if f.spec.get("grafts")]
+    assert {f.spec["frames"]["sampling"] for f in changed} == {"tsn"}
+
+
+def test_a_store_of_another_precision_is_refused_before_anything_is_learned(
+    dataset, built_once, tmp_path
+):
+    spec = BuildSpec((NAME,), keep=("layer4.0", "pool"), frames=2, precision="bfloat16")
+    place = built_once(dataset(CLASSES, 3), spec)
+    with pytest.raises(SpecMismatch, match="--precision float32"):
+        run(place, "hce", "2+1x2", options=QUICK, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stopped_run_goes_on_with_the_old_maps_that_are_there(store, tmp_path, monkeypatch):
+    whole = run(store, "hce", "2+1x2", options=QUICK, out=tmp_path / "a")
+
+    class Stopped(BaseException):
+        pass
+
+    def stopping(self, task, do=HCE.learn):
+        if task.number == 2:
+            raise Stopped
+        do(self, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HCE, "learn", stopping)
+        with pytest.raises(Stopped):
+            run(store, "hce", "2+1x2", options=QUICK, out=tmp_path / "b")
+    computed = []
+    real = teacher_features.update
+
+    def noting(*arguments, **options):
+        report = real(*arguments, **options)
+        computed.append(report.computed)
+        return report
+
+    monkeypatch.setattr(teacher_features, "update", noting)
+    found = run(store, "hce", "2+1x2", options=QUICK, out=tmp_path / "b")
+    assert computed == [0]
+    assert found.matrix.to_json() == whole.matrix.to_json()
+    for name in ("predictions.parquet", "matrix.json"):
+        assert (found.folder / name).read_bytes() == (whole.folder / name).read_bytes()
