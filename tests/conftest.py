@@ -78,10 +78,3 @@ def make_vector_store():
 def vector_store(tmp_path_factory) -> FeatureStore:
     """Sixty clips of six classes, a vector a frame. Not to be changed."""
     return vectors_in_a_store(tmp_path_factory.mktemp("vectors") / "s.zarr")
-
-
-def pytest_addoption(parser):
-    parser.addoption(
-        "--head", action="append", default=[], metavar="FILE",
-        help="check this head in the place of those of heads/: a Python file of your own",
-    )  # fmt: skip
