@@ -1,11 +1,10 @@
-"""Methods' own modules in a chain, and the end of a chain as a module to train.
+"""Grafts: modules of a method's own in the place of stages of a chain.
 
-A graft takes a stage's place; the chain stays a chain, so keys, plans and runs follow by
-themselves. Nothing here changes a backbone: each call gives another one.
+The chain stays a chain, so that keys, plans and runs need no special case. No function here changes
+a backbone: each returns another one.
 """
 
 import copy
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from varve.pipeline.backbones import GRAFT, Backbone, Stage, tensors_of
-from varve.pipeline.backbones._reductions import canonical_reduction, expand, reduce, why_not
+from varve.pipeline.backbones._stage import GRAFT, Backbone, Stage, tensors_of, with_shapes
 
 NDIM = {"tokens": 3, "map": 4, "vector": 2}
 
 
 def graft(backbone: Backbone, name: str, module: nn.Module) -> Backbone:
-    """See `Backbone.graft`."""
+    """Replace a stage by a module; see `Backbone.graft`."""
     stage = backbone.stage(name)
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name}: a graft is a torch module, not a {type(module).__name__}")
@@ -40,43 +38,43 @@ def graft(backbone: Backbone, name: str, module: nn.Module) -> Backbone:
     )
     grafted = _with(backbone, {name: new})
     if _check_shapes(backbone, grafted, new):
-        grafted.__dict__["shapes"] = backbone.shapes
-    new.identity()  # what no key can name is refused now, and not when the training is over
+        with_shapes(grafted, backbone)
+    new.identity()  # refuses what no key can name before the training, not after it
     _check_token_wise(grafted, new)
     return grafted
 
 
 def unfreeze(backbone: Backbone, names: Sequence[str]) -> Backbone:
-    """See `Backbone.unfreeze`."""
+    """Make stages trainable; see `Backbone.unfreeze`."""
     changes = {}
     for name in names:
         stage = backbone.stage(name)
-        # Of a graft with what it stands for, by which its key knows its parts.
-        own = _copied(name, stage)
-        own.module.requires_grad_(True)
-        changes[name] = replace(own, original=own.original or stage, sealed=False)
-    return _as_it_is(backbone, changes)
+        # With the stage that a graft replaces, so that its key still recognises that stage's parts.
+        trainable = _copied(name, stage)
+        trainable.module.requires_grad_(True)
+        changes[name] = replace(trainable, original=trainable.original or stage, sealed=False)
+    return with_shapes(_with(backbone, changes), backbone)
 
 
-def sealed(backbone: Backbone) -> Backbone:
-    """The backbone, which nothing will change any more: its digests are taken once."""
+def seal(backbone: Backbone) -> Backbone:
+    """Return the backbone with its digests computed only once. Its modules must not change."""
     changes = {}
     for stage in backbone.stages:
         new = replace(stage, sealed=True)
-        new._known.update(stage._known if stage.sealed else {})
+        new._digests.update(stage._digests if stage.sealed else {})
         changes[stage.name] = new
     return _with(backbone, changes)
 
 
 def snapshot(backbone: Backbone) -> Backbone:
-    """The backbone as it is now, in eval mode: training that goes on changes nothing of it.
+    """Return a sealed copy of the backbone in eval mode, which further training leaves as it is.
 
     Raises:
-        ValueError: A module says that it is token-wise, and is not.
+        ValueError: A module has `token_wise` set, and its output depends on other tokens.
     """
     changes = {}
     for stage in backbone.stages:
-        known = {"identity": stage.identity(), "parameters": stage.parameters}
+        digests = {"identity": stage.identity(), "parameters": stage.parameters}
         live = any(t.requires_grad for t in tensors_of(stage.module).values())
         if stage.original is not None or live or stage.module.training:
             module = _copied(stage.name, stage.module).eval().requires_grad_(False)
@@ -84,130 +82,15 @@ def snapshot(backbone: Backbone) -> Backbone:
             _check_token_wise(backbone, new)
         else:
             new = replace(stage, sealed=True)
-        new._known.update(known)
+        new._digests.update(digests)
         changes[stage.name] = new
-    return without_text(_as_it_is(backbone, changes))
-
-
-def without_text(backbone: Backbone) -> Backbone:
-    """The pictures' part alone: what is copied and sent."""
-    new = replace(backbone, text=None)
-    new.__dict__["shapes"] = backbone.shapes
-    return new
-
-
-class Suffix(nn.Module):
-    """The chain after a cached feature. Shares its modules with the backbone it comes from: what
-    moves or casts the suffix moves or casts them there too.
-
-    `train()` puts in training mode what is trainable, and leaves frozen stages as they are: a batch
-    norm that does not train keeps its running statistics.
-
-    Attributes:
-        stages: The modules, by number of the stage.
-        calls: Where set, counts the calls of each stage.
-    """
-
-    calls: "Counter[str] | None" = None
-
-    def __init__(self, backbone: Backbone, after: str, keep: Sequence[str] = ()) -> None:
-        super().__init__()
-        name, _, reduction = after.partition(":")
-        first = backbone.stage(name)
-        reduction = canonical_reduction(first, reduction)
-        begin = backbone.stage_names.index(name)
-        wanted = list(keep) or [backbone.stage_names[-1]]
-        for one in wanted:
-            last = backbone.stage_names.index(backbone.stage(one).name)
-            if last <= begin:
-                raise ValueError(f"{one} comes no later than {after}, after which the suffix runs")
-            chain = backbone.stages[begin : last + 1]
-            # Of tokens the suffix gives those that it was given.
-            part = "" if chain[-1].form != "tokens" else reduction
-            reason = why_not(reduction, chain, part)
-            if reason:
-                raise ValueError(f"a suffix after {after} cannot give {one}: {reason}")
-        self._backbone = (without_text(backbone),)  # in a tuple: no module, nothing to walk
-        self._first, self._reduction = first, reduction
-        self._wanted, self._alone = wanted, not keep
-        self._frames = max(stage.frames for stage in backbone.stages[begin + 1 :])
-        end = max(backbone.stage_names.index(one) for one in wanted)
-        self.stages = nn.ModuleList(s.module for s in backbone.stages[begin + 1 : end + 1])
-
-    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
-        """Run the stages.
-
-        Args:
-            x: The feature, [N, ...] a frame each or [B, T, ...] as a store gives it, in any float
-                type. bfloat16 and float16 are taken up to the backbone's precision.
-
-        Returns:
-            The last stage's output, or a dict of those in `keep`, with the same leading axes. Of
-            tokens, the part that was given, in its form: from a class token, class tokens.
-
-        Raises:
-            ValueError: The shape is not that of the feature.
-        """
-        shape = self._shape()
-        clips = x.ndim == len(shape) + 2
-        frames = x.flatten(0, 1) if clips else x
-        if tuple(frames.shape[1:]) != shape:
-            raise ValueError(
-                f"the suffix starts from {self._first.name}"
-                f"{':' * bool(self._reduction)}{self._reduction}, [clips, T, "
-                f"{', '.join(map(str, shape))}] or [N, {', '.join(map(str, shape))}], not from "
-                f"{list(x.shape)}"
-            )
-        (backbone,) = self._backbone
-        if clips and self._frames not in (0, x.shape[1]):
-            raise ValueError(
-                f"the suffix looks across clips of {self._frames} frames, and these have "
-                f"{x.shape[1]}: {list(x.shape)}"
-            )
-        outputs = backbone.run(
-            expand(frames, self._first, self._reduction),
-            self._wanted,
-            self._first.name,
-            self.calls,
-        )
-        for name, y in outputs.items():
-            if backbone.stage(name).form == "tokens":
-                outputs[name] = reduce(y, backbone.stage(name), self._reduction)
-        if clips:
-            outputs = {n: y.reshape(*x.shape[:2], *y.shape[1:]) for n, y in outputs.items()}
-        return outputs[self._wanted[0]] if self._alone else outputs
-
-    def train(self, mode: bool = True) -> "Suffix":
-        """Training mode for what trains; whatever is frozen stays in eval, within grafts too."""
-        self.training = mode
-        for stage in self.stages:
-            _train(stage, mode)
-        return self
-
-    def _shape(self) -> tuple[int, ...]:
-        (backbone,) = self._backbone
-        whole = backbone.shapes[self._first.name]
-        if self._reduction == "cls":
-            return whole[-1:]
-        if self._reduction == "map":
-            side = round((whole[0] - self._first.prefix) ** 0.5)
-            return (whole[1], side, side)
-        return whole
-
-
-def _train(module: nn.Module, mode: bool) -> None:
-    parameters = list(module.parameters())
-    if parameters and not any(parameter.requires_grad for parameter in parameters):
-        mode = False
-    module.training = mode
-    for child in module.children():
-        _train(child, mode)
+    return with_shapes(_with(backbone, changes), backbone).without_text()
 
 
 def _check_token_wise(backbone: Backbone, stage: Stage) -> None:
-    """Look whether a method's module gives the class token alone what it gives it among others.
+    """Check that a token-wise graft computes a class token alone as it does among other tokens.
 
-    The planner feeds it so where only the class token is kept, and takes its word for it.
+    The planner relies on `token_wise` where only the class token is kept.
     """
     if stage.original is None or not stage.token_wise:
         return
@@ -228,8 +111,8 @@ def _check_token_wise(backbone: Backbone, stage: Stage) -> None:
         raise ValueError(_not_finite(stage.name, stage.module))
     if not off <= (1e-3 if backbone.precision == torch.float32 else 5e-2) * largest:
         raise ValueError(
-            f"{stage.name}: {type(stage.module).__name__} says token_wise, but what it gives for "
-            f"the class token changes with the other tokens (by {off:.2g} of {largest:.2g}); set "
+            f"{stage.name}: {type(stage.module).__name__} has token_wise = True, but its output "
+            f"for the class token changes with the other tokens (by {off:.2g} of {largest:.2g}); set "
             "token_wise = False"
         )
 
@@ -237,21 +120,21 @@ def _check_token_wise(backbone: Backbone, stage: Stage) -> None:
 def _not_finite(name: str, module: nn.Module) -> str:
     parameters = [key for key, t in tensors_of(module).items() if not t.isfinite().all()]
     where = f", and neither is {parameters[0]} (did its training diverge?)" if parameters else ""
-    return f"{name}: what {type(module).__name__} gives is not finite{where}"
+    return f"{name}: the output of {type(module).__name__} is not finite{where}"
 
 
 def _copied[T](name: str, thing: T) -> T:
-    """A deep copy of a stage or module.
+    """Return a deep copy of a stage or module.
 
     Raises:
-        ValueError: It holds what cannot be copied.
+        ValueError: It contains what cannot be copied.
     """
     try:
         return copy.deepcopy(thing)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"{name}: its module cannot be copied ({error}). Does it keep a tensor of its last "
-            "call in an attribute? Keep it detached, or not at all"
+            f"{name}: its module cannot be copied ({error}). Does an attribute keep a tensor of "
+            "the last call? Detach it, or do not keep it"
         ) from error
 
 
@@ -261,7 +144,7 @@ def _check_registered(name: str, module: nn.Module) -> None:
         for attribute, value in vars(part).items():
             inner = value.values() if isinstance(value, dict) else value
             plain = isinstance(value, list | tuple | dict) and attribute != "_modules"
-            if plain and any(isinstance(one, nn.Module) for one in inner):
+            if plain and any(isinstance(item, nn.Module) for item in inner):
                 raise ValueError(
                     f"{name}: {'.'.join(filter(None, (path, attribute)))} of "
                     f"{type(module).__name__} is a {type(value).__name__} of modules, which torch "
@@ -270,15 +153,15 @@ def _check_registered(name: str, module: nn.Module) -> None:
 
 
 def _frames(name: str, module: nn.Module) -> int:
-    """T, as the module or a part of it says; 0 where none looks across frames."""
-    said = [getattr(part, "frames", 0) for part in module.modules()]
-    odd = [frames for frames in said if type(frames) is not int or frames < 0]
-    lengths = sorted({frames for frames in said if frames not in odd and frames})
+    """Return T of a temporal module or of its parts; 0 where no part is temporal."""
+    attributes = [getattr(part, "frames", 0) for part in module.modules()]
+    odd = [frames for frames in attributes if type(frames) is not int or frames < 0]
+    lengths = sorted({frames for frames in attributes if frames not in odd and frames})
     if odd or len(lengths) > 1:
-        found = " and ".join(map(repr, odd or lengths))
+        values = " and ".join(map(repr, odd or lengths))
         raise ValueError(
-            f"{name}: the module's `frames` is {found}: it says how many frames of a clip the "
-            "module looks across, one number for all its parts, 0 for one frame at a time"
+            f"{name}: the module's `frames` is {values}: it is the number of frames of a clip that "
+            "a temporal module mixes, one number for all its parts, 0 for one frame at a time"
         )
     return lengths[0] if lengths else 0
 
@@ -288,18 +171,14 @@ def _with(backbone: Backbone, changes: dict[str, Stage]) -> Backbone:
     return replace(backbone, stages=stages)
 
 
-def _as_it_is(backbone: Backbone, changes: dict[str, Stage]) -> Backbone:
-    """With stages whose outputs have the shapes that they had."""
-    new = _with(backbone, changes)
-    new.__dict__["shapes"] = backbone.shapes
-    return new
-
-
 def _check_shapes(backbone: Backbone, grafted: Backbone, new: Stage) -> bool:
-    """Pass a clip of zeros through the graft, and its shape through what follows.
+    """Run the graft on a random clip, and pass the shape of its output through what follows.
 
     Returns:
         Whether the graft's output has the shape of the stage's.
+
+    Raises:
+        ValueError: The output does not fit, is not finite, or is another one on each call.
     """
     number = backbone.stage_names.index(new.name)
     before = backbone.stages[number - 1] if number else None
@@ -309,8 +188,8 @@ def _check_shapes(backbone: Backbone, grafted: Backbone, new: Stage) -> bool:
     shape, dtype = (frames, *backbone.picture.shape), getattr(torch, backbone.picture.dtype)
     if before is not None:
         shape, dtype = (frames, *backbone.shapes[before.name]), backbone.precision
-    said = f"{new.name}: {type(new.module).__name__}"
-    # A copy: what the module keeps of a call, such as statistics, is not to be of this one.
+    title = f"{new.name}: {type(new.module).__name__}"
+    # A copy: this call must not enter statistics that the module keeps.
     module = _copied(new.name, new.module).eval()
     x = torch.zeros(shape, dtype=torch.float32)
     x = x.uniform_(0, 1 if before else 255, generator=torch.Generator().manual_seed(0))
@@ -320,26 +199,26 @@ def _check_shapes(backbone: Backbone, grafted: Backbone, new: Stage) -> bool:
             y, again = (module(x.clone()) for _ in range(2))
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ValueError(
-                f"{said} does not take the stage's input, {str(dtype).removeprefix('torch.')} "
+                f"{title} does not take the stage's input, {str(dtype).removeprefix('torch.')} "
                 f"{list(shape)} ({frames} frames): {error}"
             ) from error
     if not isinstance(y, Tensor) or y.ndim != NDIM[new.form] or len(y) != frames:
-        found = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        output = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(
-            f"{said} gives {found} for {frames} frames; the stage gives {new.form} "
+            f"{title} gives {output} for {frames} frames; the stage gives {new.form} "
             f"{[frames, *expected]}"
         )
     if not y.isfinite().all():
         raise ValueError(_not_finite(new.name, new.module))
     if not torch.equal(y, again):
         raise ValueError(
-            f"{said} gives other numbers each time, in eval mode too: a feature is one value. Let "
-            "what is drawn depend on self.training, and hold dropouts as registered submodules"
+            f"{title} gives other numbers each time, in eval mode too: a feature is one value. Let "
+            "what is drawn depend on self.training, and register dropouts as submodules"
         )
     if y.dtype != backbone.precision:
         raise ValueError(
-            f"{said} gives {y.dtype}; {backbone.name} runs in {backbone.precision}: let the module "
-            "give the type of its input back"
+            f"{title} gives {y.dtype}; {backbone.name} runs in {backbone.precision}: let the "
+            "module return the type of its input"
         )
     if tuple(y.shape[1:]) == expected:
         return True
@@ -350,7 +229,7 @@ def _check_shapes(backbone: Backbone, grafted: Backbone, new: Stage) -> bool:
                 z = stage.module(z)
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
-            f"{said} gives {[frames, *y.shape[1:]]} where the stage gives {[frames, *expected]}, "
+            f"{title} gives {[frames, *y.shape[1:]]} where the stage gives {[frames, *expected]}, "
             f"and {grafted.stages[number + 1].name} and what follows do not take that"
         ) from error
     return False
@@ -358,7 +237,7 @@ def _check_shapes(backbone: Backbone, grafted: Backbone, new: Stage) -> bool:
 
 @contextmanager
 def _eval(module: nn.Module) -> Iterator[None]:
-    """In eval mode for a while; every part's mode is what it was afterwards."""
+    """Put a module in eval mode inside the block, and restore every part's mode after it."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -1,22 +1,22 @@
-"""Precisions that a CPU has no instructions for, found by timing one matrix product."""
+"""Precisions that a CPU has no instructions for, detected by timing one matrix product."""
 
 import time
 
 import torch
 
-MUCH = 5.0
+SLOW_RATIO = 5.0
 
 
-def slower(precision: str) -> str:
-    """Of a precision that this CPU has no instructions for: a sentence that says so, else "".
+def precision_warning(precision: str) -> str:
+    """Return a warning if this CPU has no instructions for a precision, else "".
 
-    A product of matrices is timed, a hundredth of a second where there are such instructions:
-    torch computes in any precision everywhere, up to a hundred times slower than in float32.
+    torch computes in any precision on any CPU, up to a hundred times slower than in float32. One
+    matrix product is timed, which takes a hundredth of a second where there are instructions.
     """
     if precision == "float32":
         return ""
     ratio = _seconds(precision) / _seconds("float32")
-    if ratio < MUCH:
+    if ratio < SLOW_RATIO:
         return ""
     return (
         f"{precision} takes {ratio:.0f} times as long as float32 on this CPU, which has no "
@@ -25,11 +25,11 @@ def slower(precision: str) -> str:
 
 
 def _seconds(precision: str) -> float:
-    """Of one product, the least of some: other work on the machine only adds to it."""
+    """Return the least time of five products: other processes can only add to it."""
     x = torch.ones(128, 128, dtype=getattr(torch, precision))
-    found = []
+    times = []
     for _ in range(5):
-        began = time.perf_counter()
+        start = time.perf_counter()
         x @ x
-        found.append(time.perf_counter() - began)
-    return min(found)
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,4 +1,4 @@
-"""Class prompts: labels to words, words to sentences, sentences to one text feature a class.
+"""Class prompts: a label gives words, words give sentences, sentences give one text feature.
 
 Shapes: C classes, R templates, D feature width.
 """
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varve.pipeline.backbones import TextTower
+from varve.pipeline.backbones._stage import TextTower
 
-# "{}" is where the words of the label go. Changing the list changes the features' key.
+# "{}" stands for the words of the label. Changing the list changes the features' key.
 TEMPLATES = (
     "a video of {}.",
     "a video of a person doing {}.",
@@ -28,7 +28,7 @@ _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 def words(label: str) -> str:
-    """The words of a label. One that has spaces is a phrase already, and stays as it is.
+    """Return the words of a label. A label with spaces is a phrase already, and is not changed.
 
     >>> words("ApplyEyeMakeup"), words("brush_hair"), words("TVShow")
     ('apply eye makeup', 'brush hair', 'tv show')
@@ -42,22 +42,24 @@ def words(label: str) -> str:
 
 
 def prompts(labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[list[str]]:
-    """The sentences [C][R] of each label.
+    """Return the sentences [C][R] of each label.
 
     Raises:
-        ValueError: No template, or one without the place for the label.
+        ValueError: There is no template, or one without {} for the label.
     """
     odd = [template for template in templates if "{}" not in template]
     if odd or not templates:
-        raise ValueError(f"a prompt template says where the label goes with {{}}; got {odd}")
-    # Not str.format, to which other braces of a template would be instructions.
+        raise ValueError(f"a prompt template has {{}} where the label goes; got {odd}")
+    # Not str.format, which would read other braces of a template as instructions.
     return [[template.replace("{}", words(label)) for template in templates] for label in labels]
 
 
 def class_features(
     text: TextTower, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> Tensor:
-    """One unit vector a class: the mean of its prompts' unit features, made unit again.
+    """Return one unit vector a class: the normalised mean of its prompts' unit features.
+
+    Prompt ensembling as in CLIP (Radford et al. 2021, section 3.1.4).
 
     Returns:
         float32 [C, D]; row c is the class `labels[c]`, and does not depend on the others.
@@ -69,12 +71,6 @@ def class_features(
     return torch.nn.functional.normalize(features_CRD.mean(dim=1), dim=-1)
 
 
-def identity(
-    text: TextTower, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
-) -> dict[str, Any]:
-    """Everything that decides `class_features`, as JSON."""
-    return {
-        "code": CODE,
-        "prompts": prompts(labels, templates),
-        "text": text.identity(),
-    }
+def class_features_key(text: TextTower, templates: Sequence[str] = TEMPLATES) -> dict[str, Any]:
+    """Return everything besides the labels that decides `class_features`, as JSON."""
+    return {"code": CODE, "templates": list(templates), "text": text.identity()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from varve.pipeline.backbones import Stage
+from varve.pipeline.backbones._stage import Stage
 
 ACTIVATIONS = ("GELU", "QuickGELU", "SiLU")
 

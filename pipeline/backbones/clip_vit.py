@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varve.pipeline.backbones import Backbone, Stage, _vit, _weights, parameter_digest
+from varve.pipeline.backbones import _vit, _weights
+from varve.pipeline.backbones._stage import Backbone, Stage, parameter_digest
 from varve.pipeline.config import Picture
 from varve.stores.identity import store_name
 

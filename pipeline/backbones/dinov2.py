@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varve.pipeline.backbones import Backbone, Stage, _vit, _weights
+from varve.pipeline.backbones import _vit, _weights
+from varve.pipeline.backbones._stage import Backbone, Stage
 from varve.pipeline.config import Picture
 from varve.stores.identity import store_name
 

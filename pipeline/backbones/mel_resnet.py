@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from varve.pipeline.backbones import Backbone, Stage, _weights, resnet
+from varve.pipeline.backbones import _weights, resnet
+from varve.pipeline.backbones._stage import Backbone, Stage
 from varve.pipeline.config import Sound
 from varve.stores.identity import store_name
 

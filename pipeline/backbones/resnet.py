@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varve.pipeline.backbones import Backbone, Stage, _weights
+from varve.pipeline.backbones import _weights
+from varve.pipeline.backbones._stage import Backbone, Stage
 from varve.pipeline.backbones._vit import Normalise
 from varve.pipeline.config import Picture
 from varve.stores.identity import store_name

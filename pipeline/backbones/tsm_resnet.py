@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from varve.heads.grafts.temporal_shift import TemporalShift
-from varve.pipeline.backbones import Backbone, resnet
+from varve.pipeline.backbones import resnet
+from varve.pipeline.backbones._stage import Backbone
 
 PREFIX = "tsm_"
 FRAMES, FOLD = 8, 8

@@ -14,7 +14,7 @@ import torch
 
 from varve.heads.parts.clips import Clips
 from varve.pipeline import backbones
-from varve.pipeline.backbones import Backbone
+from varve.pipeline.backbones import CLASSIFIER, Backbone
 from varve.pipeline.config import BuildSpec
 from varve.pipeline.experiments.feature_tensors import BUDGET_BYTES, FeatureTensors
 from varve.pipeline.experiments.scenarios import Division
@@ -24,7 +24,6 @@ from varve.stores.clips import row_keys
 from varve.stores.identity import digest, store_name
 
 VECTOR, SOUND = "vector", "sound"
-CLASSIFIER = "fc"  # of the classes that a network was trained on: its scores are no feature
 _BLOCK = re.compile(r"(blocks\.\d+)\.(attn|mlp)|(layer\d+\.\d+)")
 _FROM_THE_END = re.compile(r"blocks\.-([1-9]\d*)(?:\.(\w+))?")
 
@@ -42,14 +41,19 @@ def meaning(name: str, backbone: Backbone) -> str:
     """
     stage, colon, reduction = name.partition(":")
     if stage == VECTOR:
-        vectors = [one.name for one in backbone.stages if one.form == "vector"]
-        stage = [one for one in vectors if one != CLASSIFIER][-1]
+        stage = backbone.default_stage.name
     elif match := _FROM_THE_END.fullmatch(stage):
         blocks: dict[str, list[str]] = {}
         for one in backbone.stage_names:
             if found := _BLOCK.fullmatch(one):
                 blocks.setdefault(found[1] or found[3], []).append(one)
         number, step = int(match[1]), match[2]
+        if not blocks:
+            raise ValueError(
+                f"{name}: {backbone.name} has no stages named blocks.N.STEP or layerN.M, which "
+                f"{name} counts from the end. Its stages are {', '.join(backbone.stage_names)}; "
+                "name one of them"
+            )
         first = backbone.stage_names.index(next(iter(blocks.values()))[0])
         if number > len(blocks) + (not step):
             raise ValueError(

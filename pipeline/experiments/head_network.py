@@ -7,10 +7,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from varve.pipeline.backbones import Backbone
-from varve.pipeline.backbones._reductions import canonical_reduction
+from varve.pipeline.backbones import Backbone, canonical_reduction
 from varve.pipeline.experiments.head_inputs import meaning
-from varve.pipeline.extraction.passes import cell_shape
 
 
 class HeadNetwork:
@@ -45,7 +43,7 @@ class HeadNetwork:
     def shape(self, name: str) -> tuple[int, ...]:
         own, _, reduction = self.find(name).partition(":")
         stage = self._plain.stage(own)
-        return cell_shape(self._plain, stage, canonical_reduction(stage, reduction))
+        return self._plain.feature_shape(stage, canonical_reduction(stage, reduction))
 
     def module(self, stage: str) -> nn.Module:
         return self._plain.stage(self.find(stage)).module

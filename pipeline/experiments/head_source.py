@@ -29,7 +29,7 @@ from typing import Any
 
 from varve import heads
 from varve.heads import Head
-from varve.pipeline.backbones._origin import origin
+from varve.pipeline.backbones import origin
 from varve.pipeline.registry import available, variant
 from varve.stores import atomic
 

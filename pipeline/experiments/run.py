@@ -33,7 +33,7 @@ from torch import Tensor
 
 from varve.heads import ReplaysExemplars, ReportsDiagnostics, Task, UsesTeacher
 from varve.heads.parts.clips import Batch, Clips
-from varve.pipeline.backbones import slower
+from varve.pipeline.backbones import precision_warning
 from varve.pipeline.experiments import checkpoints, head_source, teacher_features
 from varve.pipeline.experiments.cost import memory_peak, multiply_adds
 from varve.pipeline.experiments.metrics import Matrix
@@ -222,7 +222,7 @@ def _carry_out(plan: Prepared, folder: Path, progress: Progress, teacher: Run | 
         head.load_state_dict(state)
         progress.message(f"going on after task {last + 1} of {len(plan.tasks)}")
     precision = plan.spec["options"].get("precision", "float32")
-    if plan.device == "cpu" and (warning := slower(precision)):
+    if plan.device == "cpu" and (warning := precision_warning(precision)):
         progress.message(warning)
     plan.seen = [plan.clips(rows) for rows in plan.division.test[: last + 1]]
     gc.collect()  # what earlier runs left in cycles is not this one's memory

@@ -20,7 +20,13 @@ import pandas as pd
 import torch
 
 from varve.pipeline import backbones as networks
-from varve.pipeline.backbones import Backbone, _graft, _prompts, slower
+from varve.pipeline.backbones import (
+    Backbone,
+    class_features,
+    class_features_key,
+    precision_warning,
+    seal,
+)
 from varve.pipeline.config import BuildSpec, Runtime
 from varve.pipeline.datasets import layouts
 from varve.pipeline.datasets.layouts import Listing
@@ -250,7 +256,7 @@ def prepare(
     precision = getattr(torch, spec.precision)
     # A weight file by its whole path: workers may run elsewhere, and one file is one network.
     names = dict.fromkeys(weights_in_full(name) for name in spec.backbones)
-    chosen = {name: _graft.sealed(networks.load(name, precision)) for name in names}
+    chosen = {name: seal(networks.load(name, precision)) for name in names}
     asked = passes(spec, chosen, opened, device_of(runtime))
     old = opened.clips if opened else clips.empty()
     base = listing.root.absolute()
@@ -260,7 +266,7 @@ def prepare(
     take_facts(found.table, (f for f in left if not (runtime.retry and "reason" in f)))
     plan = make_plan(store, opened, found.table, found.rows, base, asked, chosen)
     here = device_of(runtime) == "cpu" and not runtime.scheduler
-    if plan.blocks and here and (warning := slower(spec.precision)):
+    if plan.blocks and here and (warning := precision_warning(spec.precision)):
         progress.message(warning)
     return Prepared(listing, found, chosen, plan)
 
@@ -270,17 +276,13 @@ def keep_text(store: Path, backbone: Backbone, classes: Iterable[str], progress:
     names = list(classes)
     if backbone.text is None or not names:
         return
-    key = {
-        "code": _prompts.CODE,
-        "templates": list(_prompts.TEMPLATES),
-        "text": backbone.text.identity(),
-    }
+    key = class_features_key(backbone.text)
     held = text.held(store, backbone.name, key)
     missing = [name for name in names if name not in held]
     if not missing:
         return
     progress.message(f"text features of {len(missing)} classes for {backbone.name}")
-    made = _prompts.class_features(backbone.text, missing).numpy()
+    made = class_features(backbone.text, missing).numpy()
     held |= dict(zip(missing, made, strict=True))
     values = np.stack([held[name] for name in names])
     text.write(store, backbone.name, key, text.TextFeatures(tuple(names), values))

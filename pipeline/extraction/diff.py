@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from varve.pipeline import backbones as networks
-from varve.pipeline.backbones import Backbone, _graft
+from varve.pipeline.backbones import Backbone, reduction_identity, snapshot
 from varve.pipeline.config import BuildSpec
 from varve.pipeline.extraction.build import weights_in_full
 from varve.pipeline.extraction.passes import Output, Pass, Source, passes, pixels
@@ -96,7 +96,7 @@ def diff(
             keep=request.keep if spec else tuple(held),
             precision=str(backbone.precision).removeprefix("torch."),
         )
-        chosen = {backbone.name: _graft.snapshot(backbone)}
+        chosen = {backbone.name: snapshot(backbone)}
     found = passes(request, chosen, opened, "cpu")
     asked = [
         _Asked(network, [network.describe(stage) for stage in network.stages],
@@ -176,11 +176,13 @@ def _compare(feature: Feature, asked: list[_Asked], request: BuildSpec) -> Diffe
     stage, reduction = held["stages"][-1]["stage"], held["reduction"]
     outputs = [(one, output) for one, output in best.outputs if one.frame_set == wanted]
     reductions = {output.reduction for _, output in outputs if output.stage == stage}
-    kept = reduction in reductions
+    code = held.get("reduction_code", reduction)
+    edited = code != reduction_identity(reduction) if reduction in reductions else False
+    kept = reduction in reductions and not edited
     ends: list[Element] = []
     if reductions and not kept:
         others = ", ".join(sorted(name or "whole" for name in reductions))
-        ends.append(("reduction", reduction or "whole", others))
+        ends.append(("reduction", reduction or "whole", others if not edited else "edited since"))
     if feature.dtype != request.dtype:
         ends.append(("dtype", feature.dtype, request.dtype))
     if frames or stages:

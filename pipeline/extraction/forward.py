@@ -101,7 +101,7 @@ def _results(
     calls: "Counter[str]",
 ) -> "dict[int, Tensor]":
     """Outputs of a batch, reduced, from its pictures or from what the source holds of it."""
-    from varve.pipeline.backbones._reductions import expand, reduce
+    from varve.pipeline.backbones import expand, reduce
 
     results: dict[int, Tensor] = {}
     features: dict[str, Tensor] = {}

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from varve.pipeline.backbones import Backbone, Stage
-from varve.pipeline.backbones._reductions import canonical_reduction, reduce
+from varve.pipeline.backbones import (
+    Backbone,
+    Stage,
+    canonical_reduction,
+    reduction_identity,
+)
 from varve.pipeline.config import BuildSpec, FrameSet, Picture
 from varve.stores import FeatureStore
 from varve.stores.columns import ColumnSpec, Damaged
@@ -66,6 +67,7 @@ class Source:
         dtype: Of its numbers on disk.
         backbone, feature, fingerprint: Which column, as `FeatureStore.feature` takes them.
         cell_bytes: Of one clip.
+        tokens: Tokens of the stage's output that it holds: `all`, `class` or `patches`.
     """
 
     stage: str
@@ -75,6 +77,7 @@ class Source:
     feature: str
     fingerprint: str
     cell_bytes: int
+    tokens: str = "all"
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Pass:
     @property
     def batch_clips(self) -> int:
         """Clips a batch. A class token a frame is little work, and takes more of them."""
-        alone = self.source is not None and self.source.reduction == "cls"
+        alone = self.source is not None and self.source.tokens == "class"
         return self.execution.batch_clips * (CLASS_TOKENS if alone else 1)
 
     def run_stages(self, outputs: Iterable[int]) -> list[str]:
@@ -116,6 +119,11 @@ def pixels(frame_set: FrameSet) -> str:
 def frames_key(frame_set: FrameSet) -> str:
     """Fingerprint of a clip's pictures or sounds."""
     return digest({"frames": frame_set.identity(), "pixels": pixels(frame_set)})
+
+
+def column_key(stage_key: str, reduction: str, dtype: str) -> str:
+    """Return the fingerprint of a column: a stage's output, reduced, in a number format on disk."""
+    return digest({"input": stage_key, "reduction": reduction_identity(reduction), "dtype": dtype})
 
 
 def passes(
@@ -179,7 +187,7 @@ def keep_of_each(
                 f"stages are {', '.join(backbone.stage_names)}"
             )
         if not keep:
-            last = [stage for stage in backbone.stages if stage.form == "vector"][-1]
+            last = backbone.default_stage
             chosen[name][last.name, ""] = (last, "")
     order = {n: b.stage_names for n, b in backbones.items()}
     return {
@@ -198,7 +206,7 @@ def _output(
     store: FeatureStore | None,
     device: str,
 ) -> tuple[Output, Execution]:
-    fingerprint = digest({"input": stage_key, "reduction": reduction, "dtype": spec.dtype})
+    fingerprint = column_key(stage_key, reduction, spec.dtype)
     name = f"{stage.name}:{reduction}" if reduction else stage.name
     upto = backbone.stage_names.index(stage.name) + 1
     attributes: dict[str, Any] = {
@@ -208,6 +216,8 @@ def _output(
         "stages": [backbone.describe(stage) for stage in backbone.stages[:upto]],
         "reduction": reduction,
     }
+    if (identity := reduction_identity(reduction)) != reduction:
+        attributes["reduction_code"] = identity
     if grafts := [name for name in backbone.changed if name in backbone.stage_names[:upto]]:
         attributes["grafts"] = grafts
         attributes["modules"] = [type(backbone.stage(name).module).__name__ for name in grafts]
@@ -225,7 +235,7 @@ def _output(
         execution, cell = new_execution(frame_set, device), shape
         attributes["execution"] = asdict(kept)
     else:
-        execution, cell = new_execution(frame_set, device), cell_shape(backbone, stage, reduction)
+        execution, cell = new_execution(frame_set, device), backbone.feature_shape(stage, reduction)
         cell = (frame_set.frames, *cell)
         attributes["execution"] = asdict(execution)
     return Output(
@@ -242,13 +252,6 @@ def new_execution(frame_set: FrameSet, device: str) -> Execution:
     frames = GPU_BATCH_FRAMES if device == "cuda" else CPU_BATCH_FRAMES
     threads = 0 if device == "cuda" else min(MAX_THREADS, os.cpu_count() or 1)
     return Execution(device, max(1, frames // frame_set.frames), threads)
-
-
-def cell_shape(backbone: Backbone, stage: Stage, reduction: str) -> tuple[int, ...]:
-    """Shape of one frame's feature. Nothing is computed: shapes alone pass through the chain."""
-    with FakeTensorMode():
-        output = torch.zeros(1, *backbone.shapes[stage.name])
-        return tuple(reduce(output, stage, reduction).shape[1:])
 
 
 def _held(metadata: Path) -> tuple[tuple[int, ...], Execution, list[str]]:

@@ -362,7 +362,7 @@ def _cached_blocks(
     clips.sort(key=lambda clip: clip.rows)
     stages = one.run_stages({c for clip in clips for _, c in clip.needs})
     share = len(stages) / len(one.stage_keys)
-    share *= CLASS_TOKEN_WORK if one.source.reduction == "cls" else 1
+    share *= CLASS_TOKEN_WORK if one.source.tokens == "class" else 1
     limit = GPU_BLOCK_PICTURES if one.execution.device == "cuda" else CPU_BLOCK_PICTURES
     size = int(limit / max(share, 1 / len(one.stage_keys) / 64) / one.frame_set.frames)
     size = max(1, min(size, MAX_CACHED_CLIPS, MAX_CACHED_BYTES // one.source.cell_bytes))

@@ -233,7 +233,7 @@ def _packed(networks: "dict[str, Backbone]") -> bytes:
     """Networks with the classes that a worker could not import: a script's, a notebook's."""
     import cloudpickle
 
-    from varve.pipeline.backbones._origin import origin
+    from varve.pipeline.backbones import origin
 
     stages = [stage for backbone in networks.values() for stage in backbone.stages]
     parts = {type(part).__module__ for stage in stages for part in stage.module.modules()}

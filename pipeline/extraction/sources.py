@@ -9,13 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from varve.pipeline.backbones import Backbone
-from varve.pipeline.backbones._reductions import ALLOWED, why_not
+from varve.pipeline.backbones import Backbone, reduction_of, reductions_of, resume_refusal
 from varve.pipeline.config import DTYPES
-from varve.pipeline.extraction.passes import Output, Pass, Source
+from varve.pipeline.extraction.passes import Output, Pass, Source, column_key
 from varve.stores import FeatureStore
 from varve.stores.columns import Column, ColumnSpec, Damaged
-from varve.stores.identity import digest
 
 # Bits of a number's fraction: what a feature loses by being kept so.
 FRACTION_BITS = {"float32": 23, "float16": 10, "bfloat16": 7}
@@ -62,14 +60,15 @@ class Ancestors:
         """
         found = []
         for depth, stage in enumerate(backbone.stages):
-            for reduction in ("", *ALLOWED[stage.form]):
+            for reduction in ("", *reductions_of(stage)):
                 for dtype in DTYPES:
-                    key = {"input": one.stage_keys[stage.name], "reduction": reduction}
-                    for held in self._held.get(digest({**key, "dtype": dtype}), ()):
+                    key = column_key(one.stage_keys[stage.name], reduction, dtype)
+                    for held in self._held.get(key, ()):
                         spec = held.spec
                         source = Source(
                             stage.name, reduction, dtype, spec.backbone, spec.feature,
                             spec.fingerprint, spec.cell_bytes,
+                            reduction_of(stage, reduction).tokens,
                         )  # fmt: skip
                         rank = (-depth, not lossless(dtype, one.precision), spec.cell_bytes)
                         found.append((rank, source, held))
@@ -85,11 +84,12 @@ def refusal(source: Source, output: Output, one: Pass, backbone: Backbone) -> st
         return f"{source.stage} comes after {output.stage}"
     wanted = output.spec.dtype
     fine = FRACTION_BITS[source.dtype] >= FRACTION_BITS[wanted]
-    # A reduction that averages is float32 whatever the run's precision.
-    whole = source.reduction in ("", "cls", "map") and lossless(source.dtype, one.precision)
+    # An aggregate is float32 whatever the run's precision.
+    exact = reduction_of(backbone.stages[first], source.reduction).expand is not None
+    whole = exact and lossless(source.dtype, one.precision)
     if not (fine or whole):
         return f"it is kept in {source.dtype}, too coarse for a feature in {wanted}"
-    return why_not(source.reduction, backbone.stages[first : last + 1], output.reduction)
+    return resume_refusal(source.reduction, backbone.stages[first : last + 1], output.reduction)
 
 
 def lossless(dtype: str, precision: str) -> bool:

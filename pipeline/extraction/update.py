@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from varve.pipeline.backbones import Backbone, _graft
+from varve.pipeline.backbones import Backbone, snapshot
 from varve.pipeline.config import BuildSpec, Runtime
 from varve.pipeline.decoders._pool import require
 from varve.pipeline.extraction.commit import carry_out, device_of, job_of
@@ -163,7 +163,7 @@ def _prepare(
     runtime: Runtime,
 ) -> tuple[str, Backbone, Plan]:
     """The network's name in the plan, the network as it is now, and the plan."""
-    frozen = _graft.snapshot(backbone)
+    frozen = snapshot(backbone)
     precision = str(backbone.precision).removeprefix("torch.")
     _check_precision(opened, backbone.name, precision)
     # Two states of one network may be worked on in one process at once.

@@ -258,7 +258,7 @@ def _order(number: int, one: Pass, output: int) -> tuple[int, int, int]:
     """Deepest first; at one stage, what others are parts of comes last."""
     chosen = one.outputs[output]
     depth = list(one.stage_keys).index(chosen.stage)
-    return (number, -depth, {"": 2, "map": 1}.get(chosen.reduction, 0))
+    return (number, -depth, 2 * chosen.spec.cell_bytes + (not chosen.reduction))
 
 
 def _staged(chosen: list[tuple[int, int]], cells: np.ndarray, works: list[ClipWork]) -> StagedBlock:

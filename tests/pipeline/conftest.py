@@ -211,13 +211,12 @@ def loaded_once() -> Iterator[None]:
     import torch
 
     from varve.pipeline import backbones
-    from varve.pipeline.backbones import _graft
 
     made = {}
 
     def load(name: str, precision: torch.dtype = torch.float32, real=backbones.load):
         if (name, precision) not in made:
-            network = _graft.sealed(real(name, precision))
+            network = backbones.seal(real(name, precision))
             made[name, precision] = (network, network.keys(""))
         return made[name, precision][0]
 

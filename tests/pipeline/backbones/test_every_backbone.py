@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from varve.pipeline import backbones
-from varve.pipeline.backbones import _graft, _weights
-from varve.pipeline.backbones._reductions import ALLOWED, canonical_reduction, reduce
+from varve.pipeline.backbones import _graft, _weights, canonical_reduction, reduce, reductions_of
 from varve.pipeline.registry import available, variant
 from varve.stores.identity import canonical
 
@@ -266,7 +265,7 @@ def test_a_backbone_is_frozen(backbone):
 
 
 def test_one_ulp_in_a_parameter_renames_its_stage_and_all_that_follow(backbone):
-    backbone = _graft.sealed(backbone)  # what is left alone is digested once
+    backbone = _graft.seal(backbone)  # what is left alone is digested once
     before = backbone.keys(FRAMES_KEY)
     names = backbone.stage_names
     assert len(set(before.values())) == len(names)
@@ -318,7 +317,7 @@ def test_every_reduction_has_its_shape(family, backbone, outputs):
     outputs = outputs(family, 2)
     for stage in backbone.stages:
         output = outputs[stage.name]
-        for asked in ("", *ALLOWED[stage.form]):
+        for asked in ("", *reductions_of(stage)):
             reduced = reduce(output, stage, canonical_reduction(stage, asked))
             if stage.form == "tokens":
                 count, tokens, width = output.shape

@@ -10,7 +10,6 @@ from torch import nn
 from varve.heads.grafts.adapter import Adapter
 from varve.heads.grafts.temporal_shift import TemporalShift
 from varve.pipeline import backbones
-from varve.pipeline.backbones import _graft
 
 FRAMES_KEY = "0" * 64
 VIT, RESNET = "ViT-S-32:random-0", "resnet18:random-0"
@@ -189,7 +188,7 @@ def test_a_graft_upon_a_graft_and_upon_an_unfrozen_stage(resnet):
 def test_a_snapshot_keeps_the_keys_and_what_trains_on_leaves_it_alone(vit):
     live = adapted(vit, 11)
     live.stage("blocks.11.mlp").module.train()
-    taken = _graft.snapshot(live)
+    taken = backbones.snapshot(live)
     before = taken.keys(FRAMES_KEY)
     assert before == live.keys(FRAMES_KEY)
     with torch.no_grad():
@@ -239,9 +238,9 @@ def test_the_class_token_alone_feeds_what_follows_the_last_attention(vit):
     ("network", "after", "said"),
     [
         (VIT, "blocks.10.mlp:cls", "blocks.11.attn needs all that blocks.10.mlp gives"),
-        (VIT, "blocks.11.attn:mean", "an average, and cannot be taken apart again: keep blocks.11"),
+        (VIT, "blocks.11.attn:mean", "an aggregate, and has no inverse: keep blocks.11"),
         (VIT, "blocks.11.attn:map", "patch tokens alone, and proj is wanted whole"),
-        (RESNET, "layer3.1:pool", "an average, and cannot be taken apart again: keep layer3.1"),
+        (RESNET, "layer3.1:pool", "an aggregate, and has no inverse: keep layer3.1"),
         (RESNET, "layer3.1:cls", "the stage gives a map, whose reductions are"),
         (RESNET, "fc", "fc comes no later than fc"),
     ],
@@ -255,7 +254,7 @@ def test_a_part_of_the_tokens_is_refused_where_tokens_mix(vit):
     with pytest.raises(ValueError, match=r"tokens \[N, 50, 384\], not from float32 \[2, 1, 384\]; "
                                          "blocks.11.attn needs all of it"):  # fmt: skip
         vit.run(torch.zeros(2, 1, 384), ["proj"], start="blocks.10.mlp")
-    with pytest.raises(ValueError, match=r"goes on from map \[N, 256, 14, 14\]"):
+    with pytest.raises(ValueError, match=r"resumes from map \[N, 256, 14, 14\]"):
         backbones.load(RESNET).run(torch.zeros(2, 256), ["pool"], start="layer3.1")
     with pytest.raises(ValueError, match=r"the suffix starts from blocks.11.attn:cls, \[clips, T"):
         vit.suffix("blocks.11.attn:cls")(torch.zeros(2, 50, 384, 1))
@@ -277,7 +276,7 @@ def test_clips_of_another_number_of_frames_are_refused(resnet):
     shifted = resnet.graft(
         "layer4.0", TemporalShift(resnet.stage("layer4.0").module, frames=4, fold=8)
     )
-    with pytest.raises(ValueError, match=r"layer4.0 looks across clips of 4 frames, and 6 frames"):
+    with pytest.raises(ValueError, match=r"layer4.0 mixes the frames of clips of 4 frames, and 6 frames"):
         shifted.run(torch.zeros(6, *resnet.shapes["layer3.1"]), ["pool"], start="layer3.1")
 
 
@@ -400,13 +399,13 @@ class Context(nn.Module):
 
 def test_a_module_that_says_token_wise_and_is_not_is_refused(vit):
     inner = vit.stage("blocks.11.mlp").module
-    with pytest.raises(ValueError, match="says token_wise, but what it gives for the class token"):
+    with pytest.raises(ValueError, match="has token_wise = True, but its output for the class token"):
         vit.graft("blocks.11.mlp", Context(inner, 0.5))
     late = vit.graft("blocks.11.mlp", Context(inner, 0.0))
     with torch.no_grad():
         late.stage("blocks.11.mlp").module.share.fill_(0.5)
-    with pytest.raises(ValueError, match="says token_wise"):
-        _graft.snapshot(late)
+    with pytest.raises(ValueError, match="has token_wise"):
+        backbones.snapshot(late)
 
 
 def test_a_wrapper_in_training_leaves_a_frozen_batch_norm_alone(resnet):
@@ -423,7 +422,7 @@ def test_a_wrapper_in_training_leaves_a_frozen_batch_norm_alone(resnet):
 def test_clips_of_another_length_than_a_temporal_graft_looks_across_are_refused(resnet):
     inner = resnet.stage("layer4.0").module
     suffix = resnet.graft("layer4.0", TemporalShift(inner, frames=4)).suffix("layer3.1")
-    with pytest.raises(ValueError, match="looks across clips of 4 frames, and these have 8"):
+    with pytest.raises(ValueError, match="mixes the frames of clips of 4 frames, and these have 8"):
         suffix(torch.rand(1, 8, *resnet.shapes["layer3.1"]))
     assert suffix(torch.rand(2, 4, *resnet.shapes["layer3.1"])).shape == (2, 4, 1000)
 
@@ -485,7 +484,7 @@ def test_a_graft_that_keeps_a_tensor_of_its_last_call_is_told_so(vit):
     new = vit.graft("blocks.11.mlp", Remembering(vit.stage("blocks.11.mlp").module))
     new.suffix("blocks.11.attn")(torch.rand(1, 50, 384))
     with pytest.raises(ValueError, match=r"blocks.11.mlp: .*Keep it detached|cannot be copied"):
-        _graft.snapshot(new)
+        backbones.snapshot(new)
 
 
 def test_grafting_moves_no_statistics_of_the_module(resnet):

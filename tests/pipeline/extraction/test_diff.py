@@ -259,7 +259,7 @@ def test_what_was_not_asked_for_is_said_to_serve_or_not(store, spec):
     assert found["layer4.0"].why.endswith("layer4.1, pool can be computed from it")
     part = found["layer4.1:pool"]
     assert (part.verdict, part.elements) == ("not asked for", [("reduction", "pool", "whole")])
-    assert "layer4.1:pool is an average, and cannot be taken apart again" in part.why
+    assert "layer4.1:pool is an aggregate, and has no inverse" in part.why
     found = own(store, replace(spec, keep=("stem",), dtype="float16"))
     assert found["pool"].elements == [("dtype", "float32", "float16")]
     assert "none of its own can come from it: pool comes after stem" in found["pool"].why

@@ -15,7 +15,7 @@ from varve import BuildSpec, Runtime, build, plan, update
 from varve.heads.grafts.adapter import Adapter
 from varve.heads.grafts.temporal_shift import TemporalShift
 from varve.pipeline import backbones
-from varve.pipeline.backbones import _graft, _weights
+from varve.pipeline.backbones import _weights
 from varve.pipeline.cli.format_store import plan_facts, plan_summary
 from varve.pipeline.extraction import worker
 from varve.pipeline.extraction.verify import verify
@@ -422,17 +422,17 @@ def test_a_plan_says_where_each_column_comes_from_and_what_is_called(store, resn
 def test_the_calls_that_are_reported_are_the_calls_that_are_made(store, resnet, monkeypatch):
     new = moved(resnet, "layer4.0")
     taken = {}
-    snapshot = _graft.snapshot
+    snapshot = backbones.snapshot
 
     def counting(backbone):
         frozen = snapshot(backbone)
         frozen.keys("")  # a patched forward is another key; these are taken before
         for stage in frozen.stages:
-            stage._known.setdefault("identity", stage.identity())
+            stage._digests.setdefault("identity", stage.identity())
         taken.update(calls=count_calls(frozen, monkeypatch))
         return frozen
 
-    monkeypatch.setattr("varve.pipeline.backbones._graft.snapshot", counting)
+    monkeypatch.setattr("varve.pipeline.extraction.update.snapshot", counting)
     report = update(store, new, keep=["pool"])
     made = {f"{RESNET} {name}": n for name, n in taken["calls"].items() if n}
     assert made == report.calls
