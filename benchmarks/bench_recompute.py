@@ -48,8 +48,7 @@ from varve.heads.grafts.adapter import Adapter
 from varve.pipeline import backbones
 from varve.pipeline.backbones import Backbone
 from varve.pipeline.config import FrameSet
-from varve.pipeline.decoders import Decoded, Request, Stretch
-from varve.pipeline.decoders._child import decode
+from varve.pipeline.decoders import Decoded, Request, Stretch, decode
 from varve.pipeline.extraction.passes import new_execution
 from varve.stores import Feature, FeatureStore
 

@@ -26,8 +26,7 @@ from varve.heads.parts.hypercorrelation import correlation
 from varve.heads.parts.trainable_suffix import Passed
 from varve.pipeline.config import FrameSet, Picture
 from varve.pipeline.datasets.media import content_digest
-from varve.pipeline.decoders import Decoded, Request, Stretch
-from varve.pipeline.decoders._child import decode
+from varve.pipeline.decoders import Decoded, Request, Stretch, decode
 from varve.stores import Feature, FeatureStore
 from varve.stores.clips import row_key
 

@@ -11,18 +11,10 @@ import numpy as np
 from PIL import Image
 
 from varve.pipeline.config import FrameSet, Sound
-from varve.pipeline.decoders import (
-    Decoded,
-    Facts,
-    Failure,
-    Request,
-    Stretch,
-    _index,
-    images,
-    sampling,
-)
+from varve.pipeline.decoders import _index, images, sampling
 from varve.pipeline.decoders._sound import Window
 from varve.pipeline.decoders._stream import Undecodable, refused, words
+from varve.pipeline.decoders._values import Decoded, Facts, Failure, Request, Stretch
 from varve.pipeline.decoders.sampling import CLOCK_SLACK_SECONDS
 from varve.pipeline.registry import variant
 

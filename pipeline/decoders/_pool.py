@@ -22,8 +22,8 @@ from types import TracebackType
 
 import pebble
 
-from varve.pipeline.decoders import Decoded, Failure, Request
 from varve.pipeline.decoders._child import decode
+from varve.pipeline.decoders._values import Decoded, Failure, Request
 from varve.pipeline.main_guard import require_guard
 
 Answers = list[Decoded | Failure]

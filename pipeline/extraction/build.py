@@ -30,7 +30,7 @@ from varve.pipeline.backbones import (
 from varve.pipeline.config import BuildSpec, Runtime
 from varve.pipeline.datasets import layouts
 from varve.pipeline.datasets.layouts import Listing
-from varve.pipeline.decoders._pool import require
+from varve.pipeline.decoders import require
 from varve.pipeline.extraction.clip_status import settle, take_facts, take_known_facts
 from varve.pipeline.extraction.commit import Done, carry_out, device_of, job_of
 from varve.pipeline.extraction.disk_space import check_disk, explained

@@ -17,7 +17,7 @@ import pandas as pd
 
 from varve.pipeline.backbones import Backbone, snapshot
 from varve.pipeline.config import BuildSpec, Runtime
-from varve.pipeline.decoders._pool import require
+from varve.pipeline.decoders import require
 from varve.pipeline.extraction.commit import carry_out, device_of, job_of
 from varve.pipeline.extraction.disk_space import check_disk, explained
 from varve.pipeline.extraction.estimate import Estimate, probe

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from varve.pipeline.datasets.media import size_and_mtime
-from varve.pipeline.decoders import Decoded, Failure, Request, Stretch
-from varve.pipeline.decoders._pool import DecodePool
+from varve.pipeline.decoders import Decoded, DecodePool, Failure, Request, Stretch
 from varve.pipeline.extraction import overflow
 from varve.pipeline.extraction.forward import Cells, run_pass
 from varve.pipeline.extraction.passes import Pass

@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 from varve.pipeline.config import FrameSet, Picture
-from varve.pipeline.decoders import REASONS, Decoded, Failure, Request, Stretch, _index, pyav
-from varve.pipeline.decoders._child import decode
+from varve.pipeline.decoders import (
+    REASONS,
+    Decoded,
+    Failure,
+    Request,
+    Stretch,
+    _index,
+    decode,
+    pyav,
+)
 
 SMALL = Picture(size=96, resize=96)
 

@@ -13,8 +13,7 @@ import torch
 from varve.pipeline import backbones
 from varve.pipeline.config import BuildSpec, FrameSet, Runtime, Sound
 from varve.pipeline.datasets.synthetic import make_dataset, write_video
-from varve.pipeline.decoders import Request, Stretch, _child, _index, _sound
-from varve.pipeline.decoders._child import decode
+from varve.pipeline.decoders import Request, Stretch, _child, _index, _sound, decode
 from varve.pipeline.experiments import head_inputs
 from varve.pipeline.extraction.build import build
 from varve.pipeline.extraction.verify import verify

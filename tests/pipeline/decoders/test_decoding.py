@@ -12,8 +12,7 @@ import pytest
 from av.video.reformatter import Interpolation
 
 from varve.pipeline.config import FrameSet, Picture
-from varve.pipeline.decoders import Decoded, Failure, Request, Stretch, _index, pyav
-from varve.pipeline.decoders._child import decode
+from varve.pipeline.decoders import Decoded, Failure, Request, Stretch, _index, decode, pyav
 
 REAL = Path(__file__).parents[4] / "shared" / "data"
 SMALL = Picture(size=96, resize=96)

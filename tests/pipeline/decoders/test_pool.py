@@ -11,8 +11,7 @@ import psutil
 import pytest
 
 from varve.pipeline.config import FrameSet, Picture
-from varve.pipeline.decoders import Decoded, Failure, Request, Stretch, _pool
-from varve.pipeline.decoders._pool import DecodePool
+from varve.pipeline.decoders import Decoded, DecodePool, Failure, Request, Stretch, _pool
 
 QUICK = FrameSet(picture=Picture(size=32, resize=32))
 # Seconds of work with a small result: every frame is enlarged to 4000 pixels first.
@@ -147,7 +146,7 @@ def test_closing_ends_work_under_way_and_cancels_what_waits(slow):
 PARENT = """
 import sys, time
 from varve.pipeline.decoders import Request, Stretch
-from varve.pipeline.decoders._pool import DecodePool
+from varve.pipeline.decoders import DecodePool
 from varve.pipeline.config import FrameSet, Picture
 
 if __name__ == "__main__":
