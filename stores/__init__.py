@@ -1,8 +1,8 @@
-"""Stores: bytes on disk. Knows clips, features and fingerprints; numpy in and out.
+"""Feature stores: cached features of clips on disk, read and written as numpy arrays.
 
-A store is a folder: a Zarr v3 group that any Zarr library opens, and beside it `clips.parquet`,
-a row per clip. `FeatureStore` is how to read one, there or on object storage; the
-pipeline's build is how to make one, on a local disk.
+A store is a folder: a Zarr v3 group that any Zarr library opens, and a table `clips.parquet` with
+one row per clip. `FeatureStore` reads a store on a local disk or on object storage.
+`varve.build` makes one on a local disk.
 """
 
 import json
@@ -14,12 +14,12 @@ from urllib.parse import unquote
 
 import pandas as pd
 
-from varve.stores import atomic, clips, garbage, lock, references, text
+from varve.stores import atomic, clips, garbage, lock, references, text_features
 from varve.stores.columns import FEATURES, Damaged, group_json
+from varve.stores.digests import store_name
 from varve.stores.feature import Feature, FeatureDataset
-from varve.stores.garbage import Garbage
-from varve.stores.identity import store_name
-from varve.stores.remote import Place, Unreachable, local_folder, place_of
+from varve.stores.garbage import GarbageReport
+from varve.stores.remote import Location, Unreachable, local_folder, location_of
 
 __all__ = [
     "Damaged",
@@ -35,140 +35,139 @@ FORMAT = 1
 
 
 class NotAStore(ValueError):
-    """The folder holds no store that this version can read."""
+    """The folder is not a store that this version can read."""
 
 
 class SpecMismatch(ValueError):
-    """What was asked for is not what the store holds, or more than one thing it holds."""
+    """No column of the store matches the request, or several columns match."""
 
 
 class FeatureStore:
-    """Features of a data set's clips, by backbone and stage.
+    """Cached features of a data set's clips, by backbone and stage.
 
     Attributes:
-        place: Where it lies, on local disk or on object storage; `str` of it is the path or URL.
-        attributes: The store's own: where the data set lies, its classes.
+        location: Folder or object-storage prefix of the store; `str` gives its path or URL.
+        attributes: Attributes of the store, such as the data set's folder and classes.
 
     >>> FeatureStore.open("no/such.zarr")
     Traceback (most recent call last):
     stores.NotAStore: no/such.zarr: no such folder; `varve build DATASET --store ...` makes one
     """
 
-    def __init__(self, place: Place, attributes: Mapping[str, Any]) -> None:
-        self.place, self.attributes = place, dict(attributes)
+    def __init__(self, location: Location, attributes: Mapping[str, Any]) -> None:
+        self.location, self.attributes = location, dict(attributes)
 
     @classmethod
     def open(
         cls, path: str | Path, storage_options: Mapping[str, Any] | None = None
     ) -> "FeatureStore":
-        """Open a store to read it.
+        """Open a store for reading.
 
         Args:
-            path: A folder, or s3://BUCKET/PREFIX, gs://... or az://... of a copy of one.
-            storage_options: For a URL: what `obstore.store.from_url` takes (`endpoint`, `region`,
-                `access_key_id`, ...), in place of environment variables.
+            path: Folder of a store, or URL of a copy (s3://BUCKET/PREFIX, gs://..., az://...).
+            storage_options: For a URL: arguments of `obstore.store.from_url` (`endpoint`, `region`,
+                `access_key_id`, ...). They replace environment variables.
 
         Raises:
-            NotAStore: There is none, or a newer version made it; the message says which.
-            Unreachable: Object storage gives no answer, or refuses.
+            NotAStore: There is no store, or a newer version made it; the message gives the reason.
+            Unreachable: Object storage does not respond, or refuses.
         """
-        place = place_of(path, storage_options)
-        if isinstance(place, Path) and not place.is_dir():
+        location = location_of(path, storage_options)
+        if isinstance(location, Path) and not location.is_dir():
             raise NotAStore(f"{path}: no such folder; `varve build DATASET --store ...` makes one")
-        return cls(place, _attributes(place))
+        return cls(location, _attributes(location))
 
     @classmethod
     def create(cls, path: str | Path) -> "FeatureStore":
-        """Open a store to build it, and make it first where the folder is new or empty.
+        """Open a store for writing. Create it if the folder is new or empty.
 
         Raises:
-            NotAStore: The folder holds something else, or a newer version's store.
-            io.UnsupportedOperation: It is a URL, as for all that writes.
+            NotAStore: The folder has other files, or a newer version's store.
+            io.UnsupportedOperation: The path is a URL; object storage is read only.
         """
         folder = local_folder(path)
         if folder.exists() and not folder.is_dir():
             raise NotAStore(f"{path} is a file; a store is a folder: give a new path")
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "zarr.json").exists():
-            cls.refuse_strangers(folder)
+            cls.check_empty(folder)
             store = cls(folder, {"format": FORMAT})
             store.set_attributes({})
             return store
         return cls(folder, _attributes(folder))
 
     @staticmethod
-    def refuse_strangers(folder: Path) -> None:
-        """Refuse a folder that is no store and holds somebody's files.
+    def check_empty(folder: Path) -> None:
+        """Check that a folder without a store has no files of the user.
 
         Raises:
-            NotAStore: It names some of what the folder holds.
+            NotAStore: It has; the message names some of them.
         """
-        # A build killed in its first moments leaves these, and no zarr.json.
+        # A build that is killed at its start leaves these files, and no zarr.json.
         ours = {lock.FILE, atomic.TEMPORARY}
-        strange = sorted(p.name for p in folder.iterdir() if p.name not in ours)
-        if strange:
+        others = sorted(p.name for p in folder.iterdir() if p.name not in ours)
+        if others:
             raise NotAStore(
-                f"{folder} is no store: it has no zarr.json and holds {', '.join(strange[:5])}"
-                f"{', ...' if len(strange) > 5 else ''}. Give a new or empty folder."
+                f"{folder} is no store: it has no zarr.json, but {', '.join(others[:5])}"
+                f"{', ...' if len(others) > 5 else ''}. Give a new or empty folder."
             )
 
     def __repr__(self) -> str:
-        return (
-            f"<FeatureStore {self.place}: {len(self.clips)} clips, {len(self.features())} features>"
-        )
+        counts = f"{len(self.clips)} clips, {len(self.features())} features"
+        return f"<FeatureStore {self.location}: {counts}>"
 
     @property
     def path(self) -> Path:
-        """The folder, for who writes.
+        """Return the store's folder.
 
         Raises:
-            io.UnsupportedOperation: The store lies on object storage, where it is read only.
+            io.UnsupportedOperation: The store is on object storage, where it is read only.
         """
-        return local_folder(self.place)
+        return local_folder(self.location)
 
     @cached_property
     def clips(self) -> pd.DataFrame:
-        """The table of clips, indexed by row id; see `varve.stores.clips.COLUMNS`."""
-        return clips.read(self.place)
+        """Table of clips, indexed by row id; see `varve.stores.clips.COLUMNS`."""
+        return clips.read(self.location)
 
     def features(self) -> list[Feature]:
-        """Every column of the store, by backbone, stage and fingerprint."""
+        """Return all columns of the store, sorted by backbone, stage and fingerprint."""
         return [
-            Feature(place, backbone, name, self.clips)
-            for backbone, name, place in sorted(self.columns())
+            Feature(location, backbone, name, self.clips)
+            for backbone, name, location in sorted(self.columns())
         ]
 
     def feature(
         self, backbone: str, name: str, *, view: int | None = None, fingerprint: str = ""
     ) -> Feature:
-        """One column.
+        """Return one column.
 
-        Where a method has changed the network, its columns have the same names: without a
-        fingerprint they are passed over in favour of the network's own.
+        The columns of a network that a method has changed have the same names as those of the
+        unchanged network. Without a fingerprint the unchanged network's column is returned.
 
         Args:
-            backbone: As given to `--backbone` (a weight file may be given by its path), or the
-                bare network name where one matches.
-            name: As given to `--keep`: a stage, or stage:reduction.
-            view: Of the clips, where the store has several.
-            fingerprint: The beginning of the column's, where several match (other frames, say).
+            backbone: Backbone as in `--backbone` (a weight file may be given by its path), or the
+                network's name alone if one backbone matches.
+            name: Feature as in `--keep`: a stage, or stage:reduction.
+            view: View of the clips, if the store has several.
+            fingerprint: First digits of the fingerprint, if several columns match.
 
         Raises:
-            SpecMismatch: No column matches, or several do; the message lists them, and how
-                those that match differ.
+            SpecMismatch: No column matches, or several do. The message lists the columns, and how
+                the matching ones differ.
         """
         columns = sorted(self.columns())
-        wanted = store_name(backbone)
-        found = [
+        full_name = store_name(backbone)
+        matches = [
             column
             for column in columns
-            if (column[0] == wanted or column[0].partition(":")[0] == backbone)
+            if (column[0] == full_name or column[0].partition(":")[0] == backbone)
             and name in (column[1], *_whole(column[1]))
             and column[2].name.startswith(fingerprint[:16])
         ]
         features = [
             feature
-            for b, n, path in found
+            for b, n, path in matches
             for feature in [Feature(path, b, n, self.clips)]
             if view is None or feature.spec["frames"]["view"] == view
         ]
@@ -176,99 +175,104 @@ class FeatureStore:
             features = [f for f in features if not f.spec.get("grafts")] or features
         if len(features) == 1:
             return features[0]
-        asked = f"{backbone} {name}" + (f" {fingerprint}" if fingerprint else "")
-        asked += "" if view is None else f", view {view}"
+        request = f"{backbone} {name}" + (f" {fingerprint}" if fingerprint else "")
+        request += "" if view is None else f", view {view}"
         if not features:
-            held = "\n".join(f"  {b} {n} {p.name}" for b, n, p in columns) or "  no feature at all"
-            raise SpecMismatch(f"{self.place} has no {asked}; it holds\n{held}")
+            listed = "\n".join(f"  {b} {n} {p.name}" for b, n, p in columns) or "  no feature"
+            raise SpecMismatch(f"{self.location} has no {request}; it has\n{listed}")
         raise SpecMismatch(
-            f"{len(features)} columns of {self.place} are {asked}; give `fingerprint=` (or "
+            f"{len(features)} columns of {self.location} match {request}; give `fingerprint=` (or "
             "`view=`) as well:\n" + "\n".join(differences(features))
         )
 
-    def text(self, backbone: str, classes: Sequence[str] | None = None) -> text.TextFeatures:
-        """Text features of class names, for a CLIP backbone: a unit vector a class.
+    def text(
+        self, backbone: str, classes: Sequence[str] | None = None
+    ) -> text_features.TextFeatures:
+        """Return the text features of class names for a CLIP backbone, one unit vector per class.
 
         Args:
-            backbone: As given to `--backbone`.
-            classes: Names in the order wanted; the data set's own by default.
+            backbone: Backbone as in `--backbone`.
+            classes: Class names in the desired order; by default those of the data set.
 
         Raises:
-            LookupError: The store lacks them; the message says what it has.
+            LookupError: The store does not have them; the message lists the backbones it has.
         """
         names = list(self.attributes["classes"] if classes is None else classes)
-        return text.read(self.place, store_name(backbone), names)
+        return text_features.read(self.location, store_name(backbone), names)
 
-    def hold(self, holder: str | Path, fingerprints: Iterable[str]) -> None:
-        """Say that a run folder needs columns: `gc` leaves them while the folder exists.
+    def add_reference(self, holder: str | Path, fingerprints: Iterable[str]) -> None:
+        """Record that a run folder needs columns, so that `gc` keeps them while it exists.
 
-        Adds to what the folder holds already. Hold first, then open: from then on they stay.
+        The columns are added to the folder's earlier ones. Add the reference first and open the
+        columns after it: from then on they are not removed.
 
         Raises:
-            ValueError: The folder does not exist, or what is given is no fingerprint.
+            ValueError: The folder does not exist, or an entry is no fingerprint.
+            Damaged: The folder's present reference cannot be read.
         """
-        references.hold(self.path, holder, fingerprints)
+        references.add(self.path, holder, fingerprints)
 
-    def release(self, holder: str | Path) -> None:
-        """Say that a run folder needs nothing of this store any more."""
-        references.release(self.path, holder)
+    def remove_reference(self, holder: str | Path) -> None:
+        """Record that a run folder needs no column of this store any more."""
+        references.remove(self.path, holder)
 
-    def gc(self, dry_run: bool = False, drop: Sequence[str] = ()) -> Garbage:
-        """Remove the columns of changed networks that no run folder holds, and say what it freed.
+    def gc(self, dry_run: bool = False, drop: Sequence[str] = ()) -> GarbageReport:
+        """Remove the columns of changed networks that no run folder needs, and report them.
 
         Args:
-            dry_run: Change nothing, and say what would be freed.
-            drop: Beginnings of the fingerprints, 6 digits or more, of other columns to remove.
+            dry_run: Whether to change nothing, and report what would be removed.
+            drop: First digits (6 or more) of the fingerprints of other columns to remove.
 
         Raises:
-            ValueError: `drop` names no column or several, or one that a run folder needs.
-            Damaged: A reference cannot be read, so that nothing may be freed.
-            StoreLocked: Another process writes this store.
+            ValueError: An entry of `drop` names no column, several, or one that a run folder needs.
+            Damaged: A reference cannot be read. Nothing is removed then.
+            StoreLocked: Another process writes to this store.
         """
         return garbage.collect(self.path, dry_run, drop)
 
     def set_attributes(self, changes: Mapping[str, Any]) -> None:
-        """Change the store's own attributes (where the data set lies, its classes)."""
+        """Change attributes of the store, such as the data set's folder and classes."""
         file = self.path / "zarr.json"
         self.attributes |= changes
         text = group_json({"varve": self.attributes})
         if not file.exists() or file.read_bytes() != text:
             atomic.write(self.path, file, text)
 
-    def columns(self) -> Iterator[tuple[str, str, Place]]:
-        """Backbone, feature and array of every column, in no order."""
-        found = {metadata.parent for metadata in (self.place / FEATURES).glob("*/*/*/zarr.json")}
-        for place in found:
-            marked = place.with_name(f"{place.name}.done") in found
-            if not place.name.endswith(".done") and (marked or not garbage.is_shell(place)):
-                backbone, name = (unquote(part) for part in place.parts[-3:-1])
-                yield backbone, name, place
+    def columns(self) -> Iterator[tuple[str, str, Location]]:
+        """Iterate over (backbone, feature, location of the array) of all columns, in no order."""
+        metadata = (self.location / FEATURES).glob("*/*/*/zarr.json")
+        locations = {file.parent for file in metadata}
+        for location in locations:
+            marked = location.with_name(f"{location.name}.done") in locations
+            if not location.name.endswith(".done") and (marked or not garbage.is_shell(location)):
+                backbone, name = (unquote(part) for part in location.parts[-3:-1])
+                yield backbone, name, location
 
 
 def differences(features: list[Feature]) -> list[str]:
-    """One line a feature, with the entries of its specification that differ among them."""
+    """Return one line per feature, with the entries of its specification that differ."""
     flat = [dict(_flatten(feature.spec)) for feature in features]
-    keys = sorted({key for one in flat for key in one})
-    differing = [k for k in keys if len({json.dumps(one.get(k)) for one in flat}) > 1]
-    telling = [k for k in differing if "parameters" not in k and k != "fingerprint"] or differing
+    keys = sorted({key for spec in flat for key in spec})
+    differing = [k for k in keys if len({json.dumps(spec.get(k)) for spec in flat}) > 1]
+    shown = [k for k in differing if "parameters" not in k and k != "fingerprint"] or differing
     return [
-        f"  {feature.place.name}: " + ", ".join(f"{k}={one.get(k)}" for k in telling[:8])
-        for feature, one in zip(features, flat, strict=True)
+        f"  {feature.location.name}: " + ", ".join(f"{k}={spec.get(k)}" for k in shown[:8])
+        for feature, spec in zip(features, flat, strict=True)
     ]
 
 
-def _flatten(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flatten(inner, f"{place}.{key}" if place else key)
+            yield from _flatten(inner, f"{path}.{key}" if path else key)
     elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
         for i, inner in enumerate(value):
-            yield from _flatten(inner, f"{place}.{i}")
+            yield from _flatten(inner, f"{path}.{i}")
     else:
-        yield place, value
+        yield path, value
 
 
-def _attributes(folder: Place) -> dict[str, Any]:
+def _attributes(folder: Location) -> dict[str, Any]:
     try:
         root = json.loads((folder / "zarr.json").read_bytes())
         ours = root["attributes"]["varve"]
@@ -287,5 +291,5 @@ def _attributes(folder: Place) -> dict[str, Any]:
 
 
 def _whole(name: str) -> tuple[str, str]:
-    """A whole output may also be asked for by its form."""
+    """Return the names by which a whole output may also be requested."""
     return (f"{name}:tokens", f"{name}:map") if ":" not in name else ("", "")

@@ -1,8 +1,8 @@
-"""Atomic files: a reader sees the old bytes or the new ones, a power cut included.
+"""Atomic writes: a reader sees the old bytes or the new ones, even after a power cut.
 
-Every write goes to a temporary file under a `.tmp/`, is flushed to the disk, and takes its place by
-a rename; the folder's entry is flushed too. What a killed process leaves behind lies in `.tmp/`
-alone, and the next who has the same lock empties it: a store's own, or that of its references.
+Every write goes to a temporary file in `.tmp/`, is flushed to the disk, and is renamed to its path;
+the folder's entry is flushed too. A killed process leaves files in `.tmp/` only. The next process
+that takes the same lock (the store's, or that of its references) empties it.
 """
 
 import os
@@ -14,10 +14,10 @@ TEMPORARY = ".tmp"
 
 
 def write(store: Path, target: Path, *pieces: bytes | memoryview) -> None:
-    """Put `pieces`, one after the other, in place of `target`, inside `store`.
+    """Replace the file `target` in `store` by the concatenation of `pieces`.
 
     Raises:
-        OSError: Nothing was changed (disk full, no permission).
+        OSError: The write failed (disk full, no permission). Nothing was changed.
     """
     temporary = store / TEMPORARY / uuid.uuid4().hex
     _make(store, temporary.parent)
@@ -36,11 +36,12 @@ def write(store: Path, target: Path, *pieces: bytes | memoryview) -> None:
 
 
 def clear_temporary(store: Path) -> None:
-    """Remove what killed writers left. Only for the holder of the lock under which they wrote."""
+    """Remove the files of killed writers. The caller has the lock under which they wrote."""
     shutil.rmtree(store / TEMPORARY, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,7 +50,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _make(store: Path, folder: Path) -> None:
-    """Make `folder` and its parents below `store`, each one's entry flushed to the disk."""
+    """Make `folder` and its parents below `store`, and flush each entry to the disk."""
     if folder.is_dir():
         return
     if folder != store:

@@ -1,4 +1,4 @@
-"""The table of clips: a row per clip, its id stable for the life of the store.
+"""The table of clips: one row per clip, with an id that is stable for the life of the store.
 
 Columns: see COLUMNS. `digest` names the bytes (of the file, or of a folder's frames in order);
 with the interval it gives the row key. `reason` is empty unless the row is quarantined;
@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from varve.stores import atomic
-from varve.stores.identity import digest
-from varve.stores.remote import Place, Unreachable, mending
+from varve.stores.digests import digest
+from varve.stores.remote import Location, Unreachable, repair_hint
 
 FILE = "clips.parquet"
 KEY_BYTES = 16
@@ -44,23 +44,23 @@ STATUSES = ("ready", "pending", "quarantined")
 
 
 def empty() -> pd.DataFrame:
-    """A table without rows, every column of its type."""
+    """Return a table without rows, with every column of its type."""
     frame = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in COLUMNS.items()})
     return frame.rename_axis(index="row")
 
 
 def blank(path: str, label: str, split: str) -> dict[str, object]:
-    """A new clip's row: pending, nothing known of its video."""
+    """Return the row of a new clip: pending, with nothing known of its video."""
     row: dict[str, object] = {name: "" if kind == "str" else 0 for name, kind in COLUMNS.items()}
     whole = {"start_seconds": np.nan, "end_seconds": np.nan, "fps": np.nan}
     return row | whole | {"path": path, "label": label, "split": split, "status": "pending"}
 
 
-def read(store: Place) -> pd.DataFrame:
-    """The store's table, indexed by `row`.
+def read(store: Location) -> pd.DataFrame:
+    """Read the store's table, indexed by `row`.
 
     Raises:
-        ValueError: The file is damaged; the message says how to go on.
+        ValueError: The file is damaged; the message says how to repair it.
     """
     file = store / FILE
     try:
@@ -75,20 +75,20 @@ def read(store: Place) -> pd.DataFrame:
             "Move it away and build again: the clips are listed anew, and their features found by "
             "their keys without computing"
         )
-        raise ValueError(f"{file} is damaged ({error}). {mending(file, again)}") from error
+        raise ValueError(f"{file} is damaged ({error}). {repair_hint(file, again)}") from error
 
 
 def encode(table: pd.DataFrame) -> bytes:
-    """The table as Parquet. Equal tables give equal bytes."""
+    """Return the table as Parquet. Equal tables give equal bytes."""
     buffer = io.BytesIO()
     arrow = pa.Table.from_pandas(table.astype(COLUMNS).reset_index(), preserve_index=False)
-    # pandas' own metadata names library versions; the columns' types say all that matters.
+    # The metadata of pandas names library versions; the types of the columns are sufficient.
     pq.write_table(arrow.replace_schema_metadata(None), buffer, compression="zstd")
     return buffer.getvalue()
 
 
 def write(store: Path, table: pd.DataFrame) -> None:
-    """Put the table on disk, atomically, if it differs from what is there."""
+    """Write the table atomically, if it differs from the one on disk."""
     data = encode(table)
     file = store / FILE
     if not (file.exists() and file.read_bytes() == data):
@@ -96,12 +96,14 @@ def write(store: Path, table: pd.DataFrame) -> None:
 
 
 def row_key(content: str, start_seconds: float, end_seconds: float) -> bytes:
-    """The row key: which bytes, and which stretch of them. 16 bytes, never all zero.
+    """Return the row key of a clip: 16 bytes that identify its content and interval.
+
+    The key is never all zero, except for unknown content.
 
     Args:
-        content: Digest of the bytes; "" (unknown, the file is missing) has no key.
-        start_seconds: NaN for the beginning.
-        end_seconds: NaN for the end.
+        content: Digest of the bytes; "" (unknown, the file is missing) gives zeros.
+        start_seconds: Start of the interval; NaN for the beginning of the file.
+        end_seconds: End of the interval; NaN for the end of the file.
     """
     if not content:
         return bytes(KEY_BYTES)
@@ -110,7 +112,7 @@ def row_key(content: str, start_seconds: float, end_seconds: float) -> bytes:
 
 
 def row_keys(table: pd.DataFrame) -> np.ndarray:
-    """Row keys of every clip: uint8 [clips, 16]; zeros where the content is unknown."""
+    """Return the row keys of all clips: uint8 [clips, 16]; zeros where the content is unknown."""
     keys = [
         row_key(content, start, end)
         for content, start, end in zip(
@@ -121,25 +123,29 @@ def row_keys(table: pd.DataFrame) -> np.ndarray:
 
 
 def row_ids(rows: Sequence[int] | np.ndarray | slice, clips: int) -> np.ndarray:
-    """Rows of a table of `clips` clips as int64: given as ids in any order, a slice or a mask.
+    """Return row ids as int64, from row ids in any order, a slice, or a mask.
+
+    Args:
+        rows: Row ids, a slice of them, or a mask of the whole table.
+        clips: Number of rows of the table.
 
     Raises:
-        IndexError: A row is outside the table or no whole number, or a mask of another length.
+        IndexError: A row is outside the table or no integer, or the mask has another length.
 
     >>> row_ids(slice(2), 5).tolist(), row_ids([True, False, True], 3).tolist()
     ([0, 1], [0, 2])
     """
     if isinstance(rows, slice):
         return np.arange(clips)[rows]
-    given = np.asarray(rows).reshape(-1)
-    if given.dtype == bool:
-        if len(given) != clips:
-            raise IndexError(f"a mask of {len(given)} for a table of {clips} clips")
-        return np.flatnonzero(given)
-    if len(given) and given.dtype.kind not in "iu":
-        raise IndexError(f"rows are whole numbers or a mask, not {given.dtype}")
-    wanted = given.astype(np.int64, copy=False)
-    # Without its sign a negative number is larger than any row.
-    if len(wanted) and wanted.view(np.uint64).max() >= clips:
-        raise IndexError(f"rows {wanted.min()} to {wanted.max()} asked of a table of {clips} clips")
-    return wanted
+    array = np.asarray(rows).reshape(-1)
+    if array.dtype == bool:
+        if len(array) != clips:
+            raise IndexError(f"a mask of {len(array)} for a table of {clips} clips")
+        return np.flatnonzero(array)
+    if len(array) and array.dtype.kind not in "iu":
+        raise IndexError(f"rows are whole numbers or a mask, not {array.dtype}")
+    ids = array.astype(np.int64, copy=False)
+    # Read as unsigned, a negative number is larger than any row.
+    if len(ids) and ids.view(np.uint64).max() >= clips:
+        raise IndexError(f"rows {ids.min()} to {ids.max()} are not all in a table of {clips} clips")
+    return ids

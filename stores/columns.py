@@ -1,12 +1,13 @@
-"""Columns: a Zarr array of features and, beside it, the row keys its cells were made with.
+"""Feature columns: a Zarr array of features, and the row keys with which its cells were computed.
 
-`features/<backbone>/<stage>[:<reduction>]/<short fingerprint>` has shape (clips, T, ...), a chunk
-per clip, shards of whole clips; `<short fingerprint>.done` has shape (clips, 16): row r holds the
-row key that cell r was made with, or zeros. A cell is valid while that equals the clip's row key.
+`features/<backbone>/<stage>[:<reduction>]/<short fingerprint>` has shape (clips, T, ...), one chunk
+per clip, and shards of whole clips. `<short fingerprint>.done` has shape (clips, 16): row r is the
+row key with which cell r was computed (its mark), or zeros. A cell is valid while its mark equals
+the clip's row key.
 
-Bytes are encoded by zarr-python into memory and placed by `atomic.write`, a whole file at a time.
-The order of writes keeps a cell from ever being valid under a key it was not made with: rows about
-to be overwritten lose their mark, then the shard is replaced, then the new marks are set.
+zarr-python encodes the bytes into memory, and `atomic.write` writes whole files. Because of the
+order of writes a cell is never valid under another key than its own: the marks of the rows to be
+overwritten are removed, then the shard is replaced, then the new marks are written.
 """
 
 import json
@@ -24,7 +25,7 @@ from zarr.storage import MemoryStore
 
 from varve.stores import atomic
 from varve.stores.clips import KEY_BYTES
-from varve.stores.remote import Place, Unreachable, mending, open_array
+from varve.stores.remote import Location, Unreachable, open_array, repair_hint
 
 FEATURES = "features"
 SHARD_BYTES = 64 << 20
@@ -32,22 +33,22 @@ MAX_SHARD_CLIPS = 16384
 DONE_ROWS = 4096
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16
-# bfloat16 is no Zarr type: its bits are kept as uint16, and an attribute says so.
+# bfloat16 is no Zarr type: its bits are stored as uint16, and an attribute names the type.
 STORED = {"float16": "float16", "float32": "float32", "bfloat16": "uint16"}
 MISSING = {"float16": np.nan, "float32": np.nan, "bfloat16": 0x7FC0}
 
 
 @dataclass(frozen=True)
 class ColumnSpec:
-    """What a column is: where it lies, what each cell is, and everything that decides its values.
+    """Specification of a column: its path, the form of its cells, and what decides their values.
 
     Attributes:
-        backbone: The backbone's name in the store, such as "ViT-B-16:openai".
+        backbone: Name of the backbone in the store, such as "ViT-B-16:openai".
         feature: Stage, or stage:reduction.
         fingerprint: 64 hexadecimal digits; the first 16 name the array.
-        cell: Shape of one clip's feature, T first.
+        cell: Shape of one clip's feature, with T first.
         dtype: float16, float32 or bfloat16.
-        attributes: JSON kept with the array: the whole specification.
+        attributes: JSON stored with the array: the whole specification.
     """
 
     backbone: str
@@ -59,31 +60,34 @@ class ColumnSpec:
 
     @property
     def short(self) -> str:
+        """First 16 digits of the fingerprint."""
         return self.fingerprint[:16]
 
     @property
-    def place(self) -> str:
-        """Where the array lies below `features/`: what tells a column from every other."""
+    def relative_path(self) -> str:
+        """Path of the array below `features/`. It identifies the column in the store."""
         return f"{node_name(self.backbone)}/{node_name(self.feature)}/{self.short}"
 
     @property
     def cell_bytes(self) -> int:
+        """Size of a cell."""
         return int(np.prod(self.cell)) * np.dtype(STORED[self.dtype]).itemsize
 
     @property
     def shard_clips(self) -> int:
-        """Clips a shard: the power of two that fills 64 MB. Depends on the cell's size alone."""
+        """Number of clips per shard: the power of two that fills 64 MB of cells."""
         clips = 1
-        # The index has 16 bytes a clip, present or not: without a limit it outweighs small cells.
+        # The index has 16 bytes per clip; without a limit it would be larger than small cells.
         while clips * self.cell_bytes < SHARD_BYTES and clips < MAX_SHARD_CLIPS:
             clips *= 2
         return clips
 
     def group(self, store: Path) -> Path:
+        """Return the folder of the feature's columns."""
         return store / FEATURES / node_name(self.backbone) / node_name(self.feature)
 
     def file_bytes(self, present: np.ndarray) -> int:
-        """Size of the column's files when `present` (bool [clips]) says which cells exist."""
+        """Return the size of the column's files if the cells `present` (bool [clips]) exist."""
         clips = len(present)
         shards = [present[a : a + self.shard_clips] for a in range(0, clips, self.shard_clips)]
         index = INDEX_ENTRY_BYTES * self.shard_clips + CRC_BYTES
@@ -95,15 +99,15 @@ class ColumnSpec:
 
 
 class Damaged(ValueError):
-    """A file of the store does not hold what the store says it holds."""
+    """A file of the store is missing, truncated or changed."""
 
 
-# What Zarr's codecs and metadata parsers raise over bytes that are not theirs.
+# Errors that Zarr's codecs and metadata parsers raise on damaged bytes.
 CODEC_ERRORS = (ValueError, RuntimeError, IndexError, KeyError, TypeError, EOFError)
 
 
 class Column:
-    """One column of a store on local disk, for its builder. Readers use `Feature`."""
+    """One column of a store on local disk, for writing. `Feature` reads it."""
 
     def __init__(self, store: Path, spec: ColumnSpec) -> None:
         self.store, self.spec = store, spec
@@ -111,7 +115,7 @@ class Column:
         self.done_path = spec.group(store) / f"{spec.short}.done"
 
     def create(self, clips: int) -> None:
-        """Make the column, or lengthen it to `clips` rows; metadata alone, no cell changes."""
+        """Create the column, or extend it to `clips` rows. Only metadata changes, and no cell."""
         for parent in reversed(self.path.relative_to(self.store).parents[:-1]):
             marker = self.store / parent / "zarr.json"
             if not marker.exists():
@@ -126,15 +130,15 @@ class Column:
         self.__dict__.pop("_values", None)
 
     def done(self, clips: int) -> np.ndarray:
-        """Row keys of the cells: uint8 [clips, 16], zeros where there is none.
+        """Return the marks: the row keys of the cells, uint8 [clips, 16], zeros without a cell.
 
-        A mark without its shard's file counts for nothing: a damaged shard is mended by removing
-        it and building again.
+        A mark without its shard's file is ignored, so that removing a damaged shard and building
+        again repairs it.
         """
         keys = np.zeros((clips, KEY_BYTES), np.uint8)
         if (self.done_path / "zarr.json").exists() and (self.path / "zarr.json").exists():
-            held = read_all(self.done_path)
-            keys[: min(clips, len(held))] = held[:clips]
+            marks = read_all(self.done_path)
+            keys[: min(clips, len(marks))] = marks[:clips]
         size = self.spec.shard_clips
         for first in range(0, clips, size):
             marked = keys[first : first + size]
@@ -143,7 +147,7 @@ class Column:
         return keys
 
     def read_cells(self, rows: np.ndarray) -> np.ndarray:
-        """Stored bits of `rows` (increasing int64 [n]): [n, *cell], checksums verified."""
+        """Read the stored bits [n, *cell] of `rows` (increasing int64 [n]), checksums verified."""
         out = np.empty((len(rows), *self.spec.cell), STORED[self.spec.dtype])
         for a, b in runs(rows):
             first, last = int(rows[a]), int(rows[b - 1])
@@ -154,23 +158,25 @@ class Column:
                 names = " or ".join(str(self.shard_file(shard)) for shard in shards)
                 raise Damaged(
                     f"{names} is damaged ({error}). Remove it and build again: its cells are "
-                    "computed anew"
+                    "computed again"
                 ) from error
         return out
 
     def shard_file(self, shard: int) -> Path:
+        """Return the path of a shard."""
         return self.path.joinpath("c", str(shard), *["0"] * len(self.spec.cell))
 
     def write_shard(self, shard: int, rows: np.ndarray, cells: np.ndarray, keys: np.ndarray,
                     clips: int) -> None:  # fmt: skip
-        """Replace cells of one shard and mark them done. The rest of the shard stays.
+        """Replace cells of one shard and write their marks. The other cells of the shard stay.
 
         Args:
-            shard: Which; it covers rows [shard * shard_clips, (shard + 1) * shard_clips).
-            rows: Increasing int64 [n], all within the shard.
+            shard: Number of the shard; it covers rows [shard * shard_clips,
+                (shard + 1) * shard_clips).
+            rows: Rows of the cells, increasing int64 [n], all within the shard.
             cells: Stored bits [n, *cell].
             keys: Row keys, uint8 [n, 16].
-            clips: Rows of the column (see `create`).
+            clips: Number of rows of the column (see `create`).
         """
         first = shard * self.spec.shard_clips
         done = self.done(clips)
@@ -178,8 +184,8 @@ class Column:
         if replaced.any():
             done[rows[replaced]] = 0
             self._write_done(done)
-        held = np.flatnonzero(done[first : first + self.spec.shard_clips].any(axis=1)) + first
-        kept = np.setdiff1d(held, rows)
+        marked = np.flatnonzero(done[first : first + self.spec.shard_clips].any(axis=1)) + first
+        kept = np.setdiff1d(marked, rows)
         all_rows = np.concatenate([kept, rows])
         block = np.full(
             (int(all_rows.max()) - first + 1, *self.spec.cell),
@@ -194,7 +200,7 @@ class Column:
         self._write_done(done)
 
     def disk_bytes(self) -> int:
-        """What the column's files weigh now."""
+        """Return the present size of the column's files."""
         folders = (self.path, self.done_path)
         return sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file())
 
@@ -214,7 +220,7 @@ class Column:
 
 
 def node_name(name: str) -> str:
-    """A backbone's or feature's name as one Zarr node: no slash, no leading dot or underscore.
+    """Return a name as one Zarr node: without a slash and a leading dot or underscore.
 
     >>> node_name("ViT-B-16:openai"), node_name("hf-hub:a/b")
     ('ViT-B-16:openai', 'hf-hub:a%2Fb')
@@ -224,13 +230,13 @@ def node_name(name: str) -> str:
 
 
 def group_json(attributes: Mapping[str, Any]) -> bytes:
-    """`zarr.json` of a group."""
+    """Return the `zarr.json` of a group."""
     text = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
     return json.dumps(text, indent=2, ensure_ascii=False).encode()
 
 
 def runs(rows: np.ndarray) -> list[tuple[int, int]]:
-    """Slices [a, b) of increasing `rows` that are runs of consecutive numbers.
+    """Return the slices [a, b) of increasing `rows` that are runs of consecutive numbers.
 
     >>> runs(np.array([3, 4, 7]))
     [(0, 2), (2, 3)]
@@ -242,19 +248,19 @@ def runs(rows: np.ndarray) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def read_all(path: Place) -> np.ndarray:
-    """A whole small array.
+def read_all(path: Location) -> np.ndarray:
+    """Read a whole small array.
 
     Raises:
-        Damaged: It cannot be read.
+        Damaged: The array cannot be read.
     """
     try:
         return np.asarray(open_array(path)[:])
     except Unreachable:
         raise
     except (*CODEC_ERRORS, OSError) as error:
-        again = "Remove the folder and build again: what it marks is computed anew"
-        raise Damaged(f"{path} is damaged ({error}). {mending(path, again)}") from error
+        again = "Remove the folder and build again: the cells that it marks are computed again"
+        raise Damaged(f"{path} is damaged ({error}). {repair_hint(path, again)}") from error
 
 
 def _values(spec: ColumnSpec, clips: int, memory: dict[str, Any]) -> "zarr.Array[Any]":
@@ -270,8 +276,8 @@ def _values(spec: ColumnSpec, clips: int, memory: dict[str, Any]) -> "zarr.Array
         fill_value=MISSING[spec.dtype],
         attributes={"dtype": spec.dtype, "fingerprint": spec.fingerprint, **spec.attributes},
         dimension_names=axes,
-        # A clip without a feature has no chunk, and reads as not-a-number; a real chunk always
-        # holds numbers (the build refuses others), so none is taken for missing.
+        # A clip without a feature has no chunk, and reads as not-a-number. The build refuses cells
+        # with not-a-number, so no stored cell is taken for a missing one.
         config={"write_empty_chunks": False},
     )
 
@@ -303,7 +309,7 @@ def _done_json(clips: int) -> bytes:
 
 
 def _encode(spec: ColumnSpec, block: np.ndarray) -> bytes:
-    """One shard's bytes, from its cells [up to shard_clips, *cell]."""
+    """Encode one shard from its cells [up to shard_clips, *cell]."""
     memory: dict[str, Any] = {}
     _values(spec, spec.shard_clips, memory)[: len(block)] = block
     (data,) = (value for key, value in memory.items() if key.startswith("c/"))

@@ -1,4 +1,4 @@
-"""Reading a feature: rows in, numpy out; a cell that is not valid is refused, never made up."""
+"""Cached features of one column: rows in, numpy arrays out. An invalid cell raises an error."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,8 +11,8 @@ import zarr
 
 from varve.stores.clips import row_ids, row_keys
 from varve.stores.columns import CODEC_ERRORS, MISSING, Damaged, read_all
-from varve.stores.reader import KEEP_BYTES, Reader, ShardReader, Unreadable, plain_shards
-from varve.stores.remote import REQUESTS, Objects, Place, local_folder, mending, open_array
+from varve.stores.remote import REQUESTS, Location, Objects, local_folder, open_array, repair_hint
+from varve.stores.shard_reader import Reader, ShardReader, Unreadable, plain_shards
 from varve.stores.zarr_reader import ZarrReader
 
 if TYPE_CHECKING:
@@ -20,66 +20,66 @@ if TYPE_CHECKING:
 
 
 class Feature:
-    """One column of a store: the feature of every clip at one stage of one backbone.
+    """One feature column of a store: the features of all clips at one stage of one backbone.
+
+    A feature reads cells from files and keeps none in memory; `varve.FeatureTensors` keeps them.
+    It may be pickled, and read from threads, forked processes and data loader workers.
 
     Attributes:
-        backbone: "ViT-B-16:openai".
+        backbone: Name of the backbone, such as "ViT-B-16:openai".
         name: Stage, or stage:reduction.
-        place: Where the Zarr array lies, on local disk or on object storage.
-        keep_bytes: A column of small cells that is read at random again and again is kept in this
-            process's memory up to that size (an eighth of it in a process that another one
-            started, such as a loader's worker); 0 for never. To be set before the first read.
+        location: Folder or object-storage prefix of the Zarr array.
     """
 
-    keep_bytes = KEEP_BYTES
-
-    def __init__(self, place: Place, backbone: str, name: str, clips: pd.DataFrame) -> None:
-        self.place, self.backbone, self.name = place, backbone, name
+    def __init__(self, location: Location, backbone: str, name: str, clips: pd.DataFrame) -> None:
+        self.location, self.backbone, self.name = location, backbone, name
         self._clips = clips
         try:
-            self._array: zarr.Array[Any] = open_array(place)
+            self._array: zarr.Array[Any] = open_array(location)
         except CODEC_ERRORS as error:
-            again = "Remove it and build again: it is made anew, and the cells stay"
+            again = "Remove it and build again: it is written again, and the cells stay"
             raise Damaged(
-                f"{place}/zarr.json is damaged ({error}). {mending(place, again)}"
+                f"{location}/zarr.json is damaged ({error}). {repair_hint(location, again)}"
             ) from error
 
     def __repr__(self) -> str:
-        return f"<Feature {self.backbone} {self.name} {self.shape} {self.dtype} {self.place.name}>"
+        return (
+            f"<Feature {self.backbone} {self.name} {self.shape} {self.dtype} {self.location.name}>"
+        )
 
     @property
     def path(self) -> Path:
-        """Of the Zarr array, on local disk.
+        """Return the folder of the Zarr array.
 
         Raises:
-            io.UnsupportedOperation: It lies on object storage; see `place`.
+            io.UnsupportedOperation: The store is on object storage; see `location`.
         """
-        return local_folder(self.place)
+        return local_folder(self.location)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(clips, T, ...)."""
+        """Shape of the array: (clips, T, ...)."""
         return self._array.shape
 
     @property
     def dtype(self) -> str:
-        """Of the values on disk: float16, float32 or bfloat16 (which `read` widens to float32)."""
+        """Type on disk: float16, float32 or bfloat16 (which `read` widens to float32)."""
         return str(self._array.attrs["dtype"])
 
     @property
     def fingerprint(self) -> str:
-        """The column key, 64 hexadecimal digits."""
+        """Fingerprint of the column: its cache key, 64 hexadecimal digits."""
         return str(self._array.attrs["fingerprint"])
 
     @cached_property
     def spec(self) -> dict[str, Any]:
-        """Everything that decides the values: frames, stages, reduction, precision."""
+        """Specification of everything that decides the values: frames, stages, precision..."""
         return dict(self._array.attrs.asdict())
 
     @cached_property
     def valid(self) -> np.ndarray:
-        """bool [clips]: whether the cell was made from the clip's present bytes."""
-        done = read_all(self.place.with_name(f"{self.place.name}.done"))
+        """Mask of valid cells, bool [clips]: those computed from the clip's present bytes."""
+        done = read_all(self.location.with_name(f"{self.location.name}.done"))
         keys = row_keys(self._clips)
         valid = np.zeros(len(keys), bool)
         length = min(len(keys), len(done))
@@ -92,44 +92,45 @@ class Feature:
         out: np.ndarray | None = None,
         verify: bool = True,
     ) -> np.ndarray:
-        """Features of some clips.
+        """Read the features of some clips.
 
         Args:
             rows: Row ids of the table of clips, in any order; a slice of them; or a mask of all.
-            out: Where to put them, in place of a new array: C-contiguous (len(rows), T, ...) of
-                the type returned, such as `pinned_tensor.numpy()`. One of uint16 takes
-                bfloat16's own bits (`torch.uint16`, then `.view(torch.bfloat16)`).
-            verify: Check the chunks' checksums.
+            out: Array to write into, C-contiguous, of the shape and type that is returned, such
+                as `pinned_tensor.numpy()`. By default a new array. For a bfloat16 column a uint16
+                array receives the stored bits (`torch.uint16`, then `.view(torch.bfloat16)`).
+            verify: Whether to check the chunks' checksums.
 
         Returns:
-            (len(rows), T, ...) of `dtype`; bfloat16 comes as float32, exactly. `out` if given.
+            Features (len(rows), T, ...) of type `dtype`, in the order of `rows`. bfloat16 is
+            widened to float32 without loss. It is `out` if that was passed.
 
         Raises:
             IndexError: A row is outside the table.
-            LookupError: A row has no valid feature; the message says why.
-            Damaged: A shard's file is missing, cut off or changed.
-            ValueError: `out` does not fit; the message says what would.
+            LookupError: A row has no valid feature; the message gives the reason.
+            Damaged: A shard's file is missing, truncated or changed.
+            ValueError: `out` has another shape or type; the message gives the expected ones.
         """
-        wanted = self.rows(rows)
-        valid = self.valid[wanted]
+        ids = self.rows(rows)
+        valid = self.valid[ids]
         if not valid.all():
-            raise LookupError(self._absence(wanted[~valid]))
-        out = self._room(len(wanted), out)
+            raise LookupError(self._invalid_message(ids[~valid]))
+        out = self._output(len(ids), out)
         widened = out.dtype != self._stored
         bits = np.empty(out.shape, self._stored) if widened else out
-        lost = self._bits(wanted, bits, verify)
-        if lost:
-            row = int(wanted[lost].min())
-            raise Damaged(self._damage(row, "it has no chunk for a row marked done"))
+        absent = self._bits(ids, bits, verify)
+        if absent:
+            row = int(ids[absent].min())
+            raise Damaged(self._damage_message(row, "it has no chunk for a row marked done"))
         if widened:
             np.left_shift(bits, 16, out=out.view(np.uint32), dtype=np.uint32)
         return out
 
-    def _room(self, count: int, out: np.ndarray | None) -> np.ndarray:
-        """`out`, or a new array where there is none.
+    def _output(self, count: int, out: np.ndarray | None) -> np.ndarray:
+        """Return `out` if its shape and type are right, or a new array if it is None.
 
         Raises:
-            ValueError: It is not such an array.
+            ValueError: `out` has another shape, type or layout.
         """
         shape, stored = (count, *self.shape[1:]), self._stored
         numbers = np.dtype(np.float32) if self.dtype == "bfloat16" else stored
@@ -139,70 +140,68 @@ class Feature:
         if fits and out.flags.c_contiguous and out.flags.writeable:
             return out
         types = " or ".join(dict.fromkeys(str(dtype) for dtype in (numbers, stored)))
-        found = f"{type(out).__name__} {getattr(out, 'shape', '')} {getattr(out, 'dtype', '')}"
+        actual = f"{type(out).__name__} {getattr(out, 'shape', '')} {getattr(out, 'dtype', '')}"
         raise ValueError(
-            f"out is a {found}{' in another layout or read-only' if fits else ''}; these "
+            f"out is a {actual}{' in another layout or read-only' if fits else ''}; these "
             f"rows take a writeable, C-contiguous numpy array {shape} of {types}"
         )
 
     def rows(self, rows: Sequence[int] | np.ndarray | slice) -> np.ndarray:
-        """Row ids as int64, whichever way they were given; see `varve.stores.clips.row_ids`."""
+        """Return row ids as int64; see `varve.stores.clips.row_ids`."""
         return row_ids(rows, len(self._clips))
 
     def bits(self, rows: np.ndarray) -> np.ndarray:
-        """Cells as stored (bfloat16 as uint16), valid or not; the fill value where none is."""
+        """Read stored bits (bfloat16 as uint16), valid or not. A missing cell is the fill value."""
         out = np.empty((len(rows), *self.shape[1:]), self._stored)
         out[self._bits(rows, out, verify=True)] = MISSING[self.dtype]
         return out
 
     def _bits(self, rows: np.ndarray, out: np.ndarray, verify: bool) -> list[int]:
-        """Fill `out` with stored bits. Returns the places in `rows` that have no chunk."""
+        """Copy stored bits into `out`, and return the indices of `rows` that have no chunk."""
         try:
             return self._reader.read(rows, out, verify)
         except Unreadable as error:
-            raise Damaged(self._damage(error.row, str(error))) from error
+            raise Damaged(self._damage_message(error.row, str(error))) from error
 
     @cached_property
     def _stored(self) -> np.dtype[Any]:
-        """The array's own type: uint16 for bfloat16."""
+        """Type of the Zarr array: uint16 for bfloat16."""
         return np.dtype(self._array.dtype)
 
     @cached_property
     def _reader(self) -> Reader:
         folder = plain_shards(self._array)
-        if not isinstance(self.place, Path):
+        if not isinstance(self.location, Path):
             return ZarrReader(self._array, self.is_fill, self._replaced, REQUESTS)
         if folder is None:
             return ZarrReader(self._array, self.is_fill, self._state)
-        reader = ShardReader(folder, self._array)
-        reader.keep_bytes = self.keep_bytes
-        return reader
+        return ShardReader(folder, self._array)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process needs: no descriptors, no cells kept in memory."""
+        """Return the state without the reader, whose descriptors belong to this process."""
         return {name: value for name, value in self.__dict__.items() if name != "_reader"}
 
     def is_fill(self, bits: np.ndarray) -> np.ndarray:
-        """bool [rows]: which cells are the fill value, as where there is no chunk.
+        """Return bool [rows]: which cells are the fill value, which stands for a missing chunk.
 
-        A cell that was kept is finite throughout, so its first number tells.
+        Every number of a stored cell is finite, so the first number decides.
         """
         first = bits.reshape(len(bits), int(np.prod(bits.shape[1:])))[:, 0]
         fill: np.ndarray = (first == 0x7FC0) if self.dtype == "bfloat16" else np.isnan(first)
         return fill
 
-    def _damage(self, row: int, why: str) -> str:
+    def _damage_message(self, row: int, why: str) -> str:
         again = (
-            "`varve verify` says what else is; remove the file and build again, and its cells are "
-            "computed anew"
+            "`varve verify` lists all damage; remove the file and build again, and its cells are "
+            "computed again"
         )
         return (
             f"{self.shard_of(row)} is damaged near row {row} "
-            f"({self._clips.at[row, 'path']}): {why}. {mending(self.place, again)}"
+            f"({self._clips.at[row, 'path']}): {why}. {repair_hint(self.location, again)}"
         )
 
     def _state(self, first: int, last: int) -> list[tuple[int, int] | None]:
-        """Identity of the shard files that hold these rows, as they are now."""
+        """Return the present versions of the shard files of rows [first, last]."""
         store = self.path.parents[3]
         files = [store / self.shard_of(row) for row in range(first, last + 1, self._shard_clips)]
         files.append(store / self.shard_of(last))
@@ -210,44 +209,44 @@ class Feature:
         return [stat and (stat.st_ino, stat.st_mtime_ns) for stat in stats]
 
     def _replaced(self, first: int, last: int) -> int:
-        """As `_state`, on object storage: how often a shard was found to be replaced."""
+        """Return how many replaced shards were detected on object storage."""
         objects = self._array.store
         return objects.replaced if isinstance(objects, Objects) else 0
 
     def values(self, bits: np.ndarray) -> np.ndarray:
-        """Stored bits as numbers."""
+        """Return stored bits as numbers."""
         return _widen(bits) if self.dtype == "bfloat16" else bits
 
     def shard_of(self, row: int) -> str:
-        """The file that holds a row's cell, relative to the store."""
+        """Return the path, relative to the store, of the shard file of a row."""
         parts = [str(row // self._shard_clips), *["0"] * (len(self.shape) - 1)]
-        return "/".join([*self.place.parts[-4:], "c", *parts])
+        return "/".join([*self.location.parts[-4:], "c", *parts])
 
     @property
     def _shard_clips(self) -> int:
         return (self._array.shards or self._array.chunks)[0]
 
     def to_dask(self) -> "dask.array.Array":
-        """The whole column as a dask array, a chunk a shard. Cells that are missing are NaN."""
+        """Return the column as a dask array with one chunk per shard. A missing cell is NaN."""
         import dask.array
 
         array = dask.array.from_zarr(self._array, chunks=self._array.shards or self._array.chunks)
         return array.map_blocks(_widen, dtype=np.float32) if self.dtype == "bfloat16" else array
 
     def dataset(self, rows: Sequence[int] | np.ndarray | None = None) -> "FeatureDataset":
-        """A map-style data set (for `torch.utils.data.DataLoader`) of (feature, label) pairs.
+        """Return a map-style data set of (feature, label) for `torch.utils.data.DataLoader`.
 
         Args:
-            rows: Row ids; by default every clip that is ready and valid (one that has left the
-                data set keeps its feature, and is not learnt from).
+            rows: Row ids; by default all clips that are ready and valid. A clip that was removed
+                from the data set keeps its feature, but is not ready.
         """
         ready = self.valid & (self._clips["status"] == "ready").to_numpy()
-        chosen = np.flatnonzero(ready) if rows is None else self.rows(rows)
+        ids = np.flatnonzero(ready) if rows is None else self.rows(rows)
         labels = sorted(self._clips["label"].unique())
         numbers = self._clips["label"].map({label: i for i, label in enumerate(labels)})
-        return FeatureDataset(self, chosen, numbers.to_numpy()[chosen], labels)
+        return FeatureDataset(self, ids, numbers.to_numpy()[ids], labels)
 
-    def _absence(self, rows: np.ndarray) -> str:
+    def _invalid_message(self, rows: np.ndarray) -> str:
         row = int(rows[0])
         clip = self._clips.loc[row]
         why = f"{clip['status']}: {clip['reason'] or 'not computed yet'} {clip['detail']}".strip()
@@ -259,7 +258,11 @@ class Feature:
 
 
 class FeatureDataset:
-    """Map-style: item i is (feature [T, ...], class number). `labels[number]` is its name."""
+    """Map-style data set: item i is (feature [T, ...], class number).
+
+    Attributes:
+        labels: Class names by number.
+    """
 
     def __init__(
         self, feature: Feature, rows: np.ndarray, numbers: np.ndarray, labels: list[str]
@@ -278,5 +281,5 @@ class FeatureDataset:
 
 
 def _widen(bits: np.ndarray) -> np.ndarray:
-    """bfloat16 bits (uint16) as float32, exactly."""
+    """Return bfloat16 bits (uint16) as float32, without loss."""
     return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -1,10 +1,12 @@
-"""Garbage: columns of changed networks that no run folder needs, and how they are removed.
+"""Garbage collection: remove the columns of changed networks that no run folder needs.
 
-A column of a network as published is what a build asked for, and stays unless it is named. One of
-a network that a method has changed (its attributes say `grafts`) stays while a run folder holds it.
+A column of an unchanged network was requested by a build, and is removed only if it is named. A
+column of a network that a method has changed (its attributes have `grafts`) is kept while a run
+folder references it.
 
-Whoever is killed here leaves whole columns, empty ones, or a shell (metadata alone) that counts for
-nothing: marks go first, then cells, then the two arrays, each by a rename into `.tmp/`.
+A process that is killed here leaves whole columns, empty columns, or a shell: metadata without
+marks and cells, which readers ignore. The marks are removed first, then the cells, then the two
+arrays, each by a rename into `.tmp/`.
 """
 
 import json
@@ -21,19 +23,19 @@ from urllib.parse import unquote
 from varve.stores import atomic, lock, references, staging
 from varve.stores.columns import FEATURES
 from varve.stores.references import Reference
-from varve.stores.remote import Place
+from varve.stores.remote import Location
 
 MIN_DIGITS = 6
 
 
 @dataclass(frozen=True)
-class Fate:
-    """What becomes of a column, and why.
+class ColumnDecision:
+    """The decision to remove or to keep a column, and its reason.
 
     Attributes:
-        fingerprint: 64 digits, or 16 where the column's metadata cannot be read.
-        size_bytes: Of its files, staged blocks included.
-        holders: Run folders that need it.
+        fingerprint: 64 digits, or 16 if the column's metadata cannot be read.
+        size_bytes: Size of the column's files, staged blocks included.
+        holders: Run folders that need the column.
     """
 
     backbone: str
@@ -45,57 +47,59 @@ class Fate:
 
 
 @dataclass(frozen=True)
-class Garbage:
-    """What was freed, or would be.
+class GarbageReport:
+    """What a garbage collection removed; in a dry run, what it would remove.
 
     Attributes:
-        freed: Columns removed.
-        kept: Columns of changed networks that stay.
-        gone: Run folders that are no longer there, whose references were removed.
+        freed: Removed columns.
+        kept: Columns of changed networks that were kept.
+        missing_holders: Run folders that no longer exist, whose references were removed.
     """
 
     store: Path
     dry_run: bool
-    freed: tuple[Fate, ...]
-    kept: tuple[Fate, ...]
-    gone: tuple[str, ...]
+    freed: tuple[ColumnDecision, ...]
+    kept: tuple[ColumnDecision, ...]
+    missing_holders: tuple[str, ...]
 
     @property
     def freed_bytes(self) -> int:
+        """Size of the removed columns."""
         return sum(column.size_bytes for column in self.freed)
 
 
-def collect(store: Path, dry_run: bool = False, drop: Sequence[str] = ()) -> Garbage:
-    """See `FeatureStore.gc`."""
+def collect(store: Path, dry_run: bool = False, drop: Sequence[str] = ()) -> GarbageReport:
+    """Remove the garbage of a store; see `FeatureStore.gc`."""
     if dry_run:
-        return _survey(store, drop)[0]
-    with lock.held(store):
+        return _plan(store, drop).report(store)
+    with lock.locked(store):
         atomic.clear_temporary(store)
-        # Held until the last column is out of its place: what somebody holds afterwards stays.
+        # Locked until the last column is removed: a reference added after that keeps its columns.
         with references.locked(store):
-            report, columns, dead = _survey(store, drop)
-            for column in columns:
+            plan = _plan(store, drop)
+            report = plan.report(store)
+            for column, _ in plan.freed:
                 _remove(store, column)
-            for reference in dead:
+            for reference in plan.expired:
                 reference.file.unlink()
         _remove_empty_groups(store)
         atomic.clear_temporary(store)
     return replace(report, dry_run=False)
 
 
-def is_shell(path: Place) -> bool:
-    """Whether a column's folder is what an interrupted removal left: no marks, no cells."""
+def is_shell(path: Location) -> bool:
+    """Return whether a column has neither marks nor cells: an interrupted removal left it."""
     return not path.with_name(f"{path.name}.done").exists() and not (path / "c").exists()
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A column by its folder, readable or not."""
+class _StoredColumn:
+    """A column on disk, whether its metadata can be read or not."""
 
     path: Path
 
     @property
-    def place(self) -> str:
+    def relative_path(self) -> str:
         return "/".join(self.path.parts[-3:])
 
     @property
@@ -118,111 +122,142 @@ class _Found:
     def label(self) -> str:
         return f"{' '.join(self.names)} {self.path.name}"
 
+    def decision(self, store: Path, why: str, holders: Sequence[str] = ()) -> ColumnDecision:
+        staged = store / staging.FOLDER / self.relative_path
+        size = sum(map(_size, (self.path, Path(f"{self.path}.done"), staged)))
+        return ColumnDecision(*self.names, self.fingerprint, size, why, tuple(holders))
 
-def _survey(store: Path, drop: Sequence[str]) -> tuple[Garbage, list[_Found], list[Reference]]:
-    """The report of a dry run, the columns to remove, and the references of folders gone.
+
+@dataclass(frozen=True)
+class _Plan:
+    """The columns to remove and to keep, with reasons, and the references to remove."""
+
+    freed: list[tuple[_StoredColumn, str]]
+    kept: list[tuple[_StoredColumn, str, list[str]]]
+    expired: list[Reference]
+
+    def report(self, store: Path) -> GarbageReport:
+        return GarbageReport(
+            store,
+            True,
+            tuple(column.decision(store, why) for column, why in self.freed),
+            tuple(column.decision(store, why, holders) for column, why, holders in self.kept),
+            tuple(str(reference.holder) for reference in self.expired),
+        )
+
+
+def _plan(store: Path, drop: Sequence[str]) -> _Plan:
+    """Decide what to do with each column; change nothing.
 
     Raises:
-        ValueError: `drop` names no column, several, or one that is needed.
+        ValueError: An entry of `drop` names no column, several, or a column that is needed.
         Damaged: A reference cannot be read.
     """
     columns = [
-        _Found(metadata.parent)
+        _StoredColumn(metadata.parent)
         for metadata in sorted((store / FEATURES).glob("*/*/*/zarr.json"))
         if metadata.parent.suffix != ".done"
     ]
-    held = references.held(store)
-    dropped = {_named(store, columns, asked) for asked in drop}
-    freed: list[tuple[_Found, str]] = []
-    kept: list[tuple[_Found, str, list[str]]] = []
+    every_reference = references.read_all(store)
+    dropped = {_named(store, columns, name) for name in drop}
+    plan = _Plan([], [], [r for r in every_reference if not r.holder_exists])
     for column in columns:
-        needing = [r for r in held if r.needs(column.path.name)]
-        holders = [str(r.holder) for r in needing if r.living]
-        if is_shell(column.path):
-            freed.append((column, "an interrupted removal left it"))
-        elif column in dropped:
-            if holders:
-                raise ValueError(
-                    f"{column.label} is needed by the run folder {', '.join(holders)}: delete "
-                    "that folder or release it (`FeatureStore.release`) first. Nothing was removed"
-                )
-            freed.append((column, "named to be dropped"))
+        needing = [r for r in every_reference if r.needs(column.path.name)]
+        holders = [str(r.holder) for r in needing if r.holder_exists]
+        missing = [str(r.holder) for r in needing if not r.holder_exists]
+        why = _reason_to_remove(column, column in dropped, holders, missing)
+        if why:
+            plan.freed.append((column, why))
         elif column.attributes is None:
-            why = "its zarr.json is damaged: nothing tells what made it; it can be dropped by name"
-            kept.append((column, why, holders))
-        elif grafts := column.attributes.get("grafts"):
-            if holders:
-                kept.append((column, f"needed by {', '.join(holders)}", holders))
-                continue
-            gone = [str(r.holder) for r in needing]
-            why = f"its run folder {', '.join(gone)} is no longer there"
-            changed = f"a method changed {', '.join(grafts)}, and no run folder needs it"
-            freed.append((column, why if gone else changed))
-    dead = [reference for reference in held if not reference.living]
-    report = Garbage(
-        store,
-        True,
-        tuple(_fate(store, column, why) for column, why in freed),
-        tuple(_fate(store, column, why, holders) for column, why, holders in kept),
-        tuple(str(reference.holder) for reference in dead),
-    )
-    return report, [column for column, _ in freed], dead
+            why = "its zarr.json is damaged, so its origin is unknown; it can be dropped by name"
+            plan.kept.append((column, why, holders))
+        elif column.attributes.get("grafts"):
+            plan.kept.append((column, f"needed by {', '.join(holders)}", holders))
+    return plan
 
 
-def _named(store: Path, columns: list[_Found], asked: str) -> _Found:
-    """The one column that `asked` names: the beginning of its fingerprint, after
-    BACKBONE/FEATURE/ where two backbones share it."""
-    digits = asked.rpartition("/")[2]
-    found = [
+def _reason_to_remove(
+    column: _StoredColumn, dropped: bool, holders: list[str], missing: list[str]
+) -> str:
+    """Return why a column is to be removed; "" if it is to be kept.
+
+    Args:
+        dropped: Whether the caller named the column.
+        holders: Run folders that need it.
+        missing: Run folders that needed it and no longer exist.
+
+    Raises:
+        ValueError: The caller named a column that a run folder needs.
+    """
+    if is_shell(column.path):
+        return "an interrupted removal left it"
+    if dropped:
+        if holders:
+            raise ValueError(
+                f"{column.label} is needed by the run folder {', '.join(holders)}: delete that "
+                "folder or remove its reference (`FeatureStore.remove_reference`) first. Nothing "
+                "was removed"
+            )
+        return "named to be dropped"
+    grafts = (column.attributes or {}).get("grafts")
+    if not grafts or holders:
+        return ""
+    if missing:
+        return f"its run folder {', '.join(missing)} no longer exists"
+    return f"a method changed {', '.join(grafts)}, and no run folder needs it"
+
+
+def _named(store: Path, columns: list[_StoredColumn], name: str) -> _StoredColumn:
+    """Return the one column whose fingerprint, or BACKBONE/FEATURE/fingerprint, begins with `name`.
+
+    Raises:
+        ValueError: No column does, or several do, or the name has too few digits.
+    """
+    digits = name.rpartition("/")[2]
+    matches = [
         column
         for column in columns
-        if column.fingerprint.startswith(asked)
-        or "/".join([*column.names, column.fingerprint]).startswith(asked)
+        if column.fingerprint.startswith(name)
+        or "/".join([*column.names, column.fingerprint]).startswith(name)
     ]
-    if len(found) == 1 and len(digits) >= MIN_DIGITS:
-        return found[0]
+    if len(matches) == 1 and len(digits) >= MIN_DIGITS:
+        return matches[0]
     if len(digits) < MIN_DIGITS:
-        problem = f"{asked!r} is too short to name a column: give {MIN_DIGITS} digits or more"
-    elif not found:
-        problem = f"no column's fingerprint begins with {asked!r}"
+        problem = f"{name!r} is too short to name a column: give {MIN_DIGITS} digits or more"
+    elif not matches:
+        problem = f"no column's fingerprint begins with {name!r}"
     else:
-        problem = f"{len(found)} begin with {asked!r}: give more, or BACKBONE/FEATURE/DIGITS"
+        problem = f"{len(matches)} begin with {name!r}: give more, or BACKBONE/FEATURE/DIGITS"
     listed = "\n".join(f"  {c.label}" for c in columns) or "  no column"
     raise ValueError(f"{problem}. Nothing was removed; {store} has\n{listed}")
-
-
-def _fate(store: Path, column: _Found, why: str, holders: Sequence[str] = ()) -> Fate:
-    folders = (column.path, Path(f"{column.path}.done"), store / staging.FOLDER / column.place)
-    size = sum(map(_size, folders))
-    return Fate(*column.names, column.fingerprint, size, why, tuple(holders))
 
 
 def _size(folder: Path) -> int:
     total = 0
     for file in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # a build beside a dry run moves its files
+        with suppress(FileNotFoundError):  # during a dry run a build may move its files
             total += file.stat().st_size if file.is_file() else 0
     return total
 
 
-def _remove(store: Path, column: _Found) -> None:
-    """Take a column out of its place. Every step leaves what a reader and a builder understand."""
-    staging.drop(store, staging.files(store, column.place))
+def _remove(store: Path, column: _StoredColumn) -> None:
+    """Remove a column. After each step readers and builders still understand what is left."""
+    staging.drop(store, staging.files(store, column.relative_path))
     marks = Path(f"{column.path}.done")
     for part in (marks / "c", column.path / "c", marks, column.path):
         if part.exists():
-            _set_aside(store, part)
+            _move_to_temporary(store, part)
 
 
 def _remove_empty_groups(store: Path) -> None:
     for depth in ("*/*", "*"):
         for group in sorted((store / FEATURES).glob(depth)):
             if group.is_dir() and [inner.name for inner in group.iterdir()] == ["zarr.json"]:
-                _set_aside(store, group)
+                _move_to_temporary(store, group)
 
 
-def _set_aside(store: Path, folder: Path) -> None:
-    """Move a folder into `.tmp/`, to be deleted with it."""
+def _move_to_temporary(store: Path, folder: Path) -> None:
+    """Move a folder into `.tmp/`, whose contents are deleted."""
     (store / atomic.TEMPORARY).mkdir(exist_ok=True)
     os.rename(folder, store / atomic.TEMPORARY / uuid.uuid4().hex)
     atomic.sync_folder(folder.parent)

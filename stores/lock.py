@@ -1,4 +1,4 @@
-"""One builder a store: a kernel lock that dies with its holder."""
+"""The lock of a store: one process writes at a time, and a killed process leaves no lock behind."""
 
 import fcntl
 import json
@@ -17,14 +17,14 @@ class StoreLocked(RuntimeError):
 
 
 @contextmanager
-def held(store: Path) -> Iterator[None]:
-    """Hold the store's lock for the length of a `with` block.
+def locked(store: Path) -> Iterator[None]:
+    """Lock a store for the length of a `with` block.
 
-    The lock is the kernel's (`flock`): a killed holder frees it, and no file has to be removed by
-    hand. The file's text is only for the person who finds the store busy.
+    The lock is the kernel's (`flock`). It ends with the process that has it, so no file has to be
+    removed by hand. The text of the file only informs the person who finds the store locked.
 
     Raises:
-        StoreLocked: Somebody else holds it; the message says who, and since when.
+        StoreLocked: Another process has the lock; the message names it and the time.
     """
     # O_CLOEXEC (Python's default) keeps worker processes from inheriting the lock.
     descriptor = os.open(store / FILE, os.O_RDWR | os.O_CREAT, 0o644)
@@ -33,9 +33,9 @@ def held(store: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreLocked(_busy(store, os.read(descriptor, 4096))) from None
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps(holder).encode())
+        os.write(descriptor, json.dumps(owner).encode())
         yield
         os.ftruncate(descriptor, 0)
     finally:
@@ -44,11 +44,11 @@ def held(store: Path) -> Iterator[None]:
 
 def _busy(store: Path, text: bytes) -> str:
     try:
-        holder = json.loads(text)
-        who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+        owner = json.loads(text)
+        who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
     except (ValueError, KeyError, TypeError):
-        who = "a process that has not said its name"
+        who = "an unknown process"
     return (
         f"{store} is being built by {who}. Wait for it to end, or stop it; what it has finished "
-        "is kept, and the next build goes on from there."
+        "is kept, and the next build resumes from there."
     )

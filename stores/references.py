@@ -1,9 +1,9 @@
-"""References: which columns a run folder needs, so that `gc` leaves them.
+"""References: the columns that each run folder needs, and that garbage collection keeps.
 
-`references/<digest of the folder's path>.json` is {"holder": path, "fingerprints": [...]}. A
-reference counts while its folder exists: to let a run's columns go, delete the run's folder.
-References have a lock and a `.tmp/` of their own: a run may hold columns while another process has
-the store's lock, whose holder empties the store's `.tmp/`.
+`references/<digest of the folder's path>.json` is {"holder": path, "fingerprints": [...]}. The
+holder is the run folder. A reference is valid while that folder exists: to release the columns of
+a run, delete its folder. References have a lock and a `.tmp/` of their own, because a run may add
+one while another process has the store's lock and empties the store's `.tmp/`.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from varve.stores import atomic
 from varve.stores.columns import Damaged
-from varve.stores.identity import digest
+from varve.stores.digests import digest
 
 FOLDER = "references"
 LOCK = ".lock"
@@ -26,53 +26,53 @@ _FINGERPRINT = re.compile("[0-9a-f]{16,64}")
 
 @dataclass(frozen=True)
 class Reference:
-    """What one run folder holds.
+    """The columns that one run folder needs.
 
     Attributes:
-        holder: The folder's absolute path.
-        fingerprints: Of the columns it needs; the first 16 digits tell.
-        living: Whether the folder is still there.
-        file: Where the reference is written.
+        holder: Absolute path of the run folder.
+        fingerprints: Fingerprints of the columns; their first 16 digits are compared.
+        holder_exists: Whether the folder is still there.
+        file: File of the reference.
     """
 
     holder: Path
     fingerprints: tuple[str, ...]
-    living: bool
+    holder_exists: bool
     file: Path
 
     def needs(self, fingerprint: str) -> bool:
-        return any(held[:16] == fingerprint[:16] for held in self.fingerprints)
+        """Return whether the run folder needs a column."""
+        return any(needed[:16] == fingerprint[:16] for needed in self.fingerprints)
 
 
-def held(store: Path) -> list[Reference]:
-    """Every reference, by its holder's path.
+def read_all(store: Path) -> list[Reference]:
+    """Return every reference, sorted by its holder's path.
 
     Raises:
-        Damaged: A file does not say what is held. It is never passed over: that would free what
-            it protects.
+        Damaged: A file cannot be read. It is not skipped, since its columns would then be removed.
     """
-    found = []
+    references = []
     for file in sorted((store / FOLDER).glob("*.json")):
-        with suppress(FileNotFoundError):  # released meanwhile
-            found.append(_read(file))
-    return sorted(found, key=lambda reference: reference.holder)
+        with suppress(FileNotFoundError):  # removed meanwhile
+            references.append(_read(file))
+    return sorted(references, key=lambda reference: reference.holder)
 
 
-def hold(store: Path, holder: str | Path, fingerprints: Iterable[str]) -> None:
-    """Add columns to what a run folder holds. They need not exist yet.
+def add(store: Path, holder: str | Path, fingerprints: Iterable[str]) -> None:
+    """Add columns to the reference of a run folder. The columns need not exist yet.
 
     Raises:
         ValueError: The folder does not exist, or a fingerprint has fewer than 16 digits.
-        Damaged: What the folder holds already cannot be read.
+        Damaged: The folder's present reference cannot be read.
     """
     folder = Path(holder).resolve()
     if not folder.is_dir():
         raise ValueError(
-            f"{holder} is no folder, so nothing can be held for it: a reference lasts as long as "
+            f"{holder} is no folder, so no column can be kept for it: a reference lasts as long as "
             "its run folder. Make the folder first"
         )
-    asked = list(fingerprints)
-    for fingerprint in asked:
+    added = set(fingerprints)
+    for fingerprint in added:
         if not _FINGERPRINT.fullmatch(fingerprint):
             raise ValueError(
                 f"{fingerprint!r} names no column: give its fingerprint, 16 to 64 hexadecimal "
@@ -81,15 +81,16 @@ def hold(store: Path, holder: str | Path, fingerprints: Iterable[str]) -> None:
     with locked(store):
         file = _file(store, folder)
         before = set(_read(file).fingerprints) if file.exists() else set()
-        after = sorted(before | set(asked))
-        if after != sorted(before):
-            text = json.dumps({"holder": str(folder), "fingerprints": after}, indent=1)
+        if added - before:
+            text = json.dumps(
+                {"holder": str(folder), "fingerprints": sorted(before | added)}, indent=1
+            )
             atomic.clear_temporary(store / FOLDER)
             atomic.write(store / FOLDER, file, text.encode())
 
 
-def release(store: Path, holder: str | Path) -> None:
-    """Hold nothing for this folder any more, whether it exists or not."""
+def remove(store: Path, holder: str | Path) -> None:
+    """Remove the reference of a run folder, whether the folder exists or not."""
     file = _file(store, Path(holder).resolve())
     if file.exists():
         with locked(store):
@@ -98,7 +99,7 @@ def release(store: Path, holder: str | Path) -> None:
 
 @contextmanager
 def locked(store: Path) -> Iterator[None]:
-    """Keep the references as they are for the length of a `with` block. Waits for its turn."""
+    """Lock the references for the length of a `with` block; wait until the lock is free."""
     folder = store / FOLDER
     if not folder.is_dir():
         folder.mkdir(exist_ok=True)
@@ -117,26 +118,28 @@ def _file(store: Path, holder: Path) -> Path:
 
 def _read(file: Path) -> Reference:
     try:
-        found = json.loads(file.read_bytes())
-        holder, fingerprints = found["holder"], found["fingerprints"]
+        content = json.loads(file.read_bytes())
+        holder, fingerprints = content["holder"], content["fingerprints"]
         if not isinstance(holder, str) or file.stem != digest(holder)[:16]:
-            raise ValueError(f"its name does not go with the folder {holder!r}")
+            raise ValueError(f"its name does not belong to the folder {holder!r}")
         if not isinstance(fingerprints, list) or not all(map(_FINGERPRINT.fullmatch, fingerprints)):
-            raise ValueError("what it holds are no fingerprints")
+            raise ValueError("its entries are no fingerprints")
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(
-            f"{file} is damaged ({error}). It says which columns a run folder needs, and nothing "
-            "is freed without it: put it back as it was, or remove it and hold again what the run "
-            "needs (`FeatureStore.hold`)"
+            f"{file} is damaged ({error}). It lists the columns that a run folder needs, and "
+            "nothing is removed without it: restore it, or delete it and add the reference again "
+            "(`FeatureStore.add_reference`)"
         ) from error
     return Reference(Path(holder), tuple(fingerprints), _exists(Path(holder)), file)
 
 
-def _exists(holder: Path) -> bool:
-    """Whether the folder is there. One that cannot be looked at (no permission, a server that does
-    not answer) is not known to be gone."""
+def _exists(folder: Path) -> bool:
+    """Return False only if the folder is certainly not there.
+
+    A folder that cannot be read (no permission, a server that does not respond) counts as there.
+    """
     try:
-        holder.stat()
+        folder.stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:

@@ -1,12 +1,12 @@
-"""Stores on object storage (`s3://`, `gs://`, `az://`), for reading.
+"""Locations of stores: local folders, and object storage (`s3://`, `gs://`, `az://`) for reading.
 
-`RemotePath` answers what reading asks of `pathlib.Path`, and opens Zarr arrays; who writes asks
-for `local_folder` and is refused. obstore does the talking. It is imported when a URL is opened: a
-store on local disk does without.
+`RemotePath` has the methods of `pathlib.Path` that reading needs, and opens Zarr arrays. Code that
+writes calls `local_folder`, which raises for object storage. Requests are made with obstore, which
+is imported when a URL is opened and not needed for a local store.
 
-An object is replaced whole, so one request never sees two versions of it; a shard takes several,
-its index first. Each is bound to the version (ETag) that the index had: two versions may differ in
-where a row lies, and then every checksum would match.
+An object is replaced as a whole, so one request never sees two versions. A shard takes several
+requests, the first for its index. The others are conditional on the version (ETag) of the index:
+a row may have another offset in another version, and every checksum would still match.
 """
 
 import asyncio
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore as Client
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
-# What waits for a server a thousand kilometres away; each takes a thread and little else.
+# Number of parallel requests. This many hide the latency of a distant server.
 REQUESTS = 32
-# `Path("s3://bucket")` has one slash left.
+# `Path("s3://bucket")` keeps only one slash.
 _URL = re.compile(r"(\w+):/{1,2}([^/].*)")
-# A dead endpoint is told of in 10 s; a large object may take its time as long as bytes arrive.
+# A dead endpoint fails after 10 s; a large object may take longer as long as bytes arrive.
 _PATIENCE = {"connect_timeout": "3s", "read_timeout": "10s", "timeout": "10min"}
 _RETRIES = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-# The version of each object that the current read began with.
+# Version of each object at the start of the current read.
 _VERSIONS: ContextVar[Mapping[str, str]] = ContextVar("_VERSIONS", default=MappingProxyType({}))
 _threads_of: int | None = None
 
 
 class Unreachable(ConnectionError):
-    """Object storage gave no answer, or refused; the message says what to check."""
+    """Object storage did not respond, or refused; the message names what to check."""
 
 
 class Replaced(ValueError):
@@ -55,7 +55,7 @@ class Replaced(ValueError):
 
 @dataclass(frozen=True, order=True)
 class RemotePath:
-    """A key of a bucket, by the names of `pathlib.Path`. Listing shows folders, as a disk does."""
+    """A key of a bucket, with methods of `pathlib.Path`. Common prefixes are folders."""
 
     key: str
     bucket: "_Bucket" = field(compare=False, repr=False)
@@ -82,40 +82,48 @@ class RemotePath:
         return self.parent / name
 
     def read_bytes(self) -> bytes:
-        """Raises: FileNotFoundError, Unreachable."""
+        """Return the object's bytes.
+
+        Raises:
+            FileNotFoundError: There is no such object.
+            Unreachable: The server does not respond, or refuses.
+        """
         return self.bucket.read(self.key)
 
     def exists(self) -> bool:
-        """Whether there is such a folder."""
+        """Return whether there is such a folder."""
         return any(self.bucket.names(self.key))
 
     def glob(self, pattern: str) -> list["RemotePath"]:
-        """For patterns such as "*/*/zarr.json": folders of any name, then a file of that one."""
-        *folders, file = pattern.split("/")
-        found = [self]
+        """Return the files that match a pattern such as "*/*/zarr.json": any folders, one name."""
+        *levels, file = pattern.split("/")
+        folders = [self]
         with ThreadPoolExecutor(REQUESTS) as pool:
-            for _ in folders:
-                inner = pool.map(lambda folder: self.bucket.names(folder.key)[0], found)
-                found = [f / name for f, names in zip(found, inner, strict=True) for name in names]
-            held = list(pool.map(lambda folder: self.bucket.names(folder.key)[1], found))
-        return [f / file for f, names in zip(found, held, strict=True) if file in names]
+            for _ in levels:
+                inner = pool.map(lambda folder: self.bucket.names(folder.key)[0], folders)
+                folders = [f / n for f, names in zip(folders, inner, strict=True) for n in names]
+            files = list(pool.map(lambda folder: self.bucket.names(folder.key)[1], folders))
+        return [f / file for f, names in zip(folders, files, strict=True) if file in names]
 
     def open_array(self) -> "zarr.Array[Any]":
+        """Open the Zarr array at this key for reading."""
         return zarr.open_array(Objects(self.bucket), path=self.key, mode="r", zarr_format=3)
 
 
-Place = Path | RemotePath
+Location = Path | RemotePath
 
 
-def place_of(path: "str | Path | RemotePath", options: Mapping[str, Any] | None = None) -> Place:
-    """Where a store lies.
+def location_of(
+    path: "str | Path | RemotePath", options: Mapping[str, Any] | None = None
+) -> Location:
+    """Return the location of a store.
 
     Args:
         path: A folder, or a URL.
-        options: For a URL: what `obstore.store.from_url` takes, such as `endpoint`.
+        options: For a URL: arguments of `obstore.store.from_url`, such as `endpoint`.
 
     Raises:
-        ValueError: A URL that cannot be read, or options that do not belong to it.
+        ValueError: The URL or its options are not valid.
         ModuleNotFoundError: obstore is not installed.
     """
     if isinstance(path, RemotePath):
@@ -124,7 +132,7 @@ def place_of(path: "str | Path | RemotePath", options: Mapping[str, Any] | None 
     scheme = match[1] if match else ""
     if scheme in ("http", "https"):
         raise ValueError(
-            f"{path}: a store's columns are found by listing, and a web server lists nothing. Give "
+            f"{path}: a store's columns are listed, and a web server has no listing. Give "
             "the bucket (s3://BUCKET/PREFIX, storage_options={'endpoint': 'https://...'}), or copy "
             "the store to a local disk (`rclone copy`)"
         )
@@ -138,10 +146,10 @@ def place_of(path: "str | Path | RemotePath", options: Mapping[str, Any] | None 
 
 
 def local_folder(path: "str | Path | RemotePath") -> Path:
-    """A store's folder, for who writes.
+    """Return the absolute path of a local store.
 
     Raises:
-        io.UnsupportedOperation: It lies on object storage.
+        io.UnsupportedOperation: The store is on object storage.
     """
     match = _URL.fullmatch(str(path))
     if isinstance(path, RemotePath) or (match and match[1] in (*SCHEMES, "http", "https")):
@@ -149,24 +157,24 @@ def local_folder(path: "str | Path | RemotePath") -> Path:
             f"{path} is on object storage, where a store is read only. Build on a local disk and "
             "copy the store there (`aws s3 sync STORE s3://...`, or `rclone sync`)"
         )
-    # Whole: the same file by two names would be two files to who compares names.
+    # Absolute, because paths are compared: one file must have one name.
     return Path(path).absolute()
 
 
-def open_array(place: Place) -> "zarr.Array[Any]":
-    """A Zarr array, to read."""
-    if isinstance(place, RemotePath):
-        return place.open_array()
-    return zarr.open_array(LocalStore(place, read_only=True), mode="r", zarr_format=3)
+def open_array(location: Location) -> "zarr.Array[Any]":
+    """Open a Zarr array for reading."""
+    if isinstance(location, RemotePath):
+        return location.open_array()
+    return zarr.open_array(LocalStore(location, read_only=True), mode="r", zarr_format=3)
 
 
-def mending(place: Place, locally: str) -> str:
-    """The next move where a file is damaged."""
-    return locally if isinstance(place, Path) else "Copy the store there again"
+def repair_hint(location: Location, locally: str) -> str:
+    """Return how to repair a damaged file: `locally` on a local disk."""
+    return locally if isinstance(location, Path) else "Copy the store there again"
 
 
 class _Bucket:
-    """A bucket, or what lies below a prefix of it. Pickles with the options it was opened with."""
+    """A bucket, or a prefix of one. It is pickled with its URL and options."""
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         try:
@@ -180,35 +188,36 @@ class _Bucket:
         endpoints = [options.get("endpoint"), *map(os.environ.get, _ENDPOINTS)]
         endpoint = str(next(filter(None, endpoints), ""))
         plain = {"allow_http": True} if endpoint.startswith("http://") else {}
-        given: dict[str, Any] = {"retry_config": _RETRIES, **options}
-        given["client_options"] = _PATIENCE | plain | dict(options.get("client_options", {}))
+        arguments: dict[str, Any] = {"retry_config": _RETRIES, **options}
+        arguments["client_options"] = _PATIENCE | plain | dict(options.get("client_options", {}))
         try:
-            self.client: Client = from_url(url, **given)
+            self.client: Client = from_url(url, **arguments)
         except (BaseError, TypeError) as error:
             raise ValueError(f"{url} cannot be opened: {_first(error)}") from error
 
     def read(self, key: str) -> bytes:
+        """Return the bytes of an object."""
         import obstore
 
-        with self.asking(key):
+        with self.errors_explained(key):
             return bytes(obstore.get(self.client, key).bytes())
 
     def names(self, key: str) -> tuple[list[str], list[str]]:
-        """Names of the folders, and of the files, in a folder; both empty where there is none."""
+        """Return the names of the folders and of the files in a folder; both empty without one."""
         import obstore
 
-        with self.asking(f"{key}/"):
-            found = obstore.list_with_delimiter(self.client, key or None)
-        folders = [folder.rpartition("/")[2] for folder in found["common_prefixes"]]
-        return sorted(folders), sorted(o["path"].rpartition("/")[2] for o in found["objects"])
+        with self.errors_explained(f"{key}/"):
+            listing = obstore.list_with_delimiter(self.client, key or None)
+        folders = [folder.rpartition("/")[2] for folder in listing["common_prefixes"]]
+        return sorted(folders), sorted(o["path"].rpartition("/")[2] for o in listing["objects"])
 
     @contextmanager
-    def asking(self, key: str) -> Iterator[None]:
-        """Tell what obstore raises in words of ours.
+    def errors_explained(self, key: str) -> Iterator[None]:
+        """Replace obstore's errors by errors that name the cause and what to check.
 
         Raises:
             FileNotFoundError: There is no such object, or no such bucket.
-            Unreachable: No answer, or a refusal.
+            Unreachable: The server does not respond, or refuses.
         """
         from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
@@ -216,39 +225,40 @@ class _Bucket:
         _threads_of = _threads_of or os.getpid()
         if _threads_of != os.getpid():
             raise Unreachable(
-                f"{self.url} was read before this process was forked, and obstore's threads stayed "
-                'behind. Start workers afresh: DataLoader(..., multiprocessing_context="spawn")'
+                f"{self.url} was read before this process was forked, and a fork does not copy "
+                "obstore's threads. "
+                'Start workers afresh: DataLoader(..., multiprocessing_context="spawn")'
             )
         try:
             yield
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{self.url}/{key}: {_first(error)}") from error
         except BaseError as error:
-            said = _first(error)
+            cause = _first(error)
             move = "Check the network, the endpoint and the region"
             if isinstance(error, PermissionDeniedError | UnauthenticatedError):
                 move = "Check the keys, and that they may read and list the bucket"
-            if "169.254.169.254" in said:
+            if "169.254.169.254" in cause:
                 move = "No keys were found: set them, or `skip_signature` for a public bucket"
             where = "the provider's environment variables"
             if self.url.startswith("s3"):
                 where = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL"
             raise Unreachable(
-                f"{self.url}/{key} cannot be read: {said}. {move} ({where}, or storage_options)"
+                f"{self.url}/{key} cannot be read: {cause}. {move} ({where}, or storage_options)"
             ) from error
 
 
 class Objects(ObjectStore["Client"]):
-    """The bucket as zarr sees it: an index is fetched once, chunks are of the index's version.
+    """Zarr store of a bucket. An index is fetched once; chunks are of the version of their index.
 
     Attributes:
-        replaced: How often an object was found to be of another version than its index.
+        replaced: Number of requests that met another version than that of the index.
     """
 
     def __init__(self, bucket: _Bucket, *, read_only: bool = True) -> None:
         super().__init__(bucket.client, read_only=True)
         self._bucket, self.replaced = bucket, 0
-        # Touched in zarr's own thread alone.
+        # Used in zarr's own thread only.
         self._indices: dict[str, asyncio.Task[tuple[str | None, Any]]] = {}
 
     def __reduce__(self) -> "tuple[type[Objects], tuple[_Bucket]]":
@@ -258,7 +268,7 @@ class Objects(ObjectStore["Client"]):
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         try:
-            with self._bucket.asking(key):
+            with self._bucket.errors_explained(key):
                 data = await self._bytes(key, byte_range)
         except FileNotFoundError:
             self._indices.pop(key, None)
@@ -281,8 +291,8 @@ class Objects(ObjectStore["Client"]):
         if isinstance(byte_range, SuffixByteRequest):
             version, data = await self._index(key, byte_range.suffix)
         elif isinstance(byte_range, RangeByteRequest):
-            asked = (byte_range.start, byte_range.end)
-            version, data = await self._fetch(key, {"range": asked}, _VERSIONS.get().get(key))
+            interval = (byte_range.start, byte_range.end)
+            version, data = await self._fetch(key, {"range": interval}, _VERSIONS.get().get(key))
         else:  # a whole object
             return (await self._fetch(key, {}))[1]
         if version is not None:
@@ -290,13 +300,13 @@ class Objects(ObjectStore["Client"]):
         return data
 
     async def _index(self, key: str, size: int) -> tuple[str | None, Any]:
-        """The end of an object. Who asks while it is on its way waits for the same answer."""
+        """Return the end of an object. Concurrent calls share one request."""
         task = self._indices.get(key)
         if task is None:
             self._indices[key] = task = asyncio.create_task(self._end(key, size))
         try:
             return await asyncio.shield(task)
-        except Exception:  # whichever it is, the next to ask tries again
+        except Exception:  # the next call tries again
             self._indices.pop(key, None)
             raise
 
@@ -306,18 +316,18 @@ class Objects(ObjectStore["Client"]):
 
         try:
             return await self._fetch(key, {"range": {"suffix": size}})
-        except NotSupportedError:  # Azure counts from the beginning only
+        except NotSupportedError:  # Azure accepts no suffix ranges
             head = await obstore.head_async(self.store, key)
-            asked = (head["size"] - size, head["size"])
-            return await self._fetch(key, {"range": asked}, head["e_tag"])
+            interval = (head["size"] - size, head["size"])
+            return await self._fetch(key, {"range": interval}, head["e_tag"])
 
     async def _fetch(
         self, key: str, options: dict[str, Any], version: str | None = None
     ) -> tuple[str | None, Any]:
-        """Some bytes and the version they are of.
+        """Return the version of an object and some of its bytes.
 
         Raises:
-            Replaced: Another than `version`.
+            Replaced: The object's version is not `version`.
         """
         import obstore
         from obstore.exceptions import PreconditionError
@@ -325,19 +335,19 @@ class Objects(ObjectStore["Client"]):
         options |= {"if_match": version} if version else {}
         try:
             result = await obstore.get_async(self.store, key, options=options)  # type: ignore[arg-type]
-            found = result.meta["e_tag"]
-            if version and found != version:  # the server knows no conditions
-                raise PreconditionError(found)
+            current = result.meta["e_tag"]
+            if version and current != version:  # the server ignores conditions
+                raise PreconditionError(current)
         except PreconditionError:
             self.replaced += 1
             self._indices.pop(key, None)
             raise Replaced(f"{self._bucket.url}/{key} was replaced; read it again") from None
-        return found, await result.bytes_async()
+        return current, await result.bytes_async()
 
 
 def _first(error: Exception) -> str:
-    """What happened, of the pages that obstore tells: its first line, and the server's code."""
+    """Return the first line of obstore's long message, and the server's error code."""
     text = str(error).partition("\n\nDebug source")[0]
-    said = [m[1] for m in re.finditer(r"<(?:Code|Message)>(.*?)</", text)]
+    codes = [m[1] for m in re.finditer(r"<(?:Code|Message)>(.*?)</", text)]
     line = text.partition("<?xml")[0].partition("\n")[0].strip().rstrip(":-. ")
-    return " ".join([line, f"({': '.join(said)})" if said else ""]).strip()
+    return " ".join([line, f"({': '.join(codes)})" if codes else ""]).strip()

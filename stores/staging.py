@@ -1,8 +1,9 @@
-"""Staging: finished blocks wait here, each in a file of its own, until their shard is written.
+"""Staging area: files of finished blocks that are not yet in a shard.
 
-A block is a few clips of one column. It is on disk, whole, before anyone is told of it, so a
-killed build loses the blocks in flight and no more; the next one finds the rest here. What was
-learnt of the clips while decoding (`facts`) waits beside, until the table of clips holds it.
+A block is the cells of some clips of one column. Its file is complete before the block is
+reported, so a killed build loses only the blocks in flight; the next build uses the others. The
+facts about the clips that decoding found are staged in the same way, until they are in the table
+of clips.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from varve.stores import atomic
-from varve.stores.identity import digest
+from varve.stores.digests import digest
 
 FOLDER = ".staging"
 FACTS = "facts"
@@ -32,23 +33,26 @@ class StagedBlock:
     cells: np.ndarray
 
 
-def put(store: Path, place: str, block: StagedBlock) -> Path:
-    """Stage cells of the column of that place (`ColumnSpec.place`). Returns the file."""
+def put(store: Path, column: str, block: StagedBlock) -> Path:
+    """Stage cells of a column (`ColumnSpec.relative_path`), and return their file."""
     buffer = io.BytesIO()
     np.savez(buffer, rows=block.rows, keys=block.keys, cells=block.cells)
     name = digest({"rows": block.rows.tolist(), "keys": block.keys.tobytes().hex()})[:24]
-    file = store / FOLDER / place / f"{name}.npz"
+    file = store / FOLDER / column / f"{name}.npz"
     atomic.write(store, file, buffer.getbuffer())
     return file
 
 
-def files(store: Path, place: str) -> list[Path]:
-    """Staged blocks of a column, in a stable order."""
-    return sorted((store / FOLDER / place).glob("*.npz"))
+def files(store: Path, column: str) -> list[Path]:
+    """Return the staged blocks of a column (`ColumnSpec.relative_path`), in a stable order."""
+    return sorted((store / FOLDER / column).glob("*.npz"))
 
 
 def rows_and_keys(file: Path) -> list[tuple[int, np.ndarray]]:
-    """Which cells a staged block holds. A damaged file holds none: its cells are computed again."""
+    """Return the row and the row key of each staged cell.
+
+    A damaged file has no cells, so that they are computed again.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             if archive.testzip() is not None:
@@ -60,26 +64,26 @@ def rows_and_keys(file: Path) -> list[tuple[int, np.ndarray]]:
 
 
 def get(file: Path) -> StagedBlock:
-    """A staged block that `rows_and_keys` has found whole."""
+    """Read a staged block that `rows_and_keys` has checked."""
     with np.load(file, allow_pickle=False) as archive:
         return StagedBlock(archive["rows"], archive["keys"], archive["cells"])
 
 
 def put_facts(store: Path, facts: list[dict[str, Any]]) -> None:
-    """Keep what was learnt of some clips, one JSON object each, until the table holds it."""
+    """Stage facts about some clips, one JSON object per clip, until they are in the table."""
     name = digest(facts)[:24]
     atomic.write(store, store / FOLDER / FACTS / f"{name}.json", json.dumps(facts).encode())
 
 
 def all_facts(store: Path) -> Iterator[dict[str, Any]]:
-    """What builds before have learnt and not entered. A damaged file is passed over."""
+    """Iterate over the facts that are not yet in the table. A damaged file is skipped."""
     for file in facts_files(store):
         with contextlib.suppress(ValueError):
             yield from json.loads(file.read_bytes())
 
 
 def drop(store: Path, files: list[Path]) -> None:
-    """Remove staged files, and the folders that this leaves empty."""
+    """Remove staged files, and the folders that are then empty."""
     for file in files:
         file.unlink(missing_ok=True)
     root = store / FOLDER
@@ -90,4 +94,5 @@ def drop(store: Path, files: list[Path]) -> None:
 
 
 def facts_files(store: Path) -> list[Path]:
+    """Return the files of staged facts, in a stable order."""
     return sorted((store / FOLDER / FACTS).glob("*.json"))

@@ -1,9 +1,8 @@
-"""Reading cells of any Zarr array through zarr-python, wherever it lies.
+"""Read cells of any Zarr array, local or remote, through zarr-python.
 
-For what `varve.stores.reader.ShardReader` does not serve: compressed or unsharded arrays, other
-stores.
-A slice a run of neighbours, several at a time; never fancy indexing, which took forty times as
-long.
+It reads what `varve.stores.shard_reader.ShardReader` does not: compressed arrays, arrays without
+shards, and arrays in other stores. Each run of consecutive rows is one slice, and several slices
+are read at a time. Fancy indexing is not used: it took forty times as long.
 """
 
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import numpy as np
 import zarr
 
 from varve.stores.columns import CODEC_ERRORS, runs
-from varve.stores.reader import Unreadable
+from varve.stores.shard_reader import Unreadable
 
 REQUESTS = 8
 TRIES = 20
@@ -22,16 +21,16 @@ REQUEST_BYTES = 64 << 20
 
 
 class ZarrReader:
-    """Cells of an open array: rows first.
-
-    Checksums are verified whether asked for or not.
+    """Reader of an open array whose first axis is the row. Checksums are always verified.
 
     Args:
-        array: Open, on local disk or anywhere else.
-        is_fill: Of some cells, bool [n]: which are the fill value, as where there is no chunk.
-        version: Of what holds rows [first, last]; where a request ends under another version than
-            it began under it is made again, since index and chunks may be of two.
-        requests: So many slices at a time.
+        array: An open array, local or remote.
+        is_fill: Function of cells [n, ...] that returns bool [n]: whether a cell is the fill value,
+            which stands for a missing chunk.
+        version: Function of (first, last) that returns the version of the files of these rows. A
+            request during which the version changes is repeated, since its index and its chunks
+            may be of two versions.
+        requests: Number of slices that are read at a time.
     """
 
     def __init__(
@@ -45,10 +44,10 @@ class ZarrReader:
         self._requests = requests
 
     def read(self, rows: np.ndarray, out: np.ndarray, verify: bool = True) -> list[int]:
-        """Fill `out`; see `varve.stores.reader`."""
+        """Copy cells into `out`; see `varve.stores.shard_reader.Reader`."""
         if not out.size:
             return []
-        distinct, places = np.unique(rows, return_inverse=True)
+        distinct, positions = np.unique(rows, return_inverse=True)
         in_order = np.array_equal(distinct, rows)
         cells = out if in_order else np.empty((len(distinct), *out.shape[1:]), out.dtype)
         step = max(1, REQUEST_BYTES // out[0].nbytes)
@@ -64,9 +63,9 @@ class ZarrReader:
         else:
             fetch(parts[0])
         if not in_order:
-            # "clip" spares numpy a second buffer; the places are within bounds.
-            np.take(cells, places, axis=0, out=out, mode="clip")
-        return [int(place) for place in np.flatnonzero(self._is_fill(out))]
+            # "clip" spares numpy a second buffer; the positions are within bounds.
+            np.take(cells, positions, axis=0, out=out, mode="clip")
+        return [int(index) for index in np.flatnonzero(self._is_fill(out))]
 
     def _slice(self, first: int, last: int) -> Any:
         for _ in range(TRIES):

@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from varve.stores import FeatureStore, clips
 from varve.stores.columns import Column, ColumnSpec
-from varve.stores.identity import digest
+from varve.stores.digests import digest
 
 # An example takes as long as a busy machine lets it.
 settings.register_profile("unhurried", deadline=None)

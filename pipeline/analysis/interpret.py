@@ -70,8 +70,8 @@ def clip(
     found = table.index[table["path"] == row] if isinstance(row, str) else [row]
     if len(found) != 1 or found[0] not in table.index:
         raise LookupError(
-            f"{store.place} has {len(found) if isinstance(row, str) else 'no'} clips {row!r}: give "
-            f"a path of `store.clips`, or a row from 0 to {len(table) - 1}"
+            f"{store.location} has {len(found) if isinstance(row, str) else 'no'} clips {row!r}: "
+            f"give a path of `store.clips`, or a row from 0 to {len(table) - 1}"
         )
     (number,) = map(int, found)
     known = table.loc[number]

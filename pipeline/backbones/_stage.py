@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from varve.pipeline.backbones._reductions import reduce
 from varve.pipeline.config import Picture, Sound
-from varve.stores.identity import digest
+from varve.stores.digests import digest
 
 if TYPE_CHECKING:
     from varve.pipeline.backbones._suffix import Suffix

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from varve.stores.identity import WEIGHT_FILES
+from varve.stores.digests import WEIGHT_FILES
 
 CONNECT_SECONDS = 5.0
 WRAPPERS = ("state_dict", "model_state_dict", "model")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from varve.pipeline.backbones import _vit, _weights
 from varve.pipeline.backbones._stage import Backbone, Stage, parameter_digest
 from varve.pipeline.config import Picture
-from varve.stores.identity import store_name
+from varve.stores.digests import store_name
 
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # In the state of OpenAI's archives, beside the parameters.

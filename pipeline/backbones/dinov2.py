@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from varve.pipeline.backbones import _vit, _weights
 from varve.pipeline.backbones._stage import Backbone, Stage
 from varve.pipeline.config import Picture
-from varve.stores.identity import store_name
+from varve.stores.digests import store_name
 
 SIZE = 224
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from varve.pipeline.backbones import _weights, resnet
 from varve.pipeline.backbones._stage import Backbone, Stage
 from varve.pipeline.config import Sound
-from varve.stores.identity import store_name
+from varve.stores.digests import store_name
 
 PREFIX = "mel_"
 SOUND = Sound(rate=16000, seconds=1.0)

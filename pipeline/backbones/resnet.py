@@ -15,7 +15,7 @@ from varve.pipeline.backbones import _weights
 from varve.pipeline.backbones._stage import Backbone, Stage
 from varve.pipeline.backbones._vit import Normalise
 from varve.pipeline.config import Picture
-from varve.stores.identity import store_name
+from varve.stores.digests import store_name
 
 PICTURES_OF = "IMAGENET1K_V1"
 

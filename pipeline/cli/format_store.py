@@ -9,7 +9,7 @@ import pandas as pd
 
 from varve.pipeline.units import clock, size
 from varve.stores import FeatureStore
-from varve.stores.garbage import Garbage
+from varve.stores.garbage import GarbageReport
 
 if TYPE_CHECKING:  # torch, which describing a store has no use for
     from varve.pipeline.extraction.build import BuildReport
@@ -236,7 +236,7 @@ def failure_lines(failed: pd.DataFrame) -> str:
     )
 
 
-def garbage_lines(report: Garbage) -> str:
+def garbage_lines(report: GarbageReport) -> str:
     """What a garbage collection freed, or would, for a person."""
     freed, forgot = ("would free", "would forget") if report.dry_run else ("freed", "forgot")
     lines = [
@@ -244,7 +244,10 @@ def garbage_lines(report: Garbage) -> str:
         for verb, columns in ((freed, report.freed), ("keeps", report.kept))
         for c in columns
     ]
-    lines += [f"{forgot} the run folder {folder}: it is no longer there" for folder in report.gone]
+    lines += [
+        f"{forgot} the run folder {folder}: it no longer exists"
+        for folder in report.missing_holders
+    ]
     count = len(report.freed)
     total = f"{freed} {size(report.freed_bytes)} in {count} column{'s' * (count != 1)}"
     return "\n".join([*lines, total if count else "nothing is to be freed"])

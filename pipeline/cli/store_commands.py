@@ -234,7 +234,7 @@ def verify(
 
     from varve.pipeline.extraction.verify import verify as run
     from varve.pipeline.progress import Progress, default_progress
-    from varve.stores.identity import store_name
+    from varve.stores.digests import store_name
 
     given = {store_name(name): name for name in backbone or []}
     progress = Progress() if as_json else default_progress()

@@ -21,7 +21,7 @@ from varve.pipeline.experiments.scenarios import Division
 from varve.pipeline.extraction.update import recorded_request
 from varve.stores import Feature, FeatureStore, SpecMismatch
 from varve.stores.clips import row_keys
-from varve.stores.identity import digest, store_name
+from varve.stores.digests import digest, store_name
 
 VECTOR, SOUND = "vector", "sound"
 _BLOCK = re.compile(r"(blocks\.\d+)\.(attn|mlp)|(layer\d+\.\d+)")
@@ -84,7 +84,7 @@ def backbone_of(store: FeatureStore, asked: str) -> str:
         found = sorted(set(found) - set(_listening(store))) or found
     if len(found) != 1:
         what = f"backbone {asked!r} is {len(found)} of those" if asked else "name one by --backbone"
-        raise ValueError(f"{what} of {store.place}: {', '.join(held) or 'it has no feature'}")
+        raise ValueError(f"{what} of {store.location}: {', '.join(held) or 'it has no feature'}")
     return found[0]
 
 
@@ -108,7 +108,7 @@ def features_of(
         feature = _vector(store, whose) if own == VECTOR else _column(store, whose, own)
         if feature is None:
             raise SpecMismatch(
-                f"{store.place} has no {own} of {whose}, which the head reads"
+                f"{store.location} has no {own} of {whose}, which the head reads"
                 f"{f' as {name}' if own != name else ''}. This adds it:\n  "
                 + build_command(store, whose, own)
             )
@@ -145,13 +145,13 @@ def _whose(
         held = _listening(store)
         if not held:
             raise SpecMismatch(
-                f"{store.place} has no network that listens, whose last vector the head reads as "
-                "sound. This adds one (random-0 in WEIGHTS' place to try):\n  "
+                f"{store.location} has no network that listens, whose last vector the head reads "
+                "as sound. This adds one (random-0 in WEIGHTS' place to try):\n  "
                 + build_command(store, "mel_resnet18:WEIGHTS", VECTOR)
             )
         if len(held) > 1:
             raise ValueError(
-                f"{store.place} has {len(held)} networks that listen: say which in the place of "
+                f"{store.location} has {len(held)} networks that listen: say which in the place of "
                 f"sound, such as {held[0]}/pool or {held[1]}/pool"
             )
         return held[0], VECTOR
@@ -218,7 +218,7 @@ def build_command(store: FeatureStore, backbone: str, keep: str) -> str:
     request, plain = recorded_request(store), BuildSpec(("",))
     asked = weights_of(store, backbone)
     words = ["varve", "build", str(store.attributes.get("dataset", "DATASET")), "--store",
-             str(store.place), "--backbone", asked]  # fmt: skip
+             str(store.location), "--backbone", asked]  # fmt: skip
     words += [] if keep == VECTOR else ["--keep", keep]
     for name in ("frames", "sampling", "fps", "stride", "views", "flip", "random_crop", "decoder",
                  "precision", "dtype"):  # fmt: skip

@@ -125,7 +125,7 @@ def route(
             if feature.fingerprint != kept[name].fingerprint:
                 raise SpecMismatch(
                     f"{feature.name} of {backbone} comes out under another key than in "
-                    f"{opened.place}: its weights or this version's code are not what they were"
+                    f"{opened.location}: its weights or this version's code are not what they were"
                 )
         names = list(opened.attributes["classes"])
         table = found.clips.set_index("path")
@@ -174,7 +174,7 @@ def restored(
     moved = [name for name, one in features.items() if one.fingerprint != spec["features"][name]]
     if moved:
         raise SpecMismatch(
-            f"{store.place} has another {', '.join(moved)} of {spec['backbone']} than "
+            f"{store.location} has another {', '.join(moved)} of {spec['backbone']} than "
             f"{run.folder} was made on"
         )
     last = len(spec["tasks"]) - 1

@@ -145,7 +145,7 @@ def run(
     plan = prepare(store, head, scenario, seed, options or {}, backbone, splits, device)
     folder = Path(out) / plan.name
     folder.mkdir(parents=True, exist_ok=True)
-    with lock.held(folder):
+    with lock.locked(folder):
         if not (folder / "metrics.json").exists():
             atomic.clear_temporary(folder)
             with _threads(_written(folder, plan, threads)):

@@ -26,7 +26,7 @@ from varve.pipeline.experiments.head_network import HeadNetwork
 from varve.pipeline.experiments.head_source import Method, code_of, method_of
 from varve.pipeline.experiments.scenarios import Scenario, divide
 from varve.stores import Feature, FeatureStore, SpecMismatch
-from varve.stores.identity import digest
+from varve.stores.digests import digest
 
 
 @dataclass
@@ -119,7 +119,7 @@ def prepare(
         "device": torch.device(device).type,
         "code": code_of(method),
     }
-    return Prepared(spec, str(opened.place), method, made, network, features, chosen.tasks,
+    return Prepared(spec, str(opened.location), method, made, network, features, chosen.tasks,
                     division, head_inputs.numbers_of(opened), classes, text, device)  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def head_of(
         precision = str(network.precision).removeprefix("torch.")
         raise SpecMismatch(
             f"{head} compares what it trains, in float32, with what the store keeps of it, and the "
-            f"features of {backbone} in {store.place} are of {precision}: build it with "
+            f"features of {backbone} in {store.location} are of {precision}: build it with "
             "--precision float32"
         )
     frames = next(iter(features.values())).shape[1]

@@ -261,7 +261,7 @@ def _spread(
     progress: Progress,
 ) -> Iterator[tuple[dict[str, Any], Exception | None]]:
     """Run them; each comes with its error when it ends. The first of a group learns for it."""
-    place = str(store.place)
+    place = str(store.location)
     if runtime.serial:
         for learning, group in groups.items():
             learned = before.get(learning)

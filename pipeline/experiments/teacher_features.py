@@ -64,4 +64,4 @@ def features(
 
 def forget(store: str, folder: Path) -> None:
     """The run has ended: its columns may be freed."""
-    FeatureStore.open(store).release(folder)
+    FeatureStore.open(store).remove_reference(folder)

@@ -29,7 +29,7 @@ class Assembler:
         self._rows_of: dict[Path, set[int]] = {}
         self._unstaged = [
             file
-            for file in staging.files(store, plan.output.spec.place)
+            for file in staging.files(store, plan.output.spec.relative_path)
             if file not in set(plan.staged.values())
         ]
         for row, file in plan.staged.items():
@@ -52,7 +52,7 @@ class Assembler:
             distinct, places = np.unique([copied[row] for row in part], return_inverse=True)
             cells = self.column.read_cells(distinct.astype(np.int64))[places]
             block = staging.StagedBlock(np.array(part, np.int64), keys[part], cells)
-            self.staged(staging.put(self._store, self.column.spec.place, block), part)
+            self.staged(staging.put(self._store, self.column.spec.relative_path, block), part)
 
     def staged(self, file: Path, rows: Iterable[int]) -> None:
         """Take note that a staged file holds these rows' cells."""

@@ -40,7 +40,7 @@ from varve.pipeline.extraction.plan import Plan, make_plan
 from varve.pipeline.extraction.scan import Scan, scan
 from varve.pipeline.extraction.update import Rows, plan_update
 from varve.pipeline.progress import Progress
-from varve.stores import FeatureStore, atomic, clips, lock, staging, text
+from varve.stores import FeatureStore, atomic, clips, lock, staging, text_features
 from varve.stores.remote import local_folder
 
 LOGS = "logs"
@@ -132,12 +132,12 @@ def build(
     if not (path / "zarr.json").exists():
         # A request that cannot be met leaves nothing behind, so it is looked at first.
         if path.is_dir():
-            FeatureStore.refuse_strangers(path)
+            FeatureStore.check_empty(path)
         ready = prepare(root, path, None, spec, layout, split, runtime, progress)
         check_disk(ready.plan, path)
     with explained(path):
         opened = FeatureStore.create(path)
-    with explained(path), lock.held(path):
+    with explained(path), lock.locked(path):
         atomic.clear_temporary(path)
         if ready is None or len(opened.clips):
             ready = prepare(root, path, opened, spec, layout, split, runtime, progress)
@@ -231,7 +231,7 @@ def _plan_build(
     runtime, progress, path = runtime or Runtime(), progress or Progress(), local_folder(store)
     opened = FeatureStore.open(path) if (path / "zarr.json").exists() else None
     if opened is None and path.is_dir():
-        FeatureStore.refuse_strangers(path)
+        FeatureStore.check_empty(path)
     ready = prepare(Path(dataset), path, opened, spec, layout, split, runtime, progress)
     if not estimate or not ready.plan.blocks:
         return ready.plan, None
@@ -277,7 +277,7 @@ def keep_text(store: Path, backbone: Backbone, classes: Iterable[str], progress:
     if backbone.text is None or not names:
         return
     key = class_features_key(backbone.text)
-    held = text.held(store, backbone.name, key)
+    held = text_features.stored(store, backbone.name, key)
     missing = [name for name in names if name not in held]
     if not missing:
         return
@@ -285,7 +285,8 @@ def keep_text(store: Path, backbone: Backbone, classes: Iterable[str], progress:
     made = class_features(backbone.text, missing).numpy()
     held |= dict(zip(missing, made, strict=True))
     values = np.stack([held[name] for name in names])
-    text.write(store, backbone.name, key, text.TextFeatures(tuple(names), values))
+    features = text_features.TextFeatures(tuple(names), values)
+    text_features.write(store, backbone.name, key, features)
 
 
 def _record(opened: FeatureStore, ready: Prepared, root: Path, spec: BuildSpec) -> None:

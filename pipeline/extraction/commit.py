@@ -72,11 +72,11 @@ def carry_out(
     """
     store, table = job.store, plan.table
     assemblers = {
-        column.output.spec.place: Assembler(store, column, len(table))
+        column.output.spec.relative_path: Assembler(store, column, len(table))
         for column in plan.all_columns
     }
     for column in plan.all_columns:
-        assemblers[column.output.spec.place].begin(column.copied, plan.keys)
+        assemblers[column.output.spec.relative_path].begin(column.copied, plan.keys)
     done = Done()
 
     def decoded(block: Block) -> None:
@@ -134,7 +134,7 @@ def _take_report(
     for clip in answer.block.clips:
         for p, c in clip.needs:
             if c != FACTS_ONLY:
-                place = job.passes[p].outputs[c].spec.place
+                place = job.passes[p].outputs[c].spec.relative_path
                 over.setdefault(place, []).extend(clip.rows)
     for place, rows in over.items():
         assemblers[place].given_up(rows)

@@ -20,7 +20,7 @@ from varve.pipeline.extraction.passes import Output, Pass, Source, passes, pixel
 from varve.pipeline.extraction.sources import refusal
 from varve.pipeline.extraction.update import recorded_request
 from varve.stores import Feature, FeatureStore
-from varve.stores.identity import canonical
+from varve.stores.digests import canonical
 
 CURRENT, NOT_ASKED, DIFFERS = "current", "not asked for", "differs"
 # What an option that one side has not is said to be.

@@ -21,7 +21,7 @@ from varve.pipeline.backbones import (
 from varve.pipeline.config import BuildSpec, FrameSet, Picture
 from varve.stores import FeatureStore
 from varve.stores.columns import ColumnSpec, Damaged
-from varve.stores.identity import digest
+from varve.stores.digests import digest
 
 # What a picture's numbers are: changed when the decoders' pixels change.
 PIXELS = "rgb24, libswscale bicubic, 1"

@@ -231,7 +231,9 @@ def _find_sources(
     backbone, rest, sources = backbones[one.backbone], plan.compute.copy(), []
     spec = plan.output.spec
     for source, held in ancestors.of(one, backbone) if rest.any() else ():
-        if held.spec.place == spec.place or refusal(source, plan.output, one, backbone):
+        if held.spec.relative_path == spec.relative_path or refusal(
+            source, plan.output, one, backbone
+        ):
             continue
         rows = holders(held, keys, rest)
         if (rows >= 0).any():
@@ -256,7 +258,7 @@ def _plan_column(store: Path, output: Output, keys: np.ndarray, active: np.ndarr
     staged: dict[int, Path] = {}
     copied: dict[int, int] = {}
     if needed.any():
-        for file in staging.files(store, output.spec.place):
+        for file in staging.files(store, output.spec.relative_path):
             for row, key in staging.rows_and_keys(file):
                 if row < len(keys) and needed[row] and (keys[row] == key).all():
                     staged[row] = file

@@ -101,13 +101,13 @@ def update(
     began = time.perf_counter()
     opened = _opened(store)
     path = opened.path
-    with explained(path), lock.held(path):
+    with explained(path), lock.locked(path):
         opened = FeatureStore.open(path)
         atomic.clear_temporary(path)
         name, frozen, plan = _prepare(opened, backbone, keep, rows, spec, runtime)
         check_disk(plan, path)
         if holder is not None:
-            opened.hold(holder, _fingerprints(plan).values())
+            opened.add_reference(holder, _fingerprints(plan).values())
         job = job_of(plan, path, runtime, describe=False)
         done = carry_out(plan, job, runtime, progress, {name: frozen})
         atomic.clear_temporary(path)

@@ -17,7 +17,7 @@ from varve.pipeline.progress import Progress
 from varve.stores import Damaged, Feature, FeatureStore
 from varve.stores.clips import row_keys
 from varve.stores.columns import ColumnSpec, runs
-from varve.stores.identity import digest
+from varve.stores.digests import digest
 
 # Equal to the bit on the machine that built it. Elsewhere other kernels round otherwise; what
 # follows is the share of a cell's largest value that its worst entry may be off by.

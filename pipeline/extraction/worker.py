@@ -128,7 +128,7 @@ class Report:
     Attributes:
         facts: For every clip, JSON: rows, key, and either the facts of its video (none for a
             clip that began from a feature) or its failure.
-        staged: By column (`ColumnSpec.place`), the staged file's name and its rows.
+        staged: By column (`ColumnSpec.relative_path`), the staged file's name and its rows.
         seconds: Spent, by part: decode, forward, write.
         calls: Of each stage, "network stage".
     """
@@ -209,7 +209,9 @@ def forward(job: Job, decoded: DecodedBlock) -> Report:
                     overflows.setdefault(i, []).append(overflow.sentence(one.outputs[c].spec))
             if chosen:
                 staged_block = _staged(chosen, cells, works)
-                ready.append((_order(number, one, c), one.outputs[c].spec.place, staged_block))
+                ready.append(
+                    (_order(number, one, c), one.outputs[c].spec.relative_path, staged_block)
+                )
     facts = [_fact(work, answers[i], overflows.get(i, [])) for i, work in enumerate(works)]
     began = time.perf_counter()
     # Facts go first: a cell found staged by the next build must not lack what goes with it.

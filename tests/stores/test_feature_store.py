@@ -127,7 +127,7 @@ def test_several_columns_that_fit_are_an_error_that_tells_them_apart(store):
 
 
 def test_a_feature_that_is_not_there_is_an_error_that_lists_what_is(store):
-    with pytest.raises(SpecMismatch, match=r"no net:tag proj; it holds\n  net:tag blocks.0:cls ab"):
+    with pytest.raises(SpecMismatch, match=r"no net:tag proj; it has\n  net:tag blocks.0:cls ab"):
         store.feature("net:tag", "proj")
 
 

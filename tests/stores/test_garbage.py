@@ -33,7 +33,9 @@ def add(store, fingerprint, backbone="net:tag", feature="blocks.0:cls", grafts=(
     cells = np.ones((2, *CELL), np.float16)
     column.write_shard(0, np.arange(2), cells, keys, 3)
     if grafts:
-        staging.put(store.path, spec.place, staging.StagedBlock(np.arange(1), keys[:1], cells[:1]))
+        staging.put(
+            store.path, spec.relative_path, staging.StagedBlock(np.arange(1), keys[:1], cells[:1])
+        )
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +71,7 @@ def changed(grown, run, tmp_path):
     """One of the three is held by a run folder."""
     shutil.copytree(grown, tmp_path / "s.zarr")
     opened = FeatureStore.open(tmp_path / "s.zarr")
-    opened.hold(run, [HELD])
+    opened.add_reference(run, [HELD])
     return opened
 
 
@@ -115,7 +117,7 @@ def test_columns_of_changed_networks_go_unless_a_run_folder_holds_them(changed, 
 
 
 def test_what_is_left_are_the_bytes_of_a_store_that_never_had_them(plain, changed, run):
-    changed.release(run)
+    changed.remove_reference(run)
     changed.gc()
     after = files(changed.path)
     assert after.keys() - files(plain).keys() == {".lock", "references/.lock"}
@@ -124,13 +126,13 @@ def test_what_is_left_are_the_bytes_of_a_store_that_never_had_them(plain, change
 
 def test_a_run_folder_that_was_deleted_holds_nothing(changed, run):
     shutil.rmtree(run)
-    assert [r.living for r in references.held(changed.path)] == [False]
+    assert [r.holder_exists for r in references.read_all(changed.path)] == [False]
     report = changed.gc()
-    assert report.gone == (str(run),)
+    assert report.missing_holders == (str(run),)
     assert str(run) in next(c.why for c in report.freed if c.fingerprint == HELD)
     assert held_by(changed) == {"ab" * 8, "cd" * 8}
-    assert references.held(changed.path) == []
-    assert changed.gc().gone == ()
+    assert references.read_all(changed.path) == []
+    assert changed.gc().missing_holders == ()
 
 
 def test_a_folder_that_cannot_be_looked_at_is_not_known_to_be_gone(changed, run, monkeypatch):
@@ -147,45 +149,45 @@ def test_a_folder_that_cannot_be_looked_at_is_not_known_to_be_gone(changed, run,
 
 
 def test_holding_adds_and_releasing_ends_it(changed, run, tmp_path, monkeypatch):
-    changed.hold(run, [ALONE, HELD])
-    (reference,) = references.held(changed.path)
+    changed.add_reference(run, [ALONE, HELD])
+    (reference,) = references.read_all(changed.path)
     assert (reference.holder, reference.fingerprints) == (run, (ALONE, HELD))
     # However the folder is written, it is one holder.
     monkeypatch.chdir(run)
     (tmp_path / "link").symlink_to(run)
     for name in (".", "../one", tmp_path / "link"):
-        changed.hold(name, [OTHER[:16]])
-    (reference,) = references.held(changed.path)
+        changed.add_reference(name, [OTHER[:16]])
+    (reference,) = references.read_all(changed.path)
     assert reference.fingerprints == (ALONE, HELD, OTHER[:16])
     assert reference.file.name == f"{reference.file.stem}.json"
     assert changed.gc().freed == ()
-    changed.release(run)
-    changed.release(run)
+    changed.remove_reference(run)
+    changed.remove_reference(run)
     assert len(changed.gc().freed) == 3
 
 
 def test_two_runs_that_need_a_column_are_both_asked_for(changed, run, tmp_path):
     other = tmp_path / "runs" / "two"
     other.mkdir()
-    changed.hold(other, [HELD, ALONE])
+    changed.add_reference(other, [HELD, ALONE])
     shutil.rmtree(run)
     report = changed.gc()
     assert [(c.fingerprint, c.holders) for c in report.kept] == [
         (ALONE, (str(other),)), (HELD, (str(other),))
     ]  # fmt: skip
-    assert report.gone == (str(run),)
+    assert report.missing_holders == (str(run),)
 
 
 @pytest.mark.parametrize("wrong", ["e1", "E1" * 32, "e1" * 33, ""])
 def test_what_is_no_fingerprint_cannot_be_held(changed, run, wrong):
     with pytest.raises(ValueError, match="names no column"):
-        changed.hold(run, [HELD, wrong])
+        changed.add_reference(run, [HELD, wrong])
 
 
 def test_nothing_is_held_for_a_folder_that_is_not_there(changed, run):
     with pytest.raises(ValueError, match="two is no folder"):
-        changed.hold(run.parent / "two", [ALONE])
-    assert len(references.held(changed.path)) == 1
+        changed.add_reference(run.parent / "two", [ALONE])
+    assert len(references.read_all(changed.path)) == 1
 
 
 def test_a_dry_run_says_the_same_and_changes_nothing(changed, run, monkeypatch):
@@ -200,7 +202,7 @@ def test_a_dry_run_says_the_same_and_changes_nothing(changed, run, monkeypatch):
     with monkeypatch.context() as patch:
         for call in ("open", "rename", "replace", "unlink", "mkdir", "rmdir"):
             patch.setattr(os, call, forbidden)
-        patch.setattr(lock, "held", forbidden)
+        patch.setattr(lock, "locked", forbidden)
         dry = changed.gc(dry_run=True)
         with pytest.raises(PermissionError):
             changed.gc()
@@ -208,7 +210,11 @@ def test_a_dry_run_says_the_same_and_changes_nothing(changed, run, monkeypatch):
     assert dry.dry_run
     report = changed.gc()
     assert not report.dry_run
-    assert (dry.freed, dry.kept, dry.gone) == (report.freed, report.kept, report.gone)
+    assert (dry.freed, dry.kept, dry.missing_holders) == (
+        report.freed,
+        report.kept,
+        report.missing_holders,
+    )
     assert len(dry.freed) == 3
 
 
@@ -264,10 +270,14 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_reference_is_named_and_frees_nothing(changed, run, damage):
-    (reference,) = references.held(changed.path)
+    (reference,) = references.read_all(changed.path)
     reference.file.write_text(DAMAGE[damage](reference.file.read_text()))
     before = files(changed.path)
-    for call in (changed.gc, lambda: changed.gc(dry_run=True), lambda: changed.hold(run, [ALONE])):
+    for call in (
+        changed.gc,
+        lambda: changed.gc(dry_run=True),
+        lambda: changed.add_reference(run, [ALONE]),
+    ):
         with pytest.raises(Damaged, match=f"{reference.file.name} is damaged"):
             call()
     after = files(changed.path)
@@ -277,14 +287,14 @@ def test_a_damaged_reference_is_named_and_frees_nothing(changed, run, damage):
 
 def test_a_writer_elsewhere_is_named_and_nothing_is_removed(changed):
     before = held_by(changed)
-    with lock.held(changed.path), pytest.raises(lock.StoreLocked, match=f"process {os.getpid()}"):
+    with lock.locked(changed.path), pytest.raises(lock.StoreLocked, match=f"process {os.getpid()}"):
         changed.gc()
     assert held_by(changed) == before
 
 
 def test_whoever_wants_to_hold_waits_while_columns_are_removed(changed, run, monkeypatch):
     """What is held when `hold` returns cannot be removed by a collection that began before."""
-    thread = threading.Thread(target=changed.hold, args=(run, [ALONE]))
+    thread = threading.Thread(target=changed.add_reference, args=(run, [ALONE]))
     seen = []
 
     def watching(store, column, real=garbage._remove):
@@ -298,7 +308,7 @@ def test_whoever_wants_to_hold_waits_while_columns_are_removed(changed, run, mon
     changed.gc()
     thread.join()
     assert seen == [True, True]
-    assert ALONE in references.held(changed.path)[0].fingerprints
+    assert ALONE in references.read_all(changed.path)[0].fingerprints
 
 
 def test_the_first_reference_of_a_store_lasts_through_a_power_cut(plain, tmp_path, monkeypatch):
@@ -308,7 +318,7 @@ def test_the_first_reference_of_a_store_lasts_through_a_power_cut(plain, tmp_pat
     (tmp_path / "run").mkdir()
     real = atomic.sync_folder
     monkeypatch.setattr(atomic, "sync_folder", lambda f: (flushed.append(f), real(f)))
-    store.hold(tmp_path / "run", [ALONE])
+    store.add_reference(tmp_path / "run", [ALONE])
     assert {store.path, store.path / "references"} <= set(flushed)
 
 
@@ -322,8 +332,8 @@ def test_holding_goes_on_while_a_builder_empties_its_temporary_files(changed, ru
     killed = changed.path / "references" / atomic.TEMPORARY / "left by a kill"
     atomic.write(changed.path / "references", killed, b"half")
     monkeypatch.setattr("varve.stores.atomic.os.fsync", emptied)
-    changed.hold(run, [ALONE])
-    assert ALONE in references.held(changed.path)[0].fingerprints
+    changed.add_reference(run, [ALONE])
+    assert ALONE in references.read_all(changed.path)[0].fingerprints
     assert not killed.exists()
 
 

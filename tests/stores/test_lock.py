@@ -11,7 +11,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from varve.stores import lock
-with lock.held(Path(sys.argv[1])):
+with lock.locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -31,23 +31,23 @@ def holder(tmp_path):
 
 def test_a_second_builder_is_told_who_holds_the_store(tmp_path, holder):
     told = pytest.raises(lock.StoreLocked, match=f"process {holder.pid} on .*, since 2")
-    with told, lock.held(tmp_path):
+    with told, lock.locked(tmp_path):
         pass
 
 
 def test_a_killed_holder_frees_the_store(tmp_path, holder):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
-    with lock.held(tmp_path):
+    with lock.locked(tmp_path):
         assert str(os.getpid()) in (tmp_path / lock.FILE).read_text()
     assert (tmp_path / lock.FILE).read_bytes() == b""
 
 
 def test_a_child_process_does_not_inherit_the_lock(tmp_path):
-    with lock.held(tmp_path):
+    with lock.locked(tmp_path):
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        with lock.held(tmp_path):
+        with lock.locked(tmp_path):
             pass
     finally:
         child.kill()

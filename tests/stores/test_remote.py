@@ -29,9 +29,9 @@ import pytest
 from obstore.exceptions import NotSupportedError
 from obstore.store import from_url
 
-from varve.stores import Damaged, FeatureStore, NotAStore, Unreachable, columns, text
+from varve.stores import Damaged, FeatureStore, NotAStore, Unreachable, columns, text_features
 from varve.stores.columns import Column, ColumnSpec
-from varve.stores.text import TextFeatures
+from varve.stores.text_features import TextFeatures
 
 CELL = (4, 6)
 SLOTS = 8  # clips a shard
@@ -197,12 +197,12 @@ def made(tmp_path, write_rows, monkeypatch):
 
 def test_a_copied_store_reads_as_the_local_one(store, copied, options):
     classes = TextFeatures(("wave", "clap"), np.eye(2, 5, dtype=np.float32))
-    text.write(store.path, "net:tag", {"prompts": ["a {}"]}, classes)
+    text_features.write(store.path, "net:tag", {"prompts": ["a {}"]}, classes)
     store.set_attributes({"classes": ["clap", "wave"]})
     far = FeatureStore.open(copied(store.path), options)
     pd.testing.assert_frame_equal(far.clips, store.clips)
     assert far.attributes == store.attributes
-    assert repr(far) == f"<FeatureStore {far.place}: 3 clips, 2 features>"
+    assert repr(far) == f"<FeatureStore {far.location}: 3 clips, 2 features>"
     assert len(far.features()) == len(store.features()) == 2
     for a, b in zip(far.features(), store.features(), strict=True):
         assert (a.backbone, a.name, a.fingerprint) == (b.backbone, b.name, b.fingerprint)
@@ -323,8 +323,8 @@ def test_whatever_writes_refuses(made, copied, options, tmp_path, monkeypatch):
         lambda: FeatureStore.create(url),
         lambda: FeatureStore.create(Path(url)),
         lambda: far.set_attributes({"classes": []}),
-        lambda: far.hold(tmp_path, ["ab" * 32]),
-        lambda: far.release(tmp_path),
+        lambda: far.add_reference(tmp_path, ["ab" * 32]),
+        lambda: far.remove_reference(tmp_path),
         lambda: far.gc(),
         lambda: far.gc(dry_run=True),
         lambda: far.path,
@@ -343,7 +343,7 @@ def test_keys_and_endpoint_come_from_the_environment_too(made, copied, options, 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     for given in (url, f"{url}/", Path(url)):
         store = FeatureStore.open(given)
-        assert str(store.place) == url
+        assert str(store.location) == url
         assert store.feature(BACKBONE, "pool").read([3]).tobytes() == cells_of([3]).tobytes()
 
 

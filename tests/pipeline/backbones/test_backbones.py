@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from varve.pipeline import backbones
 from varve.pipeline.backbones import Backbone, _weights, clip_vit, dinov2, parameter_digest, resnet
 from varve.pipeline.config import Picture
-from varve.stores.identity import store_name
+from varve.stores.digests import store_name
 
 GOLDEN = Path(__file__).parent / "golden_keys.json"
 REAL = Path(__file__).parents[3] / "../shared/weights"

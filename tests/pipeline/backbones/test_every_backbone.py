@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from varve.pipeline import backbones
 from varve.pipeline.backbones import _graft, _weights, canonical_reduction, reduce, reductions_of
 from varve.pipeline.registry import available, variant
-from varve.stores.identity import canonical
+from varve.stores.digests import canonical
 
 SMALL = {
     "clip_vit": "ViT-S-32",

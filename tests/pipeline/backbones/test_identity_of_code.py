@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from varve.pipeline.backbones._identity import identity
-from varve.stores.identity import canonical, digest
+from varve.stores.digests import canonical, digest
 
 ROOT = Path(__file__).parents[3]
 
@@ -382,7 +382,7 @@ def test_files_scripts_and_pickled_classes_have_the_notebooks_identity(tmp_path,
         if __name__ == "__main__":
             import cloudpickle, pickle, sys
             from varve.pipeline.backbones._identity import identity
-            from varve.stores.identity import digest
+            from varve.stores.digests import digest
             import a_file
             with open(sys.argv[1], "rb") as file:
                 pickled = pickle.load(file)

@@ -22,7 +22,7 @@ from torch import nn
 
 from varve.pipeline.backbones import load
 from varve.pipeline.backbones._identity import identity
-from varve.stores.identity import canonical, digest
+from varve.stores.digests import canonical, digest
 
 
 def run(text, name="a_notebook", **given):

@@ -5,7 +5,7 @@ import torch
 
 from varve.pipeline import backbones
 from varve.pipeline.backbones import _prompts, clip_vit
-from varve.stores.identity import canonical
+from varve.stores.digests import canonical
 
 TWO = _prompts.TEMPLATES[:2]
 

@@ -237,7 +237,7 @@ def test_a_wrong_request_is_refused_before_anything_is_made(store, tmp_path, ask
 def test_two_processes_do_not_work_on_one_run(store, tmp_path):
     plan = run_spec.prepare(store, "nearest_mean", "2+2x2")
     (tmp_path / plan.name).mkdir()
-    with lock.held(tmp_path / plan.name), pytest.raises(lock.StoreLocked, match="process"):
+    with lock.locked(tmp_path / plan.name), pytest.raises(lock.StoreLocked, match="process"):
         run(store, "nearest_mean", "2+2x2", out=tmp_path)
 
 

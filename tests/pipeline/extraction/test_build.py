@@ -411,7 +411,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(videos, tmp_p
 
 def test_a_store_in_use_is_left_alone(mine):
     root, store = mine
-    with lock.held(store), pytest.raises(lock.StoreLocked, match=f"process {os.getpid()}"):
+    with lock.locked(store), pytest.raises(lock.StoreLocked, match=f"process {os.getpid()}"):
         build(root, store, SPEC, runtime=SERIAL)
 
 

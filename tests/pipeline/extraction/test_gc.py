@@ -63,7 +63,7 @@ def features(store: Path) -> dict[str, bytes]:
 
 
 def held(store: Path) -> set[str]:
-    return {fingerprint for r in references.held(store) for fingerprint in r.fingerprints}
+    return {fingerprint for r in references.read_all(store) for fingerprint in r.fingerprints}
 
 
 def test_the_model_before_stays_readable_while_a_run_needs_it(built, store, run, trained):
@@ -89,7 +89,7 @@ def test_what_was_freed_comes_back_the_same_from_the_same_ancestor(store, run, t
     update(store, trained(1), ("pool",), holder=run)
     before = features(store)
     opened = FeatureStore.open(store)
-    opened.release(run)
+    opened.remove_reference(run)
     opened.gc()
     report = update(store, trained(1), ("pool",), holder=run)
     assert (report.computed, report.decoded) == (2, 0)
@@ -195,7 +195,7 @@ def test_the_command_says_what_it_would_free_and_then_frees_it(store, run, train
     shutil.rmtree(run)
     done = varve("gc", store)
     assert f"forgot the run folder {run}" in done.stdout
-    assert f"its run folder {run} is no longer there" in done.stdout
+    assert f"its run folder {run} no longer exists" in done.stdout
 
 
 def test_the_command_refuses_with_a_sentence(store, run, trained, varve):
@@ -209,7 +209,7 @@ def test_the_command_refuses_with_a_sentence(store, run, trained, varve):
         done = varve("gc", store, *options)
         assert done.returncode == 2
         assert said in done.stderr
-    with lock.held(store):
+    with lock.locked(store):
         done = varve("gc", store)
         assert (done.returncode, f"process {os.getpid()}" in done.stderr) == (2, True)
         assert varve("gc", store, "--dry-run").returncode == 0

@@ -394,7 +394,7 @@ def test_a_store_that_does_not_say_how_it_was_built_is_told_so(store, resnet):
 
 
 def test_two_writers_of_one_store_are_kept_apart(store, resnet):
-    with lock.held(store), pytest.raises(lock.StoreLocked):
+    with lock.locked(store), pytest.raises(lock.StoreLocked):
         update(store, resnet, keep=["pool"])
 
 

@@ -1,4 +1,4 @@
-"""Identity: a specification's canonical JSON and its digest. Equal meaning, equal bytes."""
+"""Digests of specifications: canonical JSON and its SHA-256. Equal values give equal bytes."""
 
 import hashlib
 import json
@@ -10,14 +10,15 @@ WEIGHT_FILES = (".safetensors", ".pt", ".pth")
 
 
 def canonical(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces.
+    """Return a value as JSON with sorted keys and no spaces.
 
-    Only what JSON says exactly: dicts with string keys, lists, strings, booleans, None, integers
-    and finite floats. Tuples count as lists; an integral float is written as a float, so that 1
-    and 1.0 differ.
+    Accepts the values that JSON represents exactly: dicts with string keys, lists, strings,
+    booleans, None, integers and finite floats. A tuple is written as a list. An integral float is
+    written as a float, so that 1 and 1.0 differ.
 
     Raises:
-        TypeError: Anything else (a numpy scalar, a set, a NaN), named by its place.
+        TypeError: The value contains anything else (a numpy scalar, a set, a NaN); the message
+            gives its path.
 
     >>> canonical({"b": (1, 2.5), "a": None})
     b'{"a":null,"b":[1,2.5]}'
@@ -27,7 +28,7 @@ def canonical(value: Any) -> bytes:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of the canonical form, as 64 hexadecimal digits.
+    """Return the SHA-256 of a value's canonical JSON, as 64 hexadecimal digits.
 
     >>> digest({"frames": 8})[:12]
     '98d992ecb8c9'
@@ -36,7 +37,7 @@ def digest(value: Any) -> str:
 
 
 def store_name(name: str) -> str:
-    """What a store calls the backbone NETWORK:WEIGHTS: a weight file by its stem, a tag as it is.
+    """Return the name of the backbone NETWORK:WEIGHTS in a store: a weight file becomes its stem.
 
     >>> store_name("resnet18:/data/resnet18-imagenet1k.safetensors"), store_name("ViT-B-16:openai")
     ('resnet18:resnet18-imagenet1k', 'ViT-B-16:openai')
@@ -47,7 +48,7 @@ def store_name(name: str) -> str:
     return f"{network}:{weights}"
 
 
-def _check(value: Any, place: str) -> None:
+def _check(value: Any, path: str) -> None:
     if value is None or type(value) in (bool, int, str):
         return
     if type(value) is float:
@@ -56,11 +57,11 @@ def _check(value: Any, place: str) -> None:
     elif type(value) is dict:
         for key, inner in value.items():
             if type(key) is not str:
-                raise TypeError(f"{place}: the key {key!r} is no string")
-            _check(inner, f"{place}.{key}")
+                raise TypeError(f"{path}: the key {key!r} is no string")
+            _check(inner, f"{path}.{key}")
         return
     elif type(value) in (list, tuple):
         for i, inner in enumerate(value):
-            _check(inner, f"{place}[{i}]")
+            _check(inner, f"{path}[{i}]")
         return
-    raise TypeError(f"{place}: {value!r} ({type(value).__name__}) has no exact JSON form")
+    raise TypeError(f"{path}: {value!r} ({type(value).__name__}) has no exact JSON form")

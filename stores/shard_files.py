@@ -1,11 +1,11 @@
-"""Shard files of a column: a descriptor and a parsed index for each, of one version of the file.
+"""Shard files of a column: an open descriptor and a parsed index of one version of each file.
 
-A shard ends with its index, a pair (start, length) a slot, and the index's crc32c. A builder
-replaces a shard by renaming another file to its path: a descriptor then still leads to the old
-version, whole, and `Shards.get` notices by the path's stat.
+A shard ends with its index, one pair (start, length) per slot, and the index's crc32c. A builder
+replaces a shard by renaming another file to its path. An open descriptor then still reads the
+whole old version, and `Shards.get` detects the new one by the path's stat.
 
-No lock guards the tables: a fork's child could inherit it held. Each step on a dict is atomic, and
-two threads that open the same shard at once cost one opening more.
+No lock protects the tables, since a forked process could inherit it locked. Each step on a dict is
+atomic, and two threads that open the same shard at once only open it twice.
 """
 
 import os
@@ -22,27 +22,24 @@ from varve.stores.columns import CRC_BYTES, INDEX_ENTRY_BYTES
 OPEN_FILES = 32
 ABSENT, WRONG = -1, -2
 
-# Tells one version of a file from another.
+# Identifies one version of a file.
 Stamp = tuple[int, ...]
 
 
 class Shard:
-    """An open shard file; closed when the last one who reads it lets go.
+    """An open shard file. It is closed when the last reference to it is deleted.
 
     Attributes:
-        starts: Where the chunk of each slot begins; ABSENT; or WRONG where no chunk can be.
-        stride: Bytes from a chunk to the next; all starts are multiples of it. 0 where chunks do
-            not tile the file.
+        starts: Offset of the chunk of each slot; ABSENT without a chunk; WRONG for an impossible
+            offset.
+        stride: Bytes from one chunk to the next; all offsets are multiples of it. 0 where the
+            chunks do not tile the file.
     """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.stamp = _stamp(os.fstat(descriptor))
         self.starts, self.stride = array("q"), 0
-
-    def is_current(self) -> bool:
-        """Whether its path leads to it still. Three times faster than looking at the path."""
-        return _stamp(os.fstat(self.descriptor)) == self.stamp
 
     def __reduce__(self) -> str:
         raise TypeError("an open shard belongs to its process; pickle the Feature")
@@ -52,7 +49,7 @@ class Shard:
 
 
 class Shards:
-    """The shards of one column, by number. At most OPEN_FILES are held open; indices are kept."""
+    """The shards of one column, by number. At most OPEN_FILES are open; all indices are kept."""
 
     def __init__(self, folder: Path, axes: int, slots: int, chunk_bytes: int) -> None:
         self._before, self._after = f"{folder}/c/", "/0" * (axes - 1)
@@ -61,14 +58,14 @@ class Shards:
         self._indices: dict[int, tuple[Stamp, array[int], int]] = {}
 
     def now(self, number: int) -> Stamp | None:
-        """The version that a shard's path leads to now; None where there is no file."""
+        """Return the present version of a shard's file; None if there is no file."""
         try:
             return _stamp(os.stat(self._path(number)))
         except FileNotFoundError:
             return None
 
     def get(self, number: int) -> Shard | str | None:
-        """The shard as it is now; None where there is no file; or what is wrong with it."""
+        """Return the present shard; None if there is no file; a message if it is damaged."""
         now, shard = self.now(number), self._open.get(number)
         if now is None:
             return None
@@ -92,7 +89,7 @@ class Shards:
         return shard
 
     def forget(self, number: int) -> None:
-        """Open and parse the shard anew the next time."""
+        """Forget a shard, so that the next `get` opens and parses it again."""
         self._open.pop(number, None)
         self._indices.pop(number, None)
 
@@ -122,14 +119,14 @@ class Shards:
         starts_end = max(0, data_bytes - self._chunk_bytes + 1)
         fits = (entries[:, 1] == self._chunk_bytes) & (entries[:, 0] < starts_end)
         starts[fits] = entries[fits, 0]
-        # Zarr lays chunks side by side; a writer may as well align them.
+        # Zarr writes chunks without gaps. Another writer may align them.
         stride = int(np.gcd.reduce(starts[starts >= 0])) or self._chunk_bytes
         tiles = self._chunk_bytes <= stride < 2 * self._chunk_bytes
         return array("q", starts.tobytes()), stride if tiles else 0
 
 
 def fill(descriptor: int, buffer: memoryview, start: int) -> int:
-    """Read until the buffer is full or the file ends. Returns how many bytes there were."""
+    """Read until the buffer is full or the file ends, and return the number of bytes read."""
     done = 0
     while done < len(buffer):
         got = os.preadv(descriptor, (buffer[done:],), start + done)
@@ -140,13 +137,13 @@ def fill(descriptor: int, buffer: memoryview, start: int) -> int:
 
 
 def differs(data: np.ndarray, checksum: bytes | bytearray) -> bool:
-    """Whether the crc32c of some bytes is another than the stored one."""
-    # The library takes bytes and arrays, and no memoryview.
+    """Return whether the crc32c of the data differs from the stored checksum."""
+    # The library accepts bytes and arrays, but no memoryview.
     return bool(google_crc32c.value(data) != int.from_bytes(checksum, "little"))
 
 
 def _stamp(stat: os.stat_result) -> Stamp:
-    """Changes with every write, and, by the count of links, when another file takes its place."""
+    """Identify a version. It changes with every write, and (by st_nlink) with a replacement."""
     return (
         stat.st_dev,
         stat.st_ino,

@@ -17,9 +17,9 @@ import pytest
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
-from varve.stores import Damaged, Feature, FeatureStore, columns, reader
+from varve.stores import Damaged, Feature, FeatureStore, columns, shard_reader
 from varve.stores.columns import MISSING, STORED, Column, ColumnSpec
-from varve.stores.reader import ShardReader
+from varve.stores.shard_reader import ShardReader
 from varve.stores.zarr_reader import ZarrReader
 
 CELL = (4, 6)
@@ -78,7 +78,7 @@ class Made:
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(columns, "MAX_SHARD_CLIPS", SLOTS)
-    monkeypatch.setattr(reader, "SPAN_BYTES", 150)  # spans of three cells or four
+    monkeypatch.setattr(shard_reader, "SPAN_BYTES", 150)  # spans of three cells or four
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -88,20 +88,12 @@ def make(tmp_path, write_rows):
     return lambda *of, name="s", **options: Made(write_rows, tmp_path / name, *of, **options)
 
 
-@pytest.fixture(params=["from files", "from memory"])
-def memory(request, monkeypatch):
-    """Whether what was read once in single cells is kept; with it, at once."""
-    kept = request.param == "from memory"
-    monkeypatch.setattr(Feature, "keep_bytes", reader.KEEP_BYTES if kept else 0)
-    return kept
-
-
 def numbers(bits, dtype):
     return (bits.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else bits
 
 
 @pytest.mark.parametrize("dtype", STORED)
-def test_rows_in_any_order_are_what_zarr_reads(make, memory, dtype):
+def test_rows_in_any_order_are_what_zarr_reads(make, dtype):
     made = make(60, absent=[*range(16, 24), 3, 40], dtype=dtype)
     whole, feature = made.whole(), made.feature()
     assert isinstance(feature._reader, ShardReader)
@@ -115,7 +107,6 @@ def test_rows_in_any_order_are_what_zarr_reads(make, memory, dtype):
             assert found.shape == (len(rows), *CELL)
     assert feature.bits(np.arange(60)).tobytes() == whole.tobytes()
     assert feature.read([]).shape == (0, *CELL)
-    assert (feature._reader._kept is not None) == memory
 
 
 @pytest.mark.parametrize("checksums", [[], [Crc32cCodec()]], ids=["bare", "crc32c"])
@@ -124,7 +115,7 @@ def test_rows_in_any_order_are_what_zarr_reads(make, memory, dtype):
     [lambda nth, size: nth * size, lambda nth, size: nth * 64, lambda nth, size: nth * nth * size],
     ids=["side by side", "aligned", "anywhere"],
 )
-def test_chunks_may_lie_anywhere_and_have_no_checksums(make, memory, checksums, moved):
+def test_chunks_may_lie_anywhere_and_have_no_checksums(make, checksums, moved):
     made = make(20, absent=[5])
     whole, rows = made.whole(), np.delete(np.arange(20), 5)
     made.stored(compressors=checksums)
@@ -193,7 +184,7 @@ def test_zarr_is_asked_for_runs_of_neighbours_and_each_row_once():
     np.testing.assert_array_equal(out, cells_of(rows))
 
 
-def test_a_longer_column_is_seen_by_who_opens_it_and_hurts_nobody_else(make, memory):
+def test_a_longer_column_is_seen_by_who_opens_it_and_hurts_nobody_else(make):
     made = make(12)
     old = made.feature()
     for _ in range(2):
@@ -203,7 +194,7 @@ def test_a_longer_column_is_seen_by_who_opens_it_and_hurts_nobody_else(make, mem
     np.testing.assert_array_equal(made.feature().read(slice(5, 30)), cells_of(range(5, 30)))
 
 
-def test_a_replaced_shard_is_noticed(make, memory):
+def test_a_replaced_shard_is_noticed(make):
     made = make(20)
     feature = made.feature()
     for salt in (1, 0, 1):
@@ -218,7 +209,6 @@ def test_a_read_that_a_replacement_interrupts_has_one_version_of_the_shard(make,
     """Index and chunks of two versions would pass the checksums: here the rows have moved."""
     made = make(8, absent=[0, 1, 2])
     feature, real = made.feature(), os.preadv
-    feature.keep_bytes = 0
     feature.read([3])
 
     def replacing(descriptor, buffers, start):
@@ -256,7 +246,7 @@ def spoil(made, damage):
      "emptied"],
 )  # fmt: skip
 @pytest.mark.parametrize("rows", [[2], [17, 2, 18], range(20)], ids=["one", "few", "all"])
-def test_damage_is_named_whatever_was_read_before(make, memory, damage, rows):
+def test_damage_is_named_whatever_was_read_before(make, damage, rows):
     made = make(20)
     before, after = made.feature(), made.feature()
     before.read([18, 2])
@@ -297,7 +287,6 @@ def test_checksums_can_be_left_out_and_the_index_is_checked_still(make, rows):
 def test_a_file_that_is_cut_off_during_a_read_is_damaged(make, monkeypatch, rows, verify):
     made = make(8)
     feature, real = made.feature(), os.preadv
-    feature.keep_bytes = 0
     feature.read([1])
 
     def cutting(descriptor, buffers, start):
@@ -314,7 +303,6 @@ def test_what_the_kernel_gives_in_parts_is_put_together(make, monkeypatch, rows)
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda d, buffers, at: real(d, [buffers[0][:10]], at))
     feature = make(8).feature()
-    feature.keep_bytes = 0
     np.testing.assert_array_equal(feature.read(rows), cells_of(rows))
 
 
@@ -342,7 +330,7 @@ def test_a_disk_that_fails_is_named_and_a_stale_file_opened_again(
 
 
 @pytest.mark.parametrize("dtype", STORED)
-def test_a_given_buffer_is_filled_and_returned(make, memory, dtype):
+def test_a_given_buffer_is_filled_and_returned(make, dtype):
     import torch
 
     made = make(20, dtype=dtype)
@@ -378,9 +366,9 @@ def test_a_buffer_that_does_not_fit_is_refused_with_both_shapes(make):
 
 
 def test_several_threads_copy_large_cells_and_tell_of_damage(make, monkeypatch):
-    monkeypatch.setattr(reader, "THREAD_BYTES", 100)
-    monkeypatch.setattr(reader, "SMALL_BYTES", 0)
-    monkeypatch.setattr(reader, "_idle_cores", lambda: 7)
+    monkeypatch.setattr(shard_reader, "THREAD_BYTES", 100)
+    monkeypatch.setattr(shard_reader, "SMALL_BYTES", 0)
+    monkeypatch.setattr(shard_reader, "_idle_cores", lambda: 7)
     made = make(40)
     feature, names = made.feature(), set()
     feature._reader.threads = 3
@@ -397,7 +385,7 @@ def test_several_threads_copy_large_cells_and_tell_of_damage(make, monkeypatch):
     assert len(names) == 3
     for module, name, answer in [
         (multiprocessing, "parent_process", "a loader's worker has one"),
-        (reader, "_idle_cores", 0),
+        (shard_reader, "_idle_cores", 0),
     ]:
         names.clear()
         with monkeypatch.context() as patch:
@@ -409,7 +397,7 @@ def test_several_threads_copy_large_cells_and_tell_of_damage(make, monkeypatch):
         feature.read(rows)
 
 
-def test_threads_read_whole_cells_while_a_builder_replaces_shards(make, memory):
+def test_threads_read_whole_cells_while_a_builder_replaces_shards(make):
     made = make(24)
     files = [made.shard(number) for number in range(3)]
     versions = [[file.read_bytes() for file in files]]
@@ -451,18 +439,14 @@ def test_threads_read_whole_cells_while_a_builder_replaces_shards(make, memory):
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes_read_what_this_one_reads(make, method):
     made = make(40)
-    from_files, from_memory = made.feature(), made.feature()
-    from_files.keep_bytes = 0
+    feature = made.feature()
     batches = [np.random.default_rng(i).integers(0, 40, 20) for i in range(20)]
-    for feature in (from_files, from_memory):
-        feature.read([1, 30])
-        feature.read([1, 30])
+    feature.read([1, 30])
     with multiprocessing.get_context(method).Pool(2) as pool:
-        for feature in (from_files, from_memory):
-            found = pool.map(feature.read, batches)
-            for rows, cells in zip(batches, found, strict=True):
-                np.testing.assert_array_equal(cells, cells_of(rows))
-            np.testing.assert_array_equal(feature.read([39, 5]), cells_of([39, 5]))
+        results = pool.map(feature.read, batches)
+        for rows, cells in zip(batches, results, strict=True):
+            np.testing.assert_array_equal(cells, cells_of(rows))
+        np.testing.assert_array_equal(feature.read([39, 5]), cells_of([39, 5]))
 
 
 @FORKS
@@ -495,7 +479,6 @@ def test_a_pickled_feature_takes_no_descriptor_along(make):
 
 
 def test_many_shards_need_few_descriptors(make, monkeypatch):
-    monkeypatch.setattr(Feature, "keep_bytes", 0)
     monkeypatch.setattr(columns, "MAX_SHARD_CLIPS", 1)
     monkeypatch.setattr("varve.stores.atomic.write", lambda store, target, data: (
         target.parent.mkdir(parents=True, exist_ok=True), target.write_bytes(data)))  # fmt: skip
@@ -505,10 +488,10 @@ def test_many_shards_need_few_descriptors(make, monkeypatch):
     gc.collect()
     held = len(os.listdir("/proc/self/fd"))
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (held + reader.OPEN_FILES + 8, limit[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held + shard_reader.OPEN_FILES + 8, limit[1]))
     try:
         for seed in range(4):
-            monkeypatch.setattr(reader, "NEAR_ROWS", 4 if seed % 2 else 0)
+            monkeypatch.setattr(shard_reader, "NEAR_ROWS", 4 if seed % 2 else 0)
             rows = np.random.default_rng(seed).permutation(120)
             np.testing.assert_array_equal(feature.read(rows), cells_of(rows))
             np.testing.assert_array_equal(feature.read(rows[:9]), cells_of(rows[:9]))
@@ -523,26 +506,25 @@ def test_many_shards_need_few_descriptors(make, monkeypatch):
             os.close(descriptor)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-    assert len(os.listdir("/proc/self/fd")) <= held + reader.OPEN_FILES
+    assert len(os.listdir("/proc/self/fd")) <= held + shard_reader.OPEN_FILES
     del feature
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == held
 
 
-def test_a_small_column_is_kept_in_memory_once_a_sixteenth_was_read_singly(make, monkeypatch):
+def test_no_cell_is_kept_in_memory(make, monkeypatch):
     made = make(64)
-    feature = made.feature()
-    feature.read()  # read whole, in spans: that alone keeps nothing
-    feature.read([40, 3, 20, 60])
-    assert feature._reader._kept is None
-    feature.read([41])
-    feature.read([17])
-    monkeypatch.setattr(os, "preadv", None)
-    np.testing.assert_array_equal(feature.read([63, 5, 5]), cells_of([63, 5, 5]))
-    large = made.feature()
-    large.keep_bytes = 64 * 48 - 1
-    monkeypatch.undo()
-    monkeypatch.setattr(columns, "MAX_SHARD_CLIPS", SLOTS)
-    for _ in range(20):
-        large.read([41, 3])
-    assert large._reader._kept is None
+    feature, real, read = made.feature(), os.preadv, []
+    rows = np.arange(0, 64, 5)
+    feature.read(rows)
+
+    def counting(descriptor, buffers, start):
+        count = real(descriptor, buffers, start)
+        read.append(count)
+        return count
+
+    monkeypatch.setattr(os, "preadv", counting)
+    for _ in range(9):
+        read.clear()
+        np.testing.assert_array_equal(feature.read(rows), cells_of(rows))
+        assert sum(read) >= len(rows) * 48
