@@ -9,15 +9,15 @@ same values in one plain .npy; T = 8:
   token    T x 197 x 768      2.4 MB         batches of 32
   map      T x 256 x 14 x 14  0.8 MB         batches of 32
 
-All are in the page cache, and each contender reads into a buffer it was given, unless it cannot.
-The measure of all is `np.take(memmap, rows, axis=0, out=out, mode="clip")`: numpy's fastest way
-into a given buffer (with its default mode it copies twice). `memmap[rows]` makes a new array.
-Contenders take turns of about 64 MB in an order drawn anew for each round, each with rows of its
-own. The median of a contender's turns counts; the fastest turn is printed beside it, since on a
-machine with other work it tells more.
+All files are in the page cache, and each contender reads into a preallocated buffer if it can. The
+baseline is `np.take(memmap, rows, axis=0, out=out, mode="clip")`, numpy's fastest read into such a
+buffer (its default mode copies twice). `memmap[rows]` and `FeatureTensors` make a new array.
+Contenders take turns of about 64 MB, in an order that is drawn for each round, each with its own
+rows. The median of a contender's turns counts. The fastest turn is printed beside it, which is more
+reliable on a machine with other work.
 
-The pooled column is read twice: kept in memory after its first sixteenth, as `Feature.read` does
-up to `keep_bytes`, and with `keep_bytes = 0`, as a larger column is.
+The pooled column is small, and is also read from the memory of a `FeatureTensors`, which has read it
+once, as a head that trains on it does.
 """
 
 import argparse
@@ -38,6 +38,7 @@ import pandas as pd
 import tensorstore
 import zarr
 
+from varve.pipeline.experiments.feature_tensors import FeatureTensors
 from varve.stores import Feature, FeatureStore, clips
 from varve.stores.columns import Column, ColumnSpec
 
@@ -51,7 +52,7 @@ Contender = Callable[[np.ndarray, np.ndarray], object]
 
 
 def make(folder: Path, name: str, megabytes: int) -> tuple[Feature, np.ndarray]:
-    """A column of random finite numbers, and a memory map of the same."""
+    """Write a column of random finite numbers, and a memory map of the same numbers."""
     cell = SHAPES[name]
     count = max(256, (megabytes << 20) // (2 * int(np.prod(cell))))
     store = FeatureStore.create(folder / f"{name}.zarr")
@@ -78,13 +79,13 @@ def make(folder: Path, name: str, megabytes: int) -> tuple[Feature, np.ndarray]:
 
 
 def contenders(feature: Feature, plain: np.ndarray, small: bool) -> dict[str, Contender]:
-    """What reads a batch, by name: (rows, out) -> anything."""
+    """Return functions (rows, out) that read a batch, by name."""
     array = zarr.open_array(str(feature.path), mode="r")
     opened = tensorstore.open(
         {
             "driver": "zarr3",
             "kvstore": {"driver": "file", "path": str(feature.path)},
-            # Room for the shards' indices, which it would else read anew each time.
+            # Room for the shards' indices, which would otherwise be read every time.
             "context": {"cache_pool": {"total_bytes_limit": 64 << 20}},
             "recheck_cached_data": "open",
         },
@@ -99,13 +100,13 @@ def contenders(feature: Feature, plain: np.ndarray, small: bool) -> dict[str, Co
             out[i] = array[row]
 
     def gathered(rows: np.ndarray, out: np.ndarray) -> None:
-        async def one(i: int, row: int) -> None:
+        async def read_row(i: int, row: int) -> None:
             out[i] = (await array.async_array.getitem((slice(row, row + 1),)))[0]
 
-        async def together() -> None:
-            await asyncio.gather(*(one(i, row) for i, row in enumerate(rows.tolist())))
+        async def read_all() -> None:
+            await asyncio.gather(*(read_row(i, row) for i, row in enumerate(rows.tolist())))
 
-        asyncio.run(together())
+        asyncio.run(read_all())
 
     def batched(rows: np.ndarray, out: np.ndarray) -> None:
         with tensorstore.Batch() as batch:
@@ -113,18 +114,16 @@ def contenders(feature: Feature, plain: np.ndarray, small: bool) -> dict[str, Co
         for i, read in enumerate(reads):
             out[i] = read.result()
 
-    found: dict[str, Contender] = {
+    ways: dict[str, Contender] = {
         BASELINE: take,
         "memmap[rows]": lambda rows, out: plain[rows],
         "varve, unverified": lambda rows, out: feature.read(rows, out, verify=False),
         "varve": lambda rows, out: feature.read(rows, out),
     }
     if small:
-        files = FeatureStore.open(feature.path.parents[3]).feature(feature.backbone, feature.name)
-        files.keep_bytes = 0
-        found["varve, not kept, unverified"] = lambda r, out: files.read(r, out, verify=False)
-        found["varve, not kept"] = lambda rows, out: files.read(rows, out)
-    return found | {
+        tensors = FeatureTensors(feature)
+        ways["varve, FeatureTensors"] = lambda rows, out: tensors[rows]
+    return ways | {
         "zarr, a slice a clip": slices,
         "zarr, asynchronous": gathered,
         "tensorstore, a batch": batched,
@@ -135,19 +134,19 @@ def contenders(feature: Feature, plain: np.ndarray, small: bool) -> dict[str, Co
 def measure(
     ways: dict[str, Contender], feature: Feature, batch: int, repeats: int
 ) -> dict[str, dict[str, float]]:
-    """GB/s of each contender, in its median turn and in its fastest."""
+    """Return GB/s of each contender, for its median turn and its fastest."""
     rng = np.random.default_rng(1)
     count = feature.shape[0]
     out = buffer((batch, *feature.shape[1:]))
     for name, way in ways.items():
-        # Once through the column, so that every page is mapped and what may be kept is kept.
+        # Once through the column, so that every page is mapped.
         for _ in range(count // batch if name.startswith(FAST) else 2):
             way(rng.integers(0, count, batch), out)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     turn = max(1, TURN_BYTES // out.nbytes)
     for _ in range(repeats):
         for name in rng.permutation(list(ways)).tolist():
-            # The slow ones take shorter turns, or nothing else would get one.
+            # Slow contenders take shorter turns, so that the others get enough.
             rows = rng.integers(0, count, (turn if name.startswith(FAST) else 1, batch))
             began = time.perf_counter()
             for each in rows:
@@ -160,7 +159,7 @@ def measure(
 
 
 def buffer(shape: tuple[int, ...]) -> np.ndarray:
-    """Zeros that begin on a page, as pinned memory does."""
+    """Return zeros that begin on a page, as pinned memory does."""
     size = 2 * int(np.prod(shape))
     raw = np.zeros(size + 4096, np.uint8)
     first = -raw.ctypes.data % 4096
@@ -168,21 +167,23 @@ def buffer(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def check(ways: dict[str, Contender], feature: Feature, plain: np.ndarray) -> None:
-    """Every contender gives the same bytes."""
+    """Check that every contender reads the same bytes."""
     rows = np.random.default_rng(2).integers(0, feature.shape[0], 16)
     for name, way in ways.items():
         out = np.zeros((len(rows), *feature.shape[1:]), np.float16)
-        made = way(rows, out)
-        got = out if made is None else np.asarray(made)
-        assert got.tobytes() == plain[rows].tobytes(), name
+        result = way(rows, out)
+        cells = out if result is None else np.asarray(result)
+        assert cells.tobytes() == plain[rows].tobytes(), name
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, default=1024, help="of token and map each")
+    parser.add_argument("--megabytes", type=int, default=1024, help="size of token and of map")
     parser.add_argument("--pooled-megabytes", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--folder", type=Path, help="where to write; the system's by default")
+    parser.add_argument(
+        "--folder", type=Path, help="folder of the files; by default a temporary folder"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 

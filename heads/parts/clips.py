@@ -79,7 +79,7 @@ class Clips:
             raise ValueError(f"{size=}: a batch has at least one clip")
         order = np.arange(len(self)) if generator is None else generator.permutation(len(self))
         places = [torch.from_numpy(order[a : a + size]) for a in range(0, len(order), size)]
-        waits = any(not getattr(cells, "stays", True) for cells in self.features.values())
+        waits = any(not getattr(cells, "in_memory", True) for cells in self.features.values())
         return zip(places, (ahead if waits else map)(self.__getitem__, places), strict=True)
 
     def whole(self, name: str, size: int = 256) -> Tensor:
@@ -106,7 +106,7 @@ class Joined:
 
     def __init__(self, parts: Sequence[Cells]) -> None:
         self.parts = parts
-        self.stays = all(getattr(part, "stays", True) for part in parts)
+        self.in_memory = all(getattr(part, "in_memory", True) for part in parts)
         self._starts = np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:

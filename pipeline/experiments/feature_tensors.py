@@ -1,9 +1,10 @@
-"""Tensors: a feature's cells where a head trains on them.
+"""Feature cells as tensors: the one cache of cells in memory, for heads that train on them.
 
-Small features are read once and stay whole on the device, where a batch is an index. Larger ones
-stream: the next batches are read, and copied to the device, while the present one is computed on.
+A feature that fits the budget is read once and kept whole on the device, where a batch is an index
+into it. A larger one is streamed: the next batches are read and copied to the device while the
+present one is used. `Feature.read` itself keeps nothing.
 
-Shapes: N clips, B clips a batch, T frames; the rest is the feature's.
+Shapes: N clips, B clips per batch, T frames; the other axes are the feature's.
 """
 
 from collections import deque
@@ -22,21 +23,23 @@ AHEAD = 2
 
 
 class FeatureTensors:
-    """Cells of some clips as tensors of the type they are kept in (float16, float32, bfloat16).
+    """The cells of some clips as tensors of the stored type (float16, float32, bfloat16).
+
+    The cells are those of the first read: a store that changes later does not change them.
+    Reading raises LookupError if a clip has no valid feature, and Damaged, as `Feature.read` does.
 
     Args:
-        feature: Of an open store.
-        rows: Of the table of clips as `Feature.read` takes them; by default every valid one.
-        device: Where batches are wanted.
-        budget_bytes: Up to this size the cells stay whole on the device.
+        feature: A feature of an open store.
+        rows: Rows of the table of clips, as in `Feature.read`; by default all valid rows.
+        device: Device of the returned tensors.
+        budget_bytes: Maximum size of the cells that are kept on the device.
 
     Attributes:
-        bytes_read: Of the store so far.
+        in_memory: Whether the cells fit the budget, and are kept from the first use on.
+        bytes_read: Number of bytes read from the store so far.
 
     Raises:
         IndexError: A row is outside the table.
-
-    Reading raises LookupError where a clip has no valid feature, and Damaged as `Feature.read`.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class FeatureTensors:
         self.feature, self.device = feature, torch.device(device)
         self.rows = np.flatnonzero(feature.valid) if rows is None else feature.rows(rows)
         self.dtype: torch.dtype = getattr(torch, feature.dtype)
-        self.stays = len(self.rows) * self.cell_bytes <= budget_bytes
+        self.in_memory = len(self.rows) * self.cell_bytes <= budget_bytes
         self.bytes_read = 0
 
     def __len__(self) -> int:
@@ -57,72 +60,81 @@ class FeatureTensors:
 
     @property
     def cell_bytes(self) -> int:
+        """Size of one clip's cell."""
         return int(np.prod(self.feature.shape[1:])) * self.dtype.itemsize
 
     @cached_property
     def whole(self) -> Tensor:
-        """All cells, [N, T, ...], read at the first use.
+        """All cells, [N, T, ...] on the device, read at the first use.
 
         Raises:
-            ValueError: They are more than the budget; batches are the way then.
+            ValueError: They do not fit the budget; use `batches`.
         """
-        if not self.stays:
+        if not self.in_memory:
             raise ValueError(
                 f"{len(self)} cells of {self.feature.name} are "
-                f"{len(self) * self.cell_bytes / 1e9:.1f} GB, more than the budget: take "
+                f"{len(self) * self.cell_bytes / 1e9:.1f} GB, more than the budget: use "
                 "`batches`, or give a larger `budget_bytes`"
             )
         return self._read(self.rows).to(self.device)
 
-    def __getitem__(self, places: Tensor | np.ndarray | Sequence[int]) -> Tensor:
-        """Cells [B, T, ...] of some of the clips, by their places in `rows` or a mask of them.
+    def __getitem__(self, indices: Tensor | np.ndarray | Sequence[int]) -> Tensor:
+        """Return the cells [B, T, ...] of some clips.
+
+        Args:
+            indices: Positions in `rows`, from 0 to N - 1 in any order; or a mask of `rows`.
 
         Raises:
-            IndexError: A place is outside, or no whole number.
+            IndexError: An index is outside `rows`, or is no integer.
         """
-        given = torch.as_tensor(places).reshape(-1).cpu()
-        if given.dtype == torch.bool and len(given) != len(self):
-            raise IndexError(f"a mask of {len(given)} for {len(self)} clips")
-        if len(given) and (given.is_floating_point() or given.is_complex()):
-            raise IndexError(f"places are whole numbers or a mask, not {given.dtype}")
-        chosen = given.nonzero()[:, 0] if given.dtype == torch.bool else given.to(torch.int64)
-        if len(chosen) and not (chosen.min() >= 0 and chosen.max() < len(self)):
+        indices = torch.as_tensor(indices).reshape(-1).cpu()
+        if indices.dtype == torch.bool:
+            if len(indices) != len(self):
+                raise IndexError(f"a mask of {len(indices)} for {len(self)} clips")
+            indices = indices.nonzero()[:, 0]
+        if len(indices) and (indices.is_floating_point() or indices.is_complex()):
+            raise IndexError(f"indices are integers or a mask, not {indices.dtype}")
+        indices = indices.to(torch.int64)
+        if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(
-                f"places {int(chosen.min())} to {int(chosen.max())} of {len(self)} clips"
+                f"indices {int(indices.min())} to {int(indices.max())} of {len(self)} clips"
             )
-        if self.stays:
-            return self.whole[chosen.to(self.device)]
-        return self._read(self.rows[chosen.numpy()]).to(self.device)
+        if self.in_memory:
+            return self.whole.index_select(0, indices.to(self.device))
+        return self._read(self.rows[indices.numpy()]).to(self.device)
 
     def batches(
         self, size: int, generator: np.random.Generator | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over the clips: places in `rows`, int64 [B] on the CPU, and their cells.
+        """Iterate once over the clips, as pairs of indices and cells.
 
         Args:
-            size: B; the last batch may have fewer.
-            generator: Draws the order; without one they come as in `rows`.
+            size: B, the number of clips per batch; the last batch may have fewer.
+            generator: Generator that draws the order; by default the order of `rows`.
+
+        Yields:
+            Positions in `rows`, int64 [B] on the CPU, and their cells [B, T, ...] on the device.
         """
         if size < 1:
             raise ValueError(f"{size=}: a batch has at least one clip")
         if generator is not None and not isinstance(generator, np.random.Generator):
-            raise TypeError(f"{generator!r} draws the order; give a numpy.random.Generator")
+            raise TypeError(f"{generator!r} is no numpy.random.Generator, which draws the order")
         order = np.arange(len(self)) if generator is None else generator.permutation(len(self))
         parts = [order[start : start + size] for start in range(0, len(order), size)]
-        if self.stays:
+        if self.in_memory:
             for part in parts:
                 yield torch.from_numpy(part), self[part]
             return
         with ThreadPoolExecutor(1) as reader:
-            waiting: deque[Future[Tensor]] = deque()
+            pending: deque[Future[Tensor]] = deque()
             try:
                 for number, part in enumerate(parts):
-                    for coming in parts[number + len(waiting) : number + 1 + AHEAD]:
-                        waiting.append(reader.submit(self._read, self.rows[coming]))
-                    cells = waiting.popleft().result()
+                    for coming in parts[number + len(pending) : number + 1 + AHEAD]:
+                        pending.append(reader.submit(self._read, self.rows[coming]))
+                    cells = pending.popleft().result()
                     yield torch.from_numpy(part), cells.to(self.device, non_blocking=True)
             finally:
-                for future in waiting:
+                for future in pending:
                     future.cancel()
 
     def _read(self, rows: np.ndarray) -> Tensor:

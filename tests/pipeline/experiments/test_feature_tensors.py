@@ -1,4 +1,4 @@
-"""Cells as tensors: whole where they fit, streamed where they do not, and the same numbers."""
+"""Cells as tensors have the stored numbers, kept whole or streamed in batches."""
 
 import threading
 
@@ -36,13 +36,13 @@ def feature(request, tmp_path):
 def test_batches_are_the_cells_in_the_drawn_order_each_once(feature, budget):
     found, stored = feature
     tensors = FeatureTensors(found, budget_bytes=budget)
-    assert (len(tensors), tensors.stays) == (CLIPS - 1, budget > 0)
+    assert (len(tensors), tensors.in_memory) == (CLIPS - 1, budget > 0)
     for generator in (None, np.random.default_rng(3)):
         seen = []
-        for places, cells in tensors.batches(4, generator):
+        for indices, cells in tensors.batches(4, generator):
             assert cells.dtype == stored.dtype
-            assert torch.equal(cells, stored[places])
-            seen += places.tolist()
+            assert torch.equal(cells, stored[indices])
+            seen += indices.tolist()
         assert sorted(seen) == list(range(CLIPS - 1))
         assert (seen == sorted(seen)) == (generator is None)
     assert torch.equal(tensors[[5, 0, 5]], stored[[5, 0, 5]])
@@ -56,21 +56,21 @@ def test_rows_may_be_chosen_and_repeat(feature):
 
 
 @pytest.mark.parametrize("budget", [1 << 30, 0])
-def test_masks_are_masks_and_what_is_no_place_is_refused(feature, budget):
+def test_a_mask_selects_clips_and_a_wrong_index_is_refused(feature, budget):
     found, stored = feature
     mask = np.zeros(CLIPS, bool)
     mask[[3, 5]] = True
     tensors = FeatureTensors(found, mask, budget_bytes=budget)
     assert tensors.rows.tolist() == [3, 5]
     assert torch.equal(tensors[torch.tensor([False, True])], stored[[5]])
-    for places in ([2], [-1], [0.5], [True]):
-        with pytest.raises(IndexError, match=r"places|mask"):
-            tensors[places]
-    with pytest.raises(IndexError, match="whole numbers"):
+    for indices in ([2], [-1], [0.5], [True]):
+        with pytest.raises(IndexError, match=r"indices|mask"):
+            tensors[indices]
+    with pytest.raises(IndexError, match="rows are whole numbers"):
         FeatureTensors(found, np.array([0.5]))
 
 
-def test_what_fits_is_read_once_and_what_does_not_a_batch_at_a_time(feature, monkeypatch):
+def test_cells_that_fit_are_read_once_and_others_batch_by_batch(feature, monkeypatch):
     found, stored = feature
     reads = []
     real = type(found).read
@@ -78,20 +78,20 @@ def test_what_fits_is_read_once_and_what_does_not_a_batch_at_a_time(feature, mon
         type(found), "read",
         lambda self, rows, **kw: (reads.append(len(rows)), real(self, rows, **kw))[1],
     )  # fmt: skip
-    held = FeatureTensors(found)
+    kept = FeatureTensors(found)
     for _ in range(2):
-        list(held.batches(4))
+        list(kept.batches(4))
     assert reads == [CLIPS - 1]
-    assert torch.equal(held.whole, stored)
+    assert torch.equal(kept.whole, stored)
     reads.clear()
     streamed = FeatureTensors(found, budget_bytes=0)
     list(streamed.batches(5))
     assert reads == [5, 5, 5, 5, 2]
-    with pytest.raises(ValueError, match="more than the budget: take `batches`"):
+    with pytest.raises(ValueError, match="more than the budget: use `batches`"):
         _ = streamed.whole
 
 
-def test_the_next_batches_are_read_meanwhile_and_no_more(feature, monkeypatch):
+def test_only_the_next_batches_are_read_ahead(feature, monkeypatch):
     found, _ = feature
     reads = []
     real = type(found).read
@@ -130,6 +130,6 @@ def test_batches_arrive_on_the_gpu_from_pinned_memory(feature):
         pytest.skip("no CUDA device")
     found, stored = feature
     for budget in (1 << 30, 0):
-        for places, cells in FeatureTensors(found, device="cuda", budget_bytes=budget).batches(4):
+        for indices, cells in FeatureTensors(found, device="cuda", budget_bytes=budget).batches(4):
             assert cells.device.type == "cuda"
-            assert torch.equal(cells.cpu(), stored[places])
+            assert torch.equal(cells.cpu(), stored[indices])
