@@ -16,8 +16,8 @@ Contenders take turns of about 64 MB, in an order that is drawn for each round, 
 rows. The median of a contender's turns counts. The fastest turn is printed beside it, which is more
 reliable on a machine with other work.
 
-The pooled column is small, and is also read from the memory of a `FeatureTensors`, which has read it
-once, as a head that trains on it does.
+The pooled column is small, and is also read from the memory of a `FeatureTensors`, which has read
+it once, as for a head that trains on it.
 """
 
 import argparse
@@ -181,9 +181,7 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, default=1024, help="size of token and of map")
     parser.add_argument("--pooled-megabytes", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument(
-        "--folder", type=Path, help="folder of the files; by default a temporary folder"
-    )
+    parser.add_argument("--folder", type=Path, help="folder of the files; by default temporary")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 

@@ -83,5 +83,8 @@ def write(store: Path, backbone: str, key: Mapping[str, Any], features: TextFeat
 
 
 def _arrays(store: Location, backbone: str) -> list[tuple[Location, dict[str, Any]]]:
-    metadata = sorted((store / FOLDER / node_name(backbone)).glob("*/zarr.json"), key=str)
-    return [(file.parent, json.loads(file.read_bytes())["attributes"]) for file in metadata]
+    files: list[Location] = list((store / FOLDER / node_name(backbone)).glob("*/zarr.json"))
+    return [
+        (file.parent, json.loads(file.read_bytes())["attributes"])
+        for file in sorted(files, key=str)
+    ]

@@ -1,9 +1,10 @@
-"""Small stores, written without a pipeline.
+"""Fixtures of small stores, written without a pipeline.
 
-`store` has two columns of three clips, the last one missing; `write_rows` fills a column with as
-many as a test asks for.
+`store` has two columns of three clips, whose last cell is missing. `write_rows` writes a table of
+clips and some rows of a column.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ T, D = 4, 3
 
 
 def values_of(row: int, dtype: str = "float16") -> np.ndarray:
-    """The cell of a row: numbers that float16 and bfloat16 both hold exactly."""
+    """Return the cell of a row, in numbers that float16 and bfloat16 represent exactly."""
     return np.arange(T * D, dtype=np.float32).reshape(T, D) + 16 * row
 
 
@@ -55,12 +56,20 @@ def store(tmp_path, dtype) -> FeatureStore:
     return FeatureStore.open(opened.path)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_flush():
+    """Do not flush to the disk, which takes most of the time: no test here cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def write_rows() -> Callable[..., None]:
-    """Writes clips and some rows of a column, a shard after the other, as a build writes them."""
+    """Return a function that writes clips and rows of a column, one shard after another."""
 
     def write(store: Path, column: Column, rows: np.ndarray, count: int, cells_of: Callable):
-        """The table gets `count` ready clips; `cells_of` gives the stored bits of some rows."""
+        """Write a table of `count` ready clips; `cells_of(rows)` returns their stored bits."""
         table = pd.DataFrame(
             clips.blank(f"{i}.mp4", "wave", "train") | {"digest": f"{i:064d}", "status": "ready"}
             for i in range(count)
@@ -70,7 +79,7 @@ def write_rows() -> Callable[..., None]:
         column.create(count)
         keys = clips.row_keys(table)
         for shard in np.unique(rows // column.spec.shard_clips):
-            mine = rows[rows // column.spec.shard_clips == shard]
-            column.write_shard(int(shard), mine, cells_of(mine), keys[mine], count)
+            in_shard = rows[rows // column.spec.shard_clips == shard]
+            column.write_shard(int(shard), in_shard, cells_of(in_shard), keys[in_shard], count)
 
     return write

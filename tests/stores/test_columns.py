@@ -1,13 +1,14 @@
-"""Columns: what a write, a rewrite and a growth leave on disk; never a cell under a false key."""
+"""Columns on disk after a write, a rewrite and a growth. No cell has a key that is not its own."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
 
-from varve.stores import atomic
+from varve.stores import atomic, columns
 from varve.stores.columns import MISSING, STORED, Column, ColumnSpec, node_name, runs
 
 CELL = (2, 1 << 17)  # 1 MB in float32, 512 kB in float16: shards of 64 and 128 clips
@@ -18,7 +19,7 @@ def spec(dtype="float16", cell=CELL):
 
 
 def cells_of(rows, dtype="float16", cell=CELL, salt=0):
-    """Cells whose every value tells the row."""
+    """Return cells whose every value encodes the row."""
     values = np.array([np.full(cell, r + salt / 4, np.float32) for r in rows])
     if dtype == "bfloat16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
@@ -29,12 +30,16 @@ def keys_of(rows, salt=0):
     return np.array([[r + 1, salt + 1, *[7] * 14] for r in rows], np.uint8)
 
 
-def write(column, rows, clips, salt=0, dtype="float16", cell=CELL):
+def write_cells(column, rows, clips, salt=0, dtype="float16", cell=CELL):
     rows = np.array(rows, np.int64)
     for shard in np.unique(rows // column.spec.shard_clips):
-        mine = rows[rows // column.spec.shard_clips == shard]
+        in_shard = rows[rows // column.spec.shard_clips == shard]
         column.write_shard(
-            int(shard), mine, cells_of(mine, dtype, cell, salt), keys_of(mine, salt), clips
+            int(shard),
+            in_shard,
+            cells_of(in_shard, dtype, cell, salt),
+            keys_of(in_shard, salt),
+            clips,
         )
 
 
@@ -46,7 +51,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_cells_come_back_and_absent_ones_have_no_chunk(tmp_path, dtype):
     column = Column(tmp_path, spec(dtype))
     column.create(5)
-    write(column, [0, 1, 3], 5, dtype=dtype)
+    write_cells(column, [0, 1, 3], 5, dtype=dtype)
     np.testing.assert_array_equal(
         column.read_cells(np.array([0, 1, 3])), cells_of([0, 1, 3], dtype)
     )
@@ -69,8 +74,12 @@ def test_a_row_of_zeros_is_a_row_and_not_an_absence(tmp_path):
     assert np.isnan(whole[0]).all()
 
 
-def test_rows_added_in_any_order_and_any_number_of_builds_give_equal_bytes(tmp_path):
-    at_once, in_parts = Column(tmp_path / "a", spec()), Column(tmp_path / "b", spec())
+def test_rows_added_in_any_order_and_any_number_of_builds_give_equal_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "SHARD_BYTES", 64 * 2048)
+    small = spec(cell=(2, 512))
+    assert small.shard_clips == 64
+    write = partial(write_cells, cell=small.cell)
+    at_once, in_parts = Column(tmp_path / "a", small), Column(tmp_path / "b", small)
     at_once.create(140)
     write(at_once, range(140), 140)
     in_parts.create(100)
@@ -85,7 +94,7 @@ def test_rows_added_in_any_order_and_any_number_of_builds_give_equal_bytes(tmp_p
 def test_every_chunk_has_a_checksum_that_a_flipped_bit_breaks(tmp_path):
     column = Column(tmp_path, spec())
     column.create(3)
-    write(column, [0, 1, 2], 3)
+    write_cells(column, [0, 1, 2], 3)
     shard = column.shard_file(0)
     data = bytearray(shard.read_bytes())
     data[column.spec.cell_bytes + 4 + 100] ^= 1  # within row 1
@@ -102,7 +111,7 @@ def test_a_kill_while_a_row_is_replaced_never_leaves_new_cells_under_the_old_key
 ):
     column = Column(tmp_path, spec())
     column.create(2)
-    write(column, [0, 1], 2)
+    write_cells(column, [0, 1], 2)
     real, shard = atomic.write, column.shard_file(0)
 
     def dies(store, target, *pieces):
@@ -119,7 +128,7 @@ def test_a_kill_while_a_row_is_replaced_never_leaves_new_cells_under_the_old_key
     before = shard.stat().st_mtime_ns
     monkeypatch.setattr("varve.stores.columns.atomic.write", dies)
     with pytest.raises(KeyboardInterrupt):
-        write(column, [1], 2, salt=1)
+        write_cells(column, [1], 2, salt=1)
     done = Column(tmp_path, spec()).done(2)
     assert (done[0] == keys_of([0])[0]).all()
     # Were the old key still there, the old bytes' return would make the new cell valid.
@@ -132,7 +141,7 @@ def test_the_size_is_known_before_anything_is_written(tmp_path, dtype, present):
     cell = (2, 1 << 16)
     column = Column(tmp_path, spec(dtype, cell))
     column.create(200)
-    write(column, present, 200, dtype=dtype, cell=cell)
+    write_cells(column, present, 200, dtype=dtype, cell=cell)
     mask = np.zeros(200, bool)
     mask[present] = True
     values = sum(len(data) for data in files(column.path).values())
@@ -147,7 +156,7 @@ def test_shards_hold_64_to_128_megabytes_whatever_the_cell():
     assert spec(cell=(1, 1)).shard_clips == 16384
 
 
-def test_names_become_one_node_each():
+def test_each_name_becomes_one_node():
     for name in ("hf-hub:a/b", "../x", "_hidden", ".dot", "50%"):
         node = node_name(name)
         assert "/" not in node
@@ -161,8 +170,8 @@ def test_runs_cover_every_row_once():
     assert runs(np.array([], int)) == []
 
 
-def test_the_metadata_is_frozen(tmp_path):
-    """Golden: a changed byte makes every store's bytes differ, and is a decision."""
+def test_the_metadata_of_a_column_does_not_change(tmp_path):
+    """A changed byte changes every store, and must be a decision."""
     column = Column(tmp_path, spec())
     column.create(3)
     metadata = json.loads((column.path / "zarr.json").read_bytes())

@@ -1,3 +1,5 @@
+"""Canonical JSON and digests: equal values, and only equal values, have equal digests."""
+
 import json
 import math
 
@@ -17,14 +19,14 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_canonical_json_says_what_it_was_given(value):
+def test_canonical_json_reads_back_as_the_value(value):
     assert json.loads(canonical(value)) == value
 
 
 @given(st.dictionaries(st.text(), JSON))
 def test_the_order_of_keys_does_not_count(value):
-    turned = dict(reversed(value.items()))
-    assert digest(turned) == digest(value)
+    reversed_value = dict(reversed(value.items()))
+    assert digest(reversed_value) == digest(value)
 
 
 def test_one_and_one_point_zero_and_true_are_three_values():
@@ -32,11 +34,12 @@ def test_one_and_one_point_zero_and_true_are_three_values():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, np.float32(1), {1: 2}, {1, 2}, b"x"])
-def test_what_has_no_exact_form_is_refused_and_named(value):
+def test_a_value_without_an_exact_form_is_refused_and_named(value):
     with pytest.raises(TypeError, match=r"\$\.a\[1\]"):
         digest({"a": [0, value]})
 
 
-def test_a_changed_digest_is_a_decision():
+def test_the_digest_of_a_specification_does_not_change():
+    """A changed digest is another key for every cell, and must be a decision."""
     spec = {"frames": 8, "sampling": "tsn", "fps": 0.0, "crop": None, "label": "grün"}
     assert digest(spec) == "865c8c02ddaef09c18c8f00ce952e2bc01323c38c2b2deadcf41db9781ac8464"

@@ -1,3 +1,5 @@
+"""`FeatureStore`: features are found, read and refused by name, row and format."""
+
 import json
 
 import numpy as np
@@ -17,11 +19,11 @@ def feature(store):
     return store.feature("net:tag", "blocks.0:cls", fingerprint="ab")
 
 
-def test_rows_come_in_the_order_asked_for_repeats_included(feature, dtype):
+def test_rows_come_in_the_requested_order_with_repeats(feature, dtype):
     rows = [1, 0, 1]
-    found = feature.read(rows)
-    assert found.dtype == ("float16" if dtype == "float16" else "float32")
-    np.testing.assert_array_equal(found, expected(rows))
+    result = feature.read(rows)
+    assert result.dtype == ("float16" if dtype == "float16" else "float32")
+    np.testing.assert_array_equal(result, expected(rows))
     np.testing.assert_array_equal(feature.read(np.array([0])), expected([0]))
     np.testing.assert_array_equal(feature.read(slice(0, 2)), expected([0, 1]))
     assert feature.read([]).shape == (0, 4, 3)
@@ -72,14 +74,14 @@ def test_a_damaged_shard_is_named_and_never_read_as_numbers(feature, damage):
         feature.read([0, 1])
 
 
-def test_a_damaged_table_says_how_to_go_on(store):
+def test_the_error_of_a_damaged_table_tells_how_to_repair_it(store):
     (store.path / clips.FILE).write_bytes(b"PAR1 but not really")
     with pytest.raises(ValueError, match=r"clips\.parquet is damaged .*Move it away"):
         FeatureStore.open(store.path).clips  # noqa: B018
 
 
 def test_a_shard_replaced_in_the_middle_of_a_read_is_read_again(feature, dtype):
-    """As a builder does it: a new file in the old one's place, between index and chunks."""
+    """A builder renames a new file over the old one, between the reads of index and chunks."""
     real, shard = feature._array, feature.path / "c" / "0" / "0" / "0"
 
     class Torn:
@@ -113,25 +115,25 @@ def test_dask_and_torch_see_the_same_numbers(feature):
     assert numbers.tolist() == [1, 0]
 
 
-def test_a_feature_is_found_by_the_words_it_was_asked_for_with(store):
-    found = store.feature("net:/some/where/tag.safetensors", "blocks.0:cls", fingerprint="ab")
-    assert found.fingerprint == "ab" * 32
+def test_a_feature_is_found_by_the_name_of_its_request(store):
+    result = store.feature("net:/some/where/tag.safetensors", "blocks.0:cls", fingerprint="ab")
+    assert result.fingerprint == "ab" * 32
     assert store.feature("net", "blocks.0:cls", fingerprint="cd").fingerprint == "cd" * 32
 
 
-def test_several_columns_that_fit_are_an_error_that_tells_them_apart(store):
+def test_the_error_of_several_matching_columns_lists_their_differences(store):
     with pytest.raises(
         SpecMismatch, match=r"2 columns.*\n.*ab.*frames.frames=4\n.*cd.*frames.frames=5"
     ):
         store.feature("net:tag", "blocks.0:cls")
 
 
-def test_a_feature_that_is_not_there_is_an_error_that_lists_what_is(store):
+def test_the_error_of_a_missing_feature_lists_the_others(store):
     with pytest.raises(SpecMismatch, match=r"no net:tag proj; it has\n  net:tag blocks.0:cls ab"):
         store.feature("net:tag", "proj")
 
 
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path):
     (tmp_path / "thesis.txt").write_text("all my work")
     for call in (FeatureStore.open, FeatureStore.create):
         with pytest.raises(NotAStore, match=r"no zarr\.json"):
@@ -162,7 +164,7 @@ def test_a_newer_format_is_refused_and_unchanged(store, call):
     assert file.read_bytes() == before
 
 
-def test_the_table_survives_a_round_trip_whatever_its_labels(tmp_path):
+def test_the_table_survives_a_round_trip_with_any_labels(tmp_path):
     labels = ["a b", "naïve ‘quote’", "../x", 'q"uote', "新しい", "line\nbreak", ""]
     rows = [clips.blank(f"{i}.mp4", label, "") for i, label in enumerate(labels)]
     rows[1]["start_seconds"] = 0.1
@@ -174,7 +176,7 @@ def test_the_table_survives_a_round_trip_whatever_its_labels(tmp_path):
     assert clips.encode(table) == clips.encode(clips.read(tmp_path))
 
 
-def test_the_row_key_is_the_bytes_and_the_stretch(tmp_path):
+def test_the_row_key_identifies_bytes_and_interval(tmp_path):
     whole = clips.row_key("ab", np.nan, np.nan)
     assert len(whole) == 16
     others = {clips.row_key("ab", 0.0, np.nan), clips.row_key("ab", np.nan, 1.0),
@@ -183,7 +185,7 @@ def test_the_row_key_is_the_bytes_and_the_stretch(tmp_path):
     assert clips.row_key("", np.nan, np.nan) == bytes(16)
 
 
-def test_a_folder_of_frames_is_named_by_its_frames_in_order(tmp_path):
+def test_the_digest_of_a_frame_folder_depends_on_frames_and_order(tmp_path):
     def folder(name, files):
         for file, text in files.items():
             path = tmp_path / name / file

@@ -1,3 +1,5 @@
+"""The lock of a store: it excludes other processes, and ends with its process."""
+
 import os
 import signal
 import subprocess
@@ -7,37 +9,37 @@ import pytest
 
 from varve.stores import lock
 
-HOLD = """
+LOCK = """
 import sys, time
 from pathlib import Path
 from varve.stores import lock
 with lock.locked(Path(sys.argv[1])):
-    print("held", flush=True)
+    print("locked", flush=True)
     time.sleep(60)
 """
 
 
 @pytest.fixture
-def holder(tmp_path):
+def locking_process(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", LOCK, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout.readline() == "held\n"
+    assert process.stdout.readline() == "locked\n"
     yield process
     process.kill()
     process.wait()
     process.stdout.close()
 
 
-def test_a_second_builder_is_told_who_holds_the_store(tmp_path, holder):
-    told = pytest.raises(lock.StoreLocked, match=f"process {holder.pid} on .*, since 2")
-    with told, lock.locked(tmp_path):
+def test_the_error_names_the_process_that_has_the_lock(tmp_path, locking_process):
+    refused = pytest.raises(lock.StoreLocked, match=f"process {locking_process.pid} on .*, since 2")
+    with refused, lock.locked(tmp_path):
         pass
 
 
-def test_a_killed_holder_frees_the_store(tmp_path, holder):
-    os.kill(holder.pid, signal.SIGKILL)
-    holder.wait()
+def test_the_lock_ends_with_a_killed_process(tmp_path, locking_process):
+    os.kill(locking_process.pid, signal.SIGKILL)
+    locking_process.wait()
     with lock.locked(tmp_path):
         assert str(os.getpid()) in (tmp_path / lock.FILE).read_text()
     assert (tmp_path / lock.FILE).read_bytes() == b""

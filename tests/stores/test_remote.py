@@ -1,8 +1,8 @@
-"""A store copied to S3 is the store: the same values, a request a chunk, nothing written.
+"""A copy of a store on S3 reads as the local store, with one request per chunk and no write.
 
-The server is rclone's `serve s3`. A proxy before it counts requests and does what a test asks; it
-also says 206 where rclone answers a ranged request with 200, and keeps If-Match, which rclone
-passes over.
+The server is rclone's `serve s3`. A proxy in front of it counts requests and injects faults. It
+also answers a ranged request with 206, where rclone sends 200, and obeys If-Match, which rclone
+ignores.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ FORKS = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 
 class Proxy(ThreadingHTTPServer):
-    """Forwards to `port`, and remembers what was asked: (method, path, range)."""
+    """Proxy that forwards to `port` and records the requests: (method, path, range)."""
 
     daemon_threads = True
 
@@ -51,13 +51,13 @@ class Proxy(ThreadingHTTPServer):
         self.reset()
 
     def reset(self) -> None:
-        self.asked, self.keeps_conditions = [], True
+        self.requests, self.obeys_conditions = [], True
         self.before = lambda method, path, wanted: None
         self.in_flight = self.most_in_flight = 0
 
     def gets(self, part: str) -> list[str | None]:
-        """The ranges of GET requests of paths with that part."""
-        return [r for method, path, r in self.asked if method == "GET" and part in path]
+        """Return the ranges of the GET requests whose path contains `part`."""
+        return [r for method, path, r in self.requests if method == "GET" and part in path]
 
 
 class Forward(BaseHTTPRequestHandler):
@@ -68,16 +68,16 @@ class Forward(BaseHTTPRequestHandler):
         proxy, wanted = self.server, self.headers.get("Range")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with proxy.lock:
-            proxy.asked.append((self.command, self.path, wanted))
+            proxy.requests.append((self.command, self.path, wanted))
             proxy.in_flight += 1
             proxy.most_in_flight = max(proxy.most_in_flight, proxy.in_flight)
         status = proxy.before(self.command, self.path, wanted)
-        response, data = self.asked_upstream(body)
+        response, data = self.upstream_response(body)
         headers = dict(response.getheaders())
         data = b"" if status else data
         status = status or (206 if "Content-Range" in headers else response.status)
-        asked_for = self.headers.get("If-Match")
-        if proxy.keeps_conditions and asked_for and asked_for != headers.get("Etag"):
+        condition = self.headers.get("If-Match")
+        if proxy.obeys_conditions and condition and condition != headers.get("Etag"):
             status, data = 412, b""
         with proxy.lock:
             proxy.in_flight -= 1
@@ -89,8 +89,8 @@ class Forward(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def asked_upstream(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
-        """S3 answers with a whole object; rclone cuts one off that is replaced meanwhile."""
+    def upstream_response(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+        """Repeat a request that rclone truncates because the object is replaced meanwhile."""
         while True:
             upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream)
             with contextlib.closing(upstream), contextlib.suppress(http.client.IncompleteRead):
@@ -157,7 +157,7 @@ def options(server):
 
 @pytest.fixture
 def copied(options):
-    """Copies a local store, or one file of it, to a prefix of the bucket; returns its URL."""
+    """Return a function that copies a store, or one of its files, to the bucket."""
 
     def copy(store: Path, url: str = "", file: Path | None = None) -> str:
         url = url or f"s3://bucket/{uuid.uuid4().hex}/s.zarr"
@@ -171,11 +171,11 @@ def copied(options):
 
 
 def cells_of(rows, salt=0):
-    """float16: every number of a cell tells its row and its version."""
+    """Return float16 cells whose every number encodes the row and the version."""
     return np.array([np.full(CELL, 2 * row + salt, np.float16) for row in rows]).reshape(-1, *CELL)
 
 
-class Made:
+class LocalStore:
     """A local store with one column, in shards of 8 clips."""
 
     def __init__(self, write_rows, path: Path, count: int, absent=()) -> None:
@@ -189,10 +189,9 @@ class Made:
 
 
 @pytest.fixture
-def made(tmp_path, write_rows, monkeypatch):
+def make(tmp_path, write_rows, monkeypatch):
     monkeypatch.setattr(columns, "MAX_SHARD_CLIPS", SLOTS)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    return lambda count, absent=(): Made(write_rows, tmp_path / "s.zarr", count, absent)
+    return lambda count, absent=(): LocalStore(write_rows, tmp_path / "s.zarr", count, absent)
 
 
 def test_a_copied_store_reads_as_the_local_one(store, copied, options):
@@ -216,59 +215,59 @@ def test_a_copied_store_reads_as_the_local_one(store, copied, options):
         assert label == same
         with pytest.raises(LookupError, match=r"first is row 2 \(a/z.mp4; quarantined: corrupt"):
             a.read([0, 2])
-    found = far.text("net:tag")
-    assert found.classes == ("clap", "wave")
-    np.testing.assert_array_equal(found.values, classes.values[::-1])
+    result = far.text("net:tag")
+    assert result.classes == ("clap", "wave")
+    np.testing.assert_array_equal(result.values, classes.values[::-1])
 
 
-def test_random_rows_are_one_request_each_and_an_index_a_shard(made, server, copied, options):
-    local = made(40, absent=[5, *range(24, 32)])
+def test_random_rows_take_one_request_each_and_one_per_index(make, server, copied, options):
+    local = make(40, absent=[5, *range(24, 32)])
     feature = FeatureStore.open(copied(local.store.path), options).feature(BACKBONE, "pool")
     rows = np.array([33, 3, 1, 17, 38, 3, 35, 12])
     assert feature.valid.sum() == 31
-    server.asked.clear()
+    server.requests.clear()
     server.before = lambda method, path, wanted: time.sleep(0.03)
     np.testing.assert_array_equal(feature.read(rows), cells_of(rows))
     ranges = server.gets("/c/")
-    assert len(ranges) == len(server.asked) == 7 + 4  # 3 was asked for twice; 4 shards
+    assert len(ranges) == len(server.requests) == 7 + 4  # row 3 was requested twice; 4 shards
     assert sorted(ranges)[:4] == [f"bytes=-{INDEX_BYTES}"] * 4
     assert server.most_in_flight >= 4
     size = {int(r[6:].split("-")[1]) - int(r[6:].split("-")[0]) + 1 for r in sorted(ranges)[4:]}
     assert size == {48 + 4}
-    server.asked.clear()
+    server.requests.clear()
     np.testing.assert_array_equal(feature.read([37, 0, 18]), cells_of([37, 0, 18]))
-    assert len(server.asked) == 3  # the indices are known
+    assert len(server.requests) == 3  # the indices are known
     with pytest.raises(LookupError, match=r"first is row 5 "):
         feature.read([4, 5])
-    server.asked.clear()
+    server.requests.clear()
     np.testing.assert_array_equal(feature.read(slice(32, 40)), cells_of(range(32, 40)))
     assert server.gets("/c/") == [None]  # all of a shard: the whole object
     bits = feature.bits(np.arange(40))
     assert bits.tobytes() == local.store.feature(BACKBONE, "pool").bits(np.arange(40)).tobytes()
 
 
-@pytest.mark.parametrize("keeps_conditions", [True, False], ids=["If-Match", "ETag alone"])
+@pytest.mark.parametrize("obeys_conditions", [True, False], ids=["If-Match", "ETag alone"])
 def test_a_cell_read_while_its_shard_is_replaced_is_of_one_version(
-    made, server, copied, options, keeps_conditions
+    made, server, copied, options, obeys_conditions
 ):
     """Index and chunks of two versions would pass the checksums: here the rows have moved."""
-    local = made(8, absent=[0, 1, 2])
+    local = make(8, absent=[0, 1, 2])
     shard, path = local.column.shard_file(0), local.store.path
     first = shard.read_bytes()
     url = copied(path)
     feature = FeatureStore.open(url, options).feature(BACKBONE, "pool")
     assert feature.valid.sum() == 5
-    server.keeps_conditions = keeps_conditions
+    server.obeys_conditions = obeys_conditions
 
-    def replace(method, place, wanted):
+    def replace(method, key, wanted):
         if method == "GET" and wanted and not wanted.startswith("bytes=-"):
             server.before = lambda *request: None
             copied(path, url, shard)
 
     local.write(np.arange(8), 8, salt=1)
     server.before = replace
-    found = feature.read([6, 3])
-    for cell, row in zip(found, [6, 3], strict=True):
+    result = feature.read([6, 3])
+    for cell, row in zip(result, [6, 3], strict=True):
         assert cell.tobytes() in (cells_of([row]).tobytes(), cells_of([row], salt=1).tobytes())
     np.testing.assert_array_equal(feature.read([6, 3]), cells_of([6, 3], salt=1))
     shard.write_bytes(first)
@@ -276,10 +275,10 @@ def test_a_cell_read_while_its_shard_is_replaced_is_of_one_version(
     np.testing.assert_array_equal(feature.read([6, 3]), cells_of([6, 3]))
 
 
-def test_a_server_that_cannot_count_from_the_end_is_asked_for_the_size(
+def test_the_size_is_requested_from_a_server_without_suffix_ranges(
     made, copied, options, monkeypatch
 ):
-    local, real = made(12), obstore.get_async
+    local, real = make(12), obstore.get_async
 
     async def azure(client, key, *, options):
         if "suffix" in options.get("range", ()):
@@ -291,8 +290,8 @@ def test_a_server_that_cannot_count_from_the_end_is_asked_for_the_size(
     np.testing.assert_array_equal(feature.read([9, 2]), cells_of([9, 2]))
 
 
-def test_damage_is_told_with_the_next_move(made, server, copied, options):
-    local = made(12)
+def test_the_error_of_damage_tells_how_to_repair_it(make, server, copied, options):
+    local = make(12)
     url, path = copied(local.store.path), local.store.path
     feature = FeatureStore.open(url, options).feature(BACKBONE, "pool")
     shard = local.column.shard_file(1)
@@ -314,8 +313,8 @@ def test_damage_is_told_with_the_next_move(made, server, copied, options):
         _ = feature.valid
 
 
-def test_whatever_writes_refuses(made, copied, options, tmp_path, monkeypatch):
-    url = copied(made(2).store.path)
+def test_every_write_is_refused(make, copied, options, tmp_path, monkeypatch):
+    url = copied(make(2).store.path)
     far = FeatureStore.open(url, options)
     monkeypatch.chdir(tmp_path)
     before = dict(far.attributes)
@@ -336,8 +335,8 @@ def test_whatever_writes_refuses(made, copied, options, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("s3*"))
 
 
-def test_keys_and_endpoint_come_from_the_environment_too(made, copied, options, monkeypatch):
-    url = copied(made(4).store.path)
+def test_keys_and_endpoint_come_from_the_environment_too(make, copied, options, monkeypatch):
+    url = copied(make(4).store.path)
     monkeypatch.setenv("AWS_ENDPOINT_URL", options["endpoint"])
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
@@ -347,7 +346,7 @@ def test_keys_and_endpoint_come_from_the_environment_too(made, copied, options, 
         assert store.feature(BACKBONE, "pool").read([3]).tobytes() == cells_of([3]).tobytes()
 
 
-def test_what_cannot_be_opened_is_explained(server, options, monkeypatch):
+def test_a_failure_to_open_is_explained(server, options, monkeypatch):
     def opened(url="s3://bucket/none.zarr", **changes):
         return FeatureStore.open(url, options | changes)
 
@@ -378,17 +377,17 @@ def test_what_cannot_be_opened_is_explained(server, options, monkeypatch):
         opened()
 
 
-def test_a_feature_goes_to_another_process(made, copied, options):
-    feature = FeatureStore.open(copied(made(20).store.path), options).feature(BACKBONE, "pool")
+def test_a_feature_reads_in_another_process(make, copied, options):
+    feature = FeatureStore.open(copied(make(20).store.path), options).feature(BACKBONE, "pool")
     np.testing.assert_array_equal(feature.read([9, 2]), cells_of([9, 2]))
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(feature.read, [19, 3]).result()
-    np.testing.assert_array_equal(found, cells_of([19, 3]))
+        result = pool.submit(feature.read, [19, 3]).result()
+    np.testing.assert_array_equal(result, cells_of([19, 3]))
 
 
 @FORKS
-def test_a_forked_process_is_told_to_start_afresh(made, copied, options):
-    feature = FeatureStore.open(copied(made(4).store.path), options).feature(BACKBONE, "pool")
+def test_the_error_in_a_forked_process_recommends_spawn(make, copied, options):
+    feature = FeatureStore.open(copied(make(4).store.path), options).feature(BACKBONE, "pool")
     feature.read([1])
     reading, writing = os.pipe()
     child = os.fork()
@@ -401,6 +400,6 @@ def test_a_forked_process_is_told_to_start_afresh(made, copied, options):
         finally:
             os._exit(0)
     os.close(writing)
-    with open(reading) as told:
-        assert 'multiprocessing_context="spawn"' in told.read()
+    with open(reading) as output:
+        assert 'multiprocessing_context="spawn"' in output.read()
     os.waitpid(child, 0)

@@ -1,4 +1,4 @@
-"""The reader of cells: the bits that zarr-python reads, whatever happens to the files meanwhile."""
+"""The shard reader returns the bits that zarr-python reads, while files change or fail."""
 
 import contextlib
 import errno
@@ -30,7 +30,7 @@ FORKS = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 
 def cells_of(rows, dtype="float16", salt=0):
-    """Stored bits: every number of a cell tells its row and its version."""
+    """Return stored bits whose every number encodes the row and the version."""
     values = np.array([np.full(CELL, 2 * row + salt, np.float32) for row in rows]).reshape(
         -1, *CELL
     )
@@ -40,8 +40,8 @@ def cells_of(rows, dtype="float16", salt=0):
     return values.astype(dtype)
 
 
-class Made:
-    """A store with one column, a shard of 8 clips, written as a build writes it."""
+class StoredColumn:
+    """A store with one column in shards of 8 clips, written as a build writes it."""
 
     def __init__(self, write_rows, path, count, absent=(), dtype="float16"):
         self.store, self.dtype, self.write_rows = FeatureStore.create(path), dtype, write_rows
@@ -56,22 +56,22 @@ class Made:
         return FeatureStore.open(self.store.path).feature("net:tag", "pool")
 
     def whole(self) -> np.ndarray:
-        """All cells by zarr-python."""
+        """Return all cells as zarr-python reads them."""
         return zarr.open_array(str(self.column.path), mode="r")[:]
 
     def shard(self, number=0):
         return self.column.shard_file(number)
 
-    def stored(self, **options) -> None:
-        """Write the array anew, in another way that Zarr knows."""
+    def rewrite(self, **options) -> None:
+        """Write the array again in another form that Zarr supports."""
         array = zarr.open_array(str(self.column.path), mode="r")
         whole, attributes = array[:], dict(array.attrs)
-        given = {"shards": (SLOTS, *CELL), "chunks": (1, *CELL), "compressors": None}
-        given |= options
+        layout = {"shards": (SLOTS, *CELL), "chunks": (1, *CELL), "compressors": None}
+        layout |= options
         zarr.create_array(
             str(self.column.path), shape=whole.shape, dtype=whole.dtype, filters=None,
             fill_value=MISSING[self.dtype], attributes=attributes,
-            overwrite=True, **given,
+            overwrite=True, **layout,
         )[:] = whole  # fmt: skip
 
 
@@ -79,13 +79,14 @@ class Made:
 def small_shards(monkeypatch):
     monkeypatch.setattr(columns, "MAX_SHARD_CLIPS", SLOTS)
     monkeypatch.setattr(shard_reader, "SPAN_BYTES", 150)  # spans of three cells or four
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture
 def make(tmp_path, write_rows):
-    """Makes a store of so many clips, but for those `absent`."""
-    return lambda *of, name="s", **options: Made(write_rows, tmp_path / name, *of, **options)
+    """Return a function that makes a store of some clips, without those in `absent`."""
+    return lambda *of, name="s", **options: StoredColumn(
+        write_rows, tmp_path / name, *of, **options
+    )
 
 
 def numbers(bits, dtype):
@@ -94,17 +95,17 @@ def numbers(bits, dtype):
 
 @pytest.mark.parametrize("dtype", STORED)
 def test_rows_in_any_order_are_what_zarr_reads(make, dtype):
-    made = make(60, absent=[*range(16, 24), 3, 40], dtype=dtype)
-    whole, feature = made.whole(), made.feature()
+    stored = make(60, absent=[*range(16, 24), 3, 40], dtype=dtype)
+    whole, feature = stored.whole(), stored.feature()
     assert isinstance(feature._reader, ShardReader)
     there, rng = np.flatnonzero(feature.valid), np.random.default_rng(0)
     assert len(there) == 50
     for count in [1, 2, 5, 20, 20, 20, 50, 200]:
         drawn, near = rng.choice(there, count), rng.choice(there[10:20], count)
         for rows in (drawn, np.sort(drawn), near, np.sort(near), there[:count]):
-            found = feature.read(rows)
-            assert found.tobytes() == numbers(whole[rows], dtype).tobytes()
-            assert found.shape == (len(rows), *CELL)
+            result = feature.read(rows)
+            assert result.tobytes() == numbers(whole[rows], dtype).tobytes()
+            assert result.shape == (len(rows), *CELL)
     assert feature.bits(np.arange(60)).tobytes() == whole.tobytes()
     assert feature.read([]).shape == (0, *CELL)
 
@@ -115,12 +116,12 @@ def test_rows_in_any_order_are_what_zarr_reads(make, dtype):
     [lambda nth, size: nth * size, lambda nth, size: nth * 64, lambda nth, size: nth * nth * size],
     ids=["side by side", "aligned", "anywhere"],
 )
-def test_chunks_may_lie_anywhere_and_have_no_checksums(make, checksums, moved):
-    made = make(20, absent=[5])
-    whole, rows = made.whole(), np.delete(np.arange(20), 5)
-    made.stored(compressors=checksums)
+def test_chunks_may_have_any_offset_and_no_checksums(make, checksums, moved):
+    stored = make(20, absent=[5])
+    whole, rows = stored.whole(), np.delete(np.arange(20), 5)
+    stored.rewrite(compressors=checksums)
     size = 48 + 4 * len(checksums)
-    data = made.shard().read_bytes()
+    data = stored.shard().read_bytes()
     index = np.frombuffer(data[-INDEX_BYTES:-4], "<u8").reshape(SLOTS, 2).copy()
     body = bytearray(moved(SLOTS, size) + size)
     for entry in index:
@@ -129,8 +130,8 @@ def test_chunks_may_lie_anywhere_and_have_no_checksums(make, checksums, moved):
             entry[0] = to = moved(start // size, size)
             body[to : to + size] = data[start : start + size]
     checksum = google_crc32c.value(index.tobytes()).to_bytes(4, "little")
-    made.shard().write_bytes(bytes(body) + index.tobytes() + checksum)
-    feature = made.feature()
+    stored.shard().write_bytes(bytes(body) + index.tobytes() + checksum)
+    feature = stored.feature()
     assert isinstance(feature._reader, ShardReader)
     for _ in range(2):
         assert feature.read(rows[::-1]).tobytes() == whole[rows[::-1]].tobytes()
@@ -153,10 +154,10 @@ OTHERS = {
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_arrays_are_read_through_zarr(make, kind):
-    made = make(20, absent=[5])
-    whole = made.whole()
-    made.stored(**OTHERS[kind])
-    feature = made.feature()
+    stored = make(20, absent=[5])
+    whole = stored.whole()
+    stored.rewrite(**OTHERS[kind])
+    feature = stored.feature()
     assert isinstance(feature._reader, ZarrReader)
     rows = [9, 2, 3, 2, 19, 4]
     assert feature.read(rows).tobytes() == whole[rows].tobytes()
@@ -168,52 +169,52 @@ def test_other_arrays_are_read_through_zarr(make, kind):
         feature.read([4, 5])
 
 
-def test_zarr_is_asked_for_runs_of_neighbours_and_each_row_once():
+def test_zarr_reads_runs_of_consecutive_rows_and_each_row_once():
     slices = []
 
-    class Asked:
+    class FakeArray:
         def __getitem__(self, rows):
             slices.append((rows.start, rows.stop))
             return cells_of(range(rows.start, rows.stop))
 
     out = np.zeros((7, *CELL), np.float16)
     rows = np.array([7, 2, 3, 3, 4, 12, 7])
-    absent = ZarrReader(Asked(), lambda bits: bits[:, 0, 0] == 24).read(rows, out)
+    absent = ZarrReader(FakeArray(), lambda bits: bits[:, 0, 0] == 24).read(rows, out)
     assert sorted(slices) == [(2, 5), (7, 8), (12, 13)]
     assert absent == [5]
     np.testing.assert_array_equal(out, cells_of(rows))
 
 
-def test_a_longer_column_is_seen_by_who_opens_it_and_hurts_nobody_else(make):
-    made = make(12)
-    old = made.feature()
+def test_an_extended_column_is_seen_when_opened_and_does_not_disturb_readers(make):
+    stored = make(12)
+    old = stored.feature()
     for _ in range(2):
         np.testing.assert_array_equal(old.read([11, 3]), cells_of([11, 3]))
-    made.write(np.arange(12, 30), 30)
+    stored.write(np.arange(12, 30), 30)
     np.testing.assert_array_equal(old.read([11, 3]), cells_of([11, 3]))
-    np.testing.assert_array_equal(made.feature().read(slice(5, 30)), cells_of(range(5, 30)))
+    np.testing.assert_array_equal(stored.feature().read(slice(5, 30)), cells_of(range(5, 30)))
 
 
-def test_a_replaced_shard_is_noticed(make):
-    made = make(20)
-    feature = made.feature()
+def test_a_replaced_shard_is_detected(make):
+    stored = make(20)
+    feature = stored.feature()
     for salt in (1, 0, 1):
-        made.write(np.arange(8, 16), 20, salt)
+        stored.write(np.arange(8, 16), 20, salt)
         for rows in ([9], [19, 9, 1], range(20), [9, 1]):
             expected = cells_of(rows)
             expected[(np.array(rows) // 8) == 1] += salt
             np.testing.assert_array_equal(feature.read(rows), expected)
 
 
-def test_a_read_that_a_replacement_interrupts_has_one_version_of_the_shard(make, monkeypatch):
-    """Index and chunks of two versions would pass the checksums: here the rows have moved."""
-    made = make(8, absent=[0, 1, 2])
-    feature, real = made.feature(), os.preadv
+def test_a_read_during_a_replacement_has_one_version_of_the_shard(make, monkeypatch):
+    """Index and chunks of two versions would pass the checksums, since the rows have moved."""
+    stored = make(8, absent=[0, 1, 2])
+    feature, real = stored.feature(), os.preadv
     feature.read([3])
 
     def replacing(descriptor, buffers, start):
         monkeypatch.setattr(os, "preadv", real)
-        made.write(np.arange(8), 8, salt=1)
+        stored.write(np.arange(8), 8, salt=1)
         return real(descriptor, buffers, start)
 
     monkeypatch.setattr(os, "preadv", replacing)
@@ -221,8 +222,8 @@ def test_a_read_that_a_replacement_interrupts_has_one_version_of_the_shard(make,
     np.testing.assert_array_equal(feature.read([6, 3]), cells_of([6, 3], salt=1))
 
 
-def spoil(made, damage):
-    data = bytearray(made.shard().read_bytes())
+def spoil(stored, damage):
+    data = bytearray(stored.shard().read_bytes())
     if damage == "a cell":
         data[52 * 2 + 5] ^= 1
     elif damage == "its checksum":
@@ -237,7 +238,7 @@ def spoil(made, damage):
         data = data[: 52 * 2 + 30]
     elif damage == "cut in the index":
         data = data[: len(data) - 30]
-    made.shard().write_bytes(b"" if damage == "emptied" else data)
+    stored.shard().write_bytes(b"" if damage == "emptied" else data)
 
 
 @pytest.mark.parametrize(
@@ -246,12 +247,12 @@ def spoil(made, damage):
      "emptied"],
 )  # fmt: skip
 @pytest.mark.parametrize("rows", [[2], [17, 2, 18], range(20)], ids=["one", "few", "all"])
-def test_damage_is_named_whatever_was_read_before(make, damage, rows):
-    made = make(20)
-    before, after = made.feature(), made.feature()
+def test_damage_is_named_after_any_earlier_reads(make, damage, rows):
+    stored = make(20)
+    before, after = stored.feature(), stored.feature()
     before.read([18, 2])
     before.read([18, 2])
-    spoil(made, damage)
+    spoil(stored, damage)
     for feature in (before, after):
         for _ in range(2):
             with pytest.raises(
@@ -262,35 +263,35 @@ def test_damage_is_named_whatever_was_read_before(make, damage, rows):
             if "cell" in damage or "checksum" in damage or "entry" in damage:
                 assert "near row 2 " in str(caught.value) or "cut" in damage
             np.testing.assert_array_equal(feature.read([18, 9]), cells_of([18, 9]))
-    made.shard().unlink()
+    stored.shard().unlink()
     with pytest.raises(Damaged, match=r"near row 2 .*no chunk for a row marked done"):
         after.read([18, 2])
 
 
 @pytest.mark.parametrize("rows", [[2, 4], range(8)], ids=["few", "all"])
-def test_checksums_can_be_left_out_and_the_index_is_checked_still(make, rows):
-    made = make(8)
-    spoil(made, "a cell")
-    found = made.feature().read(rows, verify=False)
-    wrong = (found != cells_of(rows)).any(axis=(1, 2))
+def test_the_index_is_checked_also_without_verification(make, rows):
+    stored = make(8)
+    spoil(stored, "a cell")
+    result = stored.feature().read(rows, verify=False)
+    wrong = (result != cells_of(rows)).any(axis=(1, 2))
     assert [row for row, is_wrong in zip(rows, wrong, strict=True) if is_wrong] == [2]
-    spoil(made, "an entry")
+    spoil(stored, "an entry")
     with pytest.raises(Damaged, match="index points to where no chunk can be"):
-        made.feature().read(rows, verify=False)
-    spoil(made, "the index")
+        stored.feature().read(rows, verify=False)
+    spoil(stored, "the index")
     with pytest.raises(Damaged, match="index does not match its checksum"):
-        made.feature().read(rows, verify=False)
+        stored.feature().read(rows, verify=False)
 
 
 @pytest.mark.parametrize("rows", [[2, 4], range(8)], ids=["few", "all"])
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_file_that_is_cut_off_during_a_read_is_damaged(make, monkeypatch, rows, verify):
-    made = make(8)
-    feature, real = made.feature(), os.preadv
+def test_a_file_truncated_during_a_read_is_damaged(make, monkeypatch, rows, verify):
+    stored = make(8)
+    feature, real = stored.feature(), os.preadv
     feature.read([1])
 
     def cutting(descriptor, buffers, start):
-        os.truncate(made.shard(), 52 * 2 + 30)
+        os.truncate(stored.shard(), 52 * 2 + 30)
         return real(descriptor, buffers, start)
 
     monkeypatch.setattr(os, "preadv", cutting)
@@ -299,7 +300,7 @@ def test_a_file_that_is_cut_off_during_a_read_is_damaged(make, monkeypatch, rows
 
 
 @pytest.mark.parametrize("rows", [[2, 4], range(8)], ids=["few", "all"])
-def test_what_the_kernel_gives_in_parts_is_put_together(make, monkeypatch, rows):
+def test_partial_reads_of_the_kernel_are_combined(make, monkeypatch, rows):
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda d, buffers, at: real(d, [buffers[0][:10]], at))
     feature = make(8).feature()
@@ -307,11 +308,11 @@ def test_what_the_kernel_gives_in_parts_is_put_together(make, monkeypatch, rows)
 
 
 @pytest.mark.parametrize(("code", "times", "ends"), [("EIO", 9, True), ("ESTALE", 1, False)])
-def test_a_disk_that_fails_is_named_and_a_stale_file_opened_again(
+def test_a_failing_disk_is_named_and_a_stale_file_is_opened_again(
     make, monkeypatch, code, times, ends
 ):
-    made = make(8)
-    feature, real, left = made.feature(), os.preadv, times
+    stored = make(8)
+    feature, real, left = stored.feature(), os.preadv, times
     feature.read([1])
 
     def failing(descriptor, buffers, start):
@@ -330,12 +331,12 @@ def test_a_disk_that_fails_is_named_and_a_stale_file_opened_again(
 
 
 @pytest.mark.parametrize("dtype", STORED)
-def test_a_given_buffer_is_filled_and_returned(make, dtype):
+def test_a_passed_buffer_is_filled_and_returned(make, dtype):
     import torch
 
-    made = make(20, dtype=dtype)
-    feature, rows = made.feature(), [3, 17, 3]
-    whole = made.whole()
+    stored = make(20, dtype=dtype)
+    feature, rows = stored.feature(), [3, 17, 3]
+    whole = stored.whole()
     kept = torch.zeros((5, *CELL), dtype=torch.float16 if dtype == "float16" else torch.float32)
     for _ in range(2):
         view = kept[1:4].numpy()
@@ -365,12 +366,12 @@ def test_a_buffer_that_does_not_fit_is_refused_with_both_shapes(make):
         make(8, name="b", dtype="bfloat16").feature().read([0], np.zeros(3))
 
 
-def test_several_threads_copy_large_cells_and_tell_of_damage(make, monkeypatch):
+def test_several_threads_copy_large_cells_and_report_damage(make, monkeypatch):
     monkeypatch.setattr(shard_reader, "THREAD_BYTES", 100)
     monkeypatch.setattr(shard_reader, "SMALL_BYTES", 0)
     monkeypatch.setattr(shard_reader, "_idle_cores", lambda: 7)
-    made = make(40)
-    feature, names = made.feature(), set()
+    stored = make(40)
+    feature, names = stored.feature(), set()
     feature._reader.threads = 3
     real = os.preadv
 
@@ -392,29 +393,29 @@ def test_several_threads_copy_large_cells_and_tell_of_damage(make, monkeypatch):
             patch.setattr(module, name, lambda answer=answer: answer)
             feature.read(rows)
         assert len(names) == 1
-    spoil(made, "a cell")
+    spoil(stored, "a cell")
     with pytest.raises(Damaged, match="near row 2 "):
         feature.read(rows)
 
 
 def test_threads_read_whole_cells_while_a_builder_replaces_shards(make):
-    made = make(24)
-    files = [made.shard(number) for number in range(3)]
+    stored = make(24)
+    files = [stored.shard(number) for number in range(3)]
     versions = [[file.read_bytes() for file in files]]
-    made.write(np.arange(24), 24, salt=1)
+    stored.write(np.arange(24), 24, salt=1)
     versions.append([file.read_bytes() for file in files])
-    feature, ends, wrong = made.feature(), time.monotonic() + 1, []
+    feature, ends, wrong = stored.feature(), time.monotonic() + 1, []
 
     def hammer(seed):
         rng, out = np.random.default_rng(seed), np.zeros((64, *CELL), np.float16)
         while time.monotonic() < ends:
             rows = rng.integers(0, 24, int(rng.integers(1, 64)))
             try:
-                found = feature.read(rows, out[: len(rows)]).reshape(len(rows), -1)
+                result = feature.read(rows, out[: len(rows)]).reshape(len(rows), -1)
             except Exception as error:
                 wrong.append(repr(error))
                 return
-            salt = found - 2 * rows[:, None]
+            salt = result - 2 * rows[:, None]
             if not ((salt == salt[:, :1]).all() and np.isin(salt, (0, 1)).all()):
                 wrong.append(rows)
 
@@ -437,9 +438,9 @@ def test_threads_read_whole_cells_while_a_builder_replaces_shards(make):
 
 @FORKS
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes_read_what_this_one_reads(make, method):
-    made = make(40)
-    feature = made.feature()
+def test_other_processes_read_the_same_cells(make, method):
+    stored = make(40)
+    feature = stored.feature()
     batches = [np.random.default_rng(i).integers(0, 40, 20) for i in range(20)]
     feature.read([1, 30])
     with multiprocessing.get_context(method).Pool(2) as pool:
@@ -453,22 +454,22 @@ def test_other_processes_read_what_this_one_reads(make, method):
 @pytest.mark.parametrize(
     ("method", "kind"), [("fork", "plain"), ("fork", "compressed"), ("spawn", "plain")]
 )
-def test_a_data_loader_with_workers_gives_every_clip(make, method, kind):
+def test_a_data_loader_with_workers_returns_every_clip(make, method, kind):
     import torch
 
-    made = make(40)
+    stored = make(40)
     if kind == "compressed":
-        made.stored(**OTHERS["compressed"])
-    feature = made.feature()
+        stored.rewrite(**OTHERS["compressed"])
+    feature = stored.feature()
     feature.read([1, 30])
     loader = torch.utils.data.DataLoader(
         feature.dataset(), batch_size=7, num_workers=2, multiprocessing_context=method
     )
-    found = torch.cat([cells for cells, _ in loader]).numpy()
-    np.testing.assert_array_equal(found, cells_of(range(40)))
+    result = torch.cat([cells for cells, _ in loader]).numpy()
+    np.testing.assert_array_equal(result, cells_of(range(40)))
 
 
-def test_a_pickled_feature_takes_no_descriptor_along(make):
+def test_a_pickled_feature_has_no_descriptor(make):
     feature = make(8).feature()
     feature.read([1])
     copy = pickle.loads(pickle.dumps(feature))
@@ -482,13 +483,15 @@ def test_many_shards_need_few_descriptors(make, monkeypatch):
     monkeypatch.setattr(columns, "MAX_SHARD_CLIPS", 1)
     monkeypatch.setattr("varve.stores.atomic.write", lambda store, target, data: (
         target.parent.mkdir(parents=True, exist_ok=True), target.write_bytes(data)))  # fmt: skip
-    made = make(120)
-    feature = made.feature()
+    stored = make(120)
+    feature = stored.feature()
     feature.valid  # noqa: B018
     gc.collect()
-    held = len(os.listdir("/proc/self/fd"))
+    open_before = len(os.listdir("/proc/self/fd"))
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (held + shard_reader.OPEN_FILES + 8, limit[1]))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (open_before + shard_reader.OPEN_FILES + 8, limit[1])
+    )
     try:
         for seed in range(4):
             monkeypatch.setattr(shard_reader, "NEAR_ROWS", 4 if seed % 2 else 0)
@@ -496,7 +499,7 @@ def test_many_shards_need_few_descriptors(make, monkeypatch):
             np.testing.assert_array_equal(feature.read(rows), cells_of(rows))
             np.testing.assert_array_equal(feature.read(rows[:9]), cells_of(rows[:9]))
         np.testing.assert_array_equal(feature.read(), cells_of(range(120)))
-        # Others may have taken what there was: the reader gives up its own.
+        # Without free descriptors the reader closes its own.
         others = []
         with contextlib.suppress(OSError):
             while True:
@@ -506,15 +509,15 @@ def test_many_shards_need_few_descriptors(make, monkeypatch):
             os.close(descriptor)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-    assert len(os.listdir("/proc/self/fd")) <= held + shard_reader.OPEN_FILES
+    assert len(os.listdir("/proc/self/fd")) <= open_before + shard_reader.OPEN_FILES
     del feature
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == held
+    assert len(os.listdir("/proc/self/fd")) == open_before
 
 
 def test_no_cell_is_kept_in_memory(make, monkeypatch):
-    made = make(64)
-    feature, real, read = made.feature(), os.preadv, []
+    stored = make(64)
+    feature, real, read = stored.feature(), os.preadv, []
     rows = np.arange(0, 64, 5)
     feature.read(rows)
 

@@ -10,7 +10,7 @@ def feature(store):
 
 
 def stored(feature):
-    """What a reader that knows nothing of bfloat16 sees."""
+    """Return the values as a reader without bfloat16 sees them."""
     return feature.bits(np.arange(2))
 
 
