@@ -1,17 +1,18 @@
-"""How fast does a build go, against the plain loop and against the network alone?
+"""How fast is a build, compared with a plain loop and with the network alone?
 
     python benchmarks/bench_build.py [--dataset DIR] [--clips 192] [--precision bfloat16] [--json]
 
-Four figures in one run, all over the same clips and T frames:
+Each run measures the same clips with T frames in these ways:
 
-  build          `varve build` with one worker: from the command to the closed store, and steady,
-                 without start and end (from the first finished block to the last)
-  plain loop     what an experiment does today: decord, open_clip's preprocessing, float32
-                 `encode_image` a clip at a time; on a part of the clips
-  forward alone  the build's own network, precision and batch on frames that are ready in memory;
-                 taken before and after the build, since machines drift
+  build          `varve build` with one worker: the whole call, and the steady rate from the first
+                 finished block to the last
+  plain loop     an ordinary loop: decord, open_clip's preprocessing, float32 `encode_image`, one
+                 clip at a time; on some of the clips
+  forward alone  the build's network, precision and batch on decoded frames in memory; measured
+                 before and after the build, since the speed of a machine drifts
 
-The limit of a build is the forward alone. Without --dataset the videos are synthetic, 320 x 240.
+A build cannot be faster than the forward alone. Without --dataset the videos are synthetic,
+320 x 240.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from varve.pipeline.progress import Progress
 
 
 class Clock(Progress):
-    """Notes when blocks leave the forward."""
+    """Progress that records when each block leaves the forward."""
 
     def __init__(self) -> None:
         self.moments: list[tuple[float, int]] = []
@@ -52,13 +53,13 @@ class Clock(Progress):
             self.moments.append((time.perf_counter(), frames))
 
     def steady(self) -> float:
-        """Frames a second from the first finished block to the last."""
+        """Return frames per second from the first finished block to the last."""
         (first, _), (last, _) = self.moments[0], self.moments[-1]
         return sum(frames for _, frames in self.moments[1:]) / (last - first)
 
 
 def forward_alone(name: str, precision: str, frames: int, seconds: float = 15.0) -> float:
-    """Frames a second of the network on ready pictures, batched as a build batches them."""
+    """Return frames per second of the network on decoded frames, in the batches of a build."""
     backbone = backbones.load(name, getattr(torch, precision))
     spec = BuildSpec((name,), frames=frames, precision=precision)
     execution = new_execution(spec.frame_sets(backbone.picture)[0], "cpu")
@@ -76,7 +77,7 @@ def forward_alone(name: str, precision: str, frames: int, seconds: float = 15.0)
 
 
 def plain_loop(network: str, paths: list[Path], frames: int) -> float:
-    """Frames a second of the loop that people write: decord, PIL preprocessing, float32."""
+    """Return frames per second of an ordinary loop: decord, PIL preprocessing, float32."""
     import decord
     import open_clip
     from PIL import Image
@@ -87,23 +88,23 @@ def plain_loop(network: str, paths: list[Path], frames: int) -> float:
         model, _, preprocess = open_clip.create_model_and_transforms(network, pretrained=None)
     model.eval()
 
-    def one(path: Path) -> None:
+    def encode(path: Path) -> None:
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0))
         centres = (2 * np.arange(frames) + 1) * len(reader) // (2 * frames)
         pictures = [preprocess(Image.fromarray(p)) for p in reader.get_batch(centres).asnumpy()]
         with torch.inference_mode():
             model.encode_image(torch.stack(pictures)).half().numpy()
 
-    one(paths[0])
+    encode(paths[0])
     began = time.perf_counter()
     for path in paths:
-        one(path)
+        encode(path)
     return len(paths) * frames / (time.perf_counter() - began)
 
 
 @contextmanager
 def dataset(folder: Path | None, clips: int) -> Iterator[Path]:
-    """At most `clips` videos of a folder, linked; or synthetic ones."""
+    """Make a temporary data set: links to at most `clips` videos of a folder, or synthetic ones."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "videos"
         if folder is None:

@@ -1,12 +1,12 @@
-"""How long do decoders take for the T frames of a clip, and are they the frames asked for?
+"""How long do decoders take for the T frames of a clip, and are the frames the requested ones?
 
     python benchmarks/bench_decode.py [DIR ...] [--frames 8] [--limit 20] [--json]
 
-Every decoder is asked for the TSN centres of the frame count that it itself reports, at the
-video's own size. A frame is wrong if it differs on average by more than 2 grey levels from the
-one that has its index in ffmpeg's output (in a whole PyAV decode, where ffmpeg is not installed),
-or if there is none. Times are the least of `--repeat` attempts, in a child process that is killed
-past its deadline; start-up is not counted.
+Every decoder decodes the TSN centres of the frame count that it reports, at the video's size. A
+frame is wrong if there is none, or if it differs on average by more than 2 grey levels from the
+frame of the same index in ffmpeg's output (in a whole PyAV decode, if ffmpeg is not installed). A
+time is the least of `--repeat` attempts in a child process, which is killed after its deadline. The
+start of the process is not counted.
 """
 
 import argparse
@@ -42,7 +42,7 @@ Frames = dict[int, np.ndarray]
 
 
 def with_pyav(path: str, frames: int, index: _index.Index | None = None) -> Frames:
-    """The default: packet index, then only the groups of pictures that are needed."""
+    """Decode as by default: a packet index, then only the groups of pictures that are needed."""
     index = index or _index.read(path)
     try:
         return _pictures(pyav, path, index, frames)
@@ -51,7 +51,7 @@ def with_pyav(path: str, frames: int, index: _index.Index | None = None) -> Fram
 
 
 def with_decord_where_safe(path: str, frames: int) -> Frames:
-    """The policy `--decoder decord`: decord for files the index finds safe, PyAV for others."""
+    """Decode as `--decoder decord` does: decord for files that the index proves safe, else PyAV."""
     from varve.pipeline.decoders import decord
 
     index = _index.read(path)
@@ -64,7 +64,7 @@ def with_decord_where_safe(path: str, frames: int) -> Frames:
 
 
 def with_decord_alone(path: str, frames: int) -> Frames:
-    """decord as most code calls it."""
+    """Decode with decord as most code calls it."""
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
@@ -74,7 +74,7 @@ def with_decord_alone(path: str, frames: int) -> Frames:
 
 
 def with_torchcodec_alone(path: str, frames: int) -> Frames:
-    """torchcodec with its exact index, on the CPU."""
+    """Decode with torchcodec and its exact index, on the CPU."""
     from torchcodec.decoders import VideoDecoder
 
     video = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
@@ -83,7 +83,7 @@ def with_torchcodec_alone(path: str, frames: int) -> Frames:
 
 
 def with_whole_decode(path: str, frames: int) -> Frames:
-    """PyAV from the first frame to the last."""
+    """Decode all frames with PyAV, from the first to the last."""
     container, stream = open_video(path)
     decoded = list(decode(stream, container.demux(stream)))
     converter = Converter()
@@ -101,14 +101,14 @@ DECODERS = {
 
 
 def attempt(name: str, path: str, frames: int) -> tuple[float, Frames]:
-    """In the child: decode once; seconds and frames."""
+    """Decode once, in the child process; return seconds and frames."""
     start = time.perf_counter()
-    found = DECODERS[name][0](path, frames)
-    return time.perf_counter() - start, found
+    decoded = DECODERS[name][0](path, frames)
+    return time.perf_counter() - start, decoded
 
 
 def reference(path: str) -> np.ndarray:
-    """Every frame of the video, uint8 [N, H, W, 3]."""
+    """Return every frame of the video, uint8 [N, H, W, 3]."""
     index = _index.read(path, proof=False)
     images = [np.asarray(i) for _, i in pyav.pictures(path, index, list(range(index.num_frames)))]
     if shutil.which("ffmpeg") is None:
@@ -119,8 +119,8 @@ def reference(path: str) -> np.ndarray:
     return np.frombuffer(raw, np.uint8).reshape(-1, *images[0].shape)
 
 
-def count_wrong(found: Frames, expected_NHWC: np.ndarray) -> int:
-    """Frames that are not those of their index."""
+def count_wrong(decoded: Frames, expected_NHWC: np.ndarray) -> int:
+    """Return the number of frames that are not those of their index."""
 
     def wrong(number: int, frame: np.ndarray) -> bool:
         if number >= len(expected_NHWC) or frame.shape != expected_NHWC[number].shape:
@@ -128,23 +128,23 @@ def count_wrong(found: Frames, expected_NHWC: np.ndarray) -> int:
         difference = np.abs(frame.astype(np.int16) - expected_NHWC[number])
         return bool(difference.mean() > WRONG_LEVELS)
 
-    return sum(wrong(number, frame) for number, frame in found.items())
+    return sum(wrong(number, frame) for number, frame in decoded.items())
 
 
 def measure(name: str, paths: list[Path], expected: dict[Path, np.ndarray], options) -> dict:
-    """One decoder over all videos."""
-    seconds, wrong, asked, lost = [], 0, 0, []
+    """Measure one decoder on all videos."""
+    seconds, wrong, requested, lost = [], 0, 0, []
     pool = pebble.ProcessPool(1, context=get_context("spawn"))
     pool.schedule(attempt, args=(name, str(paths[0]), options.frames)).exception()  # imports
     for path in paths:
-        asked += len(set(_centres(len(expected[path]), options.frames)))
+        requested += len(set(_centres(len(expected[path]), options.frames)))
         best = None
         for _ in range(options.repeat):
             task = pool.schedule(
                 attempt, args=(name, str(path), options.frames), timeout=DEADLINE_SECONDS
             )
             try:
-                taken, found = task.result()
+                taken, decoded = task.result()
             except DeadlineError:
                 lost.append(f"{path.name}: no answer within {DEADLINE_SECONDS:g} s")
                 break
@@ -156,7 +156,7 @@ def measure(name: str, paths: list[Path], expected: dict[Path, np.ndarray], opti
             wrong += len(set(_centres(len(expected[path]), options.frames)))
             continue
         seconds.append(best)
-        wrong += count_wrong(found, expected[path])
+        wrong += count_wrong(decoded, expected[path])
     pool.stop()
     pool.join()
     return {
@@ -164,19 +164,19 @@ def measure(name: str, paths: list[Path], expected: dict[Path, np.ndarray], opti
         "ms_per_clip_mean": 1e3 * statistics.mean(seconds) if seconds else None,
         "ms_per_clip_median": 1e3 * statistics.median(seconds) if seconds else None,
         "frames_wrong": wrong,
-        "frames_asked": asked,
+        "frames_requested": requested,
         "clips_lost": lost,
     }
 
 
 def gather(folders: list[Path], limit: int) -> dict[str, list[Path]]:
-    """Up to `limit` videos of each folder, spread over it."""
-    found = {}
+    """Return up to `limit` videos of each folder, evenly spaced in its listing."""
+    gathered = {}
     for folder in folders:
         videos = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
         chosen = [videos[i * len(videos) // limit] for i in range(limit)] if videos else []
-        found[folder.name] = list(dict.fromkeys(chosen))
-    return {name: videos for name, videos in found.items() if videos}
+        gathered[folder.name] = list(dict.fromkeys(chosen))
+    return {name: videos for name, videos in gathered.items() if videos}
 
 
 def main() -> int:
@@ -209,7 +209,7 @@ def main() -> int:
             if not options.json:
                 _print(name, len(expected), rows)
     if not report["folders"]:
-        print("no video found; name a folder that holds some", file=sys.stderr)
+        print("no video found; name a folder with videos", file=sys.stderr)
         return 2
     print(json.dumps(report, indent=2) if options.json else report["machine"])
     return 0
@@ -230,7 +230,7 @@ def _print(name: str, clips: int, rows: list[dict]) -> None:
     for row in rows:
         mean, median = (row[f"ms_per_clip_{kind}"] for kind in ("mean", "median"))
         times = f"{mean:13.1f} {median:8.1f}" if mean is not None else f"{'-':>13s} {'-':>8s}"
-        wrong = f"{row['frames_wrong']} of {row['frames_asked']}"
+        wrong = f"{row['frames_wrong']} of {row['frames_requested']}"
         print(f"{row['decoder']:20s} {times} {wrong:>16s}  {len(row['clips_lost'])}")
         for lost in row["clips_lost"]:
             print(f"    {lost}")
@@ -240,8 +240,10 @@ def _machine() -> dict:
     names = ("av", "decord", "torchcodec", "numpy", "pillow")
     tool = "not installed"
     if shutil.which("ffmpeg"):
-        said = subprocess.run(["ffmpeg", "-version"], capture_output=True, text=True, check=True)
-        tool = said.stdout.split()[2]
+        version_text = subprocess.run(
+            ["ffmpeg", "-version"], capture_output=True, text=True, check=True
+        )
+        tool = version_text.stdout.split()[2]
     return {
         "cpus": os.cpu_count(),
         "processor": platform.processor() or platform.machine(),

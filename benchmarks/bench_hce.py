@@ -1,13 +1,13 @@
-"""What do hypercorrelations and HAS cost in memory and time, whole and frame by frame?
+"""How much memory and time do hypercorrelations and HAS need, all at once or frame by frame?
 
     python benchmarks/bench_hce.py [--clips 1] [--depth 18] [--repeats 3] [--json]
 
-One step of training, forward and back to the new network's maps, of HAS on the maps of a ResNet
-at T = 8 frames of 224 x 224, groups layer2 to layer4 (layer1 alone would be 16 times layer2). The
-plain formulation keeps all that it computes; in parts of some frames, what was computed is thrown
-away and computed again on the way back. Each contender is a process of its own, so that its peak is
-its own; peaks are over what the process had before. Values and gradients are compared with the
-plain ones.
+One training step of HAS, forward and backward to the new network's maps, is measured on the maps
+of a ResNet at T = 8 frames of 224 x 224, groups layer2 to layer4 (layer1 alone would be 16 times
+layer2). The plain formulation keeps every activation. With some frames at a time, activations are
+discarded and computed again in the backward pass. Each way runs in a separate process; its peak
+memory is counted above what the process had before. Losses and gradients are compared with those of
+the plain formulation.
 """
 
 import argparse
@@ -38,17 +38,17 @@ def shapes(depth: int) -> dict[str, tuple[int, int, int]]:
     }
 
 
-def one(depth: int, clips: int, frames: int | None, repeats: int) -> dict[str, Any]:
-    """Of one contender, in this process."""
+def measure(depth: int, clips: int, frames: int | None, repeats: int) -> dict[str, Any]:
+    """Measure one way in this process."""
     generator = torch.Generator().manual_seed(0)
-    drawn = [
+    maps = [
         {
             name: torch.randn(clips * FRAMES, *shape, generator=generator)
             for name, shape in shapes(depth).items()
         }
         for _ in range(2)
     ]
-    new = {name: x.requires_grad_() for name, x in drawn[0].items()}
+    new = {name: x.requires_grad_() for name, x in maps[0].items()}
     torch.manual_seed(0)
     has = HAS(shapes(depth), frames=frames)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -58,8 +58,8 @@ def one(depth: int, clips: int, frames: int | None, repeats: int) -> dict[str, A
         for x in new.values():
             x.grad = None
         began = time.perf_counter()
-        h = has(new, drawn[1])
-        loss = drift(h, new, drawn[1])
+        h = has(new, maps[1])
+        loss = drift(h, new, maps[1])
         loss.backward()  # type: ignore[no-untyped-call]
         seconds.append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -78,11 +78,13 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=1)
     parser.add_argument("--depth", type=int, default=18, choices=sorted(BLOCKS))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", type=int, help="one contender: frames at a time, 0 for all")
+    parser.add_argument("--only", type=int, help="measure one way: frames at a time, 0 for all")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.only is not None:
-        print(json.dumps(one(options.depth, options.clips, options.only or None, options.repeats)))
+        print(
+            json.dumps(measure(options.depth, options.clips, options.only or None, options.repeats))
+        )
         return 0
     runs = []
     for frames in PARTS:
@@ -92,7 +94,7 @@ def main() -> int:
         runs.append(json.loads(done.stdout))
     plain = runs[0]
     for run in runs:
-        # Over the largest: a bias in front of a normalisation has none but rounding.
+        # Relative to the largest: the gradient of a bias before a normalisation is only rounding.
         pairs = zip(run["gradient"], plain["gradient"], strict=True)
         run["off"] = max(abs(a - b) for a, b in pairs) / max(plain["gradient"])
         run["loss_off"] = abs(run["loss"] - plain["loss"]) / plain["loss"]

@@ -1,24 +1,24 @@
-"""What does a changed network cost with a store, against the same without one?
+"""How much does a changed network cost with a store, compared with no store?
 
     python benchmarks/bench_recompute.py [--clips 8] [--precision float32] [--part vit]... [--json]
 
-In one run, over the same clips of T frames:
+Each run measures the same clips with T frames:
 
-  update   the new columns after a change, from the deepest feature that holds: the whole call, and
-           its forward alone, as a share of a full forward (the network alone on ready pictures in
-           the same batches and threads). The limit is the changed share of the network:
-           layers for the ViT, multiply-adds for the ResNet, whose blocks differ in cost
-  epoch    one epoch of training what changed (SGD, batches of 4 clips, forward and backward) on
-           the cached feature, against the same epoch from video: decord, the frozen part without
-           gradients, then the same suffix
-  losses   four steps (batches of 3 clips) of training adapters and a classifier on the cached
-           feature and with the whole network in the loop, on the same pictures: the largest
-           difference of a loss, relative
+  update   computing the new columns after a change, from the deepest valid feature: the whole call,
+           and its forward alone, as a share of a full forward (the network alone on decoded frames
+           in the same batches and threads). It cannot be less than the changed share of the
+           network: layers of the ViT, multiply-adds of the ResNet, whose blocks differ in cost
+  epoch    one epoch of training the changed part (SGD, batches of 4 clips, forward and backward) on
+           the cached feature, compared with the same epoch from video: decord, the frozen part
+           without gradients, then the same suffix
+  losses   four steps (batches of 3 clips) of training adapters and a classifier, on the cached
+           feature and with the whole network in the loop, on the same frames: the largest relative
+           difference of a loss
   expert   one epoch of a spatiotemporal expert of StPR (three layers, width 512, 9.46 M
-           parameters, batches of 40) on a frozen CLIP: cached frame features against video
+           parameters, batches of 40) on a frozen CLIP: cached frame features compared with video
 
-ViT-B-16 has adapters in its last K layers; K = 1 needs the class token alone. ResNet-50 trains
-from a layer on. Decodes, calls of unchanged stages and bytes read are counted by the update.
+ViT-B-16 has adapters in its last K layers; K = 1 needs only the class token. ResNet-50 is trained
+from one of its layers on. The update counts decodes, calls of unchanged stages, and bytes read.
 Without --dataset the videos are synthetic, 320 x 240.
 """
 
@@ -61,7 +61,7 @@ PARTS = ("vit", "resnet", "losses", "expert")
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep what is freed: training's buffers else fault in anew at every step."""
+    """Let glibc keep freed memory, so that buffers do not cause page faults at every step."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -69,21 +69,23 @@ def keep_freed_memory() -> None:
 
 
 def source_of(layers: int) -> str:
-    """The feature that adapters in the last `layers` layers of a ViT-B train from."""
+    """Return the feature from which adapters in the last `layers` layers of a ViT-B train."""
     return f"blocks.{12 - layers}.attn" + (":cls" if layers == 1 else "")
 
 
 def adapted(backbone: Backbone, layers: int, seed: int = 0) -> Backbone:
+    """Return a ViT-B with adapters in its last layers, as after some training."""
     for i in range(12 - layers, 12):
         name = f"blocks.{i}.mlp"
         adapter = Adapter(backbone.stage(name).module, width=768, seed=seed + i)
-        with torch.no_grad():  # as after some training: else nothing would have moved
+        with torch.no_grad():  # a new adapter changes nothing
             adapter.up.normal_(std=0.01, generator=torch.Generator().manual_seed(i))
         backbone = backbone.graft(name, adapter)
     return backbone
 
 
 def unfrozen(backbone: Backbone, layer: str) -> Backbone:
+    """Return a ResNet whose layers from `layer` on have changed, as after some training."""
     begin = backbone.stage_names.index(FIRST[layer]) + 1
     new = backbone.unfreeze(*[n for n in backbone.stage_names[begin:] if n.startswith("layer")])
     with torch.no_grad():
@@ -94,9 +96,9 @@ def unfrozen(backbone: Backbone, layer: str) -> Backbone:
 
 
 def full_forward(backbone: Backbone, clips: int, frames: int) -> float:
-    """Seconds of the network alone on ready pictures, batched as an update batches them.
+    """Return seconds of the network alone on decoded frames, in the batches of an update.
 
-    Taken over a few of the clips: each is as much work as any other.
+    A few clips are measured, since all clips are the same amount of work.
     """
     execution = new_execution(
         BuildSpec(("x:random-0",), frames=frames).frame_sets(backbone.picture)[0], "cpu"
@@ -114,7 +116,7 @@ def full_forward(backbone: Backbone, clips: int, frames: int) -> float:
 
 
 def video_batches(paths: list[Path], frames: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pictures uint8 [B * T, 224, 224, 3] and labels, decoded as an experiment's loop does."""
+    """Decode frames, uint8 [B * T, 224, 224, 3], with labels, as an ordinary training loop does."""
     import decord
     from PIL import Image
 
@@ -137,7 +139,7 @@ def video_batches(paths: list[Path], frames: int) -> Iterator[tuple[Tensor, Tens
 def cached_batches(
     feature: Feature, clips: int, precision: torch.dtype, size: int = BATCH
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cells [B, T, ...] in a random order, and labels."""
+    """Read cells [B, T, ...] in a random order, with labels."""
     order = np.random.default_rng(0).permutation(clips)
     for start in range(0, clips, size):
         rows = order[start : start + size]
@@ -147,7 +149,7 @@ def cached_batches(
 def epoch(
     module: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], prefix: Callable[[Tensor], Tensor]
 ) -> float:
-    """Seconds of one epoch: forward, backward and a step of what trains, plus a classifier."""
+    """Train a module and a classifier for one epoch, and return its seconds."""
     trained = [p for p in module.parameters() if p.requires_grad]
     weight: Tensor | None = None
     optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
@@ -165,10 +167,10 @@ def epoch(
     return time.perf_counter() - began
 
 
-def one_change(
+def measure_change(
     store: Path, paths: list[Path], new: Backbone, source: str, share: float, options: Any
 ) -> dict[str, float]:
-    """Update and epoch of one changed network."""
+    """Measure the update and an epoch of one changed network."""
     clips, frames = len(paths), options.frames
     precision = getattr(torch, options.precision)
     last = new.stage_names[-1]
@@ -210,7 +212,7 @@ def one_change(
 
 
 def losses(store: Path, paths: list[Path], vit: Backbone, layers: int) -> dict[str, float]:
-    """Training from the cache and with the whole network, step by step."""
+    """Compare the losses of training from the cache and with the whole network."""
     feature = FeatureStore.open(store).feature(vit.name, source_of(layers))
     frames = FrameSet(frames=feature.shape[1], picture=vit.picture)
     pictures = []
@@ -251,7 +253,7 @@ def losses(store: Path, paths: list[Path], vit: Backbone, layers: int) -> dict[s
 
 
 class Expert(nn.Module):
-    """StPR's spatiotemporal expert: [CLS; V_1 ... V_T] through three pre-norm layers."""
+    """Spatiotemporal expert of StPR: [CLS; V_1 ... V_T] through three pre-norm layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,6 +269,7 @@ class Expert(nn.Module):
 
 
 def expert(store: Path, paths: list[Path], vit: Backbone, options: Any) -> dict[str, float]:
+    """Measure an epoch of the expert on cached features and from video."""
     clips = len(paths)
     feature = FeatureStore.open(store).feature(vit.name, "proj")
 
@@ -274,7 +277,7 @@ def expert(store: Path, paths: list[Path], vit: Backbone, options: Any) -> dict[
         with torch.no_grad():
             return vit.run(pictures, ["proj"])["proj"].unflatten(0, (-1, options.frames))
 
-    # A batch of 40, and epochs enough to be timed: the clips are few.
+    # The clips are few: several epochs are timed.
     module, epochs = Expert(), 10
     epoch(module, cached_batches(feature, clips, torch.float32, 40), lambda x: x)
     began = time.perf_counter()
@@ -290,7 +293,7 @@ def expert(store: Path, paths: list[Path], vit: Backbone, options: Any) -> dict[
 
 
 def multiply_adds(backbone: Backbone) -> dict[str, float]:
-    """Multiply-adds of one picture through the convolutions and linear layers of each stage."""
+    """Count the multiply-adds of each stage's convolutions and linear layers for one frame."""
     counted: dict[str, float] = {}
     x = torch.zeros(1, 224, 224, 3, dtype=torch.uint8)
     with torch.inference_mode():
@@ -345,7 +348,7 @@ def main() -> int:
         if "vit" in parts:
             for layers in LAYERS:
                 new = adapted(vit, layers)
-                results[f"ViT-B-16, last {layers}"] = one_change(
+                results[f"ViT-B-16, last {layers}"] = measure_change(
                     store, paths, new, source_of(layers), layers / 12, options
                 )
         if "resnet" in parts:
@@ -356,7 +359,7 @@ def main() -> int:
                 changed = sum(costs[n] for n in names[names.index(source) + 1 :])
                 share = changed / sum(costs.values())
                 new = unfrozen(resnet, layer)
-                results[f"ResNet-50, {layer} on"] = one_change(
+                results[f"ResNet-50, {layer} on"] = measure_change(
                     store, paths, new, source, share, options
                 )
         for layers in LAYERS[:3] if "losses" in parts else ():
