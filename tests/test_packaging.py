@@ -19,7 +19,7 @@ TYPED = """
 from varve import BuildSpec, FeatureStore, FeatureTensors, Runtime, ablate, build, plan, route, run
 import varve
 
-report = build("videos", "s.zarr", BuildSpec("resnet18:random-0", keep="pool"))
+report = build("videos", "s.zarr", BuildSpec(("resnet18:random-0",), keep=("pool",)))
 reveal_type(report)
 reveal_type(varve.plan)
 store = FeatureStore.open("s.zarr")
