@@ -1,4 +1,4 @@
-"""How fast is a build, compared with a plain loop and with the network alone?
+"""Measure the speed of a build, compared with a plain loop and with the network alone.
 
     python benchmarks/bench_build.py [--dataset DIR] [--clips 192] [--precision bfloat16] [--json]
 

@@ -1,4 +1,4 @@
-"""How long do decoders take for the T frames of a clip, and are the frames the requested ones?
+"""Measure the time of decoders for the T frames of a clip, and count the wrong frames.
 
     python benchmarks/bench_decode.py [DIR ...] [--frames 8] [--limit 20] [--json]
 

@@ -1,4 +1,4 @@
-"""How much memory and time do hypercorrelations and HAS need, all at once or frame by frame?
+"""Measure memory and time of hypercorrelations and HAS, all at once or some frames at a time.
 
     python benchmarks/bench_hce.py [--clips 1] [--depth 18] [--repeats 3] [--json]
 

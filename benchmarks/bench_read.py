@@ -1,4 +1,4 @@
-"""How fast are random batches of clips read, against a memory map of the same bytes?
+"""Measure the speed of reading random batches of clips, compared with a memory map.
 
     python benchmarks/bench_read.py [--megabytes 1024] [--repeats 25] [--folder DIR] [--json]
 

@@ -1,4 +1,4 @@
-"""How much does a changed network cost with a store, compared with no store?
+"""Measure the cost of a changed network with a store, compared with no store.
 
     python benchmarks/bench_recompute.py [--clips 8] [--precision float32] [--part vit]... [--json]
 

@@ -48,7 +48,7 @@ class ColumnDecision:
 
 @dataclass(frozen=True)
 class GarbageReport:
-    """What a garbage collection removed; in a dry run, what it would remove.
+    """Report of the columns that a garbage collection removed, or would remove in a dry run.
 
     Attributes:
         freed: Removed columns.

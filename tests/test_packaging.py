@@ -1,4 +1,4 @@
-"""The wheel, installed into an environment of its own: what it contains, runs and tells mypy."""
+"""The wheel in a fresh environment: its contents, a build, the command, and its types in mypy."""
 
 import os
 import re
