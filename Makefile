@@ -1,5 +1,5 @@
-# `make demo` and `make test` share one environment in .venv; a second call installs nothing.
-# With uv on the PATH it is used, otherwise Python 3.12's own venv and pip.
+# All targets share one environment in .venv; a second call installs nothing. It is made with uv if uv
+# is on the PATH, and with venv and pip of Python 3.12 otherwise.
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 UV := $(shell command -v uv)
 BIN := .venv/bin
@@ -10,8 +10,8 @@ STAMP := .venv/.installed
 demo: $(STAMP)
 	$(BIN)/varve demo --out demo
 
-# Two test processes share the cores, so each is given one thread: on small tensors two that wait for
-# each other take twice the time.
+# Two test processes share the cores. Each has one thread, since threads that wait for a core double
+# the time on small tensors.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist worksteal --durations=8
 

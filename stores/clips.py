@@ -72,7 +72,7 @@ def read(store: Location) -> pd.DataFrame:
         raise
     except (pa.ArrowException, OSError, KeyError) as error:
         again = (
-            "Move it away and build again: the clips are listed anew, and their features found by "
+            "Move it away and build again: the clips are listed again, and their features found by "
             "their keys without computing"
         )
         raise ValueError(f"{file} is damaged ({error}). {repair_hint(file, again)}") from error

@@ -100,6 +100,7 @@ class _StoredColumn:
 
     @property
     def relative_path(self) -> str:
+        """Path below `features/`, as `ColumnSpec.relative_path`."""
         return "/".join(self.path.parts[-3:])
 
     @property

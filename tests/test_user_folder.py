@@ -1,7 +1,7 @@
 """A folder of a user's own may hold modules named `pipeline`, `heads` and `stores`.
 
 A script and a notebook kernel that stand in such a folder build with worker processes, run and
-ablate. Varve's own modules are used, and the user's stay importable and are loaded by nobody else.
+ablate. Varve's own modules are used, and only the user's script imports the user's.
 """
 
 import subprocess

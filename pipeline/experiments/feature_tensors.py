@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from varve.stores import Feature
+from varve.stores.clips import row_ids
 
 BUDGET_BYTES = 2 << 30
 AHEAD = 2
@@ -87,21 +88,14 @@ class FeatureTensors:
         Raises:
             IndexError: An index is outside `rows`, or is no integer.
         """
-        indices = torch.as_tensor(indices).reshape(-1).cpu()
-        if indices.dtype == torch.bool:
-            if len(indices) != len(self):
-                raise IndexError(f"a mask of {len(indices)} for {len(self)} clips")
-            indices = indices.nonzero()[:, 0]
-        if len(indices) and (indices.is_floating_point() or indices.is_complex()):
-            raise IndexError(f"indices are integers or a mask, not {indices.dtype}")
-        indices = indices.to(torch.int64)
-        if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise IndexError(
-                f"indices {int(indices.min())} to {int(indices.max())} of {len(self)} clips"
-            )
+        array = indices.cpu().numpy() if isinstance(indices, Tensor) else indices
+        try:
+            positions = row_ids(array, len(self))
+        except IndexError as error:
+            raise IndexError(f"indices of {len(self)} clips: {error}") from None
         if self.in_memory:
-            return self.whole.index_select(0, indices.to(self.device))
-        return self._read(self.rows[indices.numpy()]).to(self.device)
+            return self.whole.index_select(0, torch.from_numpy(positions).to(self.device))
+        return self._read(self.rows[positions]).to(self.device)
 
     def batches(
         self, size: int, generator: np.random.Generator | None = None
