@@ -67,7 +67,7 @@ def register(kind: str, name: str = "") -> Callable[[Variant], Variant]:
         ValueError: There is no such kind, or another variant has the name.
 
     >>> @register("samplings", "first")
-    ... def first_frames(num_frames, frames_per_clip, **options): ...
+    ... def first_frames(times_N, frames): ...
     >>> variant("samplings", "first") is first_frames
     True
     >>> unregister("samplings", "first")
@@ -195,25 +195,21 @@ def _load_environment() -> None:
 def _load_all(kind: str) -> None:
     """Load what may register variants of a kind: plugin files, and the kind's own module."""
     _load_environment()
-    if not _is_folder(kind):
+    if not _folder(kind).is_dir():
         importlib.import_module(KINDS[kind])
 
 
-@cache
-def _is_folder(kind: str) -> bool:
-    spec = importlib.util.find_spec(KINDS[kind])
-    assert spec is not None
-    return spec.submodule_search_locations is not None
+def _folder(kind: str) -> Path:
+    """The folder of a kind. Nothing is imported, so that names cost no time."""
+    return Path(__file__).parents[1].joinpath(*KINDS[kind].split(".")[1:])
 
 
 @cache
 def _shipped(kind: str) -> frozenset[str]:
     """Files of the kind's folder."""
-    spec = importlib.util.find_spec(KINDS[kind])
-    folders = spec.submodule_search_locations if spec else None
     return frozenset(
         module.name
-        for module in pkgutil.iter_modules(folders or ())
+        for module in pkgutil.iter_modules([str(_folder(kind))])
         if not (module.ispkg or module.name.startswith("_"))
     )
 

@@ -13,7 +13,7 @@ import torch
 from varve.pipeline import backbones
 from varve.pipeline.config import BuildSpec, FrameSet, Runtime, Sound
 from varve.pipeline.datasets.synthetic import make_dataset, write_video
-from varve.pipeline.decoders import Request, Stretch, _child, _index, _sound, decode
+from varve.pipeline.decoders import Request, Stretch, _audio, _child, _index, decode
 from varve.pipeline.experiments import head_inputs
 from varve.pipeline.extraction.build import build
 from varve.pipeline.extraction.verify import verify
@@ -147,9 +147,9 @@ def test_a_track_is_heard_when_it_is_heard(tmp_path):
 
 
 def heard(path):
-    window = _sound.Window(0, 2 * RATE, 0, np.inf)
-    index = _index.read(str(path), sound=True)
-    return index.source.heard(RATE, index.start_seconds, [window]).samples[window]
+    window = _audio.Window(0, 2 * RATE, 0, np.inf)
+    index = _index.read(str(path), audio=True)
+    return index.source.read_audio(RATE, index.start_seconds, [window]).samples[window]
 
 
 def pulse(rate):
@@ -176,7 +176,7 @@ def test_what_a_codec_puts_before_a_track_delays_nothing(tmp_path, name, codec, 
 def test_the_clock_of_the_frames_is_that_of_the_sound(tmp_path, rate):
     """Recordings begin at some time of day, here at 5 seconds."""
     path = mux(tmp_path / "a.mkv", "pcm_s16le", pulse(rate), rate, output_ts_offset="5")
-    index = _index.read(str(path), sound=True)
+    index = _index.read(str(path), audio=True)
     assert index.start_seconds > 4.9
     found = heard(path)
     assert np.abs(found - pulse(RATE)[0]).max() < 0.02
@@ -187,9 +187,9 @@ def test_a_track_that_changes_its_kind_goes_on(tmp_path):
              for rate, late in ((44100, 0), (48000, 3))]  # fmt: skip
     both = tmp_path / "both.ts"
     both.write_bytes(b"".join(part.read_bytes() for part in parts))
-    window = _sound.Window(0, 6 * RATE, 0, np.inf)
-    index = _index.read(str(both), sound=True)
-    found = index.source.heard(RATE, index.start_seconds, [window]).samples[window]
+    window = _audio.Window(0, 6 * RATE, 0, np.inf)
+    index = _index.read(str(both), audio=True)
+    found = index.source.read_audio(RATE, index.start_seconds, [window]).samples[window]
     loud = np.flatnonzero(np.abs(found) > 0.3) / RATE
     assert loud.min() == pytest.approx(1, abs=0.15)
     assert loud.max() == pytest.approx(4, abs=0.15)
@@ -198,7 +198,7 @@ def test_a_track_that_changes_its_kind_goes_on(tmp_path):
 def test_frames_far_apart_are_each_shown_for_their_own_time(tmp_path, encode):
     ticks = [40 * n + 3000 * (n >= 5) for n in range(10)]
     path = encode(tmp_path / "a.mkv", "libx264", frames=10, ticks=ticks)
-    answer = _child._Answer(Request(str(path), (Stretch(),), (HEARD,)), _index.read(str(path)))
+    answer = _child._FileReader(Request(str(path), (Stretch(),), (HEARD,)), _index.read(str(path)))
     windows = [answer.window(Sound(), Stretch(), number) for number in range(10)]
     middles = [(window.begin + RATE // 2) / RATE for window in windows]
     expected = [0.02, 0.06, 0.1, 0.14, 1.68, 3.22, 3.26, 3.3, 3.34, 3.38]
@@ -263,7 +263,7 @@ def sounding(tmp_path_factory):
     """Videos with sound, and one without; a store of what two networks make of them."""
     folder = tmp_path_factory.mktemp("sounding")
     classes = ("sway ↔", "sway, hum")
-    make_dataset(folder / "set", 1, broken=False, classes=classes, sound=True)
+    make_dataset(folder / "set", 1, broken=False, classes=classes, audio=True)
     mute = folder / "set" / "train" / "sway ↔" / "mute.avi"
     write_video(mute, np.zeros((12, 64, 64, 3), np.uint8), Fraction(10))
     report = build(folder / "set", folder / "s.zarr", SPEC, runtime=Runtime(serial=True))

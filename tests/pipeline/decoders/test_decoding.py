@@ -301,7 +301,7 @@ def test_a_folder_of_frames_is_read_in_natural_order(tmp_path, number_of, videos
 
 def test_a_decoding_child_loads_neither_torch_nor_dask():
     code = (
-        "import sys, pipeline.decoders._child, pipeline.decoders.pyav, pipeline.decoders.images\n"
+        "import sys, varve.pipeline.decoders, varve.pipeline.decoders.pyav\n"
         "heavy = {'torch', 'dask', 'distributed', 'zarr', 'pandas', 'decord'} & set(sys.modules)\n"
         "sys.exit(f'loaded {sorted(heavy)}' if heavy else 0)"
     )
