@@ -20,7 +20,7 @@ RULE_OPTIONS = ("fps", "stride", "view", "random")
 
 @dataclass(frozen=True)
 class Picture:
-    """How a frame becomes a square picture, as the configuration of a network says.
+    """Preprocessing of a frame into a square picture, by the configuration of a network.
 
     The shorter side of the frame is resized to `resize` pixels (Pillow, antialiased), and the
     centre of `size` x `size` pixels is cropped. With `resize_mode` "squash" the whole frame is
@@ -58,7 +58,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Sound:
-    """The audio around the time of a frame, as the configuration of a network says.
+    """The audio around the time of a frame, by the configuration of a network.
 
     A waveform of `seconds` with the frame's time in its middle, mono, `rate` samples a second,
     full scale from -1 to 1. It is silent before the start of a clip and after its end.
@@ -114,7 +114,7 @@ def rules_with(option: str) -> list[str]:
 
 @dataclass(frozen=True)
 class FrameSet:
-    """Which T frames of a clip are read, and as which pictures or waveforms. Decides their key.
+    """The T frames of a clip that are read, as pictures or waveforms. Decides their key.
 
     Attributes:
         frames: Number of frames per clip, T.

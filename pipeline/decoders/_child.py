@@ -176,7 +176,7 @@ class _FileReader:
         for clip, count in total.items():
             notes = [f"{lost} parts of it could not be decoded"] if lost else []
             if silent:
-                notes = [f"{silent}, silence is in its place"]
+                notes = [f"{silent}, replaced by silence"]
             elif empty[clip]:
                 notes.append(f"none at {empty[clip]} of {count} moments")
             elif clip not in audible:

@@ -18,7 +18,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Crop:
-    """How the frames of a clip become pictures: one value for all T frames of a view.
+    """Crop of the frames of a clip: one value for all T frames of a view.
 
     `box` is the (left, upper, right, lower) square of the frame that is resized to the whole
     picture; None for the resizing and centre crop of the plain view.

@@ -193,7 +193,7 @@ class _Child:
                 max_tasks=FILES_PER_CHILD,
                 initializer=_begin,
                 initargs=(os.getpid(),),
-                # A fork would copy locks held by other threads of this process.
+                # A fork would copy the locks of other threads of this process.
                 context=multiprocessing.get_context("spawn"),
             )
         return self.pool

@@ -1,4 +1,4 @@
-"""decord, for the files that it decodes exactly; PyAV decodes the others.
+"""The library decord, for the files that it decodes exactly; PyAV decodes the others.
 
 On other files it was seen to hang, to count frames that do not exist, and to return neighbours of
 the wanted frames. The facts of a clip name the decoder that was used. A file is plain where no

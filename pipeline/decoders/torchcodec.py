@@ -1,4 +1,4 @@
-"""torchcodec: NVDEC on a machine with a CUDA device, else the CPU.
+"""The library torchcodec: NVDEC on a machine with a CUDA device, else the CPU.
 
 Unlike the other decoders it loads torch into the decoding child.
 """

@@ -1,4 +1,4 @@
-"""What every decoder must do, on videos whose every frame shows its number."""
+"""Tests of every decoder, on videos whose every frame shows its number."""
 
 import numpy as np
 import pytest

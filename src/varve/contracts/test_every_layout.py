@@ -1,4 +1,4 @@
-"""What every layout must do, on the dataset that its own `example` writes."""
+"""Tests of every layout, on the dataset dataset that its own `example` writes."""
 
 import os
 import sys

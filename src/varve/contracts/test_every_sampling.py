@@ -1,4 +1,4 @@
-"""What every sampling rule must do, on clips of any length."""
+"""Tests of every sampling rule, on clips of any length."""
 
 import numpy as np
 from hypothesis import given, settings

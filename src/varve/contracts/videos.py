@@ -12,7 +12,7 @@ WIDTH, HEIGHT, FPS, BITS, BLOCK = 160, 96, 25, 8, 16
 def numbered(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
     """Draw a picture [height, width, 3] that shows `number` as eight black or white blocks.
 
-    The lower half moves, so that frames differ in many places, and B-frames save bytes.
+    The lower half moves, so that frames differ in many pixels, and B-frames save bytes.
     """
     picture = np.full((height, width, 3), 90, np.uint8)
     for bit in range(BITS):

@@ -74,7 +74,7 @@ def around(track_N, frame, frames=FRAMES, low=0, high=np.inf):
 def test_each_frame_has_the_second_around_it_to_the_sample(tmp_path):
     path, track_N = tmp_path / "a.avi", steps()
     shown = np.zeros((FRAMES, 48, 64, 3), np.uint8)
-    write_video(path, shown, Fraction(FPS), sound_N=track_N)
+    write_video(path, shown, Fraction(FPS), audio_N=track_N)
     (answer,) = listen(path)
     assert (answer.facts.warning, answer.facts.sound) == ("", "")
     assert answer.frames[0].dtype == np.float32
@@ -85,7 +85,7 @@ def test_each_frame_has_the_second_around_it_to_the_sample(tmp_path):
 def test_pictures_and_sounds_of_a_file_come_together_and_alone_alike(tmp_path):
     path = tmp_path / "a.avi"
     shown = np.random.default_rng(0).integers(0, 256, (FRAMES, 48, 64, 3), np.uint8)
-    write_video(path, shown, Fraction(FPS), sound_N=steps())
+    write_video(path, shown, Fraction(FPS), audio_N=steps())
     (both,) = decode(Request(str(path), (Stretch(),), (SEEN, HEARD)))
     (seen,), (heard,) = listen(path, frame_set=SEEN), listen(path)
     np.testing.assert_array_equal(both.frames[0], seen.frames[0])
@@ -99,7 +99,7 @@ def test_pictures_and_sounds_of_a_file_come_together_and_alone_alike(tmp_path):
 
 def test_a_clip_hears_nothing_of_its_neighbours(tmp_path):
     path, track_N = tmp_path / "a.avi", steps()
-    write_video(path, np.zeros((FRAMES, 48, 64, 3), np.uint8), Fraction(FPS), sound_N=track_N)
+    write_video(path, np.zeros((FRAMES, 48, 64, 3), np.uint8), Fraction(FPS), audio_N=track_N)
     parts = (Stretch(0.0, 1.2), Stretch(1.2, 2.4), Stretch())
     first, second, whole = listen(path, *parts)
     for answer, start, (low, high) in (
@@ -116,7 +116,7 @@ def test_what_is_not_there_is_silent_and_told(tmp_path, encode):
     silent = encode(tmp_path / "none.mp4", "libx264")
     (answer,) = listen(silent)
     assert not answer.frames[0].any()
-    assert answer.facts.sound == "no track, silence is in its place"
+    assert answer.facts.sound == "no track, replaced by silence"
     short = mux(tmp_path / "short.mkv", "pcm_s16le", steps(0.6)[None], RATE)
     start, end = listen(short, Stretch(0.0, 1.2), Stretch(1.2, 2.4))
     assert start.facts.sound == ""
@@ -285,7 +285,7 @@ def test_a_network_that_listens_is_a_column_like_any_other(sounding):
             expected = network.run(torch.from_numpy(answer.frames[0]), ["pool"])["pool"]
         np.testing.assert_allclose(pool.read([row])[0], expected, atol=2e-3, rtol=2e-3)
         silent = clip["path"].endswith("mute.avi")
-        said = "sound: no track, silence is in its place"
+        said = "sound: no track, replaced by silence"
         assert clip["detail"] == (said if silent else "")
         assert (np.ptp(mel.read([row])) == 0) == silent
     again = build(folder / "set", folder / "s.zarr", SPEC, runtime=Runtime(serial=True))
@@ -299,7 +299,7 @@ def test_what_is_known_of_a_sound_outlives_a_build_that_does_not_listen(sounding
     build(tmp_path / "copy/set", tmp_path / "copy/s.zarr", more, runtime=Runtime(serial=True))
     table = FeatureStore.open(tmp_path / "copy/s.zarr").clips
     details = table.set_index("path")["detail"]
-    assert details.pop("train/sway ↔/mute.avi") == "sound: no track, silence is in its place"
+    assert details.pop("train/sway ↔/mute.avi") == "sound: no track, replaced by silence"
     assert set(details) == {""}
 
 
