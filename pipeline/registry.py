@@ -175,6 +175,12 @@ def load_plugin(path: str | Path) -> None:
         os.environ[VARIABLE] = os.pathsep.join([*files, str(file)])
 
 
+def names_in(path: str | Path, kind: str) -> list[str]:
+    """Return the names of the variants of a kind that a loaded plugin file registered, sorted."""
+    source = str(Path(path).resolve())
+    return sorted(name for name, r in _REGISTERED[kind].items() if r.source == source)
+
+
 def plugins() -> tuple[str, ...]:
     """The plugin files of this process, to be loaded by another."""
     _load_environment()

@@ -1,4 +1,4 @@
-"""What is particular to each layout, and to choosing one. test_every_layout.py has the rest."""
+"""Properties of single layouts, and the choice of one; varve.contracts has the rest."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from varve.pipeline.datasets.layouts import ListedClip, read
+from varve.pipeline.datasets.layouts import ListedClip, find, read
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 
@@ -178,6 +178,14 @@ def test_real_class_folders():
 def test_real_videos_without_folders_are_refused():
     with pytest.raises(ValueError, match=r"no layout fits .*: it holds 20 \.mkv"):
         read(shared("asl20"))
+
+
+@pytest.mark.parametrize("layout", ["class_folders", "table"])
+def test_equal_file_names_in_different_folders_are_different_clips(layout, tmp_path):
+    find(layout).example(tmp_path / "set")
+    clips = read(tmp_path / "set", layout).clips
+    assert len({clip.path for clip in clips}) == len(clips)
+    assert len({clip.path.rsplit("/", 1)[1] for clip in clips}) < len(clips)
 
 
 # UCF101

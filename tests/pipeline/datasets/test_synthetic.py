@@ -125,7 +125,7 @@ def drawn():
 
 
 def accuracy(feats_KCD, classes):
-    """Of nearest means by cosine, learned on two thirds of the numbers, on the other third."""
+    """Accuracy of nearest means by cosine, learned on two thirds of the numbers, on the other third."""
     feats_KCD = feats_KCD[:, [CLASSES.index(name) for name in classes]]
     feats_KCD = feats_KCD / np.linalg.norm(feats_KCD, axis=-1, keepdims=True)
     held_out = np.arange(len(feats_KCD)) % 3 == 2

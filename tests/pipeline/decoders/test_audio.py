@@ -1,4 +1,4 @@
-"""Sound: which samples are heard around which frame, and networks of it in a store."""
+"""Audio: the samples around each frame, and audio backbones in a store."""
 
 import shutil
 import subprocess
@@ -62,7 +62,7 @@ def steps(seconds=2.4):
 
 
 def around(track_N, frame, frames=FRAMES, low=0, high=np.inf):
-    """By hand: one second with the middle of the frame's time in its middle."""
+    """Cut by hand one second with the middle of the frame's time in its middle."""
     middle = round((frame + 0.5) / FPS * RATE)
     out = np.zeros(RATE, np.float32)
     for i, place in enumerate(range(middle - RATE // 2, middle + RATE // 2)):

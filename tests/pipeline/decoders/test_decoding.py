@@ -24,7 +24,7 @@ KINDS = ["h264.mp4", "h264_open.mp4", "h264_open.ts", "h264.mkv", "h264.avi", "u
 
 
 def index_and_frames(path, wanted=None):
-    """What a child does: trust the index until decoding contradicts it."""
+    """Decode as a child does: trust the index until decoding contradicts it."""
     index = _index.read(str(path))
     try:
         numbers = list(range(index.num_frames)) if wanted is None else wanted

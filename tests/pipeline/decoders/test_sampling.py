@@ -1,4 +1,4 @@
-"""Which frames, and which square of them: rules at their edges, pictures against torchvision."""
+"""Choice of frames and of their square: rules at their edges, pictures against torchvision."""
 
 import numpy as np
 import pytest
