@@ -322,7 +322,7 @@ def test_other_containers_are_refused(tmp_path):
 
 
 def test_the_generator_is_light_to_import():
-    code = "import sys, pipeline.synthetic; print('torch' in sys.modules, 'dask' in sys.modules)"
+    code = "import sys, varve.pipeline.datasets.synthetic; print('torch' in sys.modules, 'dask' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
     assert synthetic.__doc__

@@ -263,7 +263,7 @@ def sounding(tmp_path_factory):
     """Videos with sound, and one without; a store of what two networks make of them."""
     folder = tmp_path_factory.mktemp("sounding")
     classes = ("sway ↔", "sway, hum")
-    make_dataset(folder / "set", 1, broken=False, classes=classes, audio=True)
+    make_dataset(folder / "set", 1, broken=False, classes=classes, sound=True)
     mute = folder / "set" / "train" / "sway ↔" / "mute.avi"
     write_video(mute, np.zeros((12, 64, 64, 3), np.uint8), Fraction(10))
     report = build(folder / "set", folder / "s.zarr", SPEC, runtime=Runtime(serial=True))
