@@ -67,7 +67,7 @@ def test_videos_without_classes_are_counted_by_kind(tmp_path):
 
 
 def test_an_unknown_layout_lists_those_there_are(tmp_path):
-    with pytest.raises(ValueError, match="no 'folders' in layouts; .*there are class_folders, hmdb51"):
+    with pytest.raises(ValueError, match=r"no 'folders' in layouts; .*are class_folders, hmdb51"):
         read(tmp_path, "folders")
 
 

@@ -125,7 +125,7 @@ def drawn():
 
 
 def accuracy(feats_KCD, classes):
-    """Accuracy of nearest means by cosine, learned on two thirds of the numbers, on the other third."""
+    """Accuracy of nearest means by cosine, of two thirds of the numbers, on the other third."""
     feats_KCD = feats_KCD[:, [CLASSES.index(name) for name in classes]]
     feats_KCD = feats_KCD / np.linalg.norm(feats_KCD, axis=-1, keepdims=True)
     held_out = np.arange(len(feats_KCD)) % 3 == 2
@@ -322,7 +322,8 @@ def test_other_containers_are_refused(tmp_path):
 
 
 def test_the_generator_is_light_to_import():
-    code = "import sys, varve.pipeline.datasets.synthetic; print('torch' in sys.modules, 'dask' in sys.modules)"
+    module = "varve.pipeline.datasets.synthetic"
+    code = f"import sys, {module}; print('torch' in sys.modules, 'dask' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
     assert synthetic.__doc__
