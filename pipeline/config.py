@@ -3,24 +3,31 @@
 Light to import: a decoder's child process needs it.
 """
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Self
 
-SAMPLINGS = ("tsn", "tsn_random", "uniform_fps", "dense")
+from varve.pipeline.registry import available, source_digest, variant
+
 DTYPES = ("float16", "float32", "bfloat16")
 INTERPOLATIONS = ("bicubic", "bilinear")
 RESIZE_MODES = ("shortest", "squash")
-DECODERS = ("auto", "pyav", "decord", "torchcodec")
+# What a sampling rule may take by name: numbers of the frame set, its view, a source of draws.
+RULE_OPTIONS = ("fps", "stride", "view", "random")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """How one frame becomes a square picture, as a network's own configuration says.
+    """Preprocessing of a frame into a square picture, by the configuration of a network.
 
-    The frame's shorter side is resized to `resize` pixels (Pillow, antialiased), and the
-    `size` x `size` centre is cut out. `resize_mode` "squash" resizes to the square directly.
+    The shorter side of the frame is resized to `resize` pixels (Pillow, antialiased), and the
+    centre of `size` x `size` pixels is cropped. With `resize_mode` "squash" the whole frame is
+    resized to the square.
+
+    Raises:
+        ValueError: An unknown interpolation or resize mode, or sizes that do not go together.
     """
 
     size: int = 224
@@ -45,16 +52,19 @@ class Picture:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one, RGB."""
+        """Shape of one picture: height, width, RGB."""
         return (self.size, self.size, 3)
 
 
 @dataclass(frozen=True)
 class Sound:
-    """What is heard around the moment of a frame, as a network's own configuration says.
+    """The audio around the time of a frame, by the configuration of a network.
 
-    A stretch of `seconds` with the moment in its middle, mono at `rate` samples a second; full
-    scale is from -1 to 1. Before a clip's start and after its end it is silent.
+    A waveform of `seconds` with the frame's time in its middle, mono, `rate` samples a second,
+    full scale from -1 to 1. It is silent before the start of a clip and after its end.
+
+    Raises:
+        ValueError: The waveform would have no samples, or infinitely many.
     """
 
     rate: int = 16000
@@ -68,28 +78,60 @@ class Sound:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one."""
+        """Shape of one waveform: samples."""
         return (round(self.rate * self.seconds),)
+
+
+def rule_options(sampling: str) -> tuple[str, ...]:
+    """Names of the options that a sampling rule takes: its parameters after the first two.
+
+    Raises:
+        ValueError: There is no such rule, or it takes what no frame set has.
+
+    >>> rule_options("dense")
+    ('stride', 'view', 'random')
+    """
+    if sampling not in (known := available("samplings")):
+        raise ValueError(f"no sampling {sampling!r}; choose from {', '.join(known)}")
+    rule = variant("samplings", sampling)
+    options = tuple(inspect.signature(getattr(rule, "choose", rule)).parameters)[2:]
+    if unknown := [option for option in options if option not in RULE_OPTIONS]:
+        raise ValueError(
+            f"sampling {sampling!r} takes {', '.join(unknown)}; the options of a rule are "
+            f"{', '.join(RULE_OPTIONS)}"
+        )
+    return options
+
+
+def rules_with(option: str) -> list[str]:
+    """Names of the sampling rules that take an option.
+
+    >>> rules_with("fps")
+    ['uniform_fps']
+    """
+    return [name for name in available("samplings") if option in rule_options(name)]
 
 
 @dataclass(frozen=True)
 class FrameSet:
-    """Which T frames of a clip are looked at, as which pictures or sounds. Decides their key.
+    """The T frames of a clip that are read, as pictures or waveforms. Decides their key.
 
     Attributes:
-        frames: T, frames per clip.
-        sampling: `tsn` the centre of each of T equal segments; `tsn_random` a frame drawn from
-            each segment, seeded by clip and view; `uniform_fps` T frames `1 / fps` seconds apart,
-            around the middle of the clip; `dense` T frames `stride` frames apart, around the
-            middle (view 0) or from a drawn start (other views).
-        fps: For `uniform_fps`, frames per second; otherwise 0.
-        stride: For `dense`, the step in frames; otherwise 0.
-        view: 0 is the plain view. Others are seeded variations of it.
-        flip: Views other than 0 are mirrored with probability one half.
-        random_crop: Views other than 0 cut out a drawn square (0.6 to 1.0 of the shorter side)
-            in place of the centre.
-        decoder: The decoder policy: `auto` is PyAV.
-        picture: What is made of each frame; a `Sound` of what is heard around it.
+        frames: Number of frames per clip, T.
+        sampling: Name of the rule that chooses the frames: a file of
+            `varve.pipeline.decoders.sampling`, or a registered function.
+        fps: Frames per second, for a rule that takes `fps`; otherwise 0.
+        stride: Step in frames, for a rule that takes `stride`; otherwise 0.
+        view: 0 for the plain view. Other views are seeded variations of it.
+        flip: Whether views other than 0 are mirrored with probability one half.
+        random_crop: Whether views other than 0 show a drawn square (0.6 to 1.0 of the shorter
+            side) in place of the centre.
+        decoder: Name of the decoder. `auto` is PyAV; `pyav` becomes `auto`, to have one key.
+        picture: What each frame becomes: a picture of it, or the audio around its time.
+        code: Digests of the user's own sampling rule and decoder, "" where both are Varve's.
+
+    Raises:
+        ValueError: There is no such rule or decoder, or the options do not go together.
     """
 
     frames: int = 8
@@ -101,37 +143,76 @@ class FrameSet:
     random_crop: bool = False
     decoder: str = "auto"
     picture: Picture | Sound = field(default_factory=Picture)
+    code: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
         if self.frames < 1:
             raise ValueError(f"frames={self.frames}: a clip needs at least one frame")
-        if self.sampling not in SAMPLINGS:
-            raise ValueError(f"no sampling {self.sampling!r}; choose from {', '.join(SAMPLINGS)}")
-        if self.decoder not in DECODERS:
-            raise ValueError(f"no decoder {self.decoder!r}; choose from {', '.join(DECODERS)}")
-        if (self.sampling == "uniform_fps") != (self.fps > 0) or not math.isfinite(self.fps):
+        if self.decoder == "pyav":
+            object.__setattr__(self, "decoder", "auto")
+        if self.decoder not in ("auto", *(decoders := available("decoders"))):
             raise ValueError(
-                f"sampling={self.sampling!r} with fps={self.fps}: uniform_fps needs a rate above 0 "
-                "and no other sampling takes one"
+                f"no decoder {self.decoder!r}; choose from auto, {', '.join(decoders)}"
             )
-        if (self.sampling == "dense") != (self.stride > 0):
-            raise ValueError(
-                f"sampling={self.sampling!r} with stride={self.stride}: dense needs a stride of at "
-                "least 1 and no other sampling takes one"
-            )
+        options = rule_options(self.sampling)
+        for option in ("fps", "stride"):
+            value = getattr(self, option)
+            if (option in options) != (value > 0) or not math.isfinite(value):
+                raise ValueError(
+                    f"sampling={self.sampling!r} with {option}={value}: "
+                    f"{', '.join(rules_with(option))} needs a finite {option} above 0 and no other "
+                    "sampling takes one"
+                )
+        object.__setattr__(self, "code", self._code())
+
+    def _code(self) -> str:
+        digests = {
+            self.sampling: source_digest("samplings", self.sampling),
+            self.decoder: "" if self.decoder == "auto" else source_digest("decoders", self.decoder),
+        }
+        return ", ".join(f"{name} {digest}" for name, digest in digests.items() if digest)
+
+    def check_code(self, code: str | None = None) -> None:
+        """Check that the user's own rule and decoder are those that the frames were named by.
+
+        Args:
+            code: The digests to expect; by default those taken when this frame set was made.
+
+        Raises:
+            RuntimeError: They have changed, or are not loaded in this process.
+        """
+        expected, reason = self.code if code is None else code, "their code has changed"
+        try:
+            if self._code() == expected:
+                return
+        except ValueError as error:
+            reason = str(error)
+        raise RuntimeError(
+            f"the frames of sampling {self.sampling!r}, decoder {self.decoder!r} cannot be read "
+            f"again: {reason}; load the same --plugin files in every process, or build again"
+        )
 
     def identity(self) -> dict[str, Any]:
-        """The JSON form that enters the frames' key."""
-        return asdict(self)
+        """The JSON form that enters the frames' key. Without `code` where there is none."""
+        identity = asdict(self)
+        return identity if self.code else {k: v for k, v in identity.items() if k != "code"}
 
     @classmethod
     def of(cls, identity: Mapping[str, Any]) -> Self:
-        """The frame set that this is the identity of."""
+        """Return the frame set that has this identity.
+
+        Raises:
+            ValueError: Its rule or decoder is not loaded in this process.
+            RuntimeError: Their code has changed since.
+        """
         kind = Sound if "rate" in identity["picture"] else Picture
-        return cls(**{**identity, "picture": kind(**identity["picture"])})
+        fields = {name: value for name, value in identity.items() if name != "code"}
+        frame_set = cls(**{**fields, "picture": kind(**identity["picture"])})
+        frame_set.check_code(identity.get("code", ""))
+        return frame_set
 
     def request(self) -> dict[str, Any]:
-        """What a `BuildSpec` says to have it as its plain view."""
+        """Return the options of a `BuildSpec` whose plain view is this frame set."""
         names = ("frames", "sampling", "fps", "stride", "decoder")
         return {name: getattr(self, name) for name in names}
 
@@ -175,11 +256,11 @@ class BuildSpec:
                 raise ValueError(f"no {name} {value!r}; choose from {', '.join(DTYPES)}")
         if self.views < 1:
             raise ValueError(f"views={self.views}: at least the plain view is needed")
-        varies = self.flip or self.random_crop or self.sampling == "tsn_random"
-        if self.views > 1 and not (varies or self.sampling == "dense"):
+        varies = self.flip or self.random_crop or "random" in rule_options(self.sampling)
+        if self.views > 1 and not varies:
             raise ValueError(
                 f"views={self.views} would be {self.views} times the same frames: add --flip, "
-                "--random-crop or --sampling tsn_random"
+                f"--random-crop or --sampling {' or '.join(rules_with('random'))}"
             )
         if self.views == 1 and (self.flip or self.random_crop):
             raise ValueError("flip and random_crop vary views 1 and up; ask for --views 2 or more")

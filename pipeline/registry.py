@@ -67,7 +67,7 @@ def register(kind: str, name: str = "") -> Callable[[Variant], Variant]:
         ValueError: There is no such kind, or another variant has the name.
 
     >>> @register("samplings", "first")
-    ... def first_frames(num_frames, frames_per_clip, **options): ...
+    ... def first_frames(times_N, frames): ...
     >>> variant("samplings", "first") is first_frames
     True
     >>> unregister("samplings", "first")
@@ -175,6 +175,12 @@ def load_plugin(path: str | Path) -> None:
         os.environ[VARIABLE] = os.pathsep.join([*files, str(file)])
 
 
+def names_in(path: str | Path, kind: str) -> list[str]:
+    """Return the names of the variants of a kind that a loaded plugin file registered, sorted."""
+    source = str(Path(path).resolve())
+    return sorted(name for name, r in _REGISTERED[kind].items() if r.source == source)
+
+
 def plugins() -> tuple[str, ...]:
     """The plugin files of this process, to be loaded by another."""
     _load_environment()
@@ -195,25 +201,21 @@ def _load_environment() -> None:
 def _load_all(kind: str) -> None:
     """Load what may register variants of a kind: plugin files, and the kind's own module."""
     _load_environment()
-    if not _is_folder(kind):
+    if not _folder(kind).is_dir():
         importlib.import_module(KINDS[kind])
 
 
-@cache
-def _is_folder(kind: str) -> bool:
-    spec = importlib.util.find_spec(KINDS[kind])
-    assert spec is not None
-    return spec.submodule_search_locations is not None
+def _folder(kind: str) -> Path:
+    """The folder of a kind. Nothing is imported, so that names cost no time."""
+    return Path(__file__).parents[1].joinpath(*KINDS[kind].split(".")[1:])
 
 
 @cache
 def _shipped(kind: str) -> frozenset[str]:
     """Files of the kind's folder."""
-    spec = importlib.util.find_spec(KINDS[kind])
-    folders = spec.submodule_search_locations if spec else None
     return frozenset(
         module.name
-        for module in pkgutil.iter_modules(folders or ())
+        for module in pkgutil.iter_modules([str(_folder(kind))])
         if not (module.ispkg or module.name.startswith("_"))
     )
 

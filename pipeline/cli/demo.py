@@ -7,7 +7,7 @@ from varve.pipeline.backbones.mel_resnet import PREFIX
 from varve.pipeline.cli.format_runs import run_summary
 from varve.pipeline.cli.format_store import report_summary
 from varve.pipeline.config import BuildSpec
-from varve.pipeline.datasets.synthetic import HEARD, make_dataset
+from varve.pipeline.datasets.synthetic import AUDIO_CLASSES, make_dataset
 from varve.pipeline.experiments.run import Run
 from varve.pipeline.experiments.run import run as run_experiment
 from varve.pipeline.extraction.build import build
@@ -42,7 +42,7 @@ def run(
         shutil.rmtree(unfinished, ignore_errors=True)
         make_dataset(unfinished, clips_per_class=clips_per_class, sound=sound)
         unfinished.rename(videos)
-    elif sound and not any(videos.glob(f"train/{HEARD[0]}")):
+    elif sound and not any(videos.glob(f"train/{AUDIO_CLASSES[0]}")):
         raise ValueError(f"{videos} was made without sound: give another --out, or remove it")
     names = tuple(backbones or RANDOM)
     if sound and not any(name.startswith(PREFIX) for name in names):
@@ -87,7 +87,7 @@ next:
 def _learn(store: FeatureStore, runs: Path, progress: Progress) -> Run:
     """Learn with what is quick, print how well, and return what is best, or HAD where it hears."""
     classes = store.attributes["classes"]
-    heard = sorted(set(classes) & set(HEARD))
+    heard = sorted(set(classes) & set(AUDIO_CLASSES))
     head, scenario = "nearest_mean", "4+4x3" if heard else "demo"
 
     def done(feature: Feature, time: str) -> Run:

@@ -1,4 +1,4 @@
-"""A clip's bytes: one video file, or a folder of frames in natural order. Light to import."""
+"""The bytes of a clip: a video file, or a folder of frames in natural order. Light to import."""
 
 import hashlib
 import os
@@ -8,10 +8,10 @@ from pathlib import Path
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """A sort key that counts: frame2 before frame10, whatever the padding.
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Return a sort key by the values of numbers: frame2 before frame10, whatever the padding.
 
-    >>> sorted(["f10.jpg", "f2.jpg", "f010b.jpg"], key=natural)
+    >>> sorted(["f10.jpg", "f2.jpg", "f010b.jpg"], key=natural_key)
     ['f2.jpg', 'f10.jpg', 'f010b.jpg']
     """
     parts = re.split(r"([0-9]+)", name)
@@ -19,7 +19,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def frame_files(folder: str | Path) -> list[Path]:
-    """A folder's frames in order. Hidden files and other kinds are passed over.
+    """Return the frames of a folder in order. Hidden files and other kinds are ignored.
 
     Raises:
         OSError: The folder cannot be listed.
@@ -29,12 +29,12 @@ def frame_files(folder: str | Path) -> list[Path]:
         for name in os.listdir(folder)
         if name.lower().endswith(FRAME_SUFFIXES) and not name.startswith(".")
     ]
-    # The name itself settles 1.jpg against 01.jpg.
-    return [Path(folder, name) for name in sorted(names, key=lambda n: (natural(n), n))]
+    # The name itself decides between 1.jpg and 01.jpg.
+    return [Path(folder, name) for name in sorted(names, key=lambda n: (natural_key(n), n))]
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, or of a folder's frames in order (their names do not count).
+    """Return the SHA-256 of a file, or of a folder's frames in order (without their names).
 
     Raises:
         OSError: It cannot be read.
@@ -49,10 +49,10 @@ def content_digest(path: Path) -> str:
 
 
 def size_and_mtime(path: Path) -> tuple[int, int]:
-    """Bytes, and the time of the last change in nanoseconds; of a folder, total and latest.
+    """Return the bytes and the last change in nanoseconds; of a folder, the sum and the latest.
 
     Raises:
-        OSError: It cannot be looked at.
+        OSError: The file or folder cannot be examined.
     """
     if path.is_dir():
         stats = [file.stat() for file in frame_files(path)]

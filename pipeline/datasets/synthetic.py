@@ -1,8 +1,8 @@
-"""A small labelled data set of real video files, made from a seed: for the demo and for tests.
+"""A small labelled dataset of real video files, made from a seed: for the demo and for tests.
 
-A textured shape moves over a textured backdrop, and the class is what it does:
+A textured shape moves over a textured backdrop, and the class is its motion:
 
-| classes                                    | what separates the two | them from the others     |
+| classes                                    | separates the two      | them from the others     |
 |--------------------------------------------|------------------------|--------------------------|
 | `move right`, `move left`                  | order of the frames    | set; from `sway ↔` order |
 | `move down`, `move up`                     | order of the frames    | set; from `bob ↕` order  |
@@ -12,13 +12,13 @@ A textured shape moves over a textured backdrop, and the class is what it does:
 | `sway ↔`, `bob ↕`                          | set of frames          | set; from moves order    |
 
 The two classes of each row but the last are each other played backwards: `frames(a, rng)`
-reversed is `frames(b, rng)` bit for bit. So the set of all frames cannot tell which it is, nor can
-one frame whose time in the clip is not known. (A frame known to be the first can: that is order.)
-Whatever else a clip shows (shape, colour, size, textures, brightness, place, pace) and the file's
-size, rate, length and codec depend on the clip's number and not on its class: clip 7 of every
-class looks alike, so there is no shortcut to learn. Motions stay in the central square, which is
-what networks look at. With sound there are four classes more, which look like `sway ↔` to the
-bit and are told apart by what is heard alone; see `varve.pipeline.datasets.synthetic_audio`.
+reversed is `frames(b, rng)` bit for bit. So neither the set of all frames distinguishes them, nor
+one frame whose time in the clip is unknown. (A frame known to be the first does: that is order.)
+All other properties of a clip (shape, colour, size, textures, brightness, position, pace) and the
+size, rate, length and codec of its file depend on its number and not on its class: clip 7 of every
+class looks alike, so there is no shortcut to learn. Motions stay in the central square, which
+networks see. With audio there are four more classes, whose frames equal those of `sway ↔` bit for
+bit, and which differ by their audio alone; see `varve.pipeline.datasets.synthetic_audio`.
 
 Light to import (numpy, PIL, av). Equal arguments give equal bytes, with one build of PyAV.
 """
@@ -37,24 +37,24 @@ from av.container import OutputContainer
 from PIL import Image, ImageDraw
 
 from varve.pipeline.datasets import synthetic_audio
-from varve.pipeline.datasets.corruptions import BREAKAGES
+from varve.pipeline.datasets.corruptions import CORRUPTIONS
 
 RATES = tuple(map(Fraction, ("10", "12", "15", "24", "25", "30000/1001", "30")))
 SHAPES = ("disc", "square", "triangle", "diamond", "ring", "cross", "star")
 
 
 class Pose(NamedTuple):
-    """Where the shape is: its centre from the frame's, in half short sides; y points down."""
+    """Position of the shape: its centre from the frame's, in half short sides; y points down."""
 
     x: float = 0.0
     y: float = 0.0
-    growth: float = 1.0  # times the clip's own size
+    growth: float = 1.0  # factor of the clip's shape size
     opacity: float = 1.0
 
 
 @dataclass(frozen=True)
 class _Look:
-    """What a clip shows besides its motion. Drawn by `_look`, the same way for every class."""
+    """Appearance of a clip besides its motion. Drawn by `_look`, equally for every class."""
 
     num_frames: int
     backdrop: Image.Image
@@ -91,7 +91,7 @@ def _along(t: float, look: _Look) -> Pose:
 
 
 def _sway(t: float, look: _Look) -> Pose:
-    # A triangle wave spends its time as one crossing does: the same places, in another order.
+    # A triangle wave has the same positions as one crossing, in another order.
     return _across(1 - abs(2 * t - 1), look)
 
 
@@ -132,8 +132,8 @@ _MOTIONS = {
     "bob ↕": _Motion(_bob),
 }
 CLASSES = tuple(_MOTIONS)
-HEARD = tuple(synthetic_audio.SOUNDS)
-TWINS = tuple(
+AUDIO_CLASSES = tuple(synthetic_audio.SIGNALS)
+REVERSED_PAIRS = tuple(
     (a, b)
     for a in CLASSES
     for b in CLASSES
@@ -142,7 +142,7 @@ TWINS = tuple(
 
 
 def frames(label: str, rng: np.random.Generator) -> np.ndarray:
-    """Draw one clip of a class.
+    """Draw the frames of one clip of a class.
 
     Returns:
         uint8 [N, H, W, 3] RGB; N in 10..90, H and W even, in 128..320.
@@ -154,9 +154,9 @@ def frames(label: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def _frames(label: str, look: _Look) -> np.ndarray:
-    label = "sway ↔" if label in HEARD else label
+    label = "sway ↔" if label in AUDIO_CLASSES else label
     if label not in _MOTIONS:
-        raise ValueError(f"no class {label!r}; choose from {', '.join((*CLASSES, *HEARD))}")
+        raise ValueError(f"no class {label!r}; choose from {', '.join((*CLASSES, *AUDIO_CLASSES))}")
     motion = _MOTIONS[label]
     times_N = np.linspace(0, 1, look.num_frames) ** look.pace
     pictures = [look.picture(motion.pose(t, look)) for t in times_N.tolist()]
@@ -170,10 +170,10 @@ def _rate(rng: np.random.Generator) -> Fraction:
 
 
 def _look(rng: np.random.Generator, rate: Fraction) -> _Look:
-    # Log-uniform sides: half the area, and so half the time to encode, of uniform ones.
+    # Log-uniform sides have half the area of uniform ones, and so take half the time to encode.
     height, width = (int(side) // 2 * 2 for side in 128 * 2.5 ** rng.random(2))
     gain = rng.uniform(0.8, 1.1)
-    # The shape is always the brighter: were either possible, a class's mean would show nothing.
+    # The shape is always brighter: else the mean of a class would show nothing.
     backdrop = _texture(rng, (height, width), levels=(15, 90), gain=gain)
     shape = Image.fromarray(_texture(rng, (160, 160), levels=(120, 250), gain=gain))
     shape.putalpha(_silhouette(SHAPES[rng.integers(len(SHAPES))], 160))
@@ -194,7 +194,7 @@ def _look(rng: np.random.Generator, rate: Fraction) -> _Look:
 def _texture(
     rng: np.random.Generator, shape_HW: tuple[int, int], levels: tuple[int, int], gain: float
 ) -> np.ndarray:
-    """Three waves between two colours within `levels`, times `gain`: uint8 [H, W, 3]."""
+    """Draw three waves between two colours within `levels`, times `gain`: uint8 [H, W, 3]."""
     y_HW, x_HW = np.mgrid[: shape_HW[0], : shape_HW[1]] / 128
     waves_HW = np.zeros(shape_HW)
     for angle, period, phase in rng.random((3, 3)):
@@ -239,22 +239,22 @@ def write_video(
     *,
     keyframe_every: int = 24,
     index_first: bool = False,
-    sound_N: np.ndarray | None = None,
+    audio_N: np.ndarray | None = None,
 ) -> None:
     """Encode frames into a file: H.264 with B-frames for .mp4, MPEG-4 part 2 for .avi.
 
-    With it sound, as AAC or as plain numbers.
+    Audio is encoded as AAC for .mp4, uncompressed for .avi.
 
     Args:
-        path: Where to write; its suffix chooses container and codec.
+        path: Path of the file; its suffix chooses container and codec.
         frames_NHWC: uint8 [N, H, W, 3] RGB, H and W even.
         rate: Frames per second.
-        keyframe_every: The longest group of pictures, in frames.
-        index_first: For .mp4, the index (moov) before the data, not after it.
-        sound_N: float32, mono at `sounding.RATE`; None for a file without a sound track.
+        keyframe_every: Length of the longest group of pictures, in frames.
+        index_first: For .mp4, whether the index (moov) precedes the data.
+        audio_N: float32, mono at `synthetic_audio.RATE`; None for a file without an audio track.
 
     Raises:
-        ValueError: Another suffix.
+        ValueError: The suffix is another one.
     """
     codecs = {".mp4": "libx264", ".avi": "mpeg4"}
     if path.suffix not in codecs:
@@ -270,24 +270,24 @@ def write_video(
         context.thread_count = 1  # more threads, other bytes
         context.gop_size = keyframe_every
         if path.suffix == ".mp4":
-            # With mbtree and B-frames, x264 165 on one thread depends on what memory held before
-            # where a side is no multiple of 16: up to 8 different files in 8 runs.
+            # With mbtree and B-frames, x264 165 on one thread depends on uninitialised memory where
+            # a side is no multiple of 16: up to 8 different files in 8 runs.
             context.options = {"preset": "veryfast", "crf": "23", "bf": "2", "mbtree": "0"}
         else:
             context.options = {"flags": "+bitexact"}
             context.qmin = context.qmax = 4
-        track = None if sound_N is None else _sound_track(container, path.suffix)
+        track = None if audio_N is None else _audio_track(container, path.suffix)
         for frame_HWC in frames_NHWC:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
         container.mux(stream.encode(None))
-        if track is not None and sound_N is not None:
-            heard = av.AudioFrame.from_ndarray(sound_N[None], "flt", "mono")
-            heard.sample_rate = synthetic_audio.RATE
-            container.mux(track.encode(heard))
+        if track is not None and audio_N is not None:
+            samples = av.AudioFrame.from_ndarray(audio_N[None], "flt", "mono")
+            samples.sample_rate = synthetic_audio.RATE
+            container.mux(track.encode(samples))
             container.mux(track.encode(None))
 
 
-def _sound_track(container: OutputContainer, suffix: str) -> AudioStream:
+def _audio_track(container: OutputContainer, suffix: str) -> AudioStream:
     codec = "aac" if suffix == ".mp4" else "pcm_s16le"
     track = container.add_stream(codec, rate=synthetic_audio.RATE, layout="mono")
     assert isinstance(track, AudioStream)
@@ -296,10 +296,10 @@ def _sound_track(container: OutputContainer, suffix: str) -> AudioStream:
 
 
 @dataclass(frozen=True)
-class Synthetic:
-    """What `make_dataset` wrote: whole clips under root/{train,test}/<class>/, and broken ones.
+class SyntheticDataset:
+    """A dataset on disk: whole clips under root/{train,test}/<class>/, and broken ones.
 
-    `broken` holds path and expected reason, as `broken_files` gives them.
+    `broken` has path and expected reason of each broken file; see `broken_files`.
     """
 
     root: Path
@@ -315,25 +315,25 @@ def make_dataset(
     broken: bool = True,
     classes: Sequence[str] | None = None,
     sound: bool = False,
-) -> Synthetic:
-    """Write a data set as class folders. The default, 288 clips, takes 6 to 8 s on one core.
+) -> SyntheticDataset:
+    """Write a dataset as class folders. The default, 288 clips, takes 6 to 8 s on one core.
 
     Clip k of a class is clip_00k, every third in test. Even k are .mp4, odd ones .avi. A clip's
     bytes depend on the seed, its class and k alone. Broken files have names of their own.
 
     Args:
-        root: Made where it is missing; must not hold a data set yet.
-        clips_per_class: Whole clips of each class, both splits together; at least 1.
-        seed: Of everything drawn.
-        broken: Whether to add the files of BREAKAGES.
-        classes: Some of CLASSES, with sound also of HEARD; all by default.
-        sound: Whether clips have sound tracks.
+        root: Directory of the dataset; created if missing, and without a dataset in it.
+        clips_per_class: Number of whole clips of each class, both splits together; at least 1.
+        seed: Seed of all draws.
+        broken: Whether to add the files of CORRUPTIONS.
+        classes: Some of CLASSES, with `sound` also of AUDIO_CLASSES; all by default.
+        sound: Whether clips have audio tracks.
 
     Raises:
         ValueError: An unknown or repeated class, or no clip or class at all.
         FileExistsError: `root` already holds a train or a test folder.
     """
-    known = (*CLASSES, *HEARD) if sound else CLASSES
+    known = (*CLASSES, *AUDIO_CLASSES) if sound else CLASSES
     names = known if classes is None else tuple(classes)
     unknown = [name for name in names if name not in known]
     if unknown or not names or len(set(names)) < len(names):
@@ -359,31 +359,31 @@ def make_dataset(
         file = f"clip_{k:03d}{'.avi' if k % 2 else '.mp4'}"
         for name in names:
             shown = _frames(name, look)
-            heard = None
+            audio_N = None
             if sound:
                 draw = np.random.default_rng([seed, k, 1])
-                heard = synthetic_audio.sound(name, float(len(shown) / rate), draw)
+                audio_N = synthetic_audio.waveform(name, float(len(shown) / rate), draw)
             write_video(
                 root / split / name / file,
                 shown,
                 rate,
                 keyframe_every=keyframe_every,
                 index_first=k % 4 == 0,
-                sound_N=heard,
+                audio_N=audio_N,
             )
 
-    for i, (stem, breakage) in enumerate(BREAKAGES.items() if broken else ()):
+    for i, (stem, corruption) in enumerate(CORRUPTIONS.items() if broken else ()):
         name = names[i % len(names)]
         whole = (root / "train" / name / "clip_000.mp4").read_bytes()
         split = "test" if i % 2 else "train"
-        (root / split / name / f"{stem}.mp4").write_bytes(breakage.make(whole))
-    return Synthetic(root, names, clips_per_class * len(names), tuple(broken_files(root)))
+        (root / split / name / f"{stem}.mp4").write_bytes(corruption.apply(whole))
+    return SyntheticDataset(root, names, clips_per_class * len(names), tuple(broken_files(root)))
 
 
 def broken_files(root: Path) -> list[tuple[Path, str]]:
-    """The files that `make_dataset` spoilt, and the reason expected of each ("" for none)."""
+    """Return the files that `make_dataset` corrupted, with the expected reason ("" for none)."""
     return [
-        (path, breakage.reason)
-        for stem, breakage in BREAKAGES.items()
+        (path, corruption.reason)
+        for stem, corruption in CORRUPTIONS.items()
         for path in sorted(root.glob(f"*/*/{stem}.mp4"))
     ]

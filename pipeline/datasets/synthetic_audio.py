@@ -1,16 +1,14 @@
-"""Sounds of the small labelled data set, made from a seed; see `varve.pipeline.datasets.synthetic`.
+"""Audio of the synthetic dataset, made from a seed; see `varve.pipeline.datasets.synthetic`.
 
-What is heard in a clip whose class is told by its sound alone, over t from 0 to 1:
+Classes that differ by their audio alone, over t from 0 to 1:
 
-    sway, rising tone     a tone that goes up by two octaves    in order, not as a set of moments,
-    sway, falling tone    the same played backwards             one or the other
+    sway, rising tone     a tone that rises by two octaves
+    sway, falling tone    the same played backwards: another order, the same set of samples
     sway, beeps           a tone, on and off
     sway, hum             a tone and its harmonics, far below
 
-In all other clips there is noise, that of the clip's number. Loudness, pitch and noise depend on
-the number and not on the class.
-
-Light to import (numpy).
+All other clips have noise only, that of the clip's number. Loudness, pitch and noise depend on the
+number and not on the class. Light to import (numpy).
 """
 
 from collections.abc import Callable
@@ -42,7 +40,7 @@ def _hum(t_N: np.ndarray, pitch: float) -> np.ndarray:
     return np.asarray(sum(_tone(low * n) / n for n in (1, 2, 3)) / 2)
 
 
-SOUNDS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+SIGNALS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "sway, rising tone": _rising,
     "sway, falling tone": _falling,
     "sway, beeps": _beeps,
@@ -50,12 +48,12 @@ SOUNDS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
 }
 
 
-def sound(label: str, seconds: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw what is heard in one clip of a class: float32 [N] in [-1, 1], mono at `RATE`."""
+def waveform(label: str, seconds: float, rng: np.random.Generator) -> np.ndarray:
+    """Draw the audio of one clip of a class: float32 [N] in [-1, 1], mono at `RATE`."""
     t_N = np.linspace(0, 1, round(seconds * RATE))
     pitch, loudness = rng.uniform(300, 500), rng.uniform(0.3, 0.8)
-    noise_N = 0.02 * rng.standard_normal(len(t_N))
-    if label in SOUNDS:
-        noise_N = noise_N + loudness * SOUNDS[label](t_N, pitch)
-    heard_N: np.ndarray = noise_N.clip(-1, 1).astype(np.float32)
-    return heard_N
+    wave_N = 0.02 * rng.standard_normal(len(t_N))
+    if label in SIGNALS:
+        wave_N = wave_N + loudness * SIGNALS[label](t_N, pitch)
+    clipped_N: np.ndarray = wave_N.clip(-1, 1).astype(np.float32)
+    return clipped_N

@@ -1,17 +1,29 @@
-"""Decoders: from a video file to the wanted frames, exactly those, or a true reason why not.
+"""Decoders: from a video file to the wanted frames, exactly those, or the reason why not.
 
-This file is the contract; every other module here is one decoder, found by its file name.
-A decoder module has one function:
+This file is the contract; every other module here is one decoder, found by its file name. A
+decoder of your own is a function, or a class, with the decorator `register("decoders", NAME)`. A
+module has one function; a registered function is that function itself:
 
     pictures(path: str, index: Index, wanted_N: list[int]) -> Iterator[tuple[int, Image]]
-        Yield (frame index, PIL RGB image at the video's own size) for each of `wanted_N`,
-        sorted and distinct, in display order.
+        Yield (frame index, PIL RGB image at the video's own size) for each of `wanted_N`, which
+        is sorted and distinct, in display order. `index` has the presentation times of all frames.
+        Raise `Contradicted` where the file has other frames than the index: it is then decoded
+        by PyAV from its start. Raise `Undecodable` with one of REASONS where it cannot be decoded.
 
-Light to import (numpy, PIL, av): it is what a decoding child process loads. No torch.
+and may have two constants:
+
+    LIBRARY = ""                The package that it needs; a build without it is refused.
+    PLAIN_FILES_ONLY = False    Whether PyAV decodes the files for which `index.hazard` is set.
+
+Nobody chooses a decoder for a folder of frames: `_images` reads each, whatever the frame set says.
+
+Light to import (numpy, PIL, av, pebble): decoding processes load it. No torch.
 """
 
-from varve.pipeline.decoders._child import decode
+from varve.pipeline.decoders._child import decode, read_index
+from varve.pipeline.decoders._index import Contradicted, Index
 from varve.pipeline.decoders._pool import DecodePool, require
+from varve.pipeline.decoders._stream import Undecodable
 from varve.pipeline.decoders._values import (
     REASONS,
     Decoded,
@@ -23,12 +35,16 @@ from varve.pipeline.decoders._values import (
 
 __all__ = [
     "REASONS",
+    "Contradicted",
     "DecodePool",
     "Decoded",
     "Facts",
     "Failure",
+    "Index",
     "Request",
     "Stretch",
+    "Undecodable",
     "decode",
+    "read_index",
     "require",
 ]

@@ -1,8 +1,8 @@
-"""What a packet says of itself before it is decoded: is it one whole picture, and a clean start?
+"""Classification of packets by their bytes: is one a whole picture, and a clean start?
 
-A container's key flag is a promise about time, not about references: after a recovery point or in
-an open group of pictures frames may still refer to what came before. Here the packet's own bytes
-are asked. A codec that is not in `READERS` proves nothing, and its files are decoded from the
+The key flag of a container is a promise about time, not about references: after a recovery point,
+or in an open group of pictures, frames may still refer to earlier ones. The bytes of the packet
+decide here. A codec that is not in `READERS` proves nothing, and its files are decoded from the
 start.
 """
 
@@ -11,15 +11,15 @@ from enum import IntEnum
 
 
 class Shape(IntEnum):
-    """What one packet holds."""
+    """Content of one packet."""
 
-    UNCLEAR = 0  # no picture, more than one, a hidden one, or bytes that make no sense
+    UNCLEAR = 0  # no picture, several, a hidden one, or bytes that make no sense
     PICTURE = 1  # one whole shown picture
-    START = 2  # one whole shown picture that refers to nothing, nor does anything across it
+    START = 2  # such a picture without references, which no reference crosses
 
 
 def reader(codec: str, extradata: bytes) -> Callable[[bytes], Shape] | None:
-    """The function that classifies packets of a codec; None where none is known."""
+    """Return the function that classifies packets of a codec; None where there is none."""
     return READERS[codec](extradata) if codec in READERS else None
 
 
@@ -40,7 +40,7 @@ def _h264(extradata: bytes) -> Callable[[bytes], Shape]:
             return Shape.UNCLEAR
         if kinds == {5}:
             return Shape.START
-        # Parameters that change between starts would be lost by a jump.
+        # A jump would lose parameters that change between starts.
         return Shape.UNCLEAR if settings else Shape.PICTURE
 
     return shape
@@ -73,22 +73,22 @@ def _mpeg4(extradata: bytes) -> Callable[[bytes], Shape]:
         # Two pictures in a packet, then a placeholder of 7 bytes or so: "packed" B-frames.
         if len(data) <= 8 or data.count(b"\0\0\1\xb6") != 1:
             return Shape.UNCLEAR
-        place = data.find(b"\0\0\1\xb6") + 4
-        if place >= len(data):
+        header = data.find(b"\0\0\1\xb6") + 4
+        if header >= len(data):
             return Shape.UNCLEAR
-        return Shape.START if data[place] >> 6 == 0 else Shape.PICTURE
+        return Shape.START if data[header] >> 6 == 0 else Shape.PICTURE
 
     return shape
 
 
 def _mpeg2(extradata: bytes) -> Callable[[bytes], Shape]:
     def shape(data: bytes) -> Shape:
-        place = data.find(b"\0\0\1\0")
+        header = data.find(b"\0\0\1\0")
         # Two picture headers are two fields.
-        if place < 0 or data.count(b"\0\0\1\0") != 1 or place + 5 >= len(data):
+        if header < 0 or data.count(b"\0\0\1\0") != 1 or header + 5 >= len(data):
             return Shape.UNCLEAR
-        intra = data[place + 5] >> 3 & 7 == 1
-        return Shape.START if intra and b"\0\0\1\xb3" in data[:place] else Shape.PICTURE
+        intra = data[header + 5] >> 3 & 7 == 1
+        return Shape.START if intra and b"\0\0\1\xb3" in data[:header] else Shape.PICTURE
 
     return shape
 
@@ -126,8 +126,8 @@ READERS: dict[str, Callable[[bytes], Callable[[bytes], Shape]]] = {
     "mpeg2video": _mpeg2,
     "vp8": _vp8,
     "vp9": _vp9,
-    # Every frame by itself. AV1's temporal units hold one shown frame each, and the key flag of
-    # its containers is given to shown key frames alone, which reset all references.
+    # Every frame is independent. In AV1 a temporal unit has one shown frame, and containers set the
+    # key flag only on shown key frames, which reset all references.
     "mjpeg": _whole,
     "prores": _whole,
     "dnxhd": _whole,
@@ -137,20 +137,20 @@ READERS: dict[str, Callable[[bytes], Callable[[bytes], Shape]]] = {
 
 
 def _units(data: bytes, length_size: int) -> Iterator[memoryview | None]:
-    """NAL units of a packet, by length prefixes or start codes; None where the lengths lie."""
-    view, place = memoryview(data), 0
+    """Yield the NAL units of a packet, by length prefixes or start codes; None at wrong lengths."""
+    view, start = memoryview(data), 0
     if length_size:
-        while place < len(data):
-            length = int.from_bytes(view[place : place + length_size], "big")
-            place += length_size
-            if length == 0 or place + length > len(data):
+        while start < len(data):
+            length = int.from_bytes(view[start : start + length_size], "big")
+            start += length_size
+            if length == 0 or start + length > len(data):
                 yield None
                 return
-            yield view[place : place + length]
-            place += length
+            yield view[start : start + length]
+            start += length
         return
-    place = data.find(b"\0\0\1")
-    while place >= 0:
-        following = data.find(b"\0\0\1", place + 3)
-        yield view[place + 3 : following if following >= 0 else len(data)]
-        place = following
+    start = data.find(b"\0\0\1")
+    while start >= 0:
+        following = data.find(b"\0\0\1", start + 3)
+        yield view[start + 3 : following if following >= 0 else len(data)]
+        start = following

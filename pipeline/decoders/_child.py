@@ -1,6 +1,6 @@
-"""What a decoding child does: one pass over a file, for every clip and frame set asked of it.
+"""The work of a decoding process: one pass over a file, for all its clips and frame sets.
 
-Loads numpy, PIL and av; never torch, unless a request names the torchcodec policy.
+Loads numpy, PIL and av; never torch, unless a request names the torchcodec decoder.
 """
 
 import os
@@ -11,166 +11,188 @@ import numpy as np
 from PIL import Image
 
 from varve.pipeline.config import FrameSet, Sound
-from varve.pipeline.decoders import _index, images, sampling
-from varve.pipeline.decoders._sound import Window
-from varve.pipeline.decoders._stream import Undecodable, refused, words
+from varve.pipeline.decoders import _images, _index, sampling
+from varve.pipeline.decoders._audio import Window
+from varve.pipeline.decoders._crop import Crop, apply_crop, choose_crop
+from varve.pipeline.decoders._stream import Undecodable, error_text, from_os_error
 from varve.pipeline.decoders._values import Decoded, Facts, Failure, Request, Stretch
-from varve.pipeline.decoders.sampling import CLOCK_SLACK_SECONDS
+from varve.pipeline.decoders.sampling import CLOCK_SLACK_SECONDS, SamplingError
 from varve.pipeline.registry import variant
 
-# Where one picture goes: (clip, frame set, place in T).
-Place = tuple[int, FrameSet, int]
+# Where one frame goes: (clip, frame set, position in T).
+Target = tuple[int, FrameSet, int]
 
 
 def decode(request: Request) -> list[Decoded | Failure]:
-    """Make all pictures asked of one file.
+    """Read all frames of a request, in this process.
 
     Returns:
-        One answer per clip of the request, in order. Whatever is wrong with the file is an answer.
+        One result per clip of the request, in order. Whatever is wrong with the file is a Failure.
 
     Raises:
-        ModuleNotFoundError: The policy's decoder is not installed: no fault of the file.
+        ModuleNotFoundError: The decoder's library is not installed: no fault of the file.
+        SamplingError: The sampling rule failed: no fault of the file.
+        RuntimeError: A rule or decoder of the user's is not loaded here, or has changed.
     """
+    for frame_set in request.frame_sets:
+        frame_set.check_code()
     try:
-        return _answer(request)
+        return _read(request)
     except Undecodable as error:
         failure = Failure(error.reason, error.detail)
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, SamplingError):
         raise
     except OSError as error:
-        refusal = refused(error)
-        failure = Failure(refusal.reason, refusal.detail)
+        undecodable = from_os_error(error)
+        failure = Failure(undecodable.reason, undecodable.detail)
     except Exception as error:
-        # Damaged files find errors nobody thought of, and one file must not end a build.
+        # Damaged files cause errors that nobody foresaw, and one file must not end a build.
         failure = Failure("corrupt", f"{type(error).__name__}: {error}")
     return [failure] * len(request.clips)
 
 
-def _answer(request: Request) -> list[Decoded | Failure]:
-    if os.path.isdir(request.path):
-        return _Answer(request, images.read(request.path)).clips()
-    sound = any(isinstance(frame_set.picture, Sound) for frame_set in request.frame_sets)
+def read_index(path: str, proof: bool = True, audio: bool = False) -> _index.Index:
+    """Index the frames of a video file or of a folder of frames; see `_index.read`.
+
+    Raises:
+        Undecodable: It has no frames that can be decoded.
+    """
+    return _images.read(path) if os.path.isdir(path) else _index.read(path, proof, audio)
+
+
+def _read(request: Request) -> list[Decoded | Failure]:
+    audio = any(isinstance(frame_set.picture, Sound) for frame_set in request.frame_sets)
     try:
-        return _Answer(request, _index.read(request.path, sound=sound)).clips()
+        return _FileReader(request, read_index(request.path, audio=audio)).clips()
     except _index.Contradicted:
-        # Frames are not where the packets, or another decoder, have them: count them one by one.
-        index = _index.read(request.path, proof=False, sound=sound)
-        return _Answer(request, index, trusted=False).clips()
+        # The packets, or another decoder, disagree with the frames: count them one by one.
+        index = read_index(request.path, proof=False, audio=audio)
+        return _FileReader(request, index, trusted=False).clips()
 
 
-class _Answer:
-    """The pictures and sounds of a request over one index."""
+class _FileReader:
+    """Pictures and waveforms of a request, by one index of its file.
+
+    Args:
+        trusted: False where a decoder contradicted an earlier index: PyAV decodes then.
+    """
 
     def __init__(self, request: Request, index: _index.Index, trusted: bool = True) -> None:
         self.request, self.index, self.trusted = request, index, trusted
         self.arrays: dict[tuple[int, FrameSet], np.ndarray] = {}
-        self.sounds: dict[int, dict[str, None]] = {}  # what is odd about them, each once
+        self.audio_notes: dict[int, dict[str, None]] = {}  # by clip, each note once
         self.size = (0, 0)
         if index.source is not None:
             self.size = (index.source.stream.width, index.source.stream.height)
 
     def clips(self) -> list[Decoded | Failure]:
-        """Decode, and answer for every clip."""
+        """Decode, and return the result of every clip."""
         spans = [_span(stretch, self.index.times_N) for stretch in self.request.clips]
-        wanted: dict[str, dict[int, list[Place]]] = defaultdict(lambda: defaultdict(list))
-        heard: dict[Sound, dict[Window, list[Place]]] = defaultdict(lambda: defaultdict(list))
+        frames: dict[str, dict[int, list[Target]]] = defaultdict(lambda: defaultdict(list))
+        audio: dict[Sound, dict[Window, list[Target]]] = defaultdict(lambda: defaultdict(list))
         for clip, (first, last) in enumerate(spans):
             for frame_set in dict.fromkeys(self.request.frame_sets) if first < last else ():
                 seed = self.request.clips[clip].seed
                 indices_T = sampling.indices(frame_set, self.index.times_N[first:last], seed)
                 sound = frame_set.picture if isinstance(frame_set.picture, Sound) else None
-                for place, number in enumerate((indices_T + first).tolist()):
+                for position, index in enumerate((indices_T + first).tolist()):
+                    target = (clip, frame_set, position)
                     if sound:
-                        window = self.window(sound, self.request.clips[clip], number)
-                        heard[sound][window].append((clip, frame_set, place))
+                        window = self.window(sound, self.request.clips[clip], index)
+                        audio[sound][window].append(target)
                     else:
-                        wanted[self.decoder(frame_set)][number].append((clip, frame_set, place))
-        # First: to decode the frames may mean to open the file anew.
-        for sound, windows in heard.items():
-            self.listen(sound, windows)
-        for decoder, places in wanted.items():
-            self.fill(decoder, places)
+                        frames[self.decoder(frame_set)][index].append(target)
+        # Audio first: decoding the frames may open the file anew.
+        for sound, windows in audio.items():
+            self.read_audio(sound, windows)
+        for decoder, targets in frames.items():
+            self.read_frames(decoder, targets)
         return [self.clip(clip, first, last) for clip, (first, last) in enumerate(spans)]
 
     def decoder(self, frame_set: FrameSet) -> str:
-        """The decoder that serves this file under the frame set's policy."""
+        """Return the name of the decoder that reads this file for a frame set."""
         if self.index.files:
             return "images"
         if frame_set.decoder == "auto" or not self.trusted:
             return "pyav"
-        if frame_set.decoder == "decord" and self.index.hazard:
-            return "pyav"
-        return frame_set.decoder
+        plain = getattr(variant("decoders", frame_set.decoder), "PLAIN_FILES_ONLY", False)
+        return "pyav" if plain and self.index.hazard else frame_set.decoder
 
-    def fill(self, decoder: str, places: dict[int, list[Place]]) -> None:
-        """Put every wanted frame's pictures into their arrays."""
-        module = variant("decoders", decoder)
-        frames: Iterator[tuple[int, Image.Image]] = module.pictures(
-            self.request.path, self.index, sorted(places)
+    def read_frames(self, decoder: str, targets: dict[int, list[Target]]) -> None:
+        """Decode frames by their display indices, and write their pictures into the arrays."""
+        module = _images if decoder == "images" else variant("decoders", decoder)
+        pictures = getattr(module, "pictures", module)
+        frames: Iterator[tuple[int, Image.Image]] = pictures(
+            self.request.path, self.index, sorted(targets)
         )
-        seen = 0
-        for number, image in frames:
-            self.size = image.size if seen == 0 else self.size
-            seen += 1
-            made: dict[sampling.Cut, np.ndarray] = {}
-            for clip, frame_set, place in places[number]:
-                seed = self.request.clips[clip].seed
-                cut = sampling.cut(frame_set, *image.size, seed)
-                if cut not in made:
-                    made[cut] = sampling.picture(image, cut)
-                self.array(clip, frame_set)[place] = made[cut]
-        if seen != len(places):
-            raise RuntimeError(f"{decoder} gave {seen} of {len(places)} frames")
+        count = 0
+        for index, image in frames:
+            self.size = image.size if count == 0 else self.size
+            count += 1
+            cropped: dict[Crop, np.ndarray] = {}
+            for clip, frame_set, position in targets[index]:
+                crop = choose_crop(frame_set, *image.size, self.request.clips[clip].seed)
+                if crop not in cropped:
+                    cropped[crop] = apply_crop(image, crop)
+                self.array(clip, frame_set)[position] = cropped[crop]
+        if count != len(targets):
+            raise RuntimeError(f"{decoder} gave {count} of {len(targets)} frames")
 
-    def window(self, sound: Sound, stretch: Stretch, number: int) -> Window:
-        """The samples around the middle of the time for which a frame is shown."""
+    def window(self, sound: Sound, stretch: Stretch, index: int) -> Window:
+        """Return the samples around the middle of the time for which a frame is shown."""
         times_N, (length,) = self.index.times_N, sound.shape
         shown_N = np.diff(times_N)
-        last = float(np.median(shown_N)) if len(shown_N) else 0.0  # nothing tells how long it is
-        shown = shown_N[number] if number < len(shown_N) else last
-        middle = round((times_N[number] + shown / 2) * sound.rate)
+        last = float(np.median(shown_N)) if len(shown_N) else 0.0  # no file says it of its last
+        shown = shown_N[index] if index < len(shown_N) else last
+        middle = round((times_N[index] + shown / 2) * sound.rate)
         start, end = stretch.start_seconds, stretch.end_seconds
         low = 0 if start is None else round(start * sound.rate)
         high = round((times_N[-1] + last if end is None else end) * sound.rate)
         return Window(middle - length // 2, length, low, high)
 
-    def listen(self, sound: Sound, windows: dict[Window, list[Place]]) -> None:
-        """Put what is heard in windows into their arrays; silence where nothing is."""
+    def read_audio(self, sound: Sound, windows: dict[Window, list[Target]]) -> None:
+        """Write the samples of windows into the arrays, with zeros where there are none."""
         source, silent, lost = self.index.source, "no track", 0
-        found: Mapping[Window, np.ndarray] = {}
+        samples: Mapping[Window, np.ndarray] = {}
         try:
-            heard = source and source.heard(sound.rate, self.index.start_seconds, list(windows))
-            if heard:
-                found, silent, lost = heard.samples, "", heard.lost
-        except Exception as error:  # a broken track must not take the pictures with it
-            silent = f"its track cannot be decoded ({words(error)})"
-        asked: Counter[int] = Counter()
-        unheard: Counter[int] = Counter()
+            track = source and source.read_audio(
+                sound.rate, self.index.start_seconds, list(windows)
+            )
+            if track:
+                samples, silent, lost = track.samples, "", track.lost
+        except Exception as error:  # a broken track must not lose the pictures
+            silent = f"its track cannot be decoded ({error_text(error)})"
+        total: Counter[int] = Counter()
+        empty: Counter[int] = Counter()
         audible = set()
-        for window, places in windows.items():
-            samples = found.get(window)
-            for clip, frame_set, place in places:
-                self.array(clip, frame_set)[place] = 0 if samples is None else samples
-                asked[clip] += 1
-                unheard[clip] += samples is None
-                if samples is not None and samples.any():
+        for window, targets in windows.items():
+            waveform = samples.get(window)
+            for clip, frame_set, position in targets:
+                self.array(clip, frame_set)[position] = 0 if waveform is None else waveform
+                total[clip] += 1
+                empty[clip] += waveform is None
+                if waveform is not None and waveform.any():
                     audible.add(clip)
-        for clip, count in asked.items():
+        for clip, count in total.items():
             notes = [f"{lost} parts of it could not be decoded"] if lost else []
             if silent:
-                notes = [f"{silent}, silence is in its place"]
-            elif unheard[clip]:
-                notes.append(f"none at {unheard[clip]} of {count} moments")
+                notes = [f"{silent}, replaced by silence"]
+            elif empty[clip]:
+                notes.append(f"none at {empty[clip]} of {count} moments")
             elif clip not in audible:
                 notes.append("nothing but silence")
-            self.sounds.setdefault(clip, {}).update(dict.fromkeys(notes))
+            self.audio_notes.setdefault(clip, {}).update(dict.fromkeys(notes))
 
     def array(self, clip: int, frame_set: FrameSet) -> np.ndarray:
-        one = frame_set.picture
-        own = np.empty((frame_set.frames, *one.shape), one.dtype)
-        return self.arrays.setdefault((clip, frame_set), own)
+        """Return the array of a clip's frames [T, ...], made on first use."""
+        picture = frame_set.picture
+        if (clip, frame_set) not in self.arrays:
+            shape = (frame_set.frames, *picture.shape)
+            self.arrays[clip, frame_set] = np.empty(shape, picture.dtype)
+        return self.arrays[clip, frame_set]
 
     def clip(self, clip: int, first: int, last: int) -> Decoded | Failure:
+        """Return the result of a clip with the display indices [first, last)."""
         index, stretch = self.index, self.request.clips[clip]
         if first >= last:
             start, end = stretch.start_seconds or 0.0, stretch.end_seconds
@@ -179,23 +201,23 @@ class _Answer:
                 f"no frame between {start:g} s and {'the end' if end is None else f'{end:g} s'}: "
                 f"the file's {index.num_frames} frames end at {index.times_N[-1]:.3f} s",
             )
-        used = sorted({self.decoder(frame_set) for frame_set in self.request.frame_sets})
+        decoders = sorted({self.decoder(frame_set) for frame_set in self.request.frame_sets})
         facts = Facts(
             num_frames=last - first,
             num_frames_claimed=index.num_frames_claimed,
             fps=index.fps,
             width=self.size[0],
             height=self.size[1],
-            decoder="+".join(used),
+            decoder="+".join(decoders),
             warning=index.warning,
-            sound=", ".join(self.sounds[clip]) if clip in self.sounds else None,
+            sound=", ".join(self.audio_notes[clip]) if clip in self.audio_notes else None,
         )
         frames = tuple(self.arrays[clip, frame_set] for frame_set in self.request.frame_sets)
         return Decoded(frames, facts)
 
 
 def _span(stretch: Stretch, times_N: np.ndarray) -> tuple[int, int]:
-    """The display indices [first, last) of a clip's frames; stretches that meet share none."""
+    """Return the display indices [first, last) of a clip; intervals that meet share no frame."""
     start = -np.inf if stretch.start_seconds is None else stretch.start_seconds
     end = np.inf if stretch.end_seconds is None else stretch.end_seconds
     first, last = np.searchsorted(times_N, [start - CLOCK_SLACK_SECONDS, end - CLOCK_SLACK_SECONDS])

@@ -1,13 +1,13 @@
-"""Where the frames of a file are: proven by its packets, or else found by decoding all of it.
+"""The index of a file's frames: proven by its packets, or else found by decoding all of it.
 
 `read` demuxes the file once. Its packets prove the frames where each, by its own bytes, is one
-whole shown picture with a time of its own, and the first is a clean start. Then a wanted frame
+whole shown picture with a time of its own, and the first is a clean start. A wanted frame then
 costs the decoding of its group of pictures alone. Where anything is unclear (packed B-frames, edit
 lists, discarded or damaged packets, an unknown codec) the file is decoded from the start, which is
 slower and needs no proof.
 
-`pyav.pictures` compares what it decodes with the index, frame by frame, and raises `Contradicted`
-where the packets promised something else; the file is then read again with `proof=False`.
+`pyav.pictures` compares each decoded frame with the index, and raises `Contradicted` where the
+packets promised another; the file is then read again with `proof=False`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,23 +20,23 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from varve.pipeline.decoders import _sound
+from varve.pipeline.decoders import _audio
 from varve.pipeline.decoders._bitstream import Shape, reader
 from varve.pipeline.decoders._stream import Undecodable, VideoPacket, decode, open_video
 
-# What is held in memory to spare a second pass over the file. Beyond it the second pass is made.
+# Bytes kept in memory to save a second pass over the file. A larger file is read twice.
 KEPT_PACKET_BYTES = 64 << 20
 KEPT_FRAME_BYTES = 256 << 20
 
 # MPEG-4 "packed" streams put placeholders of 7 bytes or so where a frame came a packet early.
 PLACEHOLDER_BYTES = 8
 
-# Without any time in the file, and without a rate: what ffmpeg assumes.
+# The rate that ffmpeg assumes for a file without times and rate.
 ASSUMED_FPS = 25.0
 
 
 class Contradicted(Exception):
-    """Decoding gave other frames than the packets had promised."""
+    """Decoding gave other frames than the index has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +44,15 @@ class Index:
     """The frames of a file in display order.
 
     Attributes:
-        times_N: float64 [N], presentation times in seconds; the first is 0.
-        num_frames_claimed: What the header says, 0 where it says nothing.
-        fps: Average rate.
-        hazard: Why decord is not to be trusted with the file; "" where it is.
-        warning: What a person should know about a file that could be decoded; "" for nothing.
-        proven: The packets prove the frames: nothing has been decoded yet.
-        start_seconds: Of the container's clock, when the first frame is shown.
-        files: For a folder of frames, their paths; else empty.
+        times_N: Presentation times in seconds, float64 [N]; the first is 0.
+        num_frames_claimed: Number of frames by the header; 0 for none there.
+        fps: Average frame rate.
+        hazard: Why a decoder other than PyAV may fail on the file; "" for a plain file.
+        warning: What is wrong with a file that could be decoded, for a person; "" for nothing.
+        proven: Whether the packets prove the frames; nothing has been decoded then.
+        files: Paths of the frames of a folder; else empty.
+        start_seconds: Time of the container's clock at which the first frame is shown.
+        source: The open stream; None for a folder.
     """
 
     times_N: np.ndarray
@@ -66,22 +67,25 @@ class Index:
 
     @property
     def num_frames(self) -> int:
+        """Number of frames, N."""
         return len(self.times_N)
 
 
 @dataclass(eq=False)
 class Source:
-    """An open stream with what a decoder needs of it.
+    """An open video stream, and what a decoder needs to read it.
 
     Attributes:
-        stream: Of `container`, which stays open with it.
-        ticks_N: int64 [N], the packets' presentation times in the stream's time base, sorted;
+        path: Path of the file.
+        container: The open file.
+        stream: The video stream of `container`.
+        ticks_N: Presentation times of the packets in the stream's time base, sorted, int64 [N];
             empty where they prove nothing.
-        starts: Display indices, increasing, of frames from which decoding may begin; such a
-            frame's packet stands at the same place in the file. Empty where nothing is proven.
+        starts: Display indices, increasing, of frames from which decoding may begin. The packet of
+            such a frame has the same index in the file. Empty where nothing is proven.
         packets: All packets, where they are few enough to be kept; else None.
         frames: All decoded frames of an unproven file, where kept; else None.
-        sound: All packets of the sound track, where they were asked for and are few enough.
+        audio: All packets of the audio track, where they are wanted and few enough; else None.
     """
 
     path: str
@@ -91,31 +95,30 @@ class Source:
     starts: list[int]
     packets: list[VideoPacket] | None
     frames: list[av.VideoFrame] | None = None
-    sound: list[_sound.AudioPacket] | None = None
+    audio: list[_audio.AudioPacket] | None = None
 
-    def heard(
-        self, rate: int, start_seconds: float, windows: Sequence[_sound.Window]
-    ) -> _sound.Heard | None:
-        """What is heard in windows of the sound track; see `_sound.heard`. None for no track."""
-        stream, held = _sound.track(self.container), self.sound
+    def read_audio(
+        self, rate: int, start_seconds: float, windows: Sequence[_audio.Window]
+    ) -> _audio.Track | None:
+        """Read windows of the audio track; see `_audio.read`. None where there is no track."""
+        stream, kept = _audio.best_stream(self.container), self.audio
         if stream is None:
             return None
-        if held is not None:
-            self.sound = None  # its decoder has then seen them
-            return _sound.heard(stream, held, rate, start_seconds, windows)
+        if kept is not None:
+            self.audio = None  # the decoder has read them then
+            return _audio.read(stream, kept, rate, start_seconds, windows)
         container, _ = open_video(self.path)
         with container:
-            stream = _sound.track(container)
+            stream = _audio.best_stream(container)
             assert stream is not None
-            packets = _sound.packets(container, stream)
-            return _sound.heard(stream, packets, rate, start_seconds, windows)
+            packets = _audio.packets(container, stream)
+            return _audio.read(stream, packets, rate, start_seconds, windows)
 
     def rewind(self, fresh: bool = False) -> Iterator[VideoPacket]:
-        """All packets in file order; read again if not kept, or if `fresh` asks for it.
+        """Return all packets in file order, read again where they were not kept, or if `fresh`.
 
-        Reading again opens the file anew, with a decoder that has seen nothing: take `stream`
-        afterwards. Demuxing from the start gives the same packets every time; a container's own
-        seeking may land elsewhere.
+        Reading again opens the file anew, with a new decoder: take `stream` afterwards. Demuxing
+        from the start gives the same packets every time; seeking in a container may not.
         """
         if self.packets is not None and not fresh:
             return iter(self.packets)
@@ -126,7 +129,7 @@ class Source:
 
 @dataclass
 class _Table:
-    """What the demuxer said, packet by packet, in file order."""
+    """Properties of the packets, in file order, and of the file as a whole."""
 
     ticks: list[int | None] = field(default_factory=list)
     shapes: list[Shape] = field(default_factory=list)
@@ -134,30 +137,30 @@ class _Table:
     doubts: set[str] = field(default_factory=set)
     hazards: set[str] = field(default_factory=set)
     packets: list[VideoPacket] | None = field(default_factory=list)
-    sound: list[_sound.AudioPacket] | None = None
+    audio: list[_audio.AudioPacket] | None = None
     end_seconds: float = 0.0
     damage: str = ""
 
 
-def read(path: str, proof: bool = True, sound: bool = False) -> Index:
+def read(path: str, proof: bool = True, audio: bool = False) -> Index:
     """Index the frames of the video file at `path`.
 
     Args:
-        path: A regular file.
-        proof: False to decode all of it whatever the packets promise.
-        sound: Whether the sound track is wanted too.
+        path: Path of a regular file.
+        proof: False to decode all of it, whatever the packets prove.
+        audio: Whether the packets of the audio track are kept too.
 
     Raises:
         Undecodable: The reasons of `open_video`; `corrupt` or `too_short` where no frame can be
             decoded.
     """
     container, stream = open_video(path)
-    table = _tabulate(container, stream, _sound.track(container) if sound else None)
+    table = _tabulate(container, stream, _audio.best_stream(container) if audio else None)
     claimed = max(stream.frames, 0)
     fps = float(stream.average_rate or stream.guessed_rate or 0) or ASSUMED_FPS
     ticks, starts = _starts(table)
     missing_seconds = _missing(container, table)
-    source = Source(path, container, stream, ticks, starts, table.packets, sound=table.sound)
+    source = Source(path, container, stream, ticks, starts, table.packets, audio=table.audio)
     proven = proof and bool(starts)
     seconds = float(stream.time_base)
     if proven:
@@ -170,14 +173,14 @@ def read(path: str, proof: bool = True, sound: bool = False) -> Index:
 
 
 def _demux(container: InputContainer, stream: VideoStream) -> Iterator[VideoPacket]:
-    """The stream's packets that hold something: empty ones only flush."""
+    """Yield the packets of a stream that have bytes; empty ones only flush the decoder."""
     for packet in container.demux(stream):
         if packet.size:
             yield packet
 
 
-def _tabulate(container: InputContainer, stream: VideoStream, sound: AudioStream | None) -> _Table:
-    table, kept_bytes = _Table(sound=[] if sound else None), 0
+def _tabulate(container: InputContainer, stream: VideoStream, audio: AudioStream | None) -> _Table:
+    table, kept_bytes = _Table(audio=[] if audio else None), 0
     context = stream.codec_context
     shape = reader(context.codec.canonical_name, context.extradata or b"")
     try:
@@ -188,9 +191,9 @@ def _tabulate(container: InputContainer, stream: VideoStream, sound: AudioStream
             if time is not None:
                 seconds = float((time + (packet.duration or 0)) * packet.time_base)
                 table.end_seconds = max(table.end_seconds, seconds)
-            if sound and packet.stream_index == sound.index and table.sound is not None:
+            if audio and packet.stream_index == audio.index and table.audio is not None:
                 kept_bytes += packet.size
-                table.sound.append(cast(_sound.AudioPacket, packet))
+                table.audio.append(cast(_audio.AudioPacket, packet))
             if packet.stream_index != stream.index:
                 continue
             if not table.ticks and not packet.is_keyframe:
@@ -211,7 +214,7 @@ def _tabulate(container: InputContainer, stream: VideoStream, sound: AudioStream
             table.shapes.append(shape(bytes(packet)) if shape else Shape.UNCLEAR)
             kept_bytes += packet.size
             if kept_bytes > KEPT_PACKET_BYTES:
-                table.packets = table.sound = None
+                table.packets = table.audio = None
             if table.packets is not None:
                 table.packets.append(cast(VideoPacket, packet))
     except av.error.FFmpegError as error:
@@ -220,7 +223,7 @@ def _tabulate(container: InputContainer, stream: VideoStream, sound: AudioStream
 
 
 def _starts(table: _Table) -> tuple[np.ndarray, list[int]]:
-    """Sorted times of the frames and the clean starts among them; empty where nothing is proven."""
+    """Return the sorted times of the frames and the clean starts; empty if nothing is proven."""
     nothing: tuple[np.ndarray, list[int]] = np.empty(0, np.int64), []
     ticks = [tick for tick in table.ticks if tick is not None]
     if (
@@ -235,7 +238,7 @@ def _starts(table: _Table) -> tuple[np.ndarray, list[int]]:
     sorted_N = np.sort(ticks_N)
     if (np.diff(sorted_N) == 0).any():
         return nothing
-    # No picture may be shown before a start and stand behind it, or the other way round.
+    # No picture shown before a start may follow it in the file, and none shown after may precede.
     before_N = np.maximum.accumulate(ticks_N) == ticks_N
     after_N = np.minimum.accumulate(ticks_N[::-1])[::-1] == ticks_N
     clean_N = before_N & after_N & np.array(table.keys)
@@ -245,10 +248,10 @@ def _starts(table: _Table) -> tuple[np.ndarray, list[int]]:
 
 
 def _decode_all(source: Source, fps: float) -> tuple[float, np.ndarray]:
-    """Count the frames by decoding, and keep them if they are few.
+    """Count the frames by decoding all of them, and keep them if they are few.
 
     Returns:
-        When the first is shown, by the container's clock, and their times from there on.
+        Time of the first frame by the container's clock, and the times of all counted from it.
     """
     ticks: list[int | None] = []
     kept: list[av.VideoFrame] | None = []
@@ -268,23 +271,23 @@ def _decode_all(source: Source, fps: float) -> tuple[float, np.ndarray]:
     if len(known) == len(ticks) and (np.diff(known) > 0).all():
         seconds = float(source.stream.time_base)
         return known[0] * seconds, (np.array(known, np.int64) - known[0]) * seconds
-    # Some frames have no time, or times run backwards: display order is all that is known.
+    # Some frames have no time, or times decrease: only the display order is known.
     return (source.container.start_time or 0) / av.time_base, np.arange(len(ticks)) / fps
 
 
 def _missing(container: InputContainer, table: _Table) -> float:
-    """Seconds that the header promises beyond the last packet of any stream."""
+    """Return the seconds that the header promises beyond the last packet of any stream."""
     start = (container.start_time or 0) / av.time_base
     return (container.duration or 0) / av.time_base - (table.end_seconds - start)
 
 
-def _warning(table: _Table, claimed: int, found: int, missing_seconds: float) -> str:
-    said = []
-    if claimed > found:
-        said.append(f"the header promises {claimed} frames, {found} could be decoded")
-    # Rounding, and a last frame's unknown length, are well under a second.
+def _warning(table: _Table, claimed: int, num_frames: int, missing_seconds: float) -> str:
+    warnings = []
+    if claimed > num_frames:
+        warnings.append(f"the header promises {claimed} frames, {num_frames} could be decoded")
+    # Rounding, and the unknown length of the last frame, are well under a second.
     if not claimed and missing_seconds > 1.0:
-        said.append(f"the header promises {missing_seconds:.1f} seconds more than there are")
+        warnings.append(f"the header promises {missing_seconds:.1f} seconds more than there are")
     if table.damage:
-        said.append(table.damage)
-    return "; ".join(said)
+        warnings.append(table.damage)
+    return "; ".join(warnings)

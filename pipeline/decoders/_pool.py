@@ -1,8 +1,8 @@
-"""Decoding in child processes that can be killed: a deadline a file, a reason for each loss.
+"""Decoding in child processes that can be killed: a deadline per file, a reason for each loss.
 
-A decoder may hang where no signal but SIGKILL reaches it, or take its process down. Each child
-therefore has a pebble pool of its own: a child that dies while it holds a lock or half a message
-takes nothing of its siblings' with it, and its pool is thrown away with it.
+A decoder may hang where only SIGKILL reaches it, or end its process. Each child therefore has a
+pebble pool of its own. A child that dies with a lock taken, or halfway through a message, does not
+harm the others, and its pool is thrown away with it.
 """
 
 import contextlib
@@ -25,27 +25,28 @@ import pebble
 from varve.pipeline.decoders._child import decode
 from varve.pipeline.decoders._values import Decoded, Failure, Request
 from varve.pipeline.main_guard import require_guard
+from varve.pipeline.registry import variant
 
-Answers = list[Decoded | Failure]
+Results = list[Decoded | Failure]
 
 # At its default of 3 seconds pebble waits that long for a hung child to take SIGTERM.
 pebble.CONSTS.term_timeout = 0.1
 
-# Libraries leak; a fresh child every so often bounds what that adds up to.
+# Libraries leak memory; new children bound the sum.
 FILES_PER_CHILD = 1000
 
-# To start an interpreter and import av, on a machine that is busy.
+# Time to start an interpreter and import av, on a busy machine.
 START_SECONDS = 120.0
 
 PR_SET_PDEATHSIG = 1
 
 
 class DecodePool:
-    """Children that decode files, one file at a time each.
+    """Child processes that decode files, each one file at a time.
 
     Args:
-        children: How many files are decoded at once.
-        timeout_seconds: Wall-clock deadline for one file.
+        children: Number of files that are decoded at once.
+        timeout_seconds: Wall-clock deadline of one file.
 
     Raises:
         RuntimeError: This process may not have children (a daemonic worker, a script without a
@@ -62,12 +63,12 @@ class DecodePool:
             )
         require_guard()
         self.timeout_seconds = timeout_seconds
-        self._requests: queue.SimpleQueue[tuple[Request, Future[Answers]] | None] = (
+        self._requests: queue.SimpleQueue[tuple[Request, Future[Results]] | None] = (
             queue.SimpleQueue()
         )
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        # A child is told to die with the thread that started it, so each has its keeper.
+        # A child dies with the thread that started it, so each has a thread of its own.
         self._keepers = [
             threading.Thread(target=self._keep, name=f"decode-{i}", daemon=True)
             for i in range(children)
@@ -75,18 +76,18 @@ class DecodePool:
         for keeper in self._keepers:
             keeper.start()
 
-    def submit(self, request: Request) -> "Future[Answers]":
-        """Queue a file; the future gives one answer per clip of the request.
+    def submit(self, request: Request) -> "Future[Results]":
+        """Queue a file; the future gives one result per clip of the request.
 
-        A file that outlasts the deadline answers `timeout`, one whose child dies `crashed`.
+        A file that outlasts the deadline fails with `timeout`, one whose child dies with `crashed`.
 
         Raises:
             RuntimeError: The pool is closed.
-            ValueError: A policy's decoder is not installed.
+            ValueError: The library of a decoder is not installed.
         """
         for frame_set in request.frame_sets:
             require(frame_set.decoder)
-        future: Future[Answers] = Future()
+        future: Future[Results] = Future()
         with self._lock:
             if self._closed.is_set():
                 raise RuntimeError("the decoding pool is closed")
@@ -94,7 +95,7 @@ class DecodePool:
         return future
 
     def close(self) -> None:
-        """Kill all children. What is queued is cancelled, what is under way raises `PoolClosed`."""
+        """Kill all children. Queued files are cancelled, those in progress raise `PoolClosed`."""
         with self._lock:
             self._closed.set()
             for _ in self._keepers:
@@ -127,11 +128,11 @@ class DecodePool:
                 future.cancel()
                 continue
             try:
-                answers = child.decode(request)
+                results = child.decode(request)
             except BaseException as error:
                 future.set_exception(error)
             else:
-                future.set_result(answers)
+                future.set_result(results)
         child.kill()
 
 
@@ -140,16 +141,16 @@ class PoolClosed(RuntimeError):
 
 
 class _Child:
-    """One child process, started when first needed and again after each loss."""
+    """One child process, started on first use and again after each loss."""
 
     def __init__(self, timeout_seconds: float, closed: threading.Event) -> None:
         self.timeout_seconds, self.closed = timeout_seconds, closed
         self.pool: pebble.ProcessPool | None = None
 
-    def decode(self, request: Request) -> Answers:
+    def decode(self, request: Request) -> Results:
         for _ in range(2):
             try:
-                taken = self._start().schedule(
+                future = self._start().schedule(
                     decode, args=(request,), timeout=self.timeout_seconds
                 )
             except RuntimeError:
@@ -157,7 +158,7 @@ class _Child:
                 self.kill()
                 continue
             try:
-                return self._wait(taken)
+                return self._wait(future)
             except TimeoutError:
                 self.kill()
                 detail = f"not decoded within {self.timeout_seconds:g} seconds"
@@ -167,11 +168,11 @@ class _Child:
                 detail = f"the decoding process {_end(error.exitcode)}"
                 return [Failure("crashed", detail)] * len(request.clips)
             except BrokenProcessPool:
-                # The child was lost before it took the file up: the file is not to blame.
+                # The child was lost before it began the file: the file is not to blame.
                 self.kill()
         raise RuntimeError(
-            "decoding children end before they begin: what they are started from must be able to "
-            "import varve.pipeline.decoders, and a script must start them under "
+            "decoding children end before they begin: their interpreter must be able to import "
+            "varve.pipeline.decoders, and a script must start them under "
             "`if __name__ == '__main__':`"
         )
 
@@ -192,21 +193,21 @@ class _Child:
                 max_tasks=FILES_PER_CHILD,
                 initializer=_begin,
                 initargs=(os.getpid(),),
-                # A fork would copy locks held by other threads of this process.
+                # A fork would copy the locks of other threads of this process.
                 context=multiprocessing.get_context("spawn"),
             )
         return self.pool
 
-    def _wait(self, future: "pebble.ProcessFuture[Answers]") -> Answers:
-        # pebble's own clock starts when the child takes the file up. This one bounds all of it.
+    def _wait(self, future: "pebble.ProcessFuture[Results]") -> Results:
+        # The clock of pebble starts when the child begins the file. This one bounds all of it.
         last_call = time.monotonic() + self.timeout_seconds + START_SECONDS
         while not wait([future], timeout=0.25).done:
             if self.closed.is_set():
                 raise PoolClosed("the decoding pool was closed while the file was decoded")
             if time.monotonic() > last_call:
                 raise TimeoutError
-        answers: Answers = future.result()
-        return answers
+        results: Results = future.result()
+        return results
 
 
 def _end_pool(pool: pebble.ProcessPool) -> None:
@@ -215,21 +216,22 @@ def _end_pool(pool: pebble.ProcessPool) -> None:
 
 
 @functools.cache
-def require(policy: str) -> None:
-    """Check that the decoder of a policy is installed.
+def require(decoder: str) -> None:
+    """Check that the library of a decoder is installed.
 
     Raises:
         ValueError: It is not; the message says what to do.
     """
-    if policy in ("decord", "torchcodec") and importlib.util.find_spec(policy) is None:
+    library = "" if decoder == "auto" else getattr(variant("decoders", decoder), "LIBRARY", "")
+    if library and importlib.util.find_spec(library) is None:
         raise ValueError(
-            f"decoder {policy!r} was asked for and is not installed here: pip install {policy}, "
+            f"decoder {decoder!r} was asked for and is not installed here: pip install {library}, "
             "or leave the decoder at auto (PyAV)"
         )
 
 
 def _begin(parent: int) -> None:
-    """In the child: be quiet, leave Ctrl-C to the parent, and die with it."""
+    """Prepare a child: be quiet, leave Ctrl-C to the parent, and die with it."""
     import av.logging
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -241,7 +243,7 @@ def _begin(parent: int) -> None:
 
 
 def _end(exitcode: int) -> str:
-    """How a process ended, in words.
+    """Describe how a process ended.
 
     >>> _end(-11), _end(3)
     ('was ended by SIGSEGV', 'exited with code 3')

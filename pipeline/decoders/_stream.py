@@ -1,7 +1,7 @@
-"""One video stream of a file: opening it, decoding its packets, turning a frame into RGB.
+"""One video stream of a file: opening it, decoding its packets, converting a frame to RGB.
 
-Frames are those of the `ffmpeg` command line, to the bit: the same stream is chosen, the same
-swscale path is taken, and a rotation in the metadata is carried out.
+Frames equal those of the `ffmpeg` command line, bit for bit: the same stream is chosen, the same
+swscale path is used, and a rotation in the metadata is applied.
 """
 
 import contextlib
@@ -19,8 +19,7 @@ from av.sidedata.sidedata import Type as SideData
 from av.video.stream import VideoStream
 from PIL import Image
 
-# A video is a file of its own here. Without this a text file that happens to be a playlist makes
-# FFmpeg open what it names, on the network too.
+# Without this FFmpeg takes a text file for a playlist, and opens what it names, on the network too.
 FILES_ONLY = {"protocol_whitelist": "file"}
 
 # Formats that FFmpeg recognises in arbitrary text.
@@ -33,7 +32,7 @@ type VideoPacket = av.Packet[VideoStream]
 
 
 class Undecodable(Exception):
-    """A file, or a clip of it, has no pictures; `reason` is one of `REASONS`."""
+    """A file, or a clip of it, cannot be decoded; `reason` is one of `REASONS`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -41,35 +40,35 @@ class Undecodable(Exception):
 
 
 def check_file(path: str) -> None:
-    """Refuse what cannot be a video before any library opens it.
+    """Refuse a path that cannot be a video before any library opens it.
 
     Raises:
-        Undecodable: `missing`, `empty`, `unreadable`, or `not_video` for what is no regular file
-            (to open a named pipe would wait for ever).
+        Undecodable: `missing`, `empty`, `unreadable`, or `not_video` where it is no regular file
+            (opening a named pipe would wait for ever).
     """
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise Undecodable("not_video", f"{kind_of(found.st_mode)}, not a regular file")
-        if found.st_size == 0:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise Undecodable("not_video", f"{kind_of(status.st_mode)}, not a regular file")
+        if status.st_size == 0:
             raise Undecodable("empty", "the file has 0 bytes")
         with open(path, "rb") as file:
             file.read(1)
     except ValueError as error:  # a null byte in the path
         raise Undecodable("missing", f"no such file: {error}") from error
     except OSError as error:
-        raise refused(error) from error
+        raise from_os_error(error) from error
 
 
-def refused(error: OSError) -> Undecodable:
-    """Put an error of the operating system into a reason."""
+def from_os_error(error: OSError) -> Undecodable:
+    """Return an error of the operating system as `missing` or `unreadable`."""
     missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
     detail = error.strerror or str(error)
     return Undecodable("missing" if missing else "unreadable", detail)
 
 
 def kind_of(mode: int) -> str:
-    """Say what a path that is no file is.
+    """Describe what a path that is no regular file is.
 
     >>> kind_of(stat.S_IFIFO)
     'a named pipe'
@@ -98,8 +97,10 @@ def open_video(path: str) -> tuple[InputContainer, VideoStream]:
         container = av.open("file:" + path, container_options=FILES_ONLY)
     except av.error.FFmpegError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
-            raise Undecodable("unreadable", words(error)) from error
-        raise Undecodable("not_video", f"it does not open as a video: {words(error)}") from error
+            raise Undecodable("unreadable", error_text(error)) from error
+        raise Undecodable(
+            "not_video", f"it does not open as a video: {error_text(error)}"
+        ) from error
     formats = set(container.format.name.split(","))
     if formats & TEXT_FORMATS:
         container.close()
@@ -107,9 +108,9 @@ def open_video(path: str) -> tuple[InputContainer, VideoStream]:
     pictures = av.stream.Disposition.attached_pic
     streams = [s for s in container.streams.video if not s.disposition & pictures]
     if not streams:
-        found = sorted({"cover art" if s.type == "video" else s.type for s in container.streams})
+        kinds = sorted({"cover art" if s.type == "video" else s.type for s in container.streams})
         container.close()
-        raise Undecodable("no_video_stream", f"it holds no video, only: {', '.join(found)}")
+        raise Undecodable("no_video_stream", f"it holds no video, only: {', '.join(kinds)}")
     default = av.stream.Disposition.default
     stream = max(
         streams, key=lambda s: s.width * s.height + 5_000_000 * bool(s.disposition & default)
@@ -117,19 +118,19 @@ def open_video(path: str) -> tuple[InputContainer, VideoStream]:
     if stream.codec_context is None:
         container.close()
         raise Undecodable("corrupt", "no decoder knows the format of its video stream")
-    # Children share the cores among files; threads within one only add start-up and memory.
+    # The children share the cores; threads within one only add start-up time and memory.
     stream.codec_context.thread_count = 1
     return container, stream
 
 
 def decode(stream: VideoStream, packets: Iterable[VideoPacket]) -> Iterator[av.VideoFrame]:
-    """Decode packets in order, then what the decoder still holds.
+    """Decode packets in order, then flush the decoder.
 
-    A packet that cannot be decoded is passed over, as `ffmpeg` does.
+    A packet that cannot be decoded is skipped, as by `ffmpeg`.
     """
     for packet in packets:
         if packet.size:
-            # Damage is common in the wild, and the frames after it are wanted.
+            # Damage is common, and the frames after it are wanted.
             with contextlib.suppress(av.error.InvalidDataError):
                 yield from stream.codec_context.decode(packet)
     with contextlib.suppress(av.error.InvalidDataError, EOFError):
@@ -137,10 +138,10 @@ def decode(stream: VideoStream, packets: Iterable[VideoPacket]) -> Iterator[av.V
 
 
 class Converter:
-    """Frames to RGB images; keeps its filter graph between frames of one kind.
+    """Conversion of frames to RGB images, by one filter graph for frames of one kind.
 
-    The graph is the one that the `ffmpeg` command line puts between a decoder and rgb24. Calling
-    swscale directly differs from it, on interlaced frames and where a chroma position is given.
+    The graph is the one of the `ffmpeg` command line between a decoder and rgb24. Calling swscale
+    directly differs from it, on interlaced frames and where a chroma position is given.
     """
 
     def __init__(self) -> None:
@@ -150,8 +151,8 @@ class Converter:
     def image(self, frame: av.VideoFrame) -> Image.Image:
         """Return the frame as a PIL RGB image, upright.
 
-        Rotations by multiples of 90 degrees, mirrored or not, are carried out; other angles are
-        left as they are.
+        Rotations by multiples of 90 degrees, mirrored or not, are applied; other angles are
+        ignored.
         """
         kind = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
         if kind != self._kind:
@@ -169,14 +170,14 @@ class Converter:
 def _to_rgb(frame: av.VideoFrame) -> av.filter.Graph:
     graph = av.filter.Graph()
     graph.threads = 1
-    # Times play no part: any time base will do.
+    # Times do not matter here: any time base will do.
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)
     )
     graph.link_nodes(
         source,
-        # Plain bicubic is what `ffmpeg` sets. With accurate rounding or full chroma
-        # interpolation added, colours at edges move by up to 60 grey levels.
+        # `ffmpeg` sets plain bicubic. Accurate rounding or full chroma interpolation would move
+        # colours at edges by up to 60 grey levels.
         graph.add("scale", "flags=bicubic"),
         graph.add("format", "pix_fmts=rgb24"),
         graph.add("buffersink"),
@@ -184,13 +185,13 @@ def _to_rgb(frame: av.VideoFrame) -> av.filter.Graph:
     return graph
 
 
-def words(error: BaseException) -> str:
-    """An error as part of a sentence: FFmpeg's own words, without numbers and paths."""
+def error_text(error: BaseException) -> str:
+    """Return an error as part of a sentence: the text of FFmpeg, without numbers and paths."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _turn(frame: av.VideoFrame) -> Image.Transpose | None:
-    """The transposition that a display matrix asks for; None for none."""
+    """Return the transposition of a frame's display matrix; None for none."""
     if SideData.DISPLAYMATRIX not in frame.side_data:
         return None
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(frame.side_data[SideData.DISPLAYMATRIX])[:36])

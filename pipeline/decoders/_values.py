@@ -1,4 +1,4 @@
-"""Values that cross the process border: what is asked of a file, and the answers."""
+"""Values between the processes of a build: what to read of a file, and what was read."""
 
 from dataclasses import dataclass, field
 
@@ -10,10 +10,10 @@ REASONS = (
     "missing",  # no such file
     "empty",  # zero bytes
     "not_video",  # no container that could be opened
-    "no_video_stream",  # sound or data only
-    "corrupt",  # opened, but what was asked for could not be decoded
+    "no_video_stream",  # audio or data only
+    "corrupt",  # opened, but the wanted frames could not be decoded
     "too_short",  # no frame in the file, or none in the clip's interval
-    "timeout",  # not done within the deadline
+    "timeout",  # not decoded within the deadline
     "crashed",  # the decoding process died
     "unreadable",  # the operating system refused (permissions, input/output error)
     "not_finite",  # decoded, but a feature overflowed the number format on disk
@@ -23,7 +23,10 @@ REASONS = (
 
 @dataclass(frozen=True)
 class Stretch:
-    """One clip of a file: the whole, or [start_seconds, end_seconds). `seed` is its row key."""
+    """One clip of a file: the whole, or [start_seconds, end_seconds).
+
+    `seed` seeds its random draws; it is the clip's row key.
+    """
 
     start_seconds: float | None = None
     end_seconds: float | None = None
@@ -32,7 +35,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Request:
-    """Everything asked of one file, answered in one pass over it."""
+    """All clips and frame sets to read of one file, in one pass over it."""
 
     path: str
     clips: tuple[Stretch, ...]
@@ -41,11 +44,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Facts:
-    """What was found out about one clip while decoding it.
+    """Properties of one clip that decoding it showed.
 
-    `num_frames` is counted within the clip's stretch; `num_frames_claimed` is the header's word
-    for the whole file (0 where it says nothing). `fps` is the stream's average rate. `sound` is
-    what was odd about what was listened to, "" for nothing; None where nothing was.
+    Attributes:
+        num_frames: Number of frames in the clip's interval.
+        num_frames_claimed: Number of frames of the whole file by its header; 0 for none there.
+        fps: Average frame rate of the stream.
+        width: Width of a frame in pixels, upright.
+        height: Height of a frame in pixels, upright.
+        decoder: Name of the decoder that was used; several are joined by "+".
+        warning: What is wrong with a file that could be decoded, for a person; "" for nothing.
+        sound: What is wrong with the audio, for a person; "" for nothing, None where no audio was
+            read.
     """
 
     num_frames: int
@@ -60,9 +70,9 @@ class Facts:
 
 @dataclass(frozen=True)
 class Decoded:
-    """One clip's pictures: for each frame set of the request, uint8 [T, size, size, 3] RGB.
+    """The frames of one clip, an array for each frame set of the request.
 
-    Of sounds, float32 [T, samples].
+    Pictures are uint8 [T, size, size, 3] RGB, audio is float32 [T, samples].
     """
 
     frames: tuple[np.ndarray, ...] = field(repr=False)
@@ -71,7 +81,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a clip has no pictures: one of REASONS, and a sentence for a person."""
+    """Why a clip could not be decoded: one of REASONS, and a sentence for a person."""
 
     reason: str
     detail: str

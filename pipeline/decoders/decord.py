@@ -1,7 +1,7 @@
-"""decord, for files that the index finds safe for it.
+"""The library decord, for the files that it decodes exactly; PyAV decodes the others.
 
-On others it was seen to hang, to count frames that do not exist and to give neighbours of the
-frames asked for; PyAV takes those, and the clip's facts say which decoder was used. Safe means: no
+On other files it was seen to hang, to count frames that do not exist, and to return neighbours of
+the wanted frames. The facts of a clip name the decoder that was used. A file is plain where no
 packet is to be discarded, none has a time below 0, none is a placeholder of 8 bytes or fewer, and
 the first is a key frame.
 """
@@ -13,13 +13,16 @@ from PIL import Image
 from varve.pipeline.decoders._index import Contradicted, Index
 from varve.pipeline.decoders._stream import Undecodable
 
+LIBRARY = "decord"
+PLAIN_FILES_ONLY = True
+
 
 def pictures(path: str, index: Index, wanted_N: list[int]) -> Iterator[tuple[int, Image.Image]]:
     """Yield (display index, RGB image) for each wanted frame, in display order.
 
     Raises:
         Contradicted: decord counts other frames than the index.
-        Undecodable: `corrupt`, where decord itself gives up.
+        Undecodable: `corrupt`, where decord raises an error.
     """
     import decord
 

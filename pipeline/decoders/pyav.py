@@ -1,4 +1,4 @@
-"""PyAV: the default decoder, and the one that others are measured against.
+"""PyAV: the default decoder, and the reference for the others.
 
 Frames equal those of `ffmpeg -fps_mode passthrough`, index for index and bit for bit.
 """
@@ -18,11 +18,11 @@ from varve.pipeline.decoders._stream import Converter, decode
 def pictures(path: str, index: Index, wanted_N: list[int]) -> Iterator[tuple[int, Image.Image]]:
     """Yield (display index, RGB image) for each wanted frame, in display order.
 
-    Where the index is proven, only groups of pictures that hold a wanted frame are decoded, each
-    as far as its last wanted frame.
+    Where the index is proven, only groups of pictures with a wanted frame are decoded, each as far
+    as its last wanted frame.
 
     Raises:
-        Contradicted: What was decoded is not what the packets had promised.
+        Contradicted: The decoded frames are not those that the packets promised.
     """
     source = index.source
     if source is None:
@@ -38,21 +38,21 @@ def _proven(source: Source, wanted_N: list[int]) -> Iterator[tuple[int, av.Video
     packets = source.rewind()
     context = source.stream.codec_context
     if not context.is_open:
-        # Damage is to contradict the index, not to be painted over.
+        # Damage must contradict the index, and not be concealed.
         context.options = {"err_detect": "explode"}
     shown = 0
-    # The None at the end makes the decoder give out what it still holds.
-    for place, packet in enumerate(chain(packets, [None])):
+    # The None at the end makes the decoder return the frames that it still has.
+    for number, packet in enumerate(chain(packets, [None])):
         start = source.starts[bisect_right(source.starts, wanted[0]) - 1]
-        if packet is not None and place < start:
+        if packet is not None and number < start:
             continue
-        if place == start:
+        if number == start:
             context.flush_buffers()
             shown = start
         try:
             frames = context.decode(packet)
         except av.error.InvalidDataError as error:
-            raise Contradicted(f"packet {place}: {error.strerror}") from error
+            raise Contradicted(f"packet {number}: {error.strerror}") from error
         for frame in frames:
             if shown >= len(source.ticks_N) or frame.pts != source.ticks_N[shown]:
                 raise Contradicted(f"frame {shown} came with the time {frame.pts}")

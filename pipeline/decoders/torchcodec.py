@@ -1,4 +1,4 @@
-"""torchcodec, where it is installed: NVDEC on a machine with a CUDA device, else the CPU.
+"""The library torchcodec: NVDEC on a machine with a CUDA device, else the CPU.
 
 Unlike the other decoders it loads torch into the decoding child.
 """
@@ -10,6 +10,8 @@ from PIL import Image
 from varve.pipeline.decoders._index import Contradicted, Index
 from varve.pipeline.decoders._stream import Undecodable
 
+LIBRARY = "torchcodec"
+
 
 def pictures(path: str, index: Index, wanted_N: list[int]) -> Iterator[tuple[int, Image.Image]]:
     """Yield (display index, RGB image) for each wanted frame, in display order.
@@ -17,7 +19,7 @@ def pictures(path: str, index: Index, wanted_N: list[int]) -> Iterator[tuple[int
     Raises:
         ModuleNotFoundError: torchcodec is not installed.
         Contradicted: torchcodec counts other frames than the index.
-        Undecodable: `corrupt`, where torchcodec itself gives up.
+        Undecodable: `corrupt`, where torchcodec raises an error.
     """
     import torch
     from torchcodec.decoders import VideoDecoder

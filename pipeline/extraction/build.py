@@ -160,7 +160,7 @@ def build(
     listed = table.loc[ready.scan.rows]
     return BuildReport(
         store=opened.path,
-        said=ready.listing.said,
+        said=ready.listing.summary,
         clips=dict(Counter(listed["status"])),
         new=ready.scan.new,
         changed=ready.scan.changed,
@@ -252,7 +252,7 @@ def prepare(
     """List, build the networks for their keys, scan, and plan. Writes nothing."""
     require(spec.decoder)
     listing = layouts.read(root, layout, split)
-    progress.message(listing.said)
+    progress.message(listing.summary)
     precision = getattr(torch, spec.precision)
     # A weight file by its whole path: workers may run elsewhere, and one file is one network.
     names = dict.fromkeys(weights_in_full(name) for name in spec.backbones)

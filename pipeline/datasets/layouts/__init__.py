@@ -1,70 +1,82 @@
-"""Layouts: how a dataset directory says which clips it holds and what they show.
+"""Layouts: which clips a dataset directory has, and which class each shows.
 
-This file is the contract; every other module here is one layout, found by its file name.
-A layout module has two constants and two functions:
+This file is the contract; every other module here is one layout, found by its file name. A layout
+of your own is a function `read`, or a class, with the decorator `register("layouts", NAME)`. A
+module, or a class, has a function
+
+    read(root: Path, split: str | None = None) -> Listing
+        Return every clip that the directory lists, in a stable order. `split` chooses among the
+        dataset's official splits ("1" by default where they are numbered).
+
+and, for `--layout auto` to find it (a function alone is read by its name only):
 
     SPECIFIC: int
         Which layout `auto` prefers where several recognise a directory: 2 for a published
-        dataset's own lists, 1 for a plain list, 0 for folder names alone.
+        dataset's own lists, 1 for a plain list, 0 for names of files and folders alone.
     NEEDS: str
-        What a directory must hold to be read so, to end the sentence "it needs ...".
+        What a directory must have to be read so, to end the sentence "it needs ...".
     recognise(root: Path) -> str | None
-        One line saying what was seen ("UCF101: 3 split lists and classInd.txt"), or None.
+        Return one line of what was recognised ("UCF101: 3 split lists and classInd.txt"), or None.
         Cheap: looks at names, opens at most a few small files.
-    read(root: Path, split: str | None = None) -> Listing
-        Every clip the directory lists, in a stable order. `split` chooses among the dataset's
-        official splits ("1" by default where they are numbered).
 
-A layout never opens a video and never joins a label into a path. A clip that a list names and
-the disk lacks is listed all the same: the build quarantines it with the reason `missing`.
+and, for the contract suite (`python -m varve.contracts --layout FILE`):
+
+    example(root: Path) -> list[str]
+        Write a small dataset of this form, with empty files as videos, below `root`, which does
+        not exist yet. Return its labels, as awkward as the form allows.
+
+A layout never opens a video and never makes a path from a label. A clip that a list names and the
+disk lacks is listed all the same: the build quarantines it with the reason `missing`. Links are
+followed, and a loop of them ends: `clips_below` walks a directory so. A split that there is not is
+a ValueError ("... has no split '7'; found 1, 2").
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
-from varve.pipeline.datasets.layouts._disk import LIST_SUFFIXES, describe
+from varve.pipeline.datasets.layouts._disk import LIST_SUFFIXES, clips_below, describe
+from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 from varve.pipeline.registry import available, variant
 
-
-@dataclass(frozen=True)
-class ListedClip:
-    """One clip as the dataset lists it.
-
-    `path` is relative to the dataset directory, with forward slashes, and names a video file or a
-    folder of frames. `label` and `split` are data, whatever characters they hold.
-    """
-
-    path: str
-    label: str
-    split: str = ""
-    start_seconds: float | None = None
-    end_seconds: float | None = None
+__all__ = ["Layout", "ListedClip", "Listing", "clips_below", "find", "read"]
 
 
 @dataclass(frozen=True)
-class Listing:
-    """All clips of a dataset, in a stable order.
+class Layout:
+    """One layout, whether it is a module, a class or a function; see the contract above."""
 
-    `classes` is the dataset's own order of its labels (a class index file, else sorted): class
-    orders of published scenarios are permutations of it. `said` tells a person what was taken.
-    `root` is the directory that paths are relative to: the dataset's, or a list file's own.
+    read: Callable[[Path, str | None], Listing]
+    recognise: Callable[[Path], str | None] | None
+    specific: int
+    needs: str
+    example: Callable[[Path], list[str]] | None
+
+
+def find(name: str) -> Layout:
+    """Return the layout of a name.
+
+    Raises:
+        ValueError: There is none; the message lists those there are.
     """
-
-    clips: tuple[ListedClip, ...]
-    classes: tuple[str, ...]
-    layout: str
-    said: str
-    root: Path
+    module: Any = variant("layouts", name)
+    module = module() if isinstance(module, type) else module
+    return Layout(
+        getattr(module, "read", module),
+        getattr(module, "recognise", None),
+        getattr(module, "SPECIFIC", 0),
+        getattr(module, "NEEDS", ""),
+        getattr(module, "example", None),
+    )
 
 
 def read(root: Path, layout: str = "auto", split: str | None = None) -> Listing:
     """List the clips of the dataset in `root`.
 
     Args:
-        root: The dataset's directory, or a CSV or TSV list of clips (layout `table`).
-        layout: A layout's file name, or `auto` to recognise it: the most specific that does.
+        root: Directory of the dataset, or a CSV or TSV list of clips (layout `table`).
+        layout: Name of a layout, or `auto` for the most specific one that recognises `root`.
         split: Which of the dataset's official splits; None for its first.
 
     Raises:
@@ -82,25 +94,35 @@ def read(root: Path, layout: str = "auto", split: str | None = None) -> Listing:
             f"({', '.join(sorted(LIST_SUFFIXES))})"
         )
     names = available("layouts") if layout == "auto" else [layout]
-    modules = {name: variant("layouts", name) for name in names}
-    seen = {name: line for name in names if (line := modules[name].recognise(root)) is not None}
-    if not seen:
-        needs = "\n".join(f"  {name} needs {modules[name].NEEDS}" for name in names)
-        asked = "no layout fits" if layout == "auto" else f"layout {layout!r} does not fit"
-        raise ValueError(f"{asked} {root}: it holds {describe(root)}.\n{needs}")
-    name = _most_specific(root, seen, modules)
-    listing: Listing = modules[name].read(root, split)
-    others = [f"--layout {other} ({line})" for other, line in seen.items() if other != name]
+    layouts = {name: find(name) for name in names}
+    if layout != "auto" and layouts[layout].recognise is None:
+        return layouts[layout].read(root, split)
+    lines = {
+        name: line
+        for name, candidate in layouts.items()
+        if candidate.recognise and (line := candidate.recognise(root)) is not None
+    }
+    if not lines:
+        needs = "\n".join(
+            f"  {name} needs {candidate.needs}"
+            for name, candidate in layouts.items()
+            if candidate.recognise
+        )
+        problem = "no layout fits" if layout == "auto" else f"layout {layout!r} does not fit"
+        raise ValueError(f"{problem} {root}: it holds {describe(root)}.\n{needs}")
+    name = _most_specific(root, lines, layouts)
+    listing = layouts[name].read(root, split)
+    others = [f"--layout {other} ({line})" for other, line in lines.items() if other != name]
     if not others:
         return listing
-    said = f"{listing.said}. It could also be read with {' or '.join(others)}"
-    return replace(listing, said=said)
+    summary = f"{listing.summary}. It could also be read with {' or '.join(others)}"
+    return replace(listing, summary=summary)
 
 
-def _most_specific(root: Path, seen: Mapping[str, str], modules: Mapping[str, ModuleType]) -> str:
-    ranks = {name: modules[name].SPECIFIC for name in seen}
-    best = [name for name, rank in ranks.items() if rank == max(ranks.values())]
-    if len(best) > 1:
-        lines = "\n".join(f"  --layout {name}: {seen[name]}" for name in best)
-        raise ValueError(f"{root} can be read in {len(best)} ways; choose one:\n{lines}")
-    return best[0]
+def _most_specific(root: Path, lines: Mapping[str, str], layouts: Mapping[str, Layout]) -> str:
+    best = max(layouts[name].specific for name in lines)
+    names = [name for name in lines if layouts[name].specific == best]
+    if len(names) > 1:
+        choices = "\n".join(f"  --layout {name}: {lines[name]}" for name in names)
+        raise ValueError(f"{root} can be read in {len(names)} ways; choose one:\n{choices}")
+    return names[0]

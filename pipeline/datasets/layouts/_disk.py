@@ -1,10 +1,11 @@
-"""The disk as layouts see it: which names are clips, in which order, and where they lie.
+"""The files of a dataset: which names are clips, in which order, and where they are.
 
-Names that begin with a dot are never seen. Links are followed; a link back to a folder that it
-lies in is not entered, so a walk ends. A link to nothing counts as a file: it is named, and
-missing. Pipes and devices are no files: to open one could wait for ever.
+Names that begin with a dot are ignored. Links are followed; a link to a folder that contains it is
+not entered, so a walk ends. A link to nothing counts as a file, which is then missing. Pipes and
+devices are no files: opening one could wait for ever.
 """
 
+import csv
 import os
 import re
 import unicodedata
@@ -22,18 +23,22 @@ VIDEO_SUFFIXES = frozenset((
 FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 LIST_SUFFIXES = frozenset({".csv", ".tsv"})
 
+# Labels that a list may have, for the examples of layouts.
+AWKWARD = ["../up", 'say "hi", twice', "two\nlines", " spaced ", "日本 naïve", "C:\\x\\..\\y"]
+
 
 def suffix(name: str) -> str:
-    """The extension in lower case, with its dot; "" without one."""
+    """Return the extension in lower case, with its dot; "" without one."""
     return os.path.splitext(name)[1].lower()
 
 
 def is_video(name: str) -> bool:
+    """Return whether a file name has the extension of a video."""
     return suffix(name) in VIDEO_SUFFIXES
 
 
 def stem(name: str) -> str:
-    """The name without a video's extension; other dots are part of it.
+    """Return the name without the extension of a video; other dots are part of it.
 
     >>> stem("v_Diving_g01_c01.avi"), stem("clip.v2")
     ('v_Diving_g01_c01', 'clip.v2')
@@ -42,19 +47,19 @@ def stem(name: str) -> str:
 
 
 def natural_key(path: str) -> tuple[Any, ...]:
-    """Sorts paths folder by folder, and numbers in names by their value.
+    """Return a sort key by which paths sort folder by folder, and numbers by their value.
 
     >>> sorted(["b/1", "a/10.avi", "a/9.avi"], key=natural_key)
     ['a/9.avi', 'a/10.avi', 'b/1']
     """
     pieces = [re.split(r"([0-9]+)", part) for part in path.split("/")]
-    # re.split puts the digits in the odd places, so that a number never meets a text.
+    # re.split puts the digits at odd indices, so that no number is compared with a text.
     valued = [[int(p) if i % 2 else p for i, p in enumerate(part)] for part in pieces]
     return (valued, path)
 
 
 def scan(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of a folder's sub-folders and of its files, each sorted."""
+    """Return the names of a folder's sub-folders and of its files, each sorted."""
     folders, files = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -71,9 +76,9 @@ def scan(folder: Path) -> tuple[list[str], list[str]]:
 def walk(
     root: Path, folder: str = "", above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield (folder, its sub-folders, its files) for every folder, the upper ones first.
+    """Yield (folder, its sub-folders, its files) for every folder, parents first.
 
-    `folder` is relative to `root` and "" for the root itself. As with os.walk, names taken out of
+    `folder` is relative to `root`, and "" for the root itself. As with os.walk, names removed from
     the yielded list of sub-folders are not entered.
     """
     status = os.stat(root / folder)
@@ -87,11 +92,12 @@ def walk(
 
 
 def join(folder: str, name: str) -> str:
+    """Return the path of a name in a folder, which may be ""."""
     return f"{folder}/{name}" if folder else name
 
 
 def clips_below(root: Path) -> Iterator[str]:
-    """Every video, and every folder with frames and no video, but the root; in the walk's order."""
+    """Yield every video, and every folder but the root with frames and no video."""
     for folder, _, files in walk(root):
         videos = [name for name in files if is_video(name)]
         yield from (join(folder, name) for name in videos)
@@ -100,7 +106,7 @@ def clips_below(root: Path) -> Iterator[str]:
 
 
 def near(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder, its files) of the root, then of each folder directly in it: where lists lie."""
+    """Yield (folder, its files) of the root, then of each folder in it: where lists are."""
     if not root.is_dir():
         return
     folders, files = scan(root)
@@ -110,7 +116,7 @@ def near(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def describe(root: Path) -> str:
-    """What kinds of files a directory holds, commonest first."""
+    """Describe the kinds of files in a directory, the most frequent first."""
     if not root.is_dir():
         return f"one {root.suffix} file"
     kinds = Counter(
@@ -119,21 +125,22 @@ def describe(root: Path) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(8)) or "no file"
 
 
-class Shelf:
-    """Finds the clips that a list names, wherever below the root they lie.
+class ClipFinder:
+    """Index of the clips that a list names, wherever below the root they are.
 
-    A clip is known by its file name without the extension, so that files converted to another
-    container, or taken apart into a folder of frames, are found as well.
+    The key of a clip is its file name without the extension, so that files converted to another
+    container, or split into a folder of frames, are found as well.
 
     Args:
-        root: The dataset's directory. Walked once; a found folder of frames is not entered.
-        names: File names that `find` will be asked for.
-        ignore_case: Whether names that differ in case alone are the same.
+        root: Directory of the dataset. Walked once; a folder of frames that is a clip is not
+            entered.
+        names: File names of the clips to find.
+        ignore_case: Whether names that differ only in case are the same.
     """
 
     def __init__(self, root: Path, names: Iterable[str], ignore_case: bool = False) -> None:
         self._ignore_case = ignore_case
-        self._found: dict[str, list[str]] = {}
+        self._paths: dict[str, list[str]] = {}
         wanted = {self._key(name) for name in names}
         for folder, folders, files in walk(root):
             clips = [name for name in files if is_video(name) and self._key(name) in wanted]
@@ -144,43 +151,43 @@ class Shelf:
             }
             folders[:] = [name for name in folders if name not in frames]
             for name in (*clips, *frames):
-                self._found.setdefault(self._key(name), []).append(join(folder, name))
+                self._paths.setdefault(self._key(name), []).append(join(folder, name))
 
     def find(
         self, name: str, folders: Collection[str] = (), classes: Collection[str] = ()
     ) -> str | None:
-        """The path of a clip, relative to the root; None where there is none.
+        """Return the path of a clip, relative to the root; None where there is none.
 
         Args:
-            name: Its file name.
-            folders: Names of folders it is likely to lie in, its class's for one. They are
+            name: File name of the clip.
+            folders: Names of folders that it is likely to be in, such as its class. They are
                 compared, never opened.
-            classes: `folder_key` of every class: what lies in another class's folder is
-                another clip of that name.
+            classes: `folder_key` of every class: a file in the folder of another class is another
+                clip of that name.
         """
-        own = {folder_key(folder) for folder in folders}
+        likely = {folder_key(folder) for folder in folders}
         parents = {
             path: [folder_key(part) for part in path.split("/")[:-1]]
-            for path in self._found.get(self._key(name), [])
+            for path in self._paths.get(self._key(name), [])
         }
         for path, above in list(parents.items()):
-            if above and above[-1] in classes and above[-1] not in own:
+            if above and above[-1] in classes and above[-1] not in likely:
                 del parents[path]
 
         def rank(path: str) -> tuple[Any, ...]:
             strange = PurePosixPath(path).name != name
-            return -len(own.intersection(parents[path])), strange, path.count("/"), path
+            return -len(likely.intersection(parents[path])), strange, path.count("/"), path
 
         return min(parents, key=rank, default=None)
 
     def _key(self, name: str) -> str:
-        # A Mac's disk may hold letters and accents apart that a list holds composed.
+        # A Mac's disk may separate letters and accents that a list has composed.
         key = unicodedata.normalize("NFC", stem(name))
         return key.casefold() if self._ignore_case else key
 
 
 def folder_key(name: str) -> str:
-    """A folder's name as compared with a class: case aside, spaces as underscores."""
+    """Return the key by which folders and classes are compared: no case, spaces as underscores."""
     return unicodedata.normalize("NFC", name).casefold().replace(" ", "_")
 
 
@@ -190,3 +197,16 @@ def _holds_frames(folder: Path) -> bool:
             suffix(entry.name) in FRAME_SUFFIXES and not entry.name.startswith(".")
             for entry in entries
         )
+
+
+def write_empty(path: Path) -> None:
+    """Write an empty file in place of a video, with its folders, for the example of a layout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+
+
+def write_rows(path: Path, rows: Iterable[Iterable[str]]) -> None:
+    """Write a CSV file, with its folders, for the example of a layout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)

@@ -11,20 +11,20 @@ def numbered_lists(root: Path, pattern: str) -> tuple[str, dict[str, tuple[str, 
     """Find split lists in the root or in a folder of it, the first that has any.
 
     Args:
-        root: The dataset's directory.
-        pattern: For whole file names, case aside; the group `number` is the split's.
+        root: Directory of the dataset.
+        pattern: Regular expression for whole file names, without case, with a group `number`.
 
     Returns:
         The folder ("" for the root) and its lists: names by split number, sorted.
     """
     for folder, files in near(root):
-        found: dict[str, tuple[str, ...]] = {}
+        lists: dict[str, tuple[str, ...]] = {}
         for name in files:
             if match := re.fullmatch(pattern, name, re.IGNORECASE):
                 number = match["number"].lstrip("0")
-                found[number] = (*found.get(number, ()), name)
-        if found:
-            return folder, found
+                lists[number] = (*lists.get(number, ()), name)
+        if lists:
+            return folder, lists
     return "", {}
 
 
@@ -35,12 +35,12 @@ def class_index(root: Path, folder: str) -> tuple[dict[int, str], str]:
         The classes by number, in the numbers' order, and the file's path; ({}, "") without one.
 
     Raises:
-        ValueError: A line is not a number and a name, or a number or name is there twice.
+        ValueError: A line is not a number and a name, or a number or a name occurs twice.
     """
-    for place in dict.fromkeys((folder, "")):
-        for name in scan(root / place)[1]:
+    for parent in dict.fromkeys((folder, "")):
+        for name in scan(root / parent)[1]:
             if name.lower() == "classind.txt":
-                return _read_index(root / join(place, name)), join(place, name)
+                return _read_index(root / join(parent, name)), join(parent, name)
     return {}, ""
 
 

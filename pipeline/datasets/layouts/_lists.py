@@ -1,4 +1,4 @@
-"""What list files have in common: lines and rows with their places, paths, splits, duplicates."""
+"""Reading of list files: lines and rows with their positions, paths, splits, duplicates."""
 
 import csv
 import io
@@ -10,23 +10,23 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from varve.pipeline.datasets.layouts import ListedClip, Listing
-from varve.pipeline.datasets.layouts._disk import Shelf, folder_key, natural_key
+from varve.pipeline.datasets.layouts._disk import ClipFinder, folder_key, natural_key
+from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One clip, and the place in a list that names it ("testlist01.txt line 7")."""
+    """One clip, and the position in a list that names it ("testlist01.txt line 7")."""
 
     clip: ListedClip
     where: str
 
 
 def text(path: Path) -> str:
-    """A list file's text: UTF-8, or UTF-16 with its mark, as spreadsheets write it.
+    """Return the text of a list file: UTF-8, or UTF-16 with its mark, as spreadsheets write it.
 
     Raises:
-        ValueError: It is neither; the message names the line.
+        ValueError: The encoding is another one; the message names the line.
     """
     data = path.read_bytes()
     try:
@@ -41,7 +41,7 @@ def _encoding(data: bytes) -> str:
 
 
 def lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, stripped line) of every line that is not blank."""
+    """Yield (position, stripped line) of every line that is not blank."""
     # Not splitlines(): it also breaks at characters that a file name may hold.
     for number, line in enumerate(io.StringIO(text(path), newline=None), 1):
         if line.strip():
@@ -49,10 +49,10 @@ def lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def rows(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
-    """(place, cells) of every row of a CSV file that is not blank.
+    """Yield (position, cells) of every row of a CSV file that is not blank.
 
     Raises:
-        ValueError: The text is not as CSV should be (a quote left open), with its line.
+        ValueError: The text is no correct CSV (a quote left open); the message names the line.
     """
     reader = csv.reader(io.StringIO(text(path), newline=""), delimiter=delimiter, strict=True)
     while True:
@@ -70,7 +70,7 @@ def rows(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def first_rows(path: Path, delimiter: str, count: int = 1) -> list[list[str]]:
-    """The first rows that are not blank, for recognising a file: wrong bytes are no matter yet."""
+    """Return the first rows that are not blank, to recognise a file: wrong bytes are ignored."""
     with path.open("rb") as file:
         encoding = _encoding(file.read(2))
     with path.open(encoding=encoding, errors="replace", newline="") as file:
@@ -82,10 +82,10 @@ def first_rows(path: Path, delimiter: str, count: int = 1) -> list[list[str]]:
 
 
 def inside(root: Path, path: str, where: str) -> str:
-    """A list's path as one relative to `root` with forward slashes.
+    """Return the path in a list relative to `root`, with forward slashes.
 
-    Backslashes are read as slashes unless a file of that very name exists. `..` is resolved by
-    name. An absolute path is taken if it lies in `root`.
+    Backslashes are read as slashes unless a file of exactly that name exists. `..` is resolved by
+    name. An absolute path is accepted if it is in `root`.
 
     Raises:
         ValueError: The path is empty, or leaves the root.
@@ -112,24 +112,24 @@ def _leaves(relative: str) -> bool:
 
 
 def choose_split(numbers: Collection[str], split: str | None, of: str) -> str:
-    """The asked one of the numbered splits, or the first.
+    """Return the requested one of the numbered splits, or the first.
 
     Raises:
         ValueError: There is no such split; the message lists those found.
     """
-    found = sorted(numbers, key=natural_key)
+    known = sorted(numbers, key=natural_key)
     if split is None:
-        return found[0]
-    if split not in found:
-        raise ValueError(f"{of} has no split {split!r}; found {', '.join(found)}")
+        return known[0]
+    if split not in known:
+        raise ValueError(f"{of} has no split {split!r}; found {', '.join(known)}")
     return split
 
 
 def no_splits(split: str | None, of: str) -> None:
-    """Refuse a split where the dataset has only one way to be split.
+    """Refuse a split of a dataset that has no numbered ones.
 
     Raises:
-        ValueError: One was asked for.
+        ValueError: A split was requested.
     """
     if split is not None:
         raise ValueError(
@@ -137,29 +137,29 @@ def no_splits(split: str | None, of: str) -> None:
         )
 
 
-def place(
+def locate(
     root: Path, entries: Sequence[Entry], classes: Collection[str], ignore_case: bool = False
 ) -> tuple[list[Entry], str]:
-    """Give each entry the path under which the disk has its clip, and say what was not found.
+    """Return the entries with the paths of their clips on the disk, and a note on missing ones.
 
-    A missing clip keeps its listed path, below the folder that most of the others were found
-    under ("UCF-101/").
+    A missing clip keeps its listed path, below the folder under which most of the others are
+    ("UCF-101/").
     """
-    shelf = Shelf(root, (_name(entry.clip.path) for entry in entries), ignore_case)
+    finder = ClipFinder(root, (_name(entry.clip.path) for entry in entries), ignore_case)
     keys = {folder_key(name) for name in classes}
-    found = [
-        shelf.find(_name(entry.clip.path), (entry.clip.label, entry.clip.split), keys)
+    paths = [
+        finder.find(_name(entry.clip.path), (entry.clip.label, entry.clip.split), keys)
         for entry in entries
     ]
-    pairs = [(path, "/" + entry.clip.path) for path, entry in zip(found, entries, strict=True)]
+    pairs = [(path, "/" + entry.clip.path) for path, entry in zip(paths, entries, strict=True)]
     tops = [f"/{path}".removesuffix(end) for path, end in pairs if f"/{path}".endswith(end)]
     top = Counter(tops).most_common(1)[0][0] if tops else ""
-    placed = [
+    located = [
         replace(entry, clip=replace(entry.clip, path=path or (top + end).removeprefix("/")))
         for (path, end), entry in zip(pairs, entries, strict=True)
     ]
-    missing = sum(path is None for path in found)
-    return placed, f"listed but not on the disk: {missing}" if missing else ""
+    missing = sum(path is None for path in paths)
+    return located, f"listed but not on the disk: {missing}" if missing else ""
 
 
 def _name(path: str) -> str:
@@ -170,22 +170,22 @@ def assemble(
     root: Path,
     entries: Iterable[Entry],
     layout: str,
-    said: str,
+    summary: str,
     classes: Sequence[str] | None = None,
     notes: Iterable[str] = (),
 ) -> Listing:
-    """Make the listing: clips without a label are left out, repeated ones named once.
+    """Make the listing, without clips that have no label, and with repeated ones once.
 
     Args:
-        root: What paths are relative to.
-        entries: In the order to keep.
-        layout: The layout's name.
-        said: What the layout took; counts and notes are added.
-        classes: The dataset's order of its classes; None for sorted labels.
-        notes: Anything more to tell; empty ones are dropped.
+        root: Directory that paths are relative to.
+        entries: The clips, in their final order.
+        layout: Name of the layout.
+        summary: What the layout read; counts and notes are added.
+        classes: Classes in the dataset's order; None for sorted labels.
+        notes: Further notes for a person; empty ones are dropped.
 
     Raises:
-        ValueError: One clip has two labels, a label is none of `classes`, `classes` has a name
+        ValueError: A clip has two labels, a label is none of `classes`, `classes` has a name
             twice, or no clip is left.
     """
     kept: dict[tuple[str, float | None, float | None], Entry] = {}
@@ -207,11 +207,11 @@ def assemble(
             )
     clips = tuple(entry.clip for entry in kept.values())
     if not clips:
-        raise ValueError(f"{root}: {said}: no clip with a label")
+        raise ValueError(f"{root}: {summary}: no clip with a label")
     known = set(classes or ())
     if len(known) < len(classes or ()):
         twice = next(name for name, n in Counter(classes).items() if n > 1)
-        raise ValueError(f"{root}: {said}: the class index has {twice!r} twice; name it once")
+        raise ValueError(f"{root}: {summary}: the class index has {twice!r} twice; name it once")
     for entry in kept.values() if classes is not None else ():
         if entry.clip.label not in known:
             raise ValueError(
@@ -220,20 +220,20 @@ def assemble(
             )
     order = tuple(classes) if classes is not None else tuple(sorted({c.label for c in clips}))
     counts = Counter(clip.split for clip in clips)
-    parts = ", ".join(f"{n} {split or 'in no split'}" for split, n in counts.items())
+    by_split = ", ".join(f"{n} {split or 'in no split'}" for split, n in counts.items())
     notes = [
         *notes,
         f"without a label, left out: {unlabelled}" if unlabelled else "",
         f"repeated entries, taken once: {repeated}" if repeated else "",
         f"in two splits, of which the first counts: {astride}" if astride else "",
     ]
-    counted = f"{len(clips)} clips" + (f" ({parts})" if any(counts) else "")
-    told = [f"{said}: {counted}, {len(order)} classes", *filter(None, notes)]
-    return Listing(clips, order, layout, "; ".join(told), root)
+    counted = f"{len(clips)} clips" + (f" ({by_split})" if any(counts) else "")
+    parts = [f"{summary}: {counted}, {len(order)} classes", *filter(None, notes)]
+    return Listing(clips, order, layout, "; ".join(parts), root)
 
 
 def _check_unicode(entry: Entry) -> None:
-    """A name in another encoding, or half a surrogate pair, cannot be written to a table."""
+    """Refuse a name in another encoding, which cannot be written to a table."""
     for value in (entry.clip.path, entry.clip.label, entry.clip.split):
         try:
             value.encode()

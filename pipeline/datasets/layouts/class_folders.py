@@ -1,15 +1,15 @@
 """Class folders: root/<class>/<clip>, or root/<train, test...>/<class>/<clip>.
 
-The class is the first folder, however deep the clip lies below it. A clip is a video file, or a
+The class is the first folder, however deep the clip is below it. A clip is a video file, or a
 folder of JPEG or PNG frames without videos. The first folders are splits, and the second ones
-classes, where all of them have names of splits and every clip lies deep enough.
+classes, where all first folders have names of splits and every clip is deep enough.
 """
 
 from pathlib import Path
 
-from varve.pipeline.datasets.layouts import ListedClip, Listing
-from varve.pipeline.datasets.layouts._disk import clips_below, natural_key
+from varve.pipeline.datasets.layouts._disk import clips_below, natural_key, write_empty
 from varve.pipeline.datasets.layouts._lists import Entry, assemble, no_splits
+from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 
 SPECIFIC = 0
 NEEDS = "videos (or folders of frames) in one folder a class, ROOT/<class>/<video>"
@@ -46,6 +46,14 @@ def read(root: Path, split: str | None = None) -> Listing:
     )
 
 
+def example(root: Path) -> list[str]:
+    labels = ['say "hi", twice', " spaced ", "日本 naïve", "it's [50%] *"]
+    for label in labels:
+        for name in ("same.avi", "10.MP4", "9.mp4", ".hidden.mp4", "notes.txt", "frames/1.jpg"):
+            write_empty(root / label / name)
+    return labels
+
+
 def _are_splits(root: Path, paths: list[str]) -> bool:
     tops = {path.split("/")[0] for path in paths}
     named = sorted(top for top in tops if top.lower() in SPLITS)
@@ -62,7 +70,7 @@ def _are_splits(root: Path, paths: list[str]) -> bool:
 
 
 def _lone_class(root: Path, paths: list[str], splits: bool) -> str:
-    """A hint where the one class is likelier a folder around the classes."""
+    """Return a hint where the only class may be a folder around the classes."""
     tops = {path.split("/")[0] for path in paths}
     inner = {path.split("/")[1] for path in paths if path.count("/") > 1}
     if splits or len(tops) > 1 or len(inner) < 2:

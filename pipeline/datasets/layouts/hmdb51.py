@@ -1,18 +1,17 @@
-"""HMDB51, in either of the two forms its splits go round in.
+"""HMDB51, in either of the two forms of its splits.
 
-The official one has a file for each class and split, `<class>_test_split<k>.txt`, with lines
-`<file> <flag>`: 1 train, 2 test, 0 in neither, which is listed with an empty split. The other has
+The official form has a file for each class and split, `<class>_test_split<k>.txt`, with lines
+`<file> <flag>`: 1 train, 2 test, 0 neither, which is listed with an empty split. The other form has
 `hmdb51_trainlist0k.txt` and `hmdb51_testlist0k.txt` with lines `number, class number, class/file`.
-There the label is the folder: the class numbers count the classes by the alphabet, which is not
-the order of the ClassInd.txt beside them.
+There the label is the folder: the class numbers follow the alphabet, which is not the order of the
+ClassInd.txt beside them.
 """
 
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from varve.pipeline.datasets.layouts import ListedClip, Listing
-from varve.pipeline.datasets.layouts._disk import join
+from varve.pipeline.datasets.layouts._disk import join, write_empty
 from varve.pipeline.datasets.layouts._index import class_index, numbered_lists
 from varve.pipeline.datasets.layouts._lists import (
     Entry,
@@ -21,8 +20,9 @@ from varve.pipeline.datasets.layouts._lists import (
     first_rows,
     inside,
     lines,
-    place,
+    locate,
 )
+from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 
 SPECIFIC = 2
 NEEDS = (
@@ -36,27 +36,43 @@ SPLIT_OF_FLAG = {"0": "", "1": "train", "2": "test"}
 
 
 def recognise(root: Path) -> str | None:
-    folder, found, _ = _find(root)
-    return f"HMDB51: {len(found)} numbered splits in {folder or '.'}/" if found else None
+    folder, lists, _ = _find(root)
+    return f"HMDB51: {len(lists)} numbered splits in {folder or '.'}/" if lists else None
 
 
 def read(root: Path, split: str | None = None) -> Listing:
-    folder, found, entries_of = _find(root)
-    number = choose_split(found, split, "HMDB51")
+    folder, lists, entries_of = _find(root)
+    number = choose_split(lists, split, "HMDB51")
     classes, index = class_index(root, folder)
-    entries = list(entries_of(root, folder, found[number]))
+    entries = list(entries_of(root, folder, lists[number]))
     labels = classes.values() or {entry.clip.label for entry in entries}
-    placed, missing = place(root, entries, labels, ignore_case=True)
+    located, missing = locate(root, entries, labels, ignore_case=True)
     order = f"class order from {index}" if classes else "no ClassInd.txt, classes in sorted order"
-    said = f"HMDB51, split {number} of {len(found)}, lists in {folder or '.'}/"
-    return assemble(root, placed, "hmdb51", said, list(classes.values()) or None, (order, missing))
+    summary = f"HMDB51, split {number} of {len(lists)}, lists in {folder or '.'}/"
+    return assemble(
+        root, located, "hmdb51", summary, list(classes.values()) or None, (order, missing)
+    )
+
+
+def example(root: Path) -> list[str]:
+    labels = ["brush_hair", "ça va", "it's [50%] *"]
+    folder = root / "testTrainMulti_7030_splits"
+    folder.mkdir(parents=True)
+    for label in labels:
+        names = [f"Who(1)_{label}_u_nm_{i}.avi" for i in range(3)]
+        lines = "".join(f"{name} {flag} \n" for flag, name in enumerate(names))
+        for split in "123":
+            (folder / f"{label}_test_split{split}.txt").write_text(lines, "utf-8")
+        for name in names:
+            write_empty(root / label / name)
+    return labels
 
 
 def _find(root: Path) -> tuple[str, dict[str, tuple[str, ...]], Reader]:
-    """The folder of the split files, their names by split, and what reads one split's."""
-    folder, found = numbered_lists(root, FLAGS)
-    if found and _is_flags(root / join(folder, min(found.values())[0])):
-        return folder, found, _flagged
+    """Return the folder of the split files, their names by split, and the reader of one split."""
+    folder, lists = numbered_lists(root, FLAGS)
+    if lists and _is_flags(root / join(folder, min(lists.values())[0])):
+        return folder, lists, _flagged
     return *numbered_lists(root, LISTS), _listed
 
 
@@ -68,7 +84,7 @@ def _is_flags(path: Path) -> bool:
 def _flagged(root: Path, folder: str, names: tuple[str, ...]) -> Iterator[Entry]:
     for name in sorted(names):
         match = re.fullmatch(FLAGS, name, re.IGNORECASE)
-        assert match is not None  # `names` were found by this pattern
+        assert match is not None  # `names` match this pattern
         for where, line in lines(root / join(folder, name)):
             flagged = re.fullmatch(r"(.+?)\s+([012])", line)
             if not flagged:

@@ -1,25 +1,28 @@
 """Kinetics: CSV files with the columns label, youtube_id, time_start, time_end, split.
 
-A clip's file is `<youtube_id>_<start>_<end>.mp4` with both times in seconds as six digits, or the
-same name with another extension, anywhere below the root; of several the one in its label's or
-its split's folder is taken. Where only the uncut `<youtube_id>.mp4` is there, the clip is its
-stretch from time_start to time_end. Rows without a label (a test list) are left out.
+The file of a clip is `<youtube_id>_<start>_<end>.mp4` with both times in seconds as six digits, or
+the same name with another extension, anywhere below the root; of several, the one in the folder of
+its label or split. Where only the uncut `<youtube_id>.mp4` exists, the clip is its interval from
+time_start to time_end. Rows without a label (a test list) are left out.
 """
 
 import math
 from pathlib import Path
 
-from varve.pipeline.datasets.layouts import ListedClip, Listing
 from varve.pipeline.datasets.layouts._disk import (
-    Shelf,
+    AWKWARD,
+    ClipFinder,
     folder_key,
     join,
     natural_key,
     near,
     stem,
     suffix,
+    write_empty,
+    write_rows,
 )
 from varve.pipeline.datasets.layouts._lists import Entry, assemble, first_rows, no_splits, rows
+from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 
 SPECIFIC = 2
 NEEDS = "a CSV file with the columns label, youtube_id, time_start, time_end, split"
@@ -35,16 +38,16 @@ def recognise(root: Path) -> str | None:
 def read(root: Path, split: str | None = None) -> Listing:
     no_splits(split, "Kinetics")
     files = _lists(root)
-    wanted = [row for name in files for row in _rows(root / name)]
-    names = [name for clip, _ in wanted for name in (_cut_name(clip), clip.path)]
-    shelf = Shelf(root, names)
-    classes = {folder_key(clip.label) for clip, _ in wanted}
+    listed = [row for name in files for row in _rows(root / name)]
+    names = [name for clip, _ in listed for name in (_cut_name(clip), clip.path)]
+    finder = ClipFinder(root, names)
+    classes = {folder_key(clip.label) for clip, _ in listed}
     entries, uncut, missing = [], 0, 0
-    for clip, where in wanted:
+    for clip, where in listed:
         hints = (clip.label, clip.split)
         name = _cut_name(clip)
-        cut = shelf.find(name, hints, classes)
-        whole = None if cut else shelf.find(clip.path, hints, classes)
+        cut = finder.find(name, hints, classes)
+        whole = None if cut else finder.find(clip.path, hints, classes)
         if whole:
             uncut += 1
             clip = ListedClip(whole, clip.label, clip.split, clip.start_seconds, clip.end_seconds)
@@ -64,21 +67,32 @@ def read(root: Path, split: str | None = None) -> Listing:
     )
 
 
-def _lists(root: Path) -> list[str]:
-    """Of the root or the first folder of it that has any: train lists first, then val, test."""
+def example(root: Path) -> list[str]:
+    header = ["label", "youtube_id", "time_start", "time_end", "split"]
+    for split in ("train", "val"):
+        ids = [f"{split[:2]}_-abcDEF{i}" for i in range(len(AWKWARD))]
+        rows = [[label, ids[i], str(i), str(i + 10), split] for i, label in enumerate(AWKWARD)]
+        write_rows(root / "annotations" / f"{split}.csv", [header, *rows])
+        for i, name in enumerate(ids):
+            write_empty(root / split / f"{name}_{i:06d}_{i + 10:06d}.mp4")
+    return AWKWARD
 
-    def place_of(name: str) -> tuple[int, object]:
+
+def _lists(root: Path) -> list[str]:
+    """Return the lists of the root, or of the first folder of it with any: train, val, test."""
+
+    def rank(name: str) -> tuple[int, object]:
         kinds = [i for i, kind in enumerate(ORDER) if kind in name.lower()]
         return min(kinds, default=len(ORDER)), natural_key(name)
 
     for folder, files in near(root):
-        found = [
+        lists = [
             join(folder, name)
             for name in files
             if suffix(name) == ".csv" and _header(root / join(folder, name))
         ]
-        if found:
-            return sorted(found, key=place_of)
+        if lists:
+            return sorted(lists, key=rank)
     return []
 
 
@@ -88,11 +102,11 @@ def _header(path: Path) -> bool:
 
 
 def _rows(path: Path) -> list[tuple[ListedClip, str]]:
-    """Each row as a clip of the uncut video, and its place."""
+    """Return each row as a clip of the uncut video, with its position in the list."""
     table = rows(path, ",")
     header = [cell.strip() for cell in next(table)[1]]
     kind = next((kind for kind in ORDER if kind in path.name.lower()), "")
-    found = []
+    clips = []
     for where, cells in table:
         if len(cells) != len(header):
             raise ValueError(f"{where}: {len(cells)} values for {len(header)} columns")
@@ -104,8 +118,8 @@ def _rows(path: Path) -> list[tuple[ListedClip, str]]:
         if start >= end:
             raise ValueError(f"{where}: time_start {start:g} is not before time_end {end:g}")
         split = row.get("split") or kind
-        found.append((ListedClip(f"{name}.mp4", row.get("label", ""), split, start, end), where))
-    return found
+        clips.append((ListedClip(f"{name}.mp4", row.get("label", ""), split, start, end), where))
+    return clips
 
 
 def _seconds(cell: str, where: str) -> float:

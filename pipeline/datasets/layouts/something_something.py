@@ -1,6 +1,6 @@
 """Something-Something, version 2 (JSON lists, .webm files) and version 1 (CSV, folders of frames).
 
-v2: `something-something-v2-train.json` and its like (or plain `train.json`), whose entries have an
+v2: `something-something-v2-train.json` and similar (or plain `train.json`), whose entries have an
 `id` and a `template`; the class is the template without its square brackets, and the file that
 labels it (`...-labels.json`) gives the order of the classes. v1: `something-something-v1-train.csv`
 with lines `id;label`, and `...-labels.csv` with one label a line. Clips are found by their id:
@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from varve.pipeline.datasets.layouts import ListedClip, Listing
-from varve.pipeline.datasets.layouts._disk import join, near
-from varve.pipeline.datasets.layouts._lists import Entry, assemble, no_splits, place, rows, text
+from varve.pipeline.datasets.layouts._disk import AWKWARD, join, near, write_empty
+from varve.pipeline.datasets.layouts._lists import Entry, assemble, locate, no_splits, rows, text
+from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 
 SPECIFIC = 2
 NEEDS = (
@@ -49,28 +49,45 @@ def read(root: Path, split: str | None = None) -> Listing:
         for entry in entries_of(root / join(folder, lists[kind]), kind)
     ]
     classes = labels_of(root / join(folder, lists["labels"])) if "labels" in lists else None
-    # Nobody needs the clips that are left out, so nobody looks for them on the disk.
+    # Clips without a label are left out, and need no search on the disk.
     labelled = [entry for entry in entries if entry.clip.label]
-    placed, missing = place(root, labelled, ())
+    located, missing = locate(root, labelled, ())
     unlabelled = [entry for entry in entries if not entry.clip.label]
     order = f"class order from {lists['labels']}" if classes else "classes in sorted order"
-    said = f"Something-Something {version}, lists in {folder or '.'}/"
+    summary = f"Something-Something {version}, lists in {folder or '.'}/"
     return assemble(
-        root, placed + unlabelled, "something_something", said, classes, (order, missing)
+        root, located + unlabelled, "something_something", summary, classes, (order, missing)
     )
 
 
+def example(root: Path) -> list[str]:
+    labels = root / "labels"
+    labels.mkdir(parents=True)
+    numbers = {label: str(i) for i, label in enumerate(AWKWARD)}
+    (labels / "something-something-v2-labels.json").write_text(json.dumps(numbers), "utf-8")
+    for kind, first in (("train", 100), ("validation", 200)):
+        items = [
+            {"id": str(first + i), "label": "x", "template": f"{label[:1]}[{label[1:]}]"}
+            for i, label in enumerate(AWKWARD)
+        ]
+        path = labels / f"something-something-v2-{kind}.json"
+        path.write_text(json.dumps(items), "utf-8")
+        for item in items:
+            write_empty(root / "20bn-something-something-v2" / f"{item['id']}.webm")
+    return AWKWARD
+
+
 def _lists(root: Path) -> tuple[str, str, dict[str, str]]:
-    """(version, folder, names by kind) of the first folder with a training or validation list."""
+    """Return (version, folder, names by kind) of the first folder with a train or val list."""
     for folder, files in near(root):
-        found: dict[str, dict[str, str]] = {"v2": {}, "v1": {}}
+        versions: dict[str, dict[str, str]] = {"v2": {}, "v1": {}}
         for name in files:
             if match := LISTS.fullmatch(name):
                 version = "v2" if match["v2"] else "v1"
-                known = found[version].get(match[version], "")
-                # The full name goes before the plain one: any project may have a train.json.
-                found[version][match[version]] = max(name, known, key=len)
-        for version, lists in found.items():
+                known = versions[version].get(match[version], "")
+                # The full name is preferred: any project may have a train.json.
+                versions[version][match[version]] = max(name, known, key=len)
+        for version, lists in versions.items():
             first = lists.get("train") or lists.get("validation")
             if first and (version == "v1" or _has_templates(root / join(folder, first))):
                 return version, folder, lists

@@ -1,10 +1,10 @@
 """A plain list: a CSV or TSV file with a column of paths and a column of labels.
 
 The header names the columns, in any order and case: `path` (or video, file, filename...), `label`
-(or class, category...), and if there are any `split`, `start_seconds` (start), `end_seconds` (end).
+(or class, category...), and optionally `split`, `start_seconds` (start), `end_seconds` (end).
 Other columns are ignored. Without a header exactly two columns are read, path and label, if one of
-the first paths is there. The delimiter is the one under which the header has both columns: comma,
-semicolon or tab. Paths are relative to the list's own directory.
+the first paths exists. The delimiter is the one by which the header has both columns: comma,
+semicolon or tab. Paths are relative to the directory of the list.
 
 The list is the one in the root, the root itself, or several that are named after their splits
 (train.csv, val.csv, test.csv) and then need no column `split`.
@@ -17,8 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from varve.pipeline.datasets.layouts import ListedClip, Listing
-from varve.pipeline.datasets.layouts._disk import LIST_SUFFIXES, scan, suffix
+from varve.pipeline.datasets.layouts._disk import (
+    AWKWARD,
+    LIST_SUFFIXES,
+    scan,
+    suffix,
+    write_empty,
+    write_rows,
+)
 from varve.pipeline.datasets.layouts._lists import (
     Entry,
     assemble,
@@ -27,6 +33,7 @@ from varve.pipeline.datasets.layouts._lists import (
     no_splits,
     rows,
 )
+from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 
 SPECIFIC = 1
 NEEDS = "a .csv or .tsv file with a column path (or video, file) and a column label (or class)"
@@ -42,7 +49,7 @@ SPLIT_NAMES = re.compile(r"(?:.*[_-])?(train|val|valid|validation|test)", re.IGN
 
 @dataclass(frozen=True)
 class Form:
-    """How one list is written: its delimiter, each role's column, and the columns not used."""
+    """Form of one list: its delimiter, the column of each role, and the columns not used."""
 
     delimiter: str
     columns: dict[str, int]
@@ -53,7 +60,7 @@ class Form:
 
 def recognise(root: Path) -> str | None:
     if root.is_file():
-        return f"the list {root.name}"  # named by hand: what is wrong with it is for `read` to say
+        return f"the list {root.name}"  # named by the user: `read` reports what is wrong with it
     names = [path.name for path in _lists(root)]
     return f"a list of clips, {', '.join(names)}" if names else None
 
@@ -82,6 +89,14 @@ def read(root: Path, split: str | None = None) -> Listing:
         ignored = f", ignored {', '.join(form.ignored)}" if form.ignored else ""
         used.append(f"{path.name} ({columns}{ignored})")
     return assemble(base, entries, "table", f"list {', '.join(used)}")
+
+
+def example(root: Path) -> list[str]:
+    rows = [[f"{folder}/clip.mp4", label, "test"] for folder, label in enumerate(AWKWARD)]
+    write_rows(root / "clips.csv", [["Path", "Class", "split"], *rows])
+    for path, *_ in rows:
+        write_empty(root / path)
+    return AWKWARD
 
 
 def _lists(root: Path) -> list[Path]:

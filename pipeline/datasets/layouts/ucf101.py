@@ -2,16 +2,15 @@
 
 A clip's label is the folder in its listed path, spelled as the class index spells it; without a
 folder it is the class number beside it, or else the class in the file name (v_<Class>_g01_c01).
-The videos may lie in root/<Class>/, in any folder above that, or flat in one directory; they are
-found by name, and the names are compared without case: the release has HandstandPushups in the
-index and v_HandStandPushups in the files.
+The videos may be in root/<Class>/, in any folder above that, or all in one directory. They are
+found by name without case: the release has HandstandPushups in the index and v_HandStandPushups in
+the files.
 """
 
 import re
 from pathlib import Path
 
-from varve.pipeline.datasets.layouts import ListedClip, Listing
-from varve.pipeline.datasets.layouts._disk import join, stem
+from varve.pipeline.datasets.layouts._disk import join, stem, write_empty
 from varve.pipeline.datasets.layouts._index import class_index, numbered_lists
 from varve.pipeline.datasets.layouts._lists import (
     Entry,
@@ -19,8 +18,9 @@ from varve.pipeline.datasets.layouts._lists import (
     choose_split,
     inside,
     lines,
-    place,
+    locate,
 )
+from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 
 SPECIFIC = 2
 NEEDS = "trainlist01.txt and testlist01.txt, in it or in a folder such as ucfTrainTestlist/"
@@ -28,16 +28,16 @@ LISTS = r"(train|test)list(?P<number>0*[1-9][0-9]*)\.txt"
 
 
 def recognise(root: Path) -> str | None:
-    folder, found = numbered_lists(root, LISTS)
-    return f"UCF101: {len(found)} numbered splits in {folder or '.'}/" if found else None
+    folder, lists = numbered_lists(root, LISTS)
+    return f"UCF101: {len(lists)} numbered splits in {folder or '.'}/" if lists else None
 
 
 def read(root: Path, split: str | None = None) -> Listing:
-    folder, found = numbered_lists(root, LISTS)
-    number = choose_split(found, split, "UCF101")
+    folder, lists = numbered_lists(root, LISTS)
+    number = choose_split(lists, split, "UCF101")
     classes, index = class_index(root, folder)
     entries = []
-    for name in sorted(found[number], key=lambda name: name.lower().startswith("test")):
+    for name in sorted(lists[number], key=lambda name: name.lower().startswith("test")):
         kind = "test" if name.lower().startswith("test") else "train"
         for where, line in lines(root / join(folder, name)):
             match = re.fullmatch(r"(.+?)(?:\s+([0-9]+))?", line)
@@ -46,10 +46,29 @@ def read(root: Path, split: str | None = None) -> Listing:
             label = _label(path, match[2], classes, where)
             entries.append(Entry(ListedClip(path, label, kind), where))
     labels = classes.values() or {entry.clip.label for entry in entries}
-    placed, missing = place(root, entries, labels, ignore_case=True)
+    located, missing = locate(root, entries, labels, ignore_case=True)
     order = f"class order from {index}" if classes else "no classInd.txt, classes in sorted order"
-    said = f"UCF101, split {number} of {len(found)}, lists in {folder or '.'}/"
-    return assemble(root, placed, "ucf101", said, list(classes.values()) or None, (order, missing))
+    summary = f"UCF101, split {number} of {len(lists)}, lists in {folder or '.'}/"
+    return assemble(
+        root, located, "ucf101", summary, list(classes.values()) or None, (order, missing)
+    )
+
+
+def example(root: Path) -> list[str]:
+    labels = ["Zumba", "HandstandPushups", "日本Naïve"]
+    lists = root / "ucfTrainTestlist"
+    lists.mkdir(parents=True)
+    index = "".join(f"{i} {label}\r\n" for i, label in enumerate(labels, 1))
+    (lists / "classInd.txt").write_text(index, "utf-8")
+    for split in "12":
+        for kind, group in (("train", "01"), ("test", "02")):
+            lines = ""
+            for i, label in enumerate(labels, 1):
+                name = f"{label}/v_{label.upper()}_g{group}_c01.avi"
+                lines += f"{name} {i}\r\n" if kind == "train" else f"{name}\r\n"
+                write_empty(root / "UCF-101" / name)
+            (lists / f"{kind}list0{split}.txt").write_text(lines, "utf-8")
+    return labels
 
 
 def _label(path: str, number: str | None, classes: dict[int, str], where: str) -> str:

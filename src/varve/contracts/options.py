@@ -31,15 +31,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With options, pass over the modules of the kinds that no option names."""
-    asked = {kind for option, kind in KINDS.items() if config.getoption(f"--{option}")}
+    """Ignore the modules of the kinds that no option names, where any option is used."""
+    named = {kind for option, kind in KINDS.items() if config.getoption(f"--{option}")}
     kind = collection_path.stem.removeprefix("test_every_") + "s"
     is_suite = collection_path.parent == Path(__file__).parent and kind in KINDS.values()
-    return True if is_suite and asked and kind not in asked else None
+    return True if is_suite and named and kind not in named else None
 
 
 def names(config: pytest.Config, kind: str) -> list[str]:
-    """The variants of a kind to be tested: all, or those of the options.
+    """Return the variants of a kind to test: all, or those of the options.
 
     Raises:
         pytest.UsageError: A file registers no variant of the kind, or there is none of the name.
@@ -54,9 +54,8 @@ def names(config: pytest.Config, kind: str) -> list[str]:
                 )
             chosen.append(name)
             continue
-        before = set(registry.available(kind))
         registry.load_plugin(name)
-        added = sorted(set(registry.available(kind)) - before)
+        added = registry.names_in(name, kind)
         if not added:
             raise pytest.UsageError(f"--{option} {name}: the file registers nothing in {kind}")
         chosen += added

@@ -1,4 +1,4 @@
-"""What is particular to each layout, and to choosing one. test_every_layout.py has the rest."""
+"""Properties of single layouts, and the choice of one; varve.contracts has the rest."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from varve.pipeline.datasets.layouts import ListedClip, read
+from varve.pipeline.datasets.layouts import ListedClip, find, read
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 
@@ -67,7 +67,7 @@ def test_videos_without_classes_are_counted_by_kind(tmp_path):
 
 
 def test_an_unknown_layout_lists_those_there_are(tmp_path):
-    with pytest.raises(ValueError, match="no 'folders' in pipeline/layouts/; found class_folders"):
+    with pytest.raises(ValueError, match=r"no 'folders' in layouts; .*are class_folders, hmdb51"):
         read(tmp_path, "folders")
 
 
@@ -82,11 +82,11 @@ def test_a_list_goes_before_folders_and_an_official_list_before_a_plain_one(tmp_
     put(tmp_path, "A/v_A_g01_c01.avi")
     listing = read(tmp_path)
     assert listing.layout == "table"
-    assert "--layout class_folders" in listing.said
+    assert "--layout class_folders" in listing.summary
     write(tmp_path / "lists" / "trainlist01.txt", "A/v_A_g01_c01.avi 1\n")
     listing = read(tmp_path)
     assert listing.layout == "ucf101"
-    assert "--layout table" in listing.said
+    assert "--layout table" in listing.summary
     assert read(tmp_path, "table").clips[0].label == "mine"
 
 
@@ -116,7 +116,7 @@ def test_the_class_is_the_first_folder_however_deep_the_clip(tmp_path):
         ("a/x.avi", "a"),
         ("b/group 1/day 2/y.avi", "b"),
     ]
-    assert "without a class, left out: 1" in listing.said
+    assert "without a class, left out: 1" in listing.summary
 
 
 def test_a_folder_of_frames_is_a_clip_but_pictures_of_a_class_or_beside_videos_are_not(tmp_path):
@@ -151,7 +151,7 @@ def test_a_folder_around_the_classes_is_pointed_at(tmp_path):
     put(tmp_path, "videos/a/x.avi", "videos/b/y.avi")
     listing = read(tmp_path)
     assert listing.classes == ("videos",)
-    assert "classes are the folders in videos/, name that directory" in listing.said
+    assert "classes are the folders in videos/, name that directory" in listing.summary
 
 
 def test_a_name_that_is_not_unicode_is_an_error_that_shows_it(tmp_path):
@@ -180,6 +180,14 @@ def test_real_videos_without_folders_are_refused():
         read(shared("asl20"))
 
 
+@pytest.mark.parametrize("layout", ["class_folders", "table"])
+def test_equal_file_names_in_different_folders_are_different_clips(layout, tmp_path):
+    find(layout).example(tmp_path / "set")
+    clips = read(tmp_path / "set", layout).clips
+    assert len({clip.path for clip in clips}) == len(clips)
+    assert len({clip.path.rsplit("/", 1)[1] for clip in clips}) < len(clips)
+
+
 # UCF101
 
 
@@ -195,7 +203,7 @@ def test_real_ucf101_lists(tmp_path, split, train, test):
     assert listing.classes[:3] == ("ApplyEyeMakeup", "ApplyLipstick", "Archery")
     assert listing.classes[36:38] == ("HandstandPushups", "HandstandWalking")
     assert {clip.label for clip in listing.clips} == set(listing.classes)
-    assert f"split {split} of 3" in listing.said
+    assert f"split {split} of 3" in listing.summary
 
 
 def test_the_first_ucf101_split_is_the_default_and_a_fourth_is_refused(tmp_path):
@@ -235,7 +243,7 @@ def test_a_missing_ucf101_clip_is_expected_beside_the_others(tmp_path):
     put(tmp_path, "UCF-101/A/v_A_g01_c01.avi")
     listing = read(tmp_path)
     assert paths(listing) == ["UCF-101/A/v_A_g01_c01.avi", "UCF-101/A/v_A_g01_c02.avi"]
-    assert "listed but not on the disk: 1" in listing.said
+    assert "listed but not on the disk: 1" in listing.summary
 
 
 def test_a_clip_in_another_class_folder_is_another_clip(tmp_path):
@@ -309,7 +317,7 @@ def test_hmdb51_flags_are_train_test_and_neither(tmp_path):
         ListedClip("wave/a.avi", "wave", "train"),
         ListedClip("wave/b.avi", "wave", "test"),
     )
-    assert "1 in no split" in listing.said
+    assert "1 in no split" in listing.summary
     assert listing.classes == ("brush_hair", "wave")
 
 
@@ -377,7 +385,7 @@ def test_an_uncut_kinetics_file_gives_its_stretch(tmp_path):
         ListedClip(f"val/{ID}.mp4", "a", "val", 3.0, 13.0),
         ListedClip(f"val/{ID}.mp4", "a", "val", 20.0, 30.5),
     )
-    assert "stretches of uncut videos: 2" in listing.said
+    assert "stretches of uncut videos: 2" in listing.summary
 
 
 def test_kinetics_ids_that_differ_in_case_are_different_and_a_missing_file_is_listed(tmp_path):
@@ -386,7 +394,7 @@ def test_kinetics_ids_that_differ_in_case_are_different_and_a_missing_file_is_li
     put(tmp_path, f"train/{CUT}.mp4")
     listing = read(tmp_path)
     assert paths(listing) == [f"train/{CUT}.mp4", f"{ID.upper()}_000003_000013.mp4"]
-    assert "listed but not on the disk: 1" in listing.said
+    assert "listed but not on the disk: 1" in listing.summary
 
 
 def test_a_kinetics_file_is_taken_from_its_own_split_and_class(tmp_path):
@@ -417,7 +425,7 @@ def test_kinetics_lists_are_read_train_first_and_unlabelled_rows_left_out(tmp_pa
     write(tmp_path / "k_test.csv", f"youtube_id,time_start,time_end,split\n{ID},30,40,test\n")
     listing = read(tmp_path)
     assert [clip.split for clip in listing.clips] == ["train", "val"]
-    assert "without a label, left out: 1" in listing.said
+    assert "without a label, left out: 1" in listing.summary
 
 
 @pytest.mark.parametrize(
@@ -461,7 +469,7 @@ def test_something_v2_classes_are_templates_in_the_order_of_their_numbers(tmp_pa
         ListedClip("videos/8.mp4", "Pushing something", "validation"),
     )
     assert listing.classes == ("Pushing something", "Holding something")
-    assert "without a label, left out: 1" in listing.said
+    assert "without a label, left out: 1" in listing.summary
 
 
 def test_something_v2_is_also_known_by_its_newer_file_names(tmp_path):
@@ -508,7 +516,7 @@ def test_the_real_list_is_read_with_all_its_splits():
     listing = read(shared("asl24"))
     assert listing.layout == "table"
     assert splits(listing) == {"train": 1024, "gap": 48, "test": 422}
-    assert "ignored signer, block" in listing.said
+    assert "ignored signer, block" in listing.summary
     assert len(listing.classes) == 24
     assert all((listing.root / clip.path).is_file() for clip in listing.clips)
 
@@ -527,7 +535,7 @@ def test_a_column_named_path_goes_before_others_that_could_be_it(tmp_path):
     path = write(tmp_path / "l.csv", "file,class,path,label\nno.mp4,no,a.mp4,x\n")
     listing = read(path)
     assert listing.clips == (ListedClip("a.mp4", "x"),)
-    assert "ignored file, class" in listing.said
+    assert "ignored file, class" in listing.summary
 
 
 def test_a_list_given_by_name_has_paths_relative_to_its_own_directory(tmp_path):
@@ -580,8 +588,8 @@ def test_repeated_entries_are_taken_once_and_contradictions_named(tmp_path):
     write(path, "path,label,split\na.mp4,x,train\n./a.mp4,x,train\nb.mp4,y,train\nb.mp4,y,test\n")
     listing = read(path)
     assert [(c.path, c.split) for c in listing.clips] == [("a.mp4", "train"), ("b.mp4", "train")]
-    assert "taken once: 2" in listing.said
-    assert "in two splits, of which the first counts: 1" in listing.said
+    assert "taken once: 2" in listing.summary
+    assert "in two splits, of which the first counts: 1" in listing.summary
     write(path, 'path,label\na.mp4,"x\ny"\nv//../a.mp4,z\n')
     with pytest.raises(ValueError, match=r"'x\\ny' \(l\.csv line 2\) and 'z' \(l\.csv line 4\)"):
         read(path)

@@ -12,17 +12,17 @@ import pytest
 from PIL import Image
 
 from varve.pipeline.datasets import synthetic
-from varve.pipeline.datasets.corruptions import BREAKAGES
+from varve.pipeline.datasets.corruptions import CORRUPTIONS
 from varve.pipeline.datasets.synthetic import (
+    AUDIO_CLASSES,
     CLASSES,
-    HEARD,
-    TWINS,
+    REVERSED_PAIRS,
     broken_files,
     frames,
     make_dataset,
     write_video,
 )
-from varve.pipeline.datasets.synthetic_audio import RATE, sound
+from varve.pipeline.datasets.synthetic_audio import RATE, waveform
 from varve.pipeline.decoders import REASONS
 
 
@@ -55,7 +55,7 @@ def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("synthetic") / "set", clips_per_class=6)
 
 
-@pytest.mark.parametrize(("a", "b"), TWINS)
+@pytest.mark.parametrize(("a", "b"), REVERSED_PAIRS)
 def test_a_twin_is_the_other_played_backwards_bit_for_bit(a, b):
     for seed in range(5):
         forward = frames(a, np.random.default_rng(seed))
@@ -65,7 +65,7 @@ def test_a_twin_is_the_other_played_backwards_bit_for_bit(a, b):
 
 
 def test_all_classes_but_the_two_oscillations_have_a_twin():
-    assert sorted([*sum(TWINS, ()), "sway ↔", "bob ↕"]) == sorted(CLASSES)
+    assert sorted([*sum(REVERSED_PAIRS, ()), "sway ↔", "bob ↕"]) == sorted(CLASSES)
     assert len(CLASSES) == 12
 
 
@@ -114,7 +114,7 @@ def grey8(clip_NHWC):
 def drawn():
     """[K, C, 8, 64] for 24 clip numbers of all classes; of twins the second is the first's frames
     from the last one on, as it was found to be above."""
-    second = {b: a for a, b in TWINS}
+    second = {b: a for a, b in REVERSED_PAIRS}
 
     def clips(k):
         made = {name: frames(name, np.random.default_rng([9, k])) for name in CLASSES
@@ -125,7 +125,7 @@ def drawn():
 
 
 def accuracy(feats_KCD, classes):
-    """Of nearest means by cosine, learned on two thirds of the numbers, on the other third."""
+    """Accuracy of nearest means by cosine, of two thirds of the numbers, on the other third."""
     feats_KCD = feats_KCD[:, [CLASSES.index(name) for name in classes]]
     feats_KCD = feats_KCD / np.linalg.norm(feats_KCD, axis=-1, keepdims=True)
     held_out = np.arange(len(feats_KCD)) % 3 == 2
@@ -141,7 +141,7 @@ def test_frames_in_order_tell_all_classes_and_their_mean_does_not(drawn):
     assert accuracy(averaged, CLASSES) < 0.6
 
 
-@pytest.mark.parametrize(("a", "b"), TWINS)
+@pytest.mark.parametrize(("a", "b"), REVERSED_PAIRS)
 def test_order_tells_twins_and_the_set_of_frames_is_at_chance(drawn, a, b):
     in_order, averaged = drawn.reshape(*drawn.shape[:2], -1), drawn.mean(axis=2)
     assert accuracy(in_order, (a, b)) > 0.9
@@ -250,7 +250,7 @@ def test_broken_files_are_listed_with_their_reasons(dataset):
     found = broken_files(dataset.root)
     assert tuple(found) == dataset.broken
     assert {path.stem: reason for path, reason in found} == {
-        stem: breakage.reason for stem, breakage in BREAKAGES.items()
+        stem: corruption.reason for stem, corruption in CORRUPTIONS.items()
     }
     assert {reason for _, reason in found} <= {*REASONS, ""}
     assert {path.parent.parent.name for path, _ in found} == {"train", "test"}
@@ -293,9 +293,9 @@ def test_a_file_with_spoilt_data_still_promises_every_frame(dataset, stem, held)
 
 def test_spoiling_is_a_function_of_the_bytes(dataset):
     whole = (dataset.root / "train" / "grow" / "clip_000.mp4").read_bytes()
-    spoilt = {stem: breakage.make(whole) for stem, breakage in BREAKAGES.items()}
-    assert spoilt == {stem: breakage.make(whole) for stem, breakage in BREAKAGES.items()}
-    assert len(set(spoilt.values())) == len(BREAKAGES)
+    spoilt = {stem: corruption.apply(whole) for stem, corruption in CORRUPTIONS.items()}
+    assert spoilt == {stem: corruption.apply(whole) for stem, corruption in CORRUPTIONS.items()}
+    assert len(set(spoilt.values())) == len(CORRUPTIONS)
 
 
 def test_an_unknown_class_is_refused_with_the_known_ones(tmp_path):
@@ -322,25 +322,28 @@ def test_other_containers_are_refused(tmp_path):
 
 
 def test_the_generator_is_light_to_import():
-    code = "import sys, pipeline.synthetic; print('torch' in sys.modules, 'dask' in sys.modules)"
+    module = "varve.pipeline.datasets.synthetic"
+    code = f"import sys, {module}; print('torch' in sys.modules, 'dask' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
     assert synthetic.__doc__
 
 
 def test_classes_of_sound_look_alike_to_the_bit_and_sound_apart():
-    looks = {label: frames(label, np.random.default_rng(3)) for label in ("sway ↔", *HEARD)}
+    looks = {label: frames(label, np.random.default_rng(3)) for label in ("sway ↔", *AUDIO_CLASSES)}
     assert all(np.array_equal(look, looks["sway ↔"]) for look in looks.values())
-    sounds = {name: sound(name, 2.0, np.random.default_rng(5)) for name in ("bob ↕", *HEARD)}
+    sounds = {
+        name: waveform(name, 2.0, np.random.default_rng(5)) for name in ("bob ↕", *AUDIO_CLASSES)
+    }
     assert all(x.shape == (2 * RATE,) and np.abs(x).max() <= 1 for x in sounds.values())
     # What is drawn is the clip's and not the class's: without its tone, each is the same noise.
-    assert np.array_equal(sounds["bob ↕"], sound("move up", 2.0, np.random.default_rng(5)))
+    assert np.array_equal(sounds["bob ↕"], waveform("move up", 2.0, np.random.default_rng(5)))
     quiet = sounds["bob ↕"]
     tones = {name: x - quiet for name, x in sounds.items()}
     np.testing.assert_allclose(
         tones["sway, rising tone"], tones["sway, falling tone"][::-1], atol=2e-6
     )
-    assert all(np.abs(tones[name]).max() > 0.2 for name in HEARD)
+    assert all(np.abs(tones[name]).max() > 0.2 for name in AUDIO_CLASSES)
 
 
 def test_a_data_set_with_sound_has_a_track_in_every_file(tmp_path):

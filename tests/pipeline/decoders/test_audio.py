@@ -1,4 +1,4 @@
-"""Sound: which samples are heard around which frame, and networks of it in a store."""
+"""Audio: the samples around each frame, and audio backbones in a store."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ import torch
 from varve.pipeline import backbones
 from varve.pipeline.config import BuildSpec, FrameSet, Runtime, Sound
 from varve.pipeline.datasets.synthetic import make_dataset, write_video
-from varve.pipeline.decoders import Request, Stretch, _child, _index, _sound, decode
+from varve.pipeline.decoders import Request, Stretch, _audio, _child, _index, decode
 from varve.pipeline.experiments import head_inputs
 from varve.pipeline.extraction.build import build
 from varve.pipeline.extraction.verify import verify
@@ -62,7 +62,7 @@ def steps(seconds=2.4):
 
 
 def around(track_N, frame, frames=FRAMES, low=0, high=np.inf):
-    """By hand: one second with the middle of the frame's time in its middle."""
+    """Cut by hand one second with the middle of the frame's time in its middle."""
     middle = round((frame + 0.5) / FPS * RATE)
     out = np.zeros(RATE, np.float32)
     for i, place in enumerate(range(middle - RATE // 2, middle + RATE // 2)):
@@ -74,7 +74,7 @@ def around(track_N, frame, frames=FRAMES, low=0, high=np.inf):
 def test_each_frame_has_the_second_around_it_to_the_sample(tmp_path):
     path, track_N = tmp_path / "a.avi", steps()
     shown = np.zeros((FRAMES, 48, 64, 3), np.uint8)
-    write_video(path, shown, Fraction(FPS), sound_N=track_N)
+    write_video(path, shown, Fraction(FPS), audio_N=track_N)
     (answer,) = listen(path)
     assert (answer.facts.warning, answer.facts.sound) == ("", "")
     assert answer.frames[0].dtype == np.float32
@@ -85,7 +85,7 @@ def test_each_frame_has_the_second_around_it_to_the_sample(tmp_path):
 def test_pictures_and_sounds_of_a_file_come_together_and_alone_alike(tmp_path):
     path = tmp_path / "a.avi"
     shown = np.random.default_rng(0).integers(0, 256, (FRAMES, 48, 64, 3), np.uint8)
-    write_video(path, shown, Fraction(FPS), sound_N=steps())
+    write_video(path, shown, Fraction(FPS), audio_N=steps())
     (both,) = decode(Request(str(path), (Stretch(),), (SEEN, HEARD)))
     (seen,), (heard,) = listen(path, frame_set=SEEN), listen(path)
     np.testing.assert_array_equal(both.frames[0], seen.frames[0])
@@ -99,7 +99,7 @@ def test_pictures_and_sounds_of_a_file_come_together_and_alone_alike(tmp_path):
 
 def test_a_clip_hears_nothing_of_its_neighbours(tmp_path):
     path, track_N = tmp_path / "a.avi", steps()
-    write_video(path, np.zeros((FRAMES, 48, 64, 3), np.uint8), Fraction(FPS), sound_N=track_N)
+    write_video(path, np.zeros((FRAMES, 48, 64, 3), np.uint8), Fraction(FPS), audio_N=track_N)
     parts = (Stretch(0.0, 1.2), Stretch(1.2, 2.4), Stretch())
     first, second, whole = listen(path, *parts)
     for answer, start, (low, high) in (
@@ -116,7 +116,7 @@ def test_what_is_not_there_is_silent_and_told(tmp_path, encode):
     silent = encode(tmp_path / "none.mp4", "libx264")
     (answer,) = listen(silent)
     assert not answer.frames[0].any()
-    assert answer.facts.sound == "no track, silence is in its place"
+    assert answer.facts.sound == "no track, replaced by silence"
     short = mux(tmp_path / "short.mkv", "pcm_s16le", steps(0.6)[None], RATE)
     start, end = listen(short, Stretch(0.0, 1.2), Stretch(1.2, 2.4))
     assert start.facts.sound == ""
@@ -147,9 +147,9 @@ def test_a_track_is_heard_when_it_is_heard(tmp_path):
 
 
 def heard(path):
-    window = _sound.Window(0, 2 * RATE, 0, np.inf)
-    index = _index.read(str(path), sound=True)
-    return index.source.heard(RATE, index.start_seconds, [window]).samples[window]
+    window = _audio.Window(0, 2 * RATE, 0, np.inf)
+    index = _index.read(str(path), audio=True)
+    return index.source.read_audio(RATE, index.start_seconds, [window]).samples[window]
 
 
 def pulse(rate):
@@ -176,7 +176,7 @@ def test_what_a_codec_puts_before_a_track_delays_nothing(tmp_path, name, codec, 
 def test_the_clock_of_the_frames_is_that_of_the_sound(tmp_path, rate):
     """Recordings begin at some time of day, here at 5 seconds."""
     path = mux(tmp_path / "a.mkv", "pcm_s16le", pulse(rate), rate, output_ts_offset="5")
-    index = _index.read(str(path), sound=True)
+    index = _index.read(str(path), audio=True)
     assert index.start_seconds > 4.9
     found = heard(path)
     assert np.abs(found - pulse(RATE)[0]).max() < 0.02
@@ -187,9 +187,9 @@ def test_a_track_that_changes_its_kind_goes_on(tmp_path):
              for rate, late in ((44100, 0), (48000, 3))]  # fmt: skip
     both = tmp_path / "both.ts"
     both.write_bytes(b"".join(part.read_bytes() for part in parts))
-    window = _sound.Window(0, 6 * RATE, 0, np.inf)
-    index = _index.read(str(both), sound=True)
-    found = index.source.heard(RATE, index.start_seconds, [window]).samples[window]
+    window = _audio.Window(0, 6 * RATE, 0, np.inf)
+    index = _index.read(str(both), audio=True)
+    found = index.source.read_audio(RATE, index.start_seconds, [window]).samples[window]
     loud = np.flatnonzero(np.abs(found) > 0.3) / RATE
     assert loud.min() == pytest.approx(1, abs=0.15)
     assert loud.max() == pytest.approx(4, abs=0.15)
@@ -198,7 +198,7 @@ def test_a_track_that_changes_its_kind_goes_on(tmp_path):
 def test_frames_far_apart_are_each_shown_for_their_own_time(tmp_path, encode):
     ticks = [40 * n + 3000 * (n >= 5) for n in range(10)]
     path = encode(tmp_path / "a.mkv", "libx264", frames=10, ticks=ticks)
-    answer = _child._Answer(Request(str(path), (Stretch(),), (HEARD,)), _index.read(str(path)))
+    answer = _child._FileReader(Request(str(path), (Stretch(),), (HEARD,)), _index.read(str(path)))
     windows = [answer.window(Sound(), Stretch(), number) for number in range(10)]
     middles = [(window.begin + RATE // 2) / RATE for window in windows]
     expected = [0.02, 0.06, 0.1, 0.14, 1.68, 3.22, 3.26, 3.3, 3.34, 3.38]
@@ -285,7 +285,7 @@ def test_a_network_that_listens_is_a_column_like_any_other(sounding):
             expected = network.run(torch.from_numpy(answer.frames[0]), ["pool"])["pool"]
         np.testing.assert_allclose(pool.read([row])[0], expected, atol=2e-3, rtol=2e-3)
         silent = clip["path"].endswith("mute.avi")
-        said = "sound: no track, silence is in its place"
+        said = "sound: no track, replaced by silence"
         assert clip["detail"] == (said if silent else "")
         assert (np.ptp(mel.read([row])) == 0) == silent
     again = build(folder / "set", folder / "s.zarr", SPEC, runtime=Runtime(serial=True))
@@ -299,7 +299,7 @@ def test_what_is_known_of_a_sound_outlives_a_build_that_does_not_listen(sounding
     build(tmp_path / "copy/set", tmp_path / "copy/s.zarr", more, runtime=Runtime(serial=True))
     table = FeatureStore.open(tmp_path / "copy/s.zarr").clips
     details = table.set_index("path")["detail"]
-    assert details.pop("train/sway ↔/mute.avi") == "sound: no track, silence is in its place"
+    assert details.pop("train/sway ↔/mute.avi") == "sound: no track, replaced by silence"
     assert set(details) == {""}
 
 

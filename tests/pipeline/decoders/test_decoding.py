@@ -24,7 +24,7 @@ KINDS = ["h264.mp4", "h264_open.mp4", "h264_open.ts", "h264.mkv", "h264.avi", "u
 
 
 def index_and_frames(path, wanted=None):
-    """What a child does: trust the index until decoding contradicts it."""
+    """Decode as a child does: trust the index until decoding contradicts it."""
     index = _index.read(str(path))
     try:
         numbers = list(range(index.num_frames)) if wanted is None else wanted
@@ -301,7 +301,7 @@ def test_a_folder_of_frames_is_read_in_natural_order(tmp_path, number_of, videos
 
 def test_a_decoding_child_loads_neither_torch_nor_dask():
     code = (
-        "import sys, pipeline.decoders._child, pipeline.decoders.pyav, pipeline.decoders.images\n"
+        "import sys, varve.pipeline.decoders, varve.pipeline.decoders.pyav\n"
         "heavy = {'torch', 'dask', 'distributed', 'zarr', 'pandas', 'decord'} & set(sys.modules)\n"
         "sys.exit(f'loaded {sorted(heavy)}' if heavy else 0)"
     )

@@ -1,11 +1,12 @@
-"""Which frames, and which square of them: rules at their edges, pictures against torchvision."""
+"""Choice of frames and of their square: rules at their edges, pictures against torchvision."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from varve.pipeline.config import FrameSet, Picture
-from varve.pipeline.decoders.sampling import cut, indices, picture
+from varve.pipeline.decoders._crop import apply_crop, choose_crop
+from varve.pipeline.decoders.sampling import indices
 
 SETS = [
     {"sampling": "tsn"},
@@ -106,7 +107,7 @@ def test_pictures_equal_torchvisions_resize_and_centre_crop(size, interpolation,
     reference = transforms.Compose([transforms.Resize(resize, mode), transforms.CenterCrop(crop)])
     image = noise(*size)
     spec = Picture(size=crop, resize=resize, interpolation=interpolation)
-    made = picture(image, cut(FrameSet(picture=spec), *size))
+    made = apply_crop(image, choose_crop(FrameSet(picture=spec), *size))
     assert made.dtype == np.uint8
     np.testing.assert_array_equal(made, np.asarray(reference(image)))
 
@@ -124,20 +125,20 @@ def test_pictures_equal_open_clips_own_preprocessing(resize_mode, interpolation)
     before = transforms.Compose(reference.transforms[:to_tensor])
     image = noise(352, 240)
     spec = Picture(resize_mode=resize_mode, interpolation=interpolation)
-    made = picture(image, cut(FrameSet(picture=spec), 352, 240))
+    made = apply_crop(image, choose_crop(FrameSet(picture=spec), 352, 240))
     np.testing.assert_array_equal(made, np.asarray(before(image)))
 
 
 def test_the_plain_view_is_never_cropped_or_mirrored():
     for seed in "abcdef":
-        plain = cut(FrameSet(view=0, flip=True, random_crop=True), 320, 240, seed)
-        assert plain == cut(FrameSet(), 320, 240)
+        plain = choose_crop(FrameSet(view=0, flip=True, random_crop=True), 320, 240, seed)
+        assert plain == choose_crop(FrameSet(), 320, 240)
 
 
 @pytest.mark.parametrize(("width", "height"), [(320, 240), (97, 161), (3, 2), (1, 1)])
 def test_drawn_squares_lie_inside_the_frame_and_use_all_of_it(width, height):
     frame_set = FrameSet(view=1, random_crop=True)
-    boxes = [cut(frame_set, width, height, str(seed)).box for seed in range(400)]
+    boxes = [choose_crop(frame_set, width, height, str(seed)).box for seed in range(400)]
     shorter = min(width, height)
     for left, upper, right, lower in boxes:
         assert 0 <= left < right <= width
@@ -151,9 +152,10 @@ def test_drawn_squares_lie_inside_the_frame_and_use_all_of_it(width, height):
 
 def test_half_of_the_clips_are_mirrored_and_the_crop_does_not_change_with_it():
     both = [
-        cut(FrameSet(view=1, random_crop=True, flip=True), 320, 240, str(s)) for s in range(400)
+        choose_crop(FrameSet(view=1, random_crop=True, flip=True), 320, 240, str(s))
+        for s in range(400)
     ]
-    only = [cut(FrameSet(view=1, random_crop=True), 320, 240, str(s)) for s in range(400)]
+    only = [choose_crop(FrameSet(view=1, random_crop=True), 320, 240, str(s)) for s in range(400)]
     assert [c.box for c in both] == [c.box for c in only]
     assert 160 < sum(c.flip for c in both) < 240
     assert not any(c.flip for c in only)
@@ -163,27 +165,27 @@ def test_a_mirrored_picture_is_the_picture_mirrored():
     image = noise(320, 240)
     flips = {}
     for seed in range(20):
-        made = cut(FrameSet(view=1, flip=True), 320, 240, str(seed))
-        flips[made.flip] = picture(image, made)
+        made = choose_crop(FrameSet(view=1, flip=True), 320, 240, str(seed))
+        flips[made.flip] = apply_crop(image, made)
     np.testing.assert_array_equal(flips[True], flips[False][:, ::-1])
 
 
 def test_a_drawn_square_shows_that_part_of_the_frame():
     image = noise(320, 240)
     spec = Picture(size=64, resize=64, interpolation="bilinear")
-    made = cut(FrameSet(view=1, random_crop=True, picture=spec), 320, 240, "clip")
+    made = choose_crop(FrameSet(view=1, random_crop=True, picture=spec), 320, 240, "clip")
     part = image.crop(made.box).resize((64, 64), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(picture(image, made), np.asarray(part))
+    np.testing.assert_array_equal(apply_crop(image, made), np.asarray(part))
 
 
 def test_grey_and_transparent_images_become_rgb():
     for mode in ("L", "RGBA", "P", "CMYK"):
-        made = picture(noise(40, 30).convert(mode), cut(FrameSet(), 40, 30))
+        made = apply_crop(noise(40, 30).convert(mode), choose_crop(FrameSet(), 40, 30))
         assert made.shape == (224, 224, 3)
 
 
 def test_the_drawn_view_has_not_changed():
-    made = cut(FrameSet(view=1, random_crop=True, flip=True), 320, 240, "clip")
+    made = choose_crop(FrameSet(view=1, random_crop=True, flip=True), 320, 240, "clip")
     assert (made.box, made.flip) == ((18, 28, 223, 233), True)
 
 

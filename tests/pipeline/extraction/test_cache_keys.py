@@ -84,7 +84,7 @@ FRAMES = {
     "sampling": {"sampling": "tsn_random"},
     "rate": {"sampling": "uniform_fps", "fps": 2.0},
     "stride": {"sampling": "dense", "stride": 2},
-    "decoder policy": {"decoder": "pyav"},
+    "decoder policy": {"decoder": "decord"},
     "precision": {"precision": "bfloat16"},
 }
 
@@ -114,7 +114,6 @@ def test_every_field_of_a_frame_set_is_part_of_its_key():
         *(FrameSet(view=view) for view in (1, 2)),
         FrameSet(view=1, flip=True),
         FrameSet(view=1, random_crop=True),
-        FrameSet(decoder="pyav"),
         FrameSet(decoder="decord"),
         *(
             FrameSet(picture=picture)
@@ -128,6 +127,7 @@ def test_every_field_of_a_frame_set_is_part_of_its_key():
     ]
     keys = [frames_key(one) for one in (base, *others)]
     assert len(set(keys)) == len(keys)
+    assert frames_key(FrameSet(decoder="pyav")) == frames_key(base), "one decoder has two keys"
     changed = {
         name
         for one in others

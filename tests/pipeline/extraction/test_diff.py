@@ -118,8 +118,8 @@ CHANGES = {
         f"other frames, {FRAMES}",
     ),
     "decoder": (
-        {"decoder": "pyav"},
-        [("frames.decoder", "auto", "pyav")],
+        {"decoder": "decord"},
+        [("frames.decoder", "auto", "decord")],
         f"another decoder's frames, {FRAMES}",
     ),
     "precision": (
@@ -386,7 +386,7 @@ def test_nothing_is_written(store, spec, grafted):
 
 
 def test_a_long_list_is_cut_for_a_person_and_whole_for_a_program(store, spec):
-    found = diff(store, replace(spec, frames=3, sampling="dense", stride=1, decoder="pyav",
+    found = diff(store, replace(spec, frames=3, sampling="dense", stride=1, decoder="decord",
                                 precision="bfloat16", dtype="float16"))  # fmt: skip
     first, second, *_ = lines(found)
     assert first.endswith("[and 2 more]")

@@ -1,14 +1,14 @@
-"""What is heard around the moments of a file's frames.
+"""The audio around the times of a file's frames.
 
-One track at one rate, the mean of its channels, on the clock of the frames: sample 0 is heard with
-the first of them. libswresample does it all, with the numbers of
+One track at one rate, the mean of its channels, on the clock of the frames: sample 0 is at the
+time of the first frame. libswresample does all of it, with the options of
 
     ffmpeg -i FILE -f f32le -af \\
         aresample=RATE:async=1:first_pts=0:ochl=mono:osf=flt:rematrix_maxval=1 OUT
 
-where a file's clock starts at 0, of a release that leaves out what a codec puts before a track.
-Gaps in a track are silent; drifts of less than 0.1 seconds between its clock and its samples are
-left as they are. What cannot be decoded is silent, and counted.
+for a file whose clock starts at 0, in a release that leaves out the samples which a codec puts
+before a track. Gaps in a track are silent. Drifts of less than 0.1 seconds between its clock and
+its samples are not corrected. Packets that cannot be decoded are silent, and counted.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ type AudioPacket = av.Packet[AudioStream]
 
 @dataclass(frozen=True)
 class Window:
-    """Samples [begin, begin + length) of a track, of which those in [low, high) are heard."""
+    """Samples [begin, begin + length) of a track; those outside [low, high) are zeros."""
 
     begin: int
     length: int
@@ -38,64 +38,72 @@ class Window:
     high: float
 
 
-def track(container: InputContainer) -> AudioStream | None:
-    """The sound track that FFmpeg takes for the file's own; None where there is none."""
+def best_stream(container: InputContainer) -> AudioStream | None:
+    """Return the audio stream that FFmpeg chooses by default; None where there is none."""
     stream = container.streams.best("audio")
     return None if stream is None or stream.codec_context is None else cast(AudioStream, stream)
 
 
 def packets(container: InputContainer, stream: AudioStream) -> Iterator[AudioPacket]:
+    """Yield the packets of a stream that have bytes."""
     for packet in container.demux(stream):
         if packet.size:
             yield packet
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What was heard of a track.
+class Track:
+    """Samples of an audio track.
 
     Attributes:
-        samples: By window, float32 [length]. A window that nothing is heard in has none.
-        lost: Packets that could not be decoded, and stretches that held no numbers.
+        samples: float32 [length] by window. A window outside the track has no entry.
+        lost: Number of packets that could not be decoded, and of runs of samples that were not
+            finite.
     """
 
     samples: Mapping[Window, np.ndarray]
     lost: int
 
 
-def heard(
+def read(
     stream: AudioStream,
     packets: Iterable[AudioPacket],
     rate: int,
     start_seconds: float,
     windows: Iterable[Window],
-) -> Heard:
-    """The samples of windows.
+) -> Track:
+    """Read the samples of windows.
 
     Args:
-        start_seconds: Of the container's clock, where sample 0 is.
+        stream: The audio stream, whose decoder has read nothing yet.
+        packets: All its packets, in order.
+        rate: Samples per second of the result.
+        start_seconds: Time of the container's clock at sample 0.
+        windows: The samples to return, in any order.
     """
-    waiting = deque(sorted(set(windows), key=lambda one: one.begin))
-    open_: list[Window] = []
-    found: dict[Window, np.ndarray] = {}
+    waiting = deque(sorted(set(windows), key=lambda window: window.begin))
+    unfinished: list[Window] = []
+    waveforms: dict[Window, np.ndarray] = {}
     lost: list[str] = []
-    for place, samples in _resampled(stream, packets, rate, start_seconds, lost):
+    for first, samples in _resampled(stream, packets, rate, start_seconds, lost):
         if not np.isfinite(samples).all():
             lost.append("no numbers")
             samples = np.where(np.isfinite(samples), samples, np.float32(0))
-        end = place + len(samples)
+        end = first + len(samples)
         while waiting and waiting[0].begin < end:
-            open_.append(waiting.popleft())
-        for one in open_:
-            first = int(max(place, one.begin, one.low))
-            last = int(min(end, one.begin + one.length, one.high))
-            if first < last:
-                own = found.setdefault(one, np.zeros(one.length, np.float32))
-                own[first - one.begin : last - one.begin] = samples[first - place : last - place]
-        open_ = [one for one in open_ if one.begin + one.length > end]
-        if not waiting and not open_:
+            unfinished.append(waiting.popleft())
+        for window in unfinished:
+            low = int(max(first, window.begin, window.low))
+            high = int(min(end, window.begin + window.length, window.high))
+            if low < high:
+                waveform = waveforms.setdefault(window, np.zeros(window.length, np.float32))
+                waveform[low - window.begin : high - window.begin] = samples[
+                    low - first : high - first
+                ]
+        unfinished = [window for window in unfinished if window.begin + window.length > end]
+        if not waiting and not unfinished:
             break
-    return Heard(found, len(lost))
+    return Track(waveforms, len(lost))
 
 
 def _resampled(
@@ -105,42 +113,42 @@ def _resampled(
     start_seconds: float,
     lost: list[str],
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Stretches of the track, and the sample that each begins with.
+    """Yield runs of samples of the track, each with the index of its first sample.
 
-    A track that changes its kind (rate, channels, numbers) goes on in a graph of its own, where its
-    clock says.
+    A track that changes its format (rate, channels, numbers) continues in a new filter graph, at
+    the time of its clock.
     """
     graph: av.filter.Graph | None = None
-    kind: tuple[object, ...] = ()
-    place = 0
+    format_: tuple[object, ...] = ()
+    position = 0
     for frame in _decoded(stream, packets, lost):
-        own = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if graph is None or own != kind:
+        current = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if graph is None or current != format_:
             first_seconds = start_seconds
             if graph is not None:
                 graph.push(None)
                 for samples in _pulled(graph):
-                    yield place, samples
-                    place += len(samples)
+                    yield position, samples
+                    position += len(samples)
                 if frame.pts is not None:
                     first_seconds = max(start_seconds, float(frame.pts * frame.time_base))
-                    place = round((first_seconds - start_seconds) * rate)
-            kind, graph = own, _graph(frame, rate, first_seconds)
+                    position = round((first_seconds - start_seconds) * rate)
+            format_, graph = current, _graph(frame, rate, first_seconds)
         graph.push(frame)
         for samples in _pulled(graph):
-            yield place, samples
-            place += len(samples)
+            yield position, samples
+            position += len(samples)
     if graph is not None:
         graph.push(None)
         for samples in _pulled(graph):
-            yield place, samples
-            place += len(samples)
+            yield position, samples
+            position += len(samples)
 
 
 def _decoded(
     stream: AudioStream, packets: Iterable[AudioPacket], lost: list[str]
 ) -> Iterator[av.AudioFrame]:
-    """A packet that cannot be decoded is passed over, as `ffmpeg` does."""
+    """Decode packets in order; skip one that cannot be decoded, as `ffmpeg` does."""
     for packet in packets:
         try:
             yield from stream.codec_context.decode(packet)

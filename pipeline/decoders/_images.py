@@ -1,6 +1,6 @@
-"""A folder of frames as JPEG or PNG files, in natural order (Something-Something v1).
+"""Folders of frames as JPEG or PNG files, in natural order (Something-Something v1).
 
-Such a folder has no clock: its frames are 1/12 s apart, the rate Something-Something was cut at.
+Such a folder has no clock. Its frames count as 1/12 s apart, the rate of Something-Something.
 """
 
 import os
@@ -11,28 +11,28 @@ from PIL import Image, UnidentifiedImageError
 
 from varve.pipeline.datasets.media import FRAME_SUFFIXES, frame_files
 from varve.pipeline.decoders._index import Index
-from varve.pipeline.decoders._stream import Undecodable, refused
+from varve.pipeline.decoders._stream import Undecodable, from_os_error
 
 FPS = 12.0
 
 
 def read(path: str) -> Index:
-    """Index the frames of the folder at `path`. Hidden files and other kinds are passed over.
+    """Index the frames of the folder at `path`. Hidden files and files of other kinds are ignored.
 
     Raises:
-        Undecodable: `too_short` where it holds no frame; `unreadable`.
+        Undecodable: `too_short` where the folder has no frame; `missing` or `unreadable`.
     """
     try:
         files = tuple(str(file) for file in frame_files(path))
     except OSError as error:
-        raise refused(error) from error
+        raise from_os_error(error) from error
     if not files:
         raise Undecodable("too_short", f"the folder holds no {', '.join(FRAME_SUFFIXES)} file")
     return Index(np.arange(len(files)) / FPS, 0, FPS, proven=True, files=files)
 
 
 def pictures(path: str, index: Index, wanted_N: list[int]) -> Iterator[tuple[int, Image.Image]]:
-    """Yield (place in natural order, RGB image) for each wanted frame.
+    """Yield (index in natural order, RGB image) for each wanted frame.
 
     Raises:
         Undecodable: `corrupt`, `empty`, `missing` or `unreadable`, naming the frame's file.
@@ -48,6 +48,6 @@ def pictures(path: str, index: Index, wanted_N: list[int]) -> Iterator[tuple[int
         except UnidentifiedImageError as error:
             raise Undecodable("corrupt", f"its frame {name} is no picture") from error
         except OSError as error:
-            if error.errno is None:  # Pillow's word for a picture that ends early
+            if error.errno is None:  # Pillow raises it for a picture that ends early
                 raise Undecodable("corrupt", f"its frame {name}: {error}") from error
-            raise refused(error) from error
+            raise from_os_error(error) from error
