@@ -8,8 +8,11 @@ with `@register("backbones", NAME)` in a file for `--plugin`. It has two functio
         of networks.
     build(network: str, weights: str, precision: torch.dtype) -> Backbone
         The network with its weights, in eval mode, without gradients, as a chain. `weights` is a
-        published tag, the path of a weight file or `random-SEED`. `construct` makes a module with
-        any of the three.
+        published tag, the path of a weight file or `random-SEED`; `make_network` reads the last
+        two.
+
+A family may have `EXAMPLE`, the name of a small network for the contract suite; by default it is
+the first of `networks()`.
 
 A chain starts from uint8 pictures [N, S, S, 3] RGB, which its first stage normalises; that of an
 audio backbone starts from float32 samples [N, samples]. docs/ADDING_A_BACKBONE.md lists each step.
@@ -22,7 +25,7 @@ import torch
 
 from varve.pipeline import registry
 from varve.pipeline.backbones._graft import seal, snapshot
-from varve.pipeline.backbones._origin import origin
+from varve.pipeline.backbones._names import origin
 from varve.pipeline.backbones._precision import precision_warning
 from varve.pipeline.backbones._prompts import class_features, class_features_key
 from varve.pipeline.backbones._reductions import (
@@ -44,11 +47,14 @@ from varve.pipeline.backbones._stage import (
     tensors_of,
 )
 from varve.pipeline.backbones._suffix import Suffix
+from varve.pipeline.backbones._vit import Normalise
+from varve.pipeline.backbones._weights import make_network
 
 __all__ = [
     "CLASSIFIER",
     "PRECISIONS",
     "Backbone",
+    "Normalise",
     "Reduction",
     "Stage",
     "Suffix",
@@ -58,6 +64,7 @@ __all__ = [
     "class_features_key",
     "expand",
     "load",
+    "make_network",
     "origin",
     "parameter_digest",
     "precision_warning",
@@ -87,9 +94,8 @@ def load(name: str, precision: torch.dtype = torch.float32) -> Backbone:
         OSError: The weights cannot be had (no file, or no hub to ask).
     """
     network, _, weights = name.partition(":")
-    names = registry.available("backbones")
-    families = {family: registry.variant("backbones", family) for family in names}
-    known = {one: family for family, module in families.items() for one in module.networks()}
+    families = {f: registry.variant("backbones", f) for f in registry.available("backbones")}
+    known = {n: family for family, module in families.items() for n in module.networks()}
     if network not in known:
         near = difflib.get_close_matches(network, known, n=4)
         raise ValueError(

@@ -112,8 +112,8 @@ def _check_token_wise(backbone: Backbone, stage: Stage) -> None:
     if not off <= (1e-3 if backbone.precision == torch.float32 else 5e-2) * largest:
         raise ValueError(
             f"{stage.name}: {type(stage.module).__name__} has token_wise = True, but its output "
-            f"for the class token changes with the other tokens (by {off:.2g} of {largest:.2g}); set "
-            "token_wise = False"
+            f"for the class token changes with the other tokens (by {off:.2g} of {largest:.2g}); "
+            "set token_wise = False"
         )
 
 

@@ -127,8 +127,10 @@ def reduction_of(stage: "Stage", name: str) -> Reduction:
     reduction = _look_up(stage, name)
     if reduction is None:
         allowed = ", ".join(reductions_of(stage)) or "none: it is one vector a frame"
+        unknown = name not in registry.available("reductions")
         raise ValueError(
             f"{stage.name}:{name}: the stage gives a {stage.form}, whose reductions are {allowed}"
+            + (". Load a file of your own with --plugin" if unknown else "")
         )
     return reduction
 

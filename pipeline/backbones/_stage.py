@@ -77,7 +77,7 @@ class Stage:
             ValueError: The module has hooks, or is compiled.
             TypeError: It contains a value that no key can name.
         """
-        from varve.pipeline.backbones._identity import identity
+        from varve.pipeline.backbones._fingerprint import identity
 
         if self.sealed and "identity" in self._digests:
             return dict(self._digests["identity"])
@@ -96,7 +96,7 @@ class Stage:
 
     @property
     def altered(self) -> bool:
-        """Whether a part or an attribute of the module has changed since it was loaded."""
+        """True if a part or an attribute of the module has changed since it was loaded."""
         return bool(structure_of(self.module) != self.structure)
 
     @property

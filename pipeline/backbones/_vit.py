@@ -1,4 +1,4 @@
-"""The steps that vision transformers are cut into, whichever library built them.
+"""Steps of vision transformers, whichever library built them; and the normalisation of pictures.
 
 Shapes: N frames, L tokens (prefix tokens first), C channels, S picture size in pixels.
 """
@@ -16,9 +16,9 @@ ACTIVATIONS = ("GELU", "QuickGELU", "SiLU")
 
 
 class Normalise(nn.Module):
-    """uint8 [N, S, S, 3] to [N, 3, S, S] less the mean over the deviation of each colour.
+    """Normalise pictures: uint8 [N, S, S, 3] to (x / 255 - mean) / std, [N, 3, S, S].
 
-    The arithmetic is float32, in torchvision's order, whatever type comes out.
+    The arithmetic is float32, in torchvision's order, whatever the output's type.
     """
 
     def __init__(
@@ -40,14 +40,15 @@ class Normalise(nn.Module):
         return x.sub_(mean).div_(std).to(self.dtype).contiguous(memory_format=form)
 
     def options(self) -> dict[str, Any]:
+        """Return all that decides the output, as JSON."""
         return {"mean": list(self.mean), "std": list(self.std)}
 
 
 class PatchStem(nn.Module):
-    """uint8 pictures to tokens: patches, the prefix tokens before them, positions, a norm.
+    """Compute tokens from uint8 pictures: patches, prefix tokens, position embedding, norm.
 
-    `prefix_PC` are the class and register tokens. `positions_MC` counts either all tokens, or the
-    patches alone; then the prefix tokens have no position.
+    `prefix_PC` are the class and register tokens. `positions_MC` has a row for every token, or for
+    the patches alone; then no position is added to the prefix tokens.
     """
 
     def __init__(
@@ -77,10 +78,10 @@ class PatchStem(nn.Module):
 
 
 class AttentionStep(nn.Module):
-    """x + scale(attention(norm(x))), over tokens [N, L, C].
+    """Compute x + scale(attention(norm(x))) of tokens [N, L, C].
 
-    The attention is called here and not through nn.MultiheadAttention, whose kernels differ with
-    and without gradients: a suffix in training must see what the store holds.
+    nn.MultiheadAttention is not used: its kernels differ with and without gradients, and a suffix
+    in training must compute the same numbers as the build.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class AttentionStep(nn.Module):
 
 
 class MlpStep(nn.Module):
-    """x + scale(mlp(norm(x))), for each token alone."""
+    """Compute x + scale(mlp(norm(x))) of each token alone."""
 
     token_wise = True
 
@@ -119,6 +120,7 @@ class MlpStep(nn.Module):
 
 
 def stem_stage(stem: PatchStem) -> Stage:
+    """Return the stage of a patch stem."""
     options = {
         **stem.normalise.options(),
         **norm_options(stem.norm),
@@ -131,7 +133,7 @@ def stem_stage(stem: PatchStem) -> Stage:
 def block_stages(
     index: int, attention: AttentionStep, mlp: MlpStep, activation: nn.Module, prefix: int
 ) -> tuple[Stage, Stage]:
-    """One transformer block as its two stages. `activation` is the one inside `mlp`."""
+    """Return the two stages of a transformer block. `activation` is the module inside `mlp`."""
     attn_options = {"heads": attention.heads, **norm_options(attention.norm)}
     mlp_options = {
         "mlp": type(mlp.mlp).__name__,
@@ -147,10 +149,10 @@ def block_stages(
 
 
 def norm_options(norm: nn.Module) -> dict[str, Any]:
-    """What a norm computes besides its parameters, as JSON.
+    """Return all that decides a norm's output besides its parameters, as JSON.
 
     Raises:
-        ValueError: A kind of norm whose options are not known here.
+        ValueError: The kind of norm is not supported.
     """
     if isinstance(norm, nn.Identity):
         return {"norm": "none"}

@@ -1,7 +1,7 @@
-"""Where a network's parameters come from: a weight file, a seed, or a published tag.
+"""Parameters of a network: from a weight file, a seed, or a published tag.
 
-Every way ends in `fill`, which accepts a state of exactly the network's own names and shapes, or
-in a seeded construction. Nothing here falls back on anything else.
+A file or a tag ends in `fill`, which accepts a state of exactly the network's own names and shapes;
+a seed ends in a seeded construction. Nothing here falls back on another source.
 """
 
 import difflib
@@ -24,10 +24,10 @@ WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 def is_file(weights: str) -> bool:
-    """Whether the weights of a NAME:WEIGHTS are a file, by how they are written.
+    """Return whether the weights of a NAME:WEIGHTS name a file.
 
     Raises:
-        ValueError: They are written as a path, but not to a kind of file that is read.
+        ValueError: They are a path to a kind of file that is not read.
     """
     if weights.lower().endswith(WEIGHT_FILES):
         return True
@@ -37,7 +37,7 @@ def is_file(weights: str) -> bool:
 
 
 def seed_of(weights: str) -> int | None:
-    """The seed of `random-SEED`, or None where the weights are something else.
+    """Return the seed of `random-SEED`, or None for other weights.
 
     >>> seed_of("random-7"), seed_of("openai")
     (7, None)
@@ -55,11 +55,31 @@ def seed_of(weights: str) -> int | None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from a seeded CPU generator inside, and leave the caller's generators as they were."""
+    """Seed the CPU generator inside the block, and restore the caller's generators after it."""
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that one reseeds the generators of every GPU as well.
         torch.default_generator.manual_seed(seed)
         yield
+
+
+def make_network(make: Callable[[], nn.Module], network: str, weights: str) -> nn.Module:
+    """Make a network with seeded parameters (`random-SEED`) or with those of a weight file.
+
+    Args:
+        make: Function that constructs the network; it draws parameters from torch's generator.
+        network: Name of the network, for messages.
+        weights: `random-SEED`, or the path of a file.
+
+    Raises:
+        ValueError: The weights are a tag, or do not fit the network.
+        FileNotFoundError: There is no such file.
+    """
+    state = None
+    if seed_of(weights) is None:
+        if not is_file(weights):
+            raise no_tag(network, weights, ())
+        state = read(weights)
+    return construct(make, weights, state, f"{network}:{weights}")
 
 
 def construct(
@@ -68,10 +88,10 @@ def construct(
     """Make a network and give it its parameters.
 
     Args:
-        make: Constructs the network; draws its parameters from torch's default generator.
-        weights: As asked for; where they are `random-SEED`, the parameters drawn stay.
+        make: Function that constructs the network; it draws parameters from torch's generator.
+        weights: The requested weights; with `random-SEED` the drawn parameters stay.
         state: All other weights, under the network's own names.
-        name: For messages.
+        name: NETWORK:WEIGHTS, for messages.
 
     Raises:
         ValueError: The state does not fit the network.
@@ -80,7 +100,7 @@ def construct(
     if seed is not None:
         with seeded(seed):
             return make()
-    # Parameters about to be replaced are not drawn first: for a ViT-L that alone takes seconds.
+    # No parameter is drawn only to be replaced: for a ViT-L the drawing alone takes seconds.
     with torch.device("meta"):
         module = make()
     fill(module, state or {}, name)
@@ -88,44 +108,45 @@ def construct(
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Put copies of `state` in the place of the module's parameters and buffers.
+    """Replace the module's parameters and buffers by copies of `state`.
 
     Raises:
         ValueError: A name is missing or unexpected, or a shape or kind of number differs.
     """
     check(module.state_dict(), state, name)
-    # A file's tensors lie wherever its header ends, and the last bits of a matrix product were
-    # seen to follow the alignment of its operands; torch aligns what it allocates to 64 bytes.
+    # A file's tensors begin wherever its header ends, and the last bits of a matrix product can
+    # depend on the alignment of its operands; torch aligns what it allocates to 64 bytes.
     aligned = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
     module.load_state_dict(aligned, strict=False, assign=True)
 
 
-def check(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
+def check(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
     """Compare names, shapes and kinds of number, apart from batch norm's count of batches.
 
     Raises:
         ValueError: They differ; the message shows the first few of each difference.
     """
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
+    counted = [key for key in expected if not key.endswith("num_batches_tracked")]
+    absent = [key for key in counted if key not in state]
+    unexpected = [key for key in state if key not in expected]
     differing = [
-        f"{key} ({_kind(state[key])}, not {_kind(own[key])})"
-        for key in own
-        if key in state and _kind(state[key]) != _kind(own[key])
+        f"{key} ({_kind(state[key])}, not {_kind(expected[key])})"
+        for key in expected
+        if key in state and _kind(state[key]) != _kind(expected[key])
     ]
-    found = [
+    differences = [
         f"{what} {_first(keys)}"
         for what, keys in (
-            ("missing:", missing),
+            ("missing:", absent),
             ("unexpected:", unexpected),
             ("of another shape:", differing),
         )
         if keys
     ]
-    if found:
+    if differences:
         raise ValueError(
-            f"the weights do not fit {name}; {'; '.join(found)}. Check that the file was made for "
-            "this very network"
+            f"the weights do not fit {name}; {'; '.join(differences)}. Check that the file was "
+            "made for this very network"
         )
 
 
@@ -139,24 +160,24 @@ def read(path: str | Path) -> dict[str, Tensor]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"no weight file {file}; give NETWORK:PATH with a path that exists")
-    held = _read_safetensors(file) if file.suffix.lower() == ".safetensors" else _read_pickle(file)
-    while isinstance(held, dict):
-        inner = next((held[key] for key in WRAPPERS if isinstance(held.get(key), dict)), None)
+    state = _read_safetensors(file) if file.suffix.lower() == ".safetensors" else _read_pickle(file)
+    while isinstance(state, dict):
+        inner = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), None)
         if inner is None:
             break
-        held = inner
-    if not isinstance(held, dict) or not held:
-        raise ValueError(f"{file} holds a {type(held).__name__}, not a network's names and tensors")
-    odd = [str(key) for key, value in held.items() if not isinstance(value, Tensor)]
+        state = inner
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{file} holds a {type(state).__name__}, not names and tensors")
+    odd = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise ValueError(f"{file} holds entries that are no tensors: {_first(odd)}")
-    if all(key.startswith("module.") for key in held):
-        held = {key.removeprefix("module."): value for key, value in held.items()}
-    return held
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return state
 
 
 def hub_file(repo: str, names: Iterable[str], name: str) -> Path:
-    """A file of a Hugging Face repository: from the local cache, else downloaded into it.
+    """Return a file of a Hugging Face repository: from the local cache, else downloaded into it.
 
     Args:
         repo: `owner/name`.
@@ -187,10 +208,10 @@ def hub_file(repo: str, names: Iterable[str], name: str) -> Path:
 
 
 def url_state(url: str, name: str) -> dict[str, Tensor]:
-    """The weight file at `url`, through torch.hub's cache and its check of the file's hash.
+    """Return the weight file at `url`, by way of torch.hub's cache and its check of the hash.
 
     Raises:
-        OSError: The server cannot be reached, or what came is not the file.
+        OSError: The server cannot be reached, or the answer is not the file.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     file = folder / url.rsplit("/", 1)[-1]
@@ -208,7 +229,7 @@ def url_state(url: str, name: str) -> dict[str, Tensor]:
 
 
 def no_tag(network: str, weights: str, tags: Iterable[str]) -> ValueError:
-    """The error for weights that are no tag of the network."""
+    """Return the error for weights that are no tag of the network."""
     known = list(tags)
     near = difflib.get_close_matches(weights, known, n=3)
     return ValueError(
@@ -220,12 +241,12 @@ def no_tag(network: str, weights: str, tags: Iterable[str]) -> ValueError:
 
 
 def _reach(url: str, name: str) -> None:
-    """Find out within seconds that nobody answers: the clients themselves try for minutes."""
+    """Raise within seconds if no server answers: the clients themselves try for minutes."""
     request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "varve"})
     try:
         urllib.request.urlopen(request, timeout=CONNECT_SECONDS).close()
     except urllib.error.HTTPError as error:
-        error.close()  # an answer, whichever; the client knows what to make of it
+        error.close()  # an answer of any kind; the client handles it
     except OSError as error:
         raise _not_fetched(name, error) from error
 
@@ -259,12 +280,12 @@ def _read_pickle(file: Path) -> object:
                     "torch.save(torch.jit.load(PATH, 'cpu').state_dict(), 'weights.pt')"
                 )
     try:
-        held: object = torch.load(file, map_location="cpu", weights_only=True)
+        state: object = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ValueError(
             f"{file} cannot be read as weights alone: {str(error).splitlines()[0]}"
         ) from error
-    return held
+    return state
 
 
 def _kind(tensor: Tensor) -> str:

@@ -1,10 +1,10 @@
 """CLIP vision transformers of open_clip: `stem, blocks.i.attn, blocks.i.mlp, proj`.
 
-Every network whose visual tower is open_clip's plain VisionTransformer. `proj` is what
-`encode_image` returns. Weights are tags of open_clip, files with a whole CLIP or its visual tower
-alone, or seeds. The activation of a tag is the one its weights were trained with: "ViT-B-16:openai"
-runs QuickGELU, as open_clip's own `ViT-B-16-quickgelu` does. A file says nothing of its activation;
-its network's name does.
+The family has every network whose visual tower is open_clip's plain VisionTransformer. `proj` is
+the output of `encode_image`. Weights are tags of open_clip, files with a whole CLIP or its visual
+tower alone, or seeds. A tag runs with the activation that its weights were trained with:
+"ViT-B-16:openai" runs QuickGELU, as open_clip's own `ViT-B-16-quickgelu` does. For a file, the name
+of the network decides the activation.
 """
 
 import importlib.util
@@ -20,6 +20,7 @@ from varve.pipeline.backbones._stage import Backbone, Stage, parameter_digest
 from varve.pipeline.config import Picture
 from varve.stores.digests import store_name
 
+EXAMPLE = "ViT-S-32"
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # In the state of OpenAI's archives, beside the parameters.
 NOT_PARAMETERS = ("input_resolution", "context_length", "vocab_size", "logit_scale", "logit_bias")
@@ -27,7 +28,7 @@ PROMPTS_A_BATCH = 32
 
 
 def networks() -> list[str]:
-    """Every network of open_clip, those with other visual towers too: `build` says why not them."""
+    """Return every network of open_clip; `build` refuses those with another visual tower."""
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
         return []
@@ -35,7 +36,7 @@ def networks() -> list[str]:
 
 
 def build(network: str, weights: str, precision: torch.dtype) -> Backbone:
-    """The visual tower as a chain.
+    """Build the visual tower as a chain.
 
     Raises:
         ValueError: Another kind of visual tower, no such tag, or weights that do not fit.
@@ -70,7 +71,7 @@ def stages(
     """Cut an open_clip VisionTransformer into stages. It is cast to `precision` and frozen.
 
     Raises:
-        ValueError: It pools or attends in a way that is not known here.
+        ValueError: Its pooling or its attention is not supported.
     """
     from open_clip.transformer import ResidualAttentionBlock
 
@@ -128,7 +129,7 @@ class Projection(nn.Module):
 
 
 class ClipText:
-    """The text tower of a CLIP network, loaded from where the visual tower came when first used."""
+    """Text tower of a CLIP network, loaded on first use from the weights of the visual tower."""
 
     def __init__(self, network: str, weights: str) -> None:
         self.network = network
@@ -136,7 +137,7 @@ class ClipText:
         self._module: nn.Module | None = None
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """float32 [P, D], L2-normalised. A prompt's row does not depend on the others."""
+        """Return float32 [P, D], L2-normalised. A prompt's row does not depend on the others."""
         import open_clip
 
         module: Any = self._loaded()
@@ -144,13 +145,14 @@ class ClipText:
         rows = []
         with torch.inference_mode():
             for part in tokens.split(PROMPTS_A_BATCH):
-                # Padded, since the last bits of a row depend on how many it is computed with.
+                # Padded, since the last bits of a row depend on the size of its batch.
                 padded = part.new_zeros(PROMPTS_A_BATCH, tokens.shape[1])
                 padded[: len(part)] = part
                 rows.append(module.encode_text(padded, normalize=True)[: len(part)])
         return torch.cat(rows)
 
     def identity(self) -> dict[str, Any]:
+        """Return everything that decides the features of given prompts, as JSON."""
         config = _config(self.network, self.weights)
         return {
             "code": "clip_text/1",
@@ -176,7 +178,7 @@ class ClipText:
 
 
 def _config(network: str, weights: str) -> dict[str, Any]:
-    """The network's configuration, with the activation its weights were trained with."""
+    """Return the network's configuration, with the activation of its weights' training."""
     import open_clip
 
     config: dict[str, Any] = open_clip.get_model_config(network)
@@ -220,7 +222,7 @@ def _picture(network: str, image_size: tuple[int, int], preprocess: Mapping[str,
 
 
 def _visual(config: Mapping[str, Any]) -> nn.Module:
-    # What open_clip.CLIP calls first: the same seed gives the same tower, without a text tower.
+    # open_clip.CLIP calls this first, so that the same seed gives the same tower here.
     from open_clip.model import _build_vision_tower
 
     tower: nn.Module = _build_vision_tower(
@@ -230,7 +232,7 @@ def _visual(config: Mapping[str, Any]) -> nn.Module:
 
 
 def _has_text(config: Mapping[str, Any]) -> bool:
-    """Whether the text side is open_clip's own, rather than one that Hugging Face must provide."""
+    """Return whether the text tower is open_clip's own, and not one of Hugging Face."""
     return not any(key in config["text_cfg"] for key in ("hf_model_name", "hf_tokenizer_name"))
 
 
@@ -257,9 +259,9 @@ def _state(network: str, weights: str) -> dict[str, Tensor]:
 
 
 def _visual_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The visual tower's parameters, of a whole CLIP or of a visual tower alone."""
-    own = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
-    return own or dict(state)
+    """Return the visual tower's parameters, of a whole CLIP or of a visual tower alone."""
+    visual = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
+    return visual or dict(state)
 
 
 def _text_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """DINOv2 vision transformers through timm: `stem, blocks.i.attn, blocks.i.mlp, norm, pool`.
 
 `norm` gives the final tokens, `pool` their class token, which is the model's own feature. Pictures
-are 224 pixels wide and not the 518 of the checkpoint: 256 patches a frame in place of 1369. The
-position embedding is resampled to that grid as timm does it.
+are 224 pixels wide, where the checkpoint was trained with 518: 256 patches a frame instead of 1369.
+The position embedding is resampled to that grid, as in timm.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def networks() -> list[str]:
 
 
 def build(network: str, weights: str, precision: torch.dtype) -> Backbone:
-    """The network as a chain.
+    """Build the network as a chain.
 
     Raises:
         ValueError: No such tag, or weights that do not fit.
@@ -59,7 +59,7 @@ def stages(whole: Any, mean: Any, std: Any, precision: torch.dtype) -> tuple[Sta
     """Cut a timm VisionTransformer into stages. It is cast to `precision` and frozen.
 
     Raises:
-        ValueError: It computes something that the stages here do not.
+        ValueError: It has a part that the stages here do not compute.
     """
     _check_plain(whole)
     whole = whole.to(precision).eval().requires_grad_(False)
@@ -87,7 +87,7 @@ def stages(whole: Any, mean: Any, std: Any, precision: torch.dtype) -> tuple[Sta
 
 
 class ClassToken(nn.Module):
-    """Tokens [N, L, C] to the first of them [N, C]."""
+    """Select the class token: tokens [N, L, C] to [N, C]."""
 
     def forward(self, x_NLC: Tensor) -> Tensor:
         # A copy: a view would keep all L tokens in memory.
@@ -116,7 +116,7 @@ def _check_plain(whole: Any) -> None:
 def _state(timm: Any, network: str, weights: str) -> dict[str, Tensor]:
     if _weights.is_file(weights):
         return _weights.read(weights)
-    tags = [one.partition(".")[2] for one in timm.list_pretrained(f"{network}.*")]
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{network}.*")]
     if weights not in tags:
         raise _weights.no_tag(network, weights, tags)
     repo = timm.get_pretrained_cfg(f"{network}.{weights}").hf_hub_id

@@ -1,12 +1,12 @@
-"""ResNets that listen: `mel`, and the stages of torchvision's ResNets over it.
+"""Audio ResNets: `mel`, and the stages of torchvision's ResNets over it.
 
-A second of sound becomes a picture of one colour, its log-mel spectrogram (bands x steps), with the
-numbers of VGGish (Hershey et al. 2017): 16 kHz, windows of 25 ms every 10 ms, 64 bands between 125
-and 7,500 Hz, log(magnitude + 0.01). Ours: less -2 and over 2, which brings silence to -1.3 and what
-is loud to about 2, as pictures are to a network that has learned from pictures.
+A second of sound becomes a picture of one channel, its log-mel spectrogram (bands x steps). The
+settings are those of VGGish (Hershey et al. 2017): 16 kHz, windows of 25 ms every 10 ms, 64 bands
+between 125 and 7,500 Hz, log(magnitude + 0.01). Ours: the mean -2 is subtracted and the result
+divided by 2. Silence is then -1.3 and loud sound about 2, a range like that of normalised pictures.
 
-Weights are files or seeds, or torchvision's tags of a network for pictures: a first convolution of
-three colours is summed over them, which is what it does to a grey picture.
+Weights are files or seeds, or torchvision's tags of a network for pictures. The first convolution
+of such a network is summed over its three colours, which is its response to a grey picture.
 """
 
 import math
@@ -37,11 +37,12 @@ MEL: dict[str, Any] = {
 
 
 def networks() -> list[str]:
+    """Return the names of the networks."""
     return [f"{PREFIX}{network}" for network in resnet.networks()]
 
 
 def build(network: str, weights: str, precision: torch.dtype) -> Backbone:
-    """The network as a chain: its log-mel spectrogram, and then its residual blocks.
+    """Build the network as a chain: the log-mel spectrogram, and then the residual blocks.
 
     Raises:
         ValueError: No such tag, or weights that do not fit.
@@ -49,15 +50,15 @@ def build(network: str, weights: str, precision: torch.dtype) -> Backbone:
     """
     from torchvision.models import get_model_weights
 
-    name, own = store_name(f"{network}:{weights}"), network.removeprefix(PREFIX)
+    name, picture_network = store_name(f"{network}:{weights}"), network.removeprefix(PREFIX)
     state = None
     if _weights.seed_of(weights) is None:
-        tags = {tag.name: tag for tag in get_model_weights(own)}
-        state = resnet.state_of(own, weights, tags)
+        tags = {tag.name: tag for tag in get_model_weights(picture_network)}
+        state = resnet.state_of(picture_network, weights, tags)
         conv = state.get("conv1.weight")
         if conv is not None and conv.ndim == 4 and conv.shape[1] == 3:
             state = state | {"conv1.weight": conv.sum(dim=1, keepdim=True)}
-    whole = resnet.construct(own, weights, state, name, _of_one_colour)
+    whole = resnet.construct(picture_network, weights, state, name, _use_one_channel)
     mel = LogMel(SOUND.rate, precision, **MEL).eval()
     first = Stage("mel", mel, "log_mel/1", dict(MEL), "map")
     chain = (first, *resnet.chain_of(whole, nn.Identity(), {}, precision))
@@ -65,9 +66,9 @@ def build(network: str, weights: str, precision: torch.dtype) -> Backbone:
 
 
 class LogMel(nn.Module):
-    """Samples [N, samples] to spectrograms [N, 1, bands, steps], the lowest band first.
+    """Compute spectrograms [N, 1, bands, steps], lowest band first, of samples [N, samples].
 
-    The arithmetic is float32, whatever type comes out.
+    The arithmetic is float32, whatever the output's type.
     """
 
     def __init__(
@@ -104,22 +105,24 @@ class LogMel(nn.Module):
 
 
 def mel_filters(rate: int, fft: int, bands: int, low_hz: float, high_hz: float) -> np.ndarray:
-    """Triangles of equal width in mel, 1127 ln(1 + f / 700): float64 [fft / 2 + 1, bands].
+    """Return triangular filters of equal width in mel, 1127 ln(1 + f / 700).
 
-    What each band takes of each frequency of a Fourier transform; of the constant nothing.
+    Returns:
+        float64 [fft / 2 + 1, bands]: weight of each frequency of a Fourier transform in each band.
+        The constant (0 Hz) has weight 0.
     """
 
     low, high = (1127.0 * math.log1p(hertz / 700.0) for hertz in (low_hz, high_hz))
     corners = np.linspace(low, high, bands + 2)
-    own = 1127.0 * np.log1p(np.arange(fft // 2 + 1) * rate / fft / 700.0)[:, None]
-    rising = (own - corners[:-2]) / (corners[1:-1] - corners[:-2])
-    falling = (corners[2:] - own) / (corners[2:] - corners[1:-1])
+    mel = 1127.0 * np.log1p(np.arange(fft // 2 + 1) * rate / fft / 700.0)[:, None]
+    rising = (mel - corners[:-2]) / (corners[1:-1] - corners[:-2])
+    falling = (corners[2:] - mel) / (corners[2:] - corners[1:-1])
     filters: np.ndarray = np.maximum(0.0, np.minimum(rising, falling))
     filters[0] = 0.0
     return filters
 
 
-def _of_one_colour(whole: Any) -> None:
+def _use_one_channel(whole: Any) -> None:
     old = whole.conv1
     whole.conv1 = nn.Conv2d(
         1, old.out_channels, old.kernel_size, old.stride, old.padding, bias=False

@@ -1,8 +1,8 @@
 """ResNets of torchvision: `stem, layer1.0 ... layer4.n, pool`, and `fc` where there is one.
 
 Weights are torchvision's tags (IMAGENET1K_V1), files or seeds. Maps run in channels-last memory,
-which is faster on CPUs and GPUs alike. Pictures are those of the tag; of IMAGENET1K_V1 for files
-and seeds.
+which is faster on CPUs and GPUs alike. The preprocessing of pictures is that of the tag; for files
+and seeds it is that of IMAGENET1K_V1.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ PICTURES_OF = "IMAGENET1K_V1"
 
 
 def networks() -> list[str]:
+    """Return the names of the networks."""
     return ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 
@@ -30,10 +31,10 @@ def build(
     precision: torch.dtype,
     renamed: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> Backbone:
-    """The network as a chain of its residual blocks.
+    """Build the network as a chain of its residual blocks.
 
     Args:
-        renamed: Puts a file's names into torchvision's.
+        renamed: Function from a file's state to one with torchvision's names.
 
     Raises:
         ValueError: No such tag, or weights that do not fit.
@@ -53,8 +54,8 @@ def build(
         resize=int(preset.resize_size[0]),
         interpolation=preset.interpolation.value,
     )
-    own = stages(whole, preset.mean, preset.std, precision)
-    return Backbone(name, network, own, picture, precision, channels_last=True)
+    chain = stages(whole, preset.mean, preset.std, precision)
+    return Backbone(name, network, chain, picture, precision, channels_last=True)
 
 
 def construct(
@@ -64,10 +65,10 @@ def construct(
     name: str,
     change: Callable[[Any], object] = lambda whole: None,
 ) -> nn.Module:
-    """A torchvision ResNet with its parameters, and `fc` if they have one.
+    """Make a torchvision ResNet with its parameters; without `fc` where they have none.
 
     Args:
-        change: Done to the network before it has them.
+        change: Function that changes the network before the parameters are set.
     """
     from torchvision.models import get_model
 
@@ -88,7 +89,7 @@ def construct(
 def stages(
     whole: Any, mean: list[float], std: list[float], dtype: torch.dtype
 ) -> tuple[Stage, ...]:
-    """Cut a torchvision ResNet into stages. It is cast to `dtype`, frozen, and laid out anew."""
+    """Cut a torchvision ResNet into stages. It is cast to `dtype`, frozen and channels-last."""
     normalise = Normalise(mean, std, dtype, channels_last=True)
     return chain_of(whole, normalise, normalise.options(), dtype)
 
@@ -96,15 +97,16 @@ def stages(
 def chain_of(
     whole: Any, normalise: nn.Module, options: dict[str, Any], dtype: torch.dtype
 ) -> tuple[Stage, ...]:
-    """As `stages`, behind something else.
+    """Cut a ResNet into stages behind any preprocessing.
 
     Args:
-        normalise: What comes before its first convolution, and the options of that.
+        normalise: Module before the first convolution.
+        options: JSON of all that decides its output.
     """
     whole = whole.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     for module in whole.modules():
         if isinstance(module, nn.BatchNorm2d):
-            # Counts training batches; decides no value, and some files have none.
+            # A count of training batches, which decides no value and is missing in some files.
             module.num_batches_tracked = None
     options = {**options, "eps": float(whole.bn1.eps), **_MEMORY}
     chain = [Stage("stem", Stem(normalise, whole), "resnet_stem/1", options, "map")]
@@ -129,7 +131,7 @@ _MEMORY = {"memory": "channels_last"}
 
 
 class Stem(nn.Module):
-    """uint8 pictures [N, S, S, 3] to a map [N, 64, S / 4, S / 4]."""
+    """Compute the first map [N, 64, S / 4, S / 4] from uint8 pictures [N, S, S, 3]."""
 
     def __init__(self, normalise: nn.Module, whole: Any) -> None:
         super().__init__()
@@ -146,14 +148,14 @@ class Stem(nn.Module):
 
 
 class Pool(nn.Module):
-    """A map [N, C, H, W] to its mean over H and W [N, C]."""
+    """Average a map [N, C, H, W] over H and W: [N, C]."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         return nn.functional.adaptive_avg_pool2d(x_NCHW, 1).flatten(1)
 
 
 def state_of(network: str, weights: str, tags: dict[str, Any]) -> dict[str, Tensor]:
-    """The parameters of a tag or a file."""
+    """Return the parameters of a tag or a file."""
     if _weights.is_file(weights):
         return _weights.read(weights)
     if weights not in tags:

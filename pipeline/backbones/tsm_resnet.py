@@ -1,12 +1,12 @@
-"""TSM-ResNets: torchvision's ResNets whose residual blocks look one frame back and one ahead.
+"""TSM-ResNets: torchvision's ResNets whose residual blocks mix neighbouring frames.
 
 Temporal Shift Module (Lin, Gan and Han, ICCV 2019), the network of TCD and HCE: 1/8 of the channels
-before conv1 of every block come from the next frame and 1/8 from the one before, over clips of
-`FRAMES` frames (`heads/grafts/temporal_shift.py`). What a stage holds of a frame depends on the
-clip's other frames, so a store of it has 8 frames a clip.
+before conv1 of every block come from the next frame and 1/8 from the previous one, over clips of
+`FRAMES` frames (`heads/grafts/temporal_shift.py`). A stage's output for one frame depends on the
+other frames of the clip, so a store of it has 8 frames a clip.
 
 Weights are torchvision's tags, files or seeds, as for `resnet18`; also files of the authors' code,
-whose names (`base_model.layer1.0.conv1.net.weight`, `new_fc.weight`) are put into torchvision's.
+whose names (`base_model.layer1.0.conv1.net.weight`, `new_fc.weight`) are translated.
 """
 
 from dataclasses import replace
@@ -26,11 +26,12 @@ SPARSE = ("resnet101", "resnet152")
 
 
 def networks() -> list[str]:
-    return [f"{PREFIX}{one}" for one in resnet.networks() if one not in SPARSE]
+    """Return the names of the networks."""
+    return [f"{PREFIX}{name}" for name in resnet.networks() if name not in SPARSE]
 
 
 def build(network: str, weights: str, precision: torch.dtype) -> Backbone:
-    """The network as a chain of its residual blocks.
+    """Build the network as a chain of its residual blocks.
 
     Raises:
         ValueError: No such tag, or weights that do not fit.
@@ -54,7 +55,7 @@ def build(network: str, weights: str, precision: torch.dtype) -> Backbone:
 
 
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters by torchvision's names."""
+    """Return the parameters under torchvision's names."""
     return {
         name.removeprefix(OWN).replace(".conv1.net.", ".conv1.").replace("new_fc.", "fc."): tensor
         for name, tensor in state.items()

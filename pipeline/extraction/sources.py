@@ -84,8 +84,11 @@ def refusal(source: Source, output: Output, one: Pass, backbone: Backbone) -> st
         return f"{source.stage} comes after {output.stage}"
     wanted = output.spec.dtype
     fine = FRACTION_BITS[source.dtype] >= FRACTION_BITS[wanted]
+    stage = backbone.stages[first]
+    if source.reduction not in ("", *reductions_of(stage)):
+        return f"no reduction {source.reduction} is registered: load its file with --plugin"
     # An aggregate is float32 whatever the run's precision.
-    exact = reduction_of(backbone.stages[first], source.reduction).expand is not None
+    exact = reduction_of(stage, source.reduction).expand is not None
     whole = exact and lossless(source.dtype, one.precision)
     if not (fine or whole):
         return f"it is kept in {source.dtype}, too coarse for a feature in {wanted}"

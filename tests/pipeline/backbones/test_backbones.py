@@ -1,4 +1,4 @@
-"""What is particular to each family: real sizes, real files, weights in all their forms."""
+"""Particulars of each family: real sizes, real files, weights in all their forms."""
 
 import json
 import pickle
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import urllib.error
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from varve.pipeline import backbones
 from varve.pipeline.backbones import Backbone, _weights, clip_vit, dinov2, parameter_digest, resnet
 from varve.pipeline.config import Picture
+from varve.pipeline.experiments.head_inputs import meaning
+from varve.pipeline.extraction.passes import keep_of_each
 from varve.stores.digests import store_name
 
 GOLDEN = Path(__file__).parent / "golden_keys.json"
@@ -65,7 +68,12 @@ def fill_fast(network):
 
 @pytest.mark.parametrize(
     ("network", "frames"),
-    [("ViT-B-32", 2), ("ViT-B-16", 1), ("ViT-B-16-quickgelu", 1), ("ViT-L-14", 1)],
+    [
+        ("ViT-B-32", 2),
+        ("ViT-B-32-quickgelu", 1),
+        pytest.param("ViT-B-16", 1, marks=pytest.mark.slow),
+        pytest.param("ViT-L-14", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_clip_chain_is_encode_image(network, frames, monkeypatch):
     config = open_clip.get_model_config(network)
@@ -596,3 +604,30 @@ def test_a_store_names_a_backbone_by_its_tag_or_its_files_stem():
     assert store_name("resnet18:/x/y.z/w-1.safetensors") == "resnet18:w-1"
     assert store_name("resnet18:w.PT") == "resnet18:w"
     assert store_name("resnet18:random-0") == "resnet18:random-0"
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("resnet18:random-0", "pool"),
+        ("ViT-S-32:random-0", "proj"),
+        ("mel_resnet18:random-0", "pool"),
+    ],
+)
+def test_the_last_vector_before_a_classifier_is_kept_by_default(name, stage):
+    backbone = backbones.load(name)
+    assert backbone.default_stage.name == stage
+    assert [kept.name for kept, _ in keep_of_each((), {name: backbone})[name]] == [stage]
+
+
+def test_a_network_of_scores_alone_keeps_them_and_one_without_vectors_is_refused(resnet):
+    scores = tuple(stage for stage in resnet.stages if stage.name != "pool")
+    assert replace(resnet, stages=scores).default_stage.name == "fc"
+    with pytest.raises(ValueError, match=r"no stage that gives one vector .*--keep layer4\.1:"):
+        replace(resnet, stages=resnet.stages[:-2]).default_stage  # noqa: B018
+
+
+def test_a_block_counted_from_the_end_of_a_network_without_blocks_is_refused(resnet):
+    bare = replace(resnet, stages=(resnet.stages[0], *resnet.stages[-2:]))
+    with pytest.raises(ValueError, match=r"has no stages named blocks\.N\.STEP or .*pool, fc"):
+        meaning("blocks.-1", bare)

@@ -32,7 +32,15 @@ def pictures(backbone, clips=1, seed=0):
     return fine.permute(0, 2, 3, 1).to(torch.uint8)
 
 
-@pytest.mark.parametrize("name", ["ViT-B-16:random-0", "resnet50:random-0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ViT-S-32:random-0",
+        "resnet18:random-0",
+        pytest.param("ViT-B-16:random-0", marks=pytest.mark.slow),
+        pytest.param("resnet50:random-0", marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_is_the_whole_run_from_every_stage(name):
     """Bit for bit from float32, a batch of one clip of eight frames, as a column is computed."""
     backbone = backbones.load(name)

@@ -16,7 +16,7 @@ VIT, RESNET = "ViT-S-32:random-0", "resnet18:random-0"
 
 
 class Scaled(nn.Module):
-    """What a user may write in a notebook: nothing declared."""
+    """Module as a user writes it in a notebook, without any declaration."""
 
     def __init__(self, inner, factor=1.0):
         super().__init__()
@@ -276,7 +276,7 @@ def test_clips_of_another_number_of_frames_are_refused(resnet):
     shifted = resnet.graft(
         "layer4.0", TemporalShift(resnet.stage("layer4.0").module, frames=4, fold=8)
     )
-    with pytest.raises(ValueError, match=r"layer4.0 mixes the frames of clips of 4 frames, and 6 frames"):
+    with pytest.raises(ValueError, match=r"layer4.0 mixes .* clips of 4 frames, and 6 frames"):
         shifted.run(torch.zeros(6, *resnet.shapes["layer3.1"]), ["pool"], start="layer3.1")
 
 
@@ -399,7 +399,7 @@ class Context(nn.Module):
 
 def test_a_module_that_says_token_wise_and_is_not_is_refused(vit):
     inner = vit.stage("blocks.11.mlp").module
-    with pytest.raises(ValueError, match="has token_wise = True, but its output for the class token"):
+    with pytest.raises(ValueError, match="token_wise = True, but its output for the class token"):
         vit.graft("blocks.11.mlp", Context(inner, 0.5))
     late = vit.graft("blocks.11.mlp", Context(inner, 0.0))
     with torch.no_grad():

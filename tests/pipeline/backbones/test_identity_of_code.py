@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from varve.pipeline.backbones._identity import identity
+from varve.pipeline.backbones._fingerprint import identity
 from varve.stores.digests import canonical, digest
 
 ROOT = Path(__file__).parents[3]
@@ -381,7 +381,7 @@ def test_files_scripts_and_pickled_classes_have_the_notebooks_identity(tmp_path,
         + textwrap.dedent("""
         if __name__ == "__main__":
             import cloudpickle, pickle, sys
-            from varve.pipeline.backbones._identity import identity
+            from varve.pipeline.backbones._fingerprint import identity
             from varve.stores.digests import digest
             import a_file
             with open(sys.argv[1], "rb") as file:
@@ -392,7 +392,7 @@ def test_files_scripts_and_pickled_classes_have_the_notebooks_identity(tmp_path,
             print(*(digest(identity(m)) for m in (Graft(), a_file.Graft(), copied, pickled)), first)
         """)
     )
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     out = subprocess.run(
         [sys.executable, tmp_path / "script.py", tmp_path / "pickled"],
         capture_output=True,

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from varve.pipeline.backbones import _origin
-from varve.pipeline.backbones._identity import identity
+from varve.pipeline.backbones._fingerprint import identity
 from varve.stores.digests import canonical, digest
 
 
@@ -37,7 +36,6 @@ def write(tmp_path, monkeypatch):
             if name.startswith("my_"):
                 del sys.modules[name]
         importlib.invalidate_caches()
-        _origin._number.cache_clear()
 
     yield write
     write("")

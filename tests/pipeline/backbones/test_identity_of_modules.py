@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from varve.pipeline.backbones import load
-from varve.pipeline.backbones._identity import identity
+from varve.pipeline.backbones._fingerprint import identity
 from varve.stores.digests import canonical, digest
 
 

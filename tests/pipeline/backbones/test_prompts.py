@@ -59,7 +59,7 @@ def test_templates_are_distinct_and_name_their_place():
 
 @pytest.mark.parametrize("templates", [[], ["a video"], ["a {}", "a video"]])
 def test_templates_without_a_place_are_refused(templates):
-    with pytest.raises(ValueError, match="says where the label goes"):
+    with pytest.raises(ValueError, match=r"has {} where the label goes"):
         _prompts.prompts(["run"], templates)
 
 
@@ -84,12 +84,11 @@ def test_class_features_of_a_clip_network_are_unit_and_stand_alone(monkeypatch):
     assert torch.equal(_prompts.class_features(text, ["brush_hair"], TWO), features[1:2])
 
 
-def test_identity_follows_prompts_and_tower():
+def test_the_key_follows_templates_and_tower():
     text = Codes({})
-    described = [
-        _prompts.identity(text, ["run"]),
-        _prompts.identity(text, ["sit"]),
-        _prompts.identity(text, ["run"], ["a {}"]),
-        _prompts.identity(Codes({"x": None}), ["run"]),
+    keys = [
+        _prompts.class_features_key(text),
+        _prompts.class_features_key(text, ["a {}"]),
+        _prompts.class_features_key(Codes({"x": None})),
     ]
-    assert len({canonical(one) for one in described}) == 4
+    assert len({canonical(key) for key in keys}) == len(keys)

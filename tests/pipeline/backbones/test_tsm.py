@@ -19,9 +19,9 @@ CLASSES = ("grow", "shrink", "fade in")
 @pytest.fixture(scope="module")
 def store(dataset, built_once, tmp_path_factory):
     spec = BuildSpec((NAME,), keep=("layer4.0", "pool"), frames=8)
-    place = tmp_path_factory.mktemp("tsm") / "s.zarr"
-    shutil.copytree(built_once(dataset(CLASSES, 3), spec), place)  # a run adds old maps
-    return FeatureStore.open(place)
+    path = tmp_path_factory.mktemp("tsm") / "s.zarr"
+    shutil.copytree(built_once(dataset(CLASSES, 3), spec), path)  # a run adds teacher maps
+    return FeatureStore.open(path)
 
 
 def test_blocks_of_a_tsm_network_are_shifted_once(store):
