@@ -24,59 +24,29 @@ from dataclasses import replace
 import torch
 
 from varve.pipeline import registry
-from varve.pipeline.backbones._graft import seal, snapshot
-from varve.pipeline.backbones._names import origin
-from varve.pipeline.backbones._precision import precision_warning
-from varve.pipeline.backbones._prompts import class_features, class_features_key
-from varve.pipeline.backbones._reductions import (
-    Reduction,
-    canonical_reduction,
-    expand,
-    reduce,
-    reduction_identity,
-    reduction_of,
-    reductions_of,
-    resume_refusal,
-)
-from varve.pipeline.backbones._stage import (
-    CLASSIFIER,
-    Backbone,
-    Stage,
-    TextTower,
-    parameter_digest,
-    tensors_of,
-)
-from varve.pipeline.backbones._suffix import Suffix
-from varve.pipeline.backbones._vit import Normalise
-from varve.pipeline.backbones._weights import make_network
-
-__all__ = [
-    "CLASSIFIER",
-    "PRECISIONS",
-    "Backbone",
-    "Normalise",
-    "Reduction",
-    "Stage",
-    "Suffix",
-    "TextTower",
-    "canonical_reduction",
-    "class_features",
-    "class_features_key",
-    "expand",
-    "load",
-    "make_network",
-    "origin",
-    "parameter_digest",
-    "precision_warning",
-    "reduce",
-    "reduction_identity",
-    "reduction_of",
-    "reductions_of",
-    "resume_refusal",
-    "seal",
-    "snapshot",
-    "tensors_of",
-]
+from varve.pipeline.backbones._graft import seal as seal
+from varve.pipeline.backbones._graft import snapshot as snapshot
+from varve.pipeline.backbones._names import origin as origin
+from varve.pipeline.backbones._precision import precision_warning as precision_warning
+from varve.pipeline.backbones._prompts import TextTower as TextTower
+from varve.pipeline.backbones._prompts import class_features as class_features
+from varve.pipeline.backbones._prompts import class_features_key as class_features_key
+from varve.pipeline.backbones._reductions import Reduction as Reduction
+from varve.pipeline.backbones._reductions import canonical_reduction as canonical_reduction
+from varve.pipeline.backbones._reductions import expand as expand
+from varve.pipeline.backbones._reductions import reduce as reduce
+from varve.pipeline.backbones._reductions import reduction_identity as reduction_identity
+from varve.pipeline.backbones._reductions import reduction_of as reduction_of
+from varve.pipeline.backbones._reductions import reductions_of as reductions_of
+from varve.pipeline.backbones._reductions import resume_refusal as resume_refusal
+from varve.pipeline.backbones._stage import CLASSIFIER as CLASSIFIER
+from varve.pipeline.backbones._stage import Backbone as Backbone
+from varve.pipeline.backbones._stage import Stage as Stage
+from varve.pipeline.backbones._suffix import Suffix as Suffix
+from varve.pipeline.backbones._vit import Normalise as Normalise
+from varve.pipeline.backbones._weights import make_network as make_network
+from varve.pipeline.backbones._weights import parameter_digest as parameter_digest
+from varve.pipeline.backbones._weights import tensors_of as tensors_of
 
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -287,21 +287,22 @@ class _Walk:
                 home = str(f.__globals__["__name__"])
                 return [names.named(f"{home}.{f.__qualname__}", home), inner]
             used = {"__class__": self.value(cls, at, "built")}
-            for use in names.uses(f.__code__):
-                used |= self.used(use, f.__globals__, at)
+            for name, attributes, imported in names.uses(f.__code__):
+                read = self.imported if imported else self.used
+                used |= read(name, attributes, f.__globals__, at)
             return [names.code(f.__code__), inner, used]
 
         return self.node("function", f, build)
 
-    def used(self, use: names.Use, space: Mapping[str, Any], at: str) -> dict[str, Any]:
+    def used(
+        self, name: str, attributes: tuple[str, ...], space: Mapping[str, Any], at: str
+    ) -> dict[str, Any]:
         """Describe what a name in code stands for now. A library's module is named only."""
-        if use.imported:
-            return self.imported(use, space, at)
-        if use.name not in space or use.name == "__name__":  # a class inside a function reads it
+        if name not in space or name == "__name__":  # a class inside a function reads it
             return {}
         described: dict[str, Any] = {}
-        v, path, within = space[use.name], use.name, "user"
-        for attribute in use.attributes:
+        v, path, within = space[name], name, "user"
+        for attribute in attributes:
             if not isinstance(v, types.ModuleType):
                 break
             within, owner = names.origin(v.__name__), v
@@ -314,18 +315,20 @@ class _Walk:
             described[path] = self.value(v, f"{at}: {path}")
         return described
 
-    def imported(self, use: names.Use, space: Mapping[str, Any], at: str) -> dict[str, Any]:
+    def imported(
+        self, name: str, attributes: tuple[str, ...], space: Mapping[str, Any], at: str
+    ) -> dict[str, Any]:
         parent = space.get("__package__") or str(space.get("__name__", "")).rpartition(".")[0]
-        name = importlib.util.resolve_name(use.name, parent)
+        name = importlib.util.resolve_name(name, parent)
         key, where = f"import {name}", names.origin(name, look=True)
         if where != "user":
             return {key: [where, names.version(name, look=True)]}
         if name not in sys.modules:
             raise TypeError(f"{at} imports {name} as it runs, unknown till then: load it first")
         module, at = sys.modules[name], f"{at}: {name}"
-        if not use.attributes:
+        if not attributes:
             return {key: self.value(module, at)}
-        return {f"{key}.{k}": self.value(names.member(module, k), at) for k in use.attributes}
+        return {f"{key}.{k}": self.value(names.member(module, k), at) for k in attributes}
 
     def finish(self, tree: dict[str, Any]) -> dict[str, Any]:
         """Describe all nodes, and put their digests into the tree.

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from varve.pipeline.backbones._stage import GRAFT, Backbone, Stage, tensors_of, with_shapes
+from varve.pipeline.backbones._stage import GRAFT, Backbone, Stage, with_shapes
+from varve.pipeline.backbones._weights import tensors_of
 
 NDIM = {"tokens": 3, "map": 4, "vector": 2}
 
@@ -24,18 +25,9 @@ def graft(backbone: Backbone, name: str, module: nn.Module) -> Backbone:
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name}: a graft is a torch module, not a {type(module).__name__}")
     _check_registered(name, module)
+    token_wise = stage.token_wise and bool(getattr(module, "token_wise", False))
     frames = _frames(name, module)
-    new = Stage(
-        name,
-        module,
-        GRAFT,
-        {},
-        stage.form,
-        stage.token_wise and bool(getattr(module, "token_wise", False)),
-        stage.prefix,
-        frames,
-        stage,
-    )
+    new = Stage(name, module, GRAFT, {}, stage.form, token_wise, stage.prefix, frames, stage)
     grafted = _with(backbone, {name: new})
     if _check_shapes(backbone, grafted, new):
         with_shapes(grafted, backbone)

@@ -20,13 +20,13 @@ import weakref
 from bisect import bisect_left
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 _STDLIB = Path(os.__file__).parent
 _RANK = {"library": 0, "package": 1, "user": 2}
@@ -68,6 +68,8 @@ _SILENT = ("NOP", "EXTENDED_ARG", "CACHE")  # they depend on line breaks and on 
 _JUMPS = {*dis.hasjrel, *dis.hasjabs}
 _BY_VALUE = {*dis.hasconst, *dis.hasname, *dis.haslocal, *dis.hasfree}
 _HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a class statement made
+_MODULE = {*vars(nn.Module())}
+_SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 
 
 def origin(module: str, look: bool = False) -> str:
@@ -211,29 +213,24 @@ def _constant(value: Any) -> Any:
     return {type(value).__name__: repr(value)}  # float, complex, bytes, ...
 
 
-@dataclass(frozen=True)
-class Use:
-    """A global name and the attributes read from it at once, or an import inside a function."""
+def uses(code: types.CodeType) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+    """Yield what `code` and the code inside it read from their module, in order.
 
-    name: str
-    attributes: tuple[str, ...]
-    imported: bool = False
-
-
-def uses(code: types.CodeType) -> Iterator[Use]:
-    """Yield what `code` and the code inside it read from their module, in order."""
+    Either a global name, the attributes read from it at once, and False; or a module that is
+    imported inside a function, the names imported from it, and True.
+    """
     steps = [step for step in dis.get_instructions(code) if step.opname not in _SILENT]
     for n, step in enumerate(steps):
         if step.opname == "IMPORT_NAME":
             level, names = steps[n - 2].argval, steps[n - 1].argval
-            yield Use("." * level + step.argval, names or (), imported=True)
+            yield "." * level + step.argval, names or (), True
         elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
             chain = []
             for following in steps[n + 1 :]:
                 if following.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
                     break
                 chain.append(following.argval)
-            yield Use(step.argval, tuple(chain))
+            yield step.argval, tuple(chain), False
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from uses(constant)
@@ -321,3 +318,25 @@ def contents(v: Any) -> tuple[Any, dict[str, Any]] | None:
     if cls.__module__.startswith("torch."):  # its contexts store the state before them there
         attributes = {name: x for name, x in attributes.items() if not name.startswith("prev")}
     return plain, {k: x for k, x in attributes.items() if k not in ("__doc__", "__module__")}
+
+
+def structure_of(module: nn.Module) -> list[Any]:
+    """Return a module's parts, their plain attributes, and whether they have hooks.
+
+    Cheap. It is compared within one process, to see whether a module is still as it was loaded.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(plain(inner) for inner in value)
+        return value if isinstance(value, _SIMPLE) else type(value).__qualname__
+
+    return [
+        (
+            path,
+            type(part).__qualname__,
+            {name: plain(v) for name, v in sorted(vars(part).items()) if name not in _MODULE},
+            bool(part._forward_hooks or part._forward_pre_hooks),
+        )
+        for path, part in module.named_modules()
+    ]

@@ -5,12 +5,10 @@ Shapes: C classes, R templates, D feature width.
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-from varve.pipeline.backbones._stage import TextTower
 
 # "{}" stands for the words of the label. Changing the list changes the features' key.
 TEMPLATES = (
@@ -25,6 +23,20 @@ TEMPLATES = (
 )
 CODE = "prompts/1"
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+
+class TextTower(Protocol):
+    """Encoder of class prompts, for networks that have one.
+
+    Its parameters are float32 and are loaded on first use, so that a backbone that is built for
+    pictures alone does not pay for it.
+    """
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Return float32 [len(prompts), D], L2-normalised, in the space of the last vector."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that decides the features of given prompts, as JSON."""
 
 
 def words(label: str) -> str:

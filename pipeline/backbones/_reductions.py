@@ -14,12 +14,7 @@ Averages are computed and returned in float32, whatever the run's precision. Whe
 a side, `grid7` uses overlapping windows, as adaptive average pooling does.
 
 A reduction is one function from a stage to a `Reduction`, or to None where the stage's output
-cannot be reduced so. A user's own is registered the same way, in a file for `--plugin`:
-
-    @register("reductions", "max")
-    def maximum(stage):
-        if stage.form == "map":
-            return Reduction(lambda x: x.float().amax(dim=(2, 3)))
+cannot be reduced so. docs/ADDING_A_BACKBONE.md has one of a user's own.
 """
 
 import math

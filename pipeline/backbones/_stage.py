@@ -3,25 +3,26 @@
 Shapes: N frames, S picture size in pixels, L tokens (class token first), C channels, H x W a grid.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from varve.pipeline.backbones._names import structure_of
+from varve.pipeline.backbones._prompts import TextTower
 from varve.pipeline.backbones._reductions import reduce
+from varve.pipeline.backbones._weights import parameter_digest, tensors_of
 from varve.pipeline.config import Picture, Sound
 from varve.stores.digests import digest
 
 if TYPE_CHECKING:
     from varve.pipeline.backbones._suffix import Suffix
 
-PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 GRAFT = "graft"
 CLASSIFIER = "fc"  # scores of the classes that a network was trained on
 _SHAPES: dict[str, dict[str, tuple[int, ...]]] = {}  # by digest of what decides them
@@ -128,7 +129,7 @@ class Backbone:
     picture: Picture | Sound
     precision: torch.dtype
     channels_last: bool = False
-    text: "TextTower | None" = None
+    text: TextTower | None = None
 
     def __repr__(self) -> str:
         precision = str(self.precision).removeprefix("torch.")
@@ -375,63 +376,7 @@ class Backbone:
         return x.to(self.precision, memory_format=form, copy=True)
 
 
-class TextTower(Protocol):
-    """Encoder of class prompts, for networks that have one.
-
-    Its parameters are float32 and are loaded on first use, so that a backbone that is built for
-    pictures alone does not pay for it.
-    """
-
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Return float32 [len(prompts), D], L2-normalised, in the space of the last vector."""
-
-    def identity(self) -> dict[str, Any]:
-        """Return everything that decides the features of given prompts, as JSON."""
-
-
-_INTERNAL = {*vars(nn.Module())}
-_PLAIN = (bool, int, float, str, type(None), torch.dtype)
-
-
 def with_shapes(new: Backbone, backbone: Backbone) -> Backbone:
     """Give a backbone the shapes of another one, which its stages' outputs have too."""
     new.__dict__["shapes"] = backbone.shapes
     return new
-
-
-def structure_of(module: nn.Module) -> list[Any]:
-    """Return a module's parts, their plain attributes, and whether they have hooks.
-
-    Cheap. It is compared within one process, to see whether a module is still as it was loaded.
-    """
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(plain(inner) for inner in value)
-        return value if isinstance(value, _PLAIN) else type(value).__qualname__
-
-    return [
-        (
-            path,
-            type(part).__qualname__,
-            {name: plain(v) for name, v in sorted(vars(part).items()) if name not in _INTERNAL},
-            bool(part._forward_hooks or part._forward_pre_hooks),
-        )
-        for path, part in module.named_modules()
-    ]
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, also those that a state dict leaves out."""
-    parameters: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    return parameters | dict(module.named_buffers(remove_duplicate=False))
-
-
-def parameter_digest(module: nn.Module) -> str:
-    """Return the SHA-256 of the names, types, shapes and bytes of parameters and buffers."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors_of(module).items()):
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        total.update(flat.numpy())
-    return total.hexdigest()

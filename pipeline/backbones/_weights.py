@@ -5,6 +5,7 @@ a seed ends in a seeded construction. Nothing here falls back on another source.
 """
 
 import difflib
+import hashlib
 import pickle
 import re
 import urllib.error
@@ -226,6 +227,22 @@ def url_state(url: str, name: str) -> dict[str, Tensor]:
         except (OSError, RuntimeError) as error:
             raise _not_fetched(name, error) from error
     return read(file)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name, also those that a state dict leaves out."""
+    parameters: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    return parameters | dict(module.named_buffers(remove_duplicate=False))
+
+
+def parameter_digest(module: nn.Module) -> str:
+    """Return the SHA-256 of the names, types, shapes and bytes of parameters and buffers."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors_of(module).items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        total.update(flat.numpy())
+    return total.hexdigest()
 
 
 def no_tag(network: str, weights: str, tags: Iterable[str]) -> ValueError:

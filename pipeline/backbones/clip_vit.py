@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from varve.pipeline.backbones import _vit, _weights
-from varve.pipeline.backbones._stage import Backbone, Stage, parameter_digest
+from varve.pipeline.backbones._stage import Backbone, Stage
 from varve.pipeline.config import Picture
 from varve.stores.digests import store_name
 
@@ -159,7 +159,7 @@ class ClipText:
             "tokenizer": "open_clip SimpleTokenizer",
             "text": config["text_cfg"],
             "quick_gelu": config["quick_gelu"],
-            "parameters": parameter_digest(self._loaded()),
+            "parameters": _weights.parameter_digest(self._loaded()),
         }
 
     def _loaded(self) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from varve.pipeline.extraction.passes import Output, Pass, Source, frames_key
+from varve.pipeline.extraction.passes import Output, Pass, Source, column_key, frames_key
 from varve.stores import Feature, clips
 from varve.stores.columns import FEATURES, Damaged, node_name
 
@@ -209,4 +209,11 @@ def _check(one: Pass, backbone: "Backbone") -> None:
             raise NetworkDiffers(
                 f"{one.backbone}: a worker's network differs from the builder's from stage {stage} "
                 "on. Give every machine the same weights and the same versions, and build again."
+            )
+    for output in one.outputs:
+        key = column_key(one.stage_keys[output.stage], output.reduction, output.spec.dtype)
+        if key != output.spec.fingerprint:
+            raise NetworkDiffers(
+                f"{output.spec.feature}: a worker's reduction differs from the builder's. Its file "
+                "was edited after it was loaded: start again, and build again."
             )

@@ -117,7 +117,7 @@ def test_unknown_weights_are_refused(family):
         backbones.load(f"{network}:nowhere/weights.safetensors")
 
 
-def test_going_on_from_a_stored_stage_is_the_whole_run_bit_for_bit(family, backbone, outputs):
+def test_resuming_from_a_stored_stage_is_the_whole_run_bit_for_bit(family, backbone, outputs):
     outputs = outputs(family, 2)
     names = backbone.stage_names
     for start, following in itertools.pairwise(names):
@@ -231,7 +231,7 @@ def test_a_description_is_canonical_json(backbone):
         assert "/" in stage.code
 
 
-def test_outputs_have_the_form_that_the_stage_says(family, backbone, outputs):
+def test_outputs_have_the_form_of_their_stage(family, backbone, outputs):
     outputs = outputs(family)
     for stage in backbone.stages:
         output = outputs[stage.name]

@@ -31,7 +31,7 @@ def outputs(stage, count=3, seed=0, dtype=torch.float32):
     return torch.randn(count, *SHAPES[stage.form], generator=generator).to(dtype)
 
 
-def test_it_applies_to_some_form_and_says_none_of_others(reduction):
+def test_it_applies_to_some_form_and_gives_none_for_others(reduction):
     reductions = [variant("reductions", reduction)(stage) for stage in (TOKENS, MAP, VECTOR)]
     assert any(reductions)
     assert all(isinstance(r, Reduction | None) for r in reductions)

@@ -209,7 +209,7 @@ def test_networks_of_open_clip_with_another_tower_are_refused(network, tower):
         backbones.load(f"{network}:random-0")
 
 
-def test_a_misspelt_network_is_told_its_neighbours():
+def test_a_misspelt_network_gets_suggestions():
     with pytest.raises(ValueError, match="'ViT-B16'; did you mean ViT-B-16 or"):
         backbones.load("ViT-B16:openai")
     with pytest.raises(ValueError, match="did you mean vit_small_patch14_dinov2"):
@@ -242,7 +242,7 @@ def no_network(monkeypatch):
     "name",
     ["ViT-B-16:openai", "resnet18:IMAGENET1K_V1", "vit_small_patch14_dinov2:lvd142m"],
 )
-def test_a_hub_that_does_not_answer_is_an_error_that_says_what_to_do(name, no_network):
+def test_a_hub_that_does_not_answer_gives_an_error_with_the_next_step(name, no_network):
     network = name.partition(":")[0]
     with pytest.raises(OSError, match=f"{name}: .*could not be fetched.*{network}:/path/file"):
         backbones.load(name)

@@ -90,7 +90,7 @@ class Text(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "said"),
+    ("module", "message"),
     [
         (
             Narrow(),
@@ -102,8 +102,8 @@ class Text(nn.Module):
         (nn.Linear(5, 5), r"does not take the stage's input, float32 \[1, 50, 384\]"),
     ],
 )
-def test_a_graft_that_does_not_fit_is_refused_before_anything_runs(vit, module, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_graft_that_does_not_fit_is_refused_before_anything_runs(vit, module, message):
+    with pytest.raises(ValueError, match=message):
         vit.graft("blocks.9.mlp", module)
 
 
@@ -235,7 +235,7 @@ def test_the_class_token_alone_feeds_what_follows_the_last_attention(vit):
 
 
 @pytest.mark.parametrize(
-    ("network", "after", "said"),
+    ("network", "after", "message"),
     [
         (VIT, "blocks.10.mlp:cls", "blocks.11.attn needs all that blocks.10.mlp gives"),
         (VIT, "blocks.11.attn:mean", "an aggregate, and has no inverse: keep blocks.11"),
@@ -245,8 +245,8 @@ def test_the_class_token_alone_feeds_what_follows_the_last_attention(vit):
         (RESNET, "fc", "fc comes no later than fc"),
     ],
 )
-def test_a_reduction_that_cannot_feed_what_follows_is_refused(network, after, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_reduction_that_cannot_feed_what_follows_is_refused(network, after, message):
+    with pytest.raises(ValueError, match=message):
         backbones.load(network).suffix(after)
 
 
@@ -397,7 +397,7 @@ class Context(nn.Module):
         return self.inner(x) + self.share * x.mean(dim=1, keepdim=True)
 
 
-def test_a_module_that_says_token_wise_and_is_not_is_refused(vit):
+def test_a_module_that_declares_token_wise_wrongly_is_refused(vit):
     inner = vit.stage("blocks.11.mlp").module
     with pytest.raises(ValueError, match="token_wise = True, but its output for the class token"):
         vit.graft("blocks.11.mlp", Context(inner, 0.5))
@@ -454,16 +454,16 @@ class Noisy(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ("a list", "drops of Noisy is a list of modules, which torch does not see"),
         ("a draw", "gives other numbers each time, in eval mode too"),
     ],
 )
-def test_a_graft_without_one_value_is_refused_and_draws_nothing_of_the_callers(vit, how, said):
+def test_a_graft_without_one_value_is_refused_and_draws_nothing_of_the_callers(vit, how, message):
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         vit.graft("blocks.10.mlp", Noisy(vit.stage("blocks.10.mlp").module, how))
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -480,7 +480,7 @@ class Remembering(nn.Module):
         return self._last
 
 
-def test_a_graft_that_keeps_a_tensor_of_its_last_call_is_told_so(vit):
+def test_a_graft_that_keeps_a_tensor_of_its_last_call_is_refused(vit):
     new = vit.graft("blocks.11.mlp", Remembering(vit.stage("blocks.11.mlp").module))
     new.suffix("blocks.11.attn")(torch.rand(1, 50, 384))
     with pytest.raises(ValueError, match=r"blocks.11.mlp: .*Keep it detached|cannot be copied"):

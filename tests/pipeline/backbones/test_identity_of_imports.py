@@ -149,7 +149,7 @@ def test_an_import_as_the_code_runs_must_be_there_before(write):
         assert key(library.Graft())
 
 
-def test_a_name_of_a_library_says_which_library():
+def test_the_library_of_a_name_counts():
     text = """
         class Graft(nn.Module):
             def forward(self, x):
@@ -159,7 +159,7 @@ def test_a_name_of_a_library_says_which_library():
     assert len(keys) == 3
 
 
-def test_what_torchs_decorators_were_told_counts():
+def test_arguments_of_torchs_decorators_count():
     def made(dtype):
         text = f"""
             class Graft(nn.Module):

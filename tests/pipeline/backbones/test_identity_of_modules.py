@@ -58,7 +58,7 @@ def halved(x):
     return x / 2
 
 
-def test_what_is_torchs_is_told_by_its_name():
+def test_a_library_class_counts_by_its_name():
     described = identity(Holder(act=nn.GELU("tanh"), up=nn.functional.interpolate, kind=nn.ReLU))
     assert described["children"][0][1]["code"] == {"name": "torch.nn.modules.activation.GELU"}
     assert described["attributes"] == {
@@ -152,7 +152,7 @@ class Marked(torch.Tensor):
     """A tensor with a mind of its own."""
 
 
-NAMELESS = {
+UNNAMED = {
     "an open file": (io.StringIO, "_io.StringIO"),
     "numpy's generator": (np.random.default_rng, "numpy.random._generator.Generator"),
     "torch's generator": (torch.Generator, "torch._C.Generator"),
@@ -166,8 +166,8 @@ NAMELESS = {
 }
 
 
-@pytest.mark.parametrize(("make", "found"), NAMELESS.values(), ids=list(NAMELESS))
-def test_what_has_no_name_is_refused_with_its_place(make, found):
+@pytest.mark.parametrize(("make", "found"), UNNAMED.values(), ids=list(UNNAMED))
+def test_a_value_without_a_name_is_refused_with_its_path(make, found):
     inside = nn.Sequential(nn.ReLU(), Holder(setting=[{"deep": make()}]))
     with pytest.raises(TypeError, match=r"Sequential\.1\.setting\[0\]\[deep\] is .*which no key"):
         identity(inside)
@@ -250,7 +250,7 @@ def test_a_parametrization_counts():
     assert len({made("x.triu()"), made("x.tril()"), key(nn.Linear(3, 3))}) == 3
 
 
-def test_known_modules_stand_by_their_description():
+def test_known_modules_count_by_their_description():
     stage = Holder(rng=np.random.default_rng(0))
     stage.register_forward_hook(lambda *given: None)
     made = Holder(inner=stage, also=[stage], scale=1)
@@ -262,7 +262,7 @@ def test_known_modules_stand_by_their_description():
         identity(made, [(copy.deepcopy(stage), {"code": "a"})])
 
 
-def test_circles_of_two_and_of_three_that_look_alike_nearby_are_told_apart():
+def test_circles_of_two_and_of_three_that_are_alike_nearby_are_distinguished():
     def ring(*values):
         nodes = [SimpleNamespace(value=value) for value in values]
         for node, following in zip(nodes, nodes[1:] + nodes[:1], strict=True):

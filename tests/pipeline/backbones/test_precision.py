@@ -9,13 +9,13 @@ def test_float32_is_not_slower_than_itself():
     assert _precision.precision_warning("float32") == ""
 
 
-@pytest.mark.parametrize(("ratio", "said"), [(80.0, "80 times as long"), (0.3, "")])
-def test_a_precision_without_instructions_is_told(monkeypatch, ratio, said):
+@pytest.mark.parametrize(("ratio", "message"), [(80.0, "80 times as long"), (0.3, "")])
+def test_a_precision_without_instructions_gives_a_warning(monkeypatch, ratio, message):
     seconds = {"float32": 1e-3, "bfloat16": ratio * 1e-3}
     monkeypatch.setattr(_precision, "_seconds", seconds.__getitem__)
     found = _precision.precision_warning("bfloat16")
-    assert said in found
-    assert bool(found) == bool(said)
+    assert message in found
+    assert bool(found) == bool(message)
 
 
 def test_a_product_takes_some_time():

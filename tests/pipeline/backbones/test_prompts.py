@@ -51,14 +51,14 @@ def test_braces_in_a_label_stay_data():
     assert sentences == [["do {0} {x}."], ["do a {} b."]]
 
 
-def test_templates_are_distinct_and_name_their_place():
+def test_templates_are_distinct_and_have_braces():
     assert len(set(_prompts.TEMPLATES)) == len(_prompts.TEMPLATES)
     (sentences,) = _prompts.prompts(["brush_hair"])
     assert all("brush hair" in sentence and "{}" not in sentence for sentence in sentences)
 
 
 @pytest.mark.parametrize("templates", [[], ["a video"], ["a {}", "a video"]])
-def test_templates_without_a_place_are_refused(templates):
+def test_templates_without_braces_are_refused(templates):
     with pytest.raises(ValueError, match=r"has {} where the label goes"):
         _prompts.prompts(["run"], templates)
 

@@ -12,7 +12,7 @@ MAP = Stage("layer1.0", nn.Identity(), "x/1", {}, "map")
 VECTOR = Stage("pool", nn.Identity(), "x/1", {}, "vector")
 
 
-def test_tokens_go_to_the_places_they_came_from():
+def test_tokens_return_to_their_positions():
     grid = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).reshape(2, 3, 4, 4)
     tokens = torch.cat([torch.full((2, 2, 3), -1.0), grid.flatten(2).transpose(1, 2)], dim=1)
     assert torch.equal(reduce(tokens, TOKENS, "map"), grid)
