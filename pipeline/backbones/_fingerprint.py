@@ -253,8 +253,8 @@ class _Walk:
         if code is not None:
             return [code, self.attributes(names.constants(cls), at, cls)]
         if names.origin_of(cls) != "user":
-            name = names.named(str(names.importable(cls)), cls.__module__)
-            return [name, self.attributes(names.patches(cls), at)]
+            title = names.named(str(names.importable(cls)), cls.__module__)
+            return [title, self.attributes(names.patches(cls), at)]
         described: dict[str, Any] = {}
         for name, v in names.entries(cls).items():
             if use and name in _CONSTRUCTORS and isinstance(v, types.FunctionType):
