@@ -23,7 +23,7 @@ def layout(name):
 @pytest.fixture
 def dataset(layout, tmp_path):
     """The directory of a dataset, and the labels that it has."""
-    assert layout.example, "a layout needs a function example(root); see varve.pipeline.datasets.layouts"
+    assert layout.example, "no function example(root); see varve.pipeline.datasets.layouts"
     root = tmp_path / "data set"
     return root, layout.example(root)
 
