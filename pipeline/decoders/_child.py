@@ -6,6 +6,7 @@ Loads numpy, PIL and av; never torch, unless a request names the torchcodec deco
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -120,7 +121,7 @@ class _FileReader:
 
     def read_frames(self, decoder: str, targets: dict[int, list[Target]]) -> None:
         """Decode frames by their display indices, and write their pictures into the arrays."""
-        module = _images if decoder == "images" else variant("decoders", decoder)
+        module: Any = _images if decoder == "images" else variant("decoders", decoder)
         pictures = getattr(module, "pictures", module)
         frames: Iterator[tuple[int, Image.Image]] = pictures(
             self.request.path, self.index, sorted(targets)

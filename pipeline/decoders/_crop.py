@@ -58,10 +58,7 @@ def apply_crop(image: Image.Image, crop: Crop) -> np.ndarray:
         uint8 [S, S, 3] RGB, a new array.
     """
     size, resize = crop.picture.size, crop.picture.resize
-    resample = {
-        "bicubic": Image.Resampling.BICUBIC,
-        "bilinear": Image.Resampling.BILINEAR,
-    }[crop.picture.interpolation]
+    resample = Image.Resampling[crop.picture.interpolation.upper()]
     image = image.convert("RGB")
     if crop.box is not None:
         # Not `resize(box=...)`: its filter reads pixels outside the box.

@@ -23,7 +23,7 @@ def layout(name):
 @pytest.fixture
 def dataset(layout, tmp_path):
     """The directory of a dataset, and the labels that it has."""
-    assert layout.example, "a layout needs a function example(root): see varve...layouts"
+    assert layout.example, "no function example(root); see varve.pipeline.datasets.layouts"
     root = tmp_path / "data set"
     return root, layout.example(root)
 
@@ -158,5 +158,5 @@ def test_it_opens_its_lists_and_no_video(name, layout, dataset):
 
 def test_a_split_that_it_does_not_have_is_refused(name, dataset):
     root, _ = dataset
-    with pytest.raises(ValueError, match=r"has no (numbered splits, )?split '7'"):
+    with pytest.raises(ValueError, match=r"no (numbered splits, )?split '7'"):
         read(root, name, split="7")

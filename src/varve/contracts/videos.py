@@ -52,6 +52,7 @@ def encode(
         if sound_first:
             sound = container.add_stream("aac", rate=16000, layout="mono")
         stream = container.add_stream(codec, rate=FPS, options=options)
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
         if ticks:
             stream.codec_context.time_base = Fraction(1, 1000)
@@ -59,9 +60,9 @@ def encode(
             stream.set_display_rotation(rotation)
         if sound_first:
             samples = np.zeros((1, 16000 * 4), np.float32)
-            frame = av.AudioFrame.from_ndarray(samples, "fltp", "mono")
-            frame.sample_rate = 16000
-            container.mux(sound.encode(frame))
+            silence = av.AudioFrame.from_ndarray(samples, "fltp", "mono")
+            silence.sample_rate = 16000
+            container.mux(sound.encode(silence))
             container.mux(sound.encode(None))
         for number in range(frames):
             frame = av.VideoFrame.from_ndarray(numbered(number, *size), "rgb24")
