@@ -19,7 +19,7 @@ from varve.stores.columns import FEATURES, Damaged, group_json
 from varve.stores.digests import store_name
 from varve.stores.feature import Feature, FeatureDataset
 from varve.stores.garbage import GarbageReport
-from varve.stores.remote import Location, Unreachable, local_folder, location_of
+from varve.stores.locations import Location, Unreachable, local_folder, location_of
 
 __all__ = [
     "Damaged",

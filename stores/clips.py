@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from varve.stores import atomic
 from varve.stores.digests import digest
-from varve.stores.remote import Location, Unreachable, repair_hint
+from varve.stores.locations import Location, Unreachable, repair_hint
 
 FILE = "clips.parquet"
 KEY_BYTES = 16

@@ -25,7 +25,7 @@ from zarr.storage import MemoryStore
 
 from varve.stores import atomic
 from varve.stores.clips import KEY_BYTES
-from varve.stores.remote import Location, Unreachable, open_array, repair_hint
+from varve.stores.locations import Location, Unreachable, open_array, repair_hint
 
 FEATURES = "features"
 SHARD_BYTES = 64 << 20

@@ -11,7 +11,14 @@ import zarr
 
 from varve.stores.clips import row_ids, row_keys
 from varve.stores.columns import CODEC_ERRORS, MISSING, Damaged, read_all
-from varve.stores.remote import REQUESTS, Location, Objects, local_folder, open_array, repair_hint
+from varve.stores.locations import (
+    REQUESTS,
+    Location,
+    Objects,
+    local_folder,
+    open_array,
+    repair_hint,
+)
 from varve.stores.shard_reader import Reader, ShardReader, Unreadable, plain_shards
 from varve.stores.zarr_reader import ZarrReader
 

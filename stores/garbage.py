@@ -22,8 +22,8 @@ from urllib.parse import unquote
 
 from varve.stores import atomic, lock, references, staging
 from varve.stores.columns import FEATURES
+from varve.stores.locations import Location
 from varve.stores.references import Reference
-from varve.stores.remote import Location
 
 MIN_DIGITS = 6
 

@@ -19,7 +19,7 @@ from zarr.storage import MemoryStore
 from varve.stores import atomic
 from varve.stores.columns import group_json, node_name
 from varve.stores.digests import digest
-from varve.stores.remote import Location, open_array
+from varve.stores.locations import Location, open_array
 
 FOLDER = "text"
 

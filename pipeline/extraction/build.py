@@ -41,7 +41,7 @@ from varve.pipeline.extraction.scan import Scan, scan
 from varve.pipeline.extraction.update import Rows, plan_update
 from varve.pipeline.progress import Progress
 from varve.stores import FeatureStore, atomic, clips, lock, staging, text_features
-from varve.stores.remote import local_folder
+from varve.stores.locations import local_folder
 
 LOGS = "logs"
 

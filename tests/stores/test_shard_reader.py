@@ -257,7 +257,7 @@ def test_damage_is_named_after_any_earlier_reads(make, damage, rows):
         for _ in range(2):
             with pytest.raises(
                 Damaged, match=r"pool/abab\w+/c/0/0/0 is damaged near row \d \(\d\.mp4\): it.* "
-                r"`varve verify` says"
+                r"`varve verify` lists"
             ) as caught:  # fmt: skip
                 feature.read(rows)
             if "cell" in damage or "checksum" in damage or "entry" in damage:

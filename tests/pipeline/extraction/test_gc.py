@@ -203,7 +203,7 @@ def test_the_command_refuses_with_a_sentence(store, run, trained, varve):
     kept = update(store, trained(1), ("pool",), holder=run).fingerprints["pool"]
     before = features(store)
     for options, message in (
-        (["--drop", kept[:8]], "delete that folder or release it"),
+        (["--drop", kept[:8]], "delete that folder or remove its reference"),
         (["--drop", "123"], "too short"),
         (["--drop", "0123456789"], "begins with"),
     ):

@@ -8,7 +8,7 @@ import pytest
 
 from varve import BuildSpec, build, plan, update
 from varve.stores import FeatureStore
-from varve.stores.remote import RemotePath
+from varve.stores.locations import RemotePath
 
 URL = "s3://bucket/ucf101.zarr"
 SPEC = BuildSpec(("resnet18:random-0",), ("pool",))

@@ -248,7 +248,7 @@ def test_random_rows_take_one_request_each_and_one_per_index(make, server, copie
 
 @pytest.mark.parametrize("obeys_conditions", [True, False], ids=["If-Match", "ETag alone"])
 def test_a_cell_read_while_its_shard_is_replaced_is_of_one_version(
-    made, server, copied, options, obeys_conditions
+    make, server, copied, options, obeys_conditions
 ):
     """Index and chunks of two versions would pass the checksums: here the rows have moved."""
     local = make(8, absent=[0, 1, 2])
@@ -276,7 +276,7 @@ def test_a_cell_read_while_its_shard_is_replaced_is_of_one_version(
 
 
 def test_the_size_is_requested_from_a_server_without_suffix_ranges(
-    made, copied, options, monkeypatch
+    make, copied, options, monkeypatch
 ):
     local, real = make(12), obstore.get_async
 
@@ -365,7 +365,7 @@ def test_a_failure_to_open_is_explained(server, options, monkeypatch):
             opened(endpoint=address, client_options=patience, retry_config={"max_retries": 0})
     with pytest.raises(ValueError, match=r"s3://bucket/none.zarr cannot be opened: .*'keys'"):
         opened(keys="key")
-    with pytest.raises(ValueError, match=r"a web server lists nothing. Give the bucket"):
+    with pytest.raises(ValueError, match=r"a web server has no listing. Give the bucket"):
         FeatureStore.open("https://host/s.zarr")
     with pytest.raises(ValueError, match=r"a URL of s3, "):
         FeatureStore.open("ftp://host/s.zarr")
