@@ -379,7 +379,7 @@ def test_text_features_are_kept_beside_for_a_clip_network(videos, tmp_path):
             {"keep": ("blocks.3.mlp",)},
             r"no backbone has a stage 'blocks.3.mlp'; stages are\n.*layer4.1",
         ),
-        ({"keep": ("layer1.0:cls",)}, "layer1.0:cls.*map, pool, grid7"),
+        ({"keep": ("layer1.0:cls",)}, "layer1.0:cls.*grid7, map, pool"),
         ({"backbones": ("resnet19:random-0",)}, "resnet18"),
         ({"backbones": ("resnet18",)}, "names no weights"),
         ({"backbones": ("resnet18:/no/file.safetensors",)}, "/no/file.safetensors"),
