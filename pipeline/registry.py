@@ -181,10 +181,10 @@ def names_in(path: str | Path, kind: str) -> list[str]:
     return sorted(name for name, r in _REGISTERED[kind].items() if r.source == source)
 
 
-def plugins() -> tuple[str, ...]:
-    """The plugin files of this process, to be loaded by another."""
+def plugins() -> dict[str, str]:
+    """Return the plugin files of this process, each with the SHA-256 of its text as loaded."""
     _load_environment()
-    return tuple(_LOADED)
+    return dict(_LOADED)
 
 
 def _digest_of(thing: Any, source: str) -> str:

@@ -31,7 +31,7 @@ __all__ = [
     "Unreachable",
 ]
 
-FORMAT = 1
+FORMAT = 2
 
 
 class NotAStore(ValueError):
@@ -284,8 +284,14 @@ def _attributes(folder: Location) -> dict[str, Any]:
         raise NotAStore(f"{folder} is no store: its zarr.json was not written by Varve") from None
     if not isinstance(version, int) or version > FORMAT:
         raise NotAStore(
-            f"{folder} has format {version}, this version reads up to {FORMAT}; nothing was "
+            f"{folder} has format {version}, this version reads format {FORMAT}; nothing was "
             "changed. Install a newer Varve to use it."
+        )
+    if version < FORMAT:
+        raise NotAStore(
+            f"{folder} has format {version}, which an older Varve wrote; this version reads "
+            f"format {FORMAT}. Nothing was changed. Build it again into a new folder: "
+            "`varve build DATASET --store NEW`."
         )
     return dict(ours)
 

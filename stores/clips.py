@@ -1,8 +1,15 @@
-"""The table of clips: one row per clip, with an id that is stable for the life of the store.
+"""The table of clips: one row per clip, with a row id that is stable for the life of the store.
 
-Columns: see COLUMNS. `digest` names the bytes (of the file, or of a folder's frames in order);
-with the interval it gives the row key. `reason` is empty unless the row is quarantined;
-`detail` is a sentence for a person: why a clip failed, or what was odd about one that did not.
+Columns: see COLUMNS. `digest` identifies the bytes (of the file, or of a folder's frames in
+order); with the interval it gives the row key. `reason` is empty unless the row is quarantined.
+State that a program needs has a column of its own:
+
+- `warning`: what was unusual about the video, and `audio`: about its audio track; "" for nothing.
+- `overflowed`: short fingerprints of the feature columns whose number format cannot represent
+  the clip's value. It is a property of those cells; the clip's other cells are valid.
+- `duplicate_of`: the first row with the same bytes and interval; -1 where there is none.
+
+`detail` repeats this, and the cause of a failure, as text for people. No code reads it.
 """
 
 import io
@@ -36,9 +43,19 @@ COLUMNS: dict[str, str] = {
     "width": "int64",
     "height": "int64",
     "decoder": "str",
+    "warning": "str",
+    "audio": "str",
+    "overflowed": "object",  # a tuple of strings
+    "duplicate_of": "int64",
     "status": "str",
     "reason": "str",
     "detail": "str",
+}
+_ARROW = {
+    "str": pa.string(),
+    "int64": pa.int64(),
+    "float64": pa.float64(),
+    "object": pa.list_(pa.string()),
 }
 STATUSES = ("ready", "pending", "quarantined")
 
@@ -52,8 +69,9 @@ def empty() -> pd.DataFrame:
 def blank(path: str, label: str, split: str) -> dict[str, object]:
     """Return the row of a new clip: pending, with nothing known of its video."""
     row: dict[str, object] = {name: "" if kind == "str" else 0 for name, kind in COLUMNS.items()}
-    whole = {"start_seconds": np.nan, "end_seconds": np.nan, "fps": np.nan}
-    return row | whole | {"path": path, "label": label, "split": split, "status": "pending"}
+    unknown = {name: np.nan for name in ("start_seconds", "end_seconds", "fps")}
+    state = {"status": "pending", "overflowed": (), "duplicate_of": -1}
+    return row | unknown | state | {"path": path, "label": label, "split": split}
 
 
 def read(store: Location) -> pd.DataFrame:
@@ -64,8 +82,9 @@ def read(store: Location) -> pd.DataFrame:
     """
     file = store / FILE
     try:
-        table = pq.read_table(io.BytesIO(file.read_bytes()))
-        return table.to_pandas().set_index("row").astype(COLUMNS)
+        table = pq.read_table(io.BytesIO(file.read_bytes())).to_pandas().set_index("row")
+        table["overflowed"] = pd.Series(map(tuple, table["overflowed"]), table.index, dtype=object)
+        return table.astype(COLUMNS)
     except FileNotFoundError:
         return empty()
     except Unreachable:
@@ -81,7 +100,9 @@ def read(store: Location) -> pd.DataFrame:
 def encode(table: pd.DataFrame) -> bytes:
     """Return the table as Parquet. Equal tables give equal bytes."""
     buffer = io.BytesIO()
-    arrow = pa.Table.from_pandas(table.astype(COLUMNS).reset_index(), preserve_index=False)
+    fields = [("row", pa.int64()), *((name, _ARROW[kind]) for name, kind in COLUMNS.items())]
+    frame = table.astype(COLUMNS).reset_index()
+    arrow = pa.Table.from_pandas(frame, schema=pa.schema(fields), preserve_index=False)
     # The metadata of pandas names library versions; the types of the columns are sufficient.
     pq.write_table(arrow.replace_schema_metadata(None), buffer, compression="zstd")
     return buffer.getvalue()

@@ -257,6 +257,8 @@ class Feature:
         row = int(rows[0])
         clip = self._clips.loc[row]
         why = f"{clip['status']}: {clip['reason'] or 'not computed yet'} {clip['detail']}".strip()
+        if self.fingerprint[:16] in clip["overflowed"]:
+            why = f"its value leaves the range of {self.dtype}"
         return (
             f"{len(rows)} of the rows have no valid {self.name} of {self.backbone}; the first is "
             f"row {row} ({clip['path']}; {why}). Ask for valid rows "

@@ -26,9 +26,9 @@ from varve.heads.parts.hypercorrelation import correlation
 from varve.heads.parts.trainable_suffix import Passed
 from varve.pipeline.config import FrameSet, Picture
 from varve.pipeline.datasets.media import content_digest
-from varve.pipeline.decoders import Decoded, Request, Stretch, decode
+from varve.pipeline.extraction.extract import extract, file_work
+from varve.pipeline.extraction.passes import frames_only
 from varve.stores import Feature, FeatureStore
-from varve.stores.clips import row_key
 
 
 @dataclass(frozen=True)
@@ -85,19 +85,17 @@ def clip(
         raise ValueError(f"{path} has other bytes than the store was built from: build it again")
     sets = [FrameSet.of(feature.spec["frames"]) for feature in features.values()]
     frame_set = next(one for one in sets if isinstance(one.picture, Picture))
-    start, end = known["start_seconds"], known["end_seconds"]
-    stretch = Stretch(
-        None if math.isnan(start) else float(start),
-        None if math.isnan(end) else float(end),
-        row_key(known["digest"], start, end).hex(),
-    )
-    # In this process: these bytes have been decoded before, in one that could be killed.
-    (answer,) = decode(Request(str(path), (stretch,), (frame_set,)))
-    if not isinstance(answer, Decoded):
-        raise ValueError(f"{path} cannot be decoded: {answer.reason}: {answer.detail}")
+    decode_only = (frames_only(frame_set),)
+    interval = known["start_seconds"], known["end_seconds"]
+    file = file_work(path, known["digest"], decode_only, number, *interval)
+    # In this process: a build has decoded these bytes before, in one that it could kill.
+    (result,) = extract([file], decode_only, children=0)
+    if result.failure:
+        cause = f"{result.failure.reason}: {result.failure.detail}"
+        raise ValueError(f"{path} cannot be decoded: {cause}")
     cells = {name: one.read([number]) for name, one in features.items()}
     batch = {name: torch.from_numpy(x.astype(np.float32)) for name, x in cells.items()}
-    return Clip(number, known["label"], batch, answer.frames[0])
+    return Clip(number, known["label"], batch, result.frames[frame_set])
 
 
 def saliency(head: Head, batch: Batch, label: int | None = None) -> dict[str, np.ndarray]:

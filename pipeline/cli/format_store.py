@@ -25,7 +25,7 @@ def report_facts(report: "BuildReport") -> dict[str, Any]:
     quarantined = report.quarantined[["path", "reason", "detail"]]
     return {
         "store": str(report.store),
-        "dataset": report.said,
+        "dataset": report.summary,
         "clips": report.clips,
         "new": report.new,
         "changed": report.changed,
@@ -111,7 +111,7 @@ def plan_facts(made: "Plan", seconds: "Estimate | None", store: str | Path) -> d
         "passes": [_pass_facts(made, i) for i in range(len(made.passes)) if made.batches(i)],
         "bytes_to_read": made.bytes_read,
         "bytes": made.file_bytes,
-        "bytes_to_write": made.file_bytes - made.held_bytes,
+        "bytes_to_write": made.file_bytes - made.disk_bytes,
         "bytes_needed": needed_bytes(made),
         "bytes_free": free_bytes(Path(store)),
         "seconds": None if seconds is None else round(seconds.seconds, 1),

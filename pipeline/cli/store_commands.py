@@ -110,9 +110,11 @@ def build(
     --keep blocks.10.mlp:cls
     """
     from varve.pipeline.cli.format_store import report_facts, report_summary
+    from varve.pipeline.datasets.layouts import check_root
     from varve.pipeline.extraction.build import build as run
     from varve.pipeline.progress import Progress, default_progress
 
+    check_root(dataset)
     spec = _spec(backbone, keep, frames, sampling, fps, stride, views, flip, random_crop, decoder,
                  precision, dtype, text)  # fmt: skip
     runtime = _runtime(device, workers, scheduler, serial, deadline, retry)
@@ -160,9 +162,11 @@ def plan(
     Example: varve plan videos/ --store ucf101.zarr --backbone ViT-B-16:openai --keep proj
     """
     from varve.pipeline.cli.format_store import plan_facts, plan_summary
+    from varve.pipeline.datasets.layouts import check_root
     from varve.pipeline.extraction.build import plan as run
     from varve.pipeline.progress import Progress, default_progress
 
+    check_root(dataset)
     spec = _spec(backbone, keep, frames, sampling, fps, stride, views, flip, random_crop, decoder,
                  precision, dtype, text)  # fmt: skip
     runtime = _runtime(device, workers, scheduler, serial, deadline, retry)

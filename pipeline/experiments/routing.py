@@ -1,38 +1,41 @@
-"""Routing: new videos through a finished run's experts.
+"""Routing: send new videos through the experts of a finished run.
 
-A video is decoded, goes through the run's network exactly as the clips of its store did (the
-features' keys are compared), and is weighed by the run's head.
+A video is decoded and goes through the run's network exactly as the clips of its store did: the
+features' fingerprints are compared. The run's head then scores it and weights its experts.
 """
 
 import os
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 from varve.heads import Head, Routes
 from varve.heads.parts.clips import Batch
-from varve.pipeline.config import BuildSpec, Runtime
+from varve.pipeline.backbones import Backbone
+from varve.pipeline.config import BuildSpec, FrameSet, Runtime
+from varve.pipeline.datasets.media import content_digest
 from varve.pipeline.experiments import checkpoints, head_inputs, head_source, run_spec
 from varve.pipeline.experiments.run import Run
-from varve.pipeline.extraction.build import build
+from varve.pipeline.extraction.clip_status import overflow_text
+from varve.pipeline.extraction.commit import device_of
+from varve.pipeline.extraction.extract import ClipResult, FileWork, extract, file_work
+from varve.pipeline.extraction.passes import Output, Pass, passes
 from varve.pipeline.progress import Progress
 from varve.stores import Feature, FeatureStore, SpecMismatch
 
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert's say about a clip.
+    """One expert's part in the prediction for a clip.
 
     Attributes:
-        number: Of its task, from 0.
-        weight: Its share in the prediction.
-        nearest: The class whose anchor is nearest to its residual.
-        similarity: The cosine to that anchor.
+        number: Number of its task, from 0.
+        weight: Weight in the prediction.
+        nearest: Class whose anchor is nearest to the expert's residual.
+        similarity: Cosine similarity to that anchor.
     """
 
     number: int
@@ -43,13 +46,13 @@ class Expert:
 
 @dataclass(frozen=True)
 class Routed:
-    """What a run makes of a video.
+    """A run's prediction for a video.
 
     Attributes:
-        video: As it was named.
-        classes: The likeliest first, with their scores.
-        experts: By descending weight.
-        reason: Why the video could not be decoded; then there is nothing else. "" where it could.
+        video: The path as given.
+        classes: Classes with their scores, the highest first.
+        experts: Experts by descending weight.
+        reason: Why the video has no prediction, such as "corrupt: ..."; "" where it has one.
     """
 
     video: str
@@ -67,20 +70,22 @@ def route(
     runtime: Runtime | None = None,
     progress: Progress | None = None,
 ) -> list[Routed]:
-    """Ask a run's experts about videos that need not be in any store.
+    """Predict the classes of videos that need not be in any store, with a run's experts.
 
     Args:
         run: A finished run, or its folder, with its checkpoints.
-        top_k: How many classes and experts to tell.
+        videos: Files, or folders of frames.
+        top_k: Number of classes and experts to return.
         store: Where the run's store is now, if it was moved.
-        runtime: By default this process, without a cluster.
+        runtime: Device and deadline. Everything runs in this process, without a cluster.
+        progress: Receives the progress; silent by default.
 
     Returns:
-        One for each video, in order.
+        One prediction per video, in order.
 
     Raises:
-        ValueError: The run's head has no experts, its checkpoints are gone, or `top_k` is none.
-        FileNotFoundError: No such video.
+        ValueError: The run's head has no experts, its checkpoints are gone, or `top_k` is below 1.
+        FileNotFoundError: There is no such video.
         SpecMismatch: The store or its network is not that of the run any more.
     """
     done = run if isinstance(run, Run) else Run.read(run)
@@ -95,50 +100,91 @@ def route(
     head, kept = restored(done, opened)
     if not isinstance(head, Routes) or not head.experts:
         raise ValueError(f"{done.folder} is a run of {done.spec['head']}, which has no experts")
-    backbone = done.spec["backbone"]
-    one = next(iter(kept.values()))
-    frames = {name: one.spec["frames"][name]
-              for name in ("frames", "sampling", "fps", "stride", "decoder")}  # fmt: skip
+    runtime, progress = runtime or Runtime(), progress or Progress()
+    requested, outputs, networks = _passes_of(opened, kept, device_of(runtime))
+    names = list(opened.attributes["classes"])
+    answers: dict[int, Routed] = {}
+    files: list[FileWork] = []
+    for number, video in enumerate(videos):
+        path = Path(video).resolve()
+        try:
+            files.append(file_work(path, content_digest(path), requested, number))
+        except OSError as error:
+            reason = f"unreadable: {error.strerror or error}"
+            answers[number] = Routed(str(video), reason=reason)
+    children = min(len(videos), os.cpu_count() or 1)
+    with progress.bars(None, route=(len(files), "videos")):
+        for clip in extract(files, requested, networks, children=children,
+                            deadline_seconds=runtime.deadline_seconds):  # fmt: skip
+            (number,) = clip.work.rows
+            answers[number] = _routed(head, kept, outputs, clip, str(videos[number]), names, top_k)
+            progress.advance("route", 1)
+    return [answers[number] for number in range(len(videos))]
+
+
+def _passes_of(
+    store: FeatureStore, features: Mapping[str, Feature], device: str
+) -> tuple[tuple[Pass, ...], dict[str, Output], dict[str, Backbone]]:
+    """Return the passes that give a head's features, their outputs by the head's names, networks.
+
+    Raises:
+        SpecMismatch: A feature would have another fingerprint than in the store.
+    """
+    first = next(iter(features.values()))
+    weights = {
+        feature.backbone: head_inputs.weights_of(store, feature.backbone)
+        for feature in features.values()
+    }
+    networks = {
+        name: head_inputs.load_network(store, backbone) for backbone, name in weights.items()
+    }
     spec = BuildSpec(
-        (head_inputs.weights_of(opened, backbone),),
-        tuple(dict.fromkeys(feature.name for feature in kept.values())),
-        **frames,
-        precision=one.spec["stages"][0]["precision"],
-        dtype=one.dtype,
+        tuple(networks),
+        tuple(dict.fromkeys(feature.name for feature in features.values())),
+        **FrameSet.of(first.spec["frames"]).request(),
+        precision=first.spec["stages"][0]["precision"],
+        dtype=first.dtype,
         text=False,
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch) / "videos"
-        root.mkdir()
-        paths = []
-        for number, video in enumerate(videos):
-            paths.append(f"{number:06}{Path(video).suffix}")
-            os.symlink(Path(video).resolve(), root / paths[-1], Path(video).is_dir())
-        table = pd.DataFrame({"path": paths, "label": "asked"})
-        table.to_csv(root / "list.csv", index=False)
-        place = Path(scratch) / "s.zarr"
-        runtime = runtime or Runtime(serial=True)
-        build(root / "list.csv", place, spec, layout="table", runtime=runtime, progress=progress)
-        found = FeatureStore.open(place)
-        features = {name: found.feature(backbone, one.name) for name, one in kept.items()}
-        for name, feature in features.items():
-            if feature.fingerprint != kept[name].fingerprint:
-                raise SpecMismatch(
-                    f"{feature.name} of {backbone} comes out under another key than in "
-                    f"{opened.location}: its weights or this version's code are not what they were"
-                )
-        names = list(opened.attributes["classes"])
-        table = found.clips.set_index("path")
-        answers = []
-        for path, video in zip(paths, videos, strict=True):
-            if table.at[path, "status"] != "ready":
-                reason = f"{table.at[path, 'reason']}: {table.at[path, 'detail']}"
-                answers.append(Routed(str(video), reason=reason))
-                continue
-            row = int(found.clips.index[found.clips["path"] == path][0])
-            clip = head_inputs.clips_of(features, np.array([row]), np.zeros(len(table), np.int64))
-            answers.append(_answer(head, clip[torch.tensor([0])], str(video), names, top_k))
-        return answers
+    every = passes(spec, networks, store, device)
+    by_key = {output.spec.fingerprint: output for pass_ in every for output in pass_.outputs}
+    for feature in features.values():
+        if feature.fingerprint not in by_key:
+            raise SpecMismatch(
+                f"{feature.name} of {feature.backbone} comes out under another key than in "
+                f"{store.location}: its weights or this version's code are not what they were"
+            )
+    outputs = {name: by_key[feature.fingerprint] for name, feature in features.items()}
+    needed = {output.spec.fingerprint for output in outputs.values()}
+    requested = [
+        replace(pass_, outputs=tuple(o for o in pass_.outputs if o.spec.fingerprint in needed))
+        for pass_ in every
+    ]
+    return tuple(pass_ for pass_ in requested if pass_.outputs), outputs, networks
+
+
+def _routed(
+    head: Head,
+    features: Mapping[str, Feature],
+    outputs: Mapping[str, Output],
+    clip: ClipResult,
+    video: str,
+    names: list[str],
+    top_k: int,
+) -> Routed:
+    """Return the prediction for an extracted clip, or the reason why there is none."""
+    if clip.failure:
+        return Routed(video, reason=f"{clip.failure.reason}: {clip.failure.detail}")
+    lost = [o.spec for o in outputs.values() if o.spec.short in clip.overflowed]
+    if lost:
+        return Routed(video, reason=f"not_finite: {overflow_text(lost[0])}")
+    batch = {
+        name: torch.from_numpy(
+            features[name].values(clip.cells[output.spec.relative_path][None]).astype(np.float32)
+        )
+        for name, output in outputs.items()
+    }
+    return _answer(head, batch, video, names, top_k)
 
 
 def _answer(head: Head, batch: Batch, video: str, names: list[str], top_k: int) -> Routed:
@@ -159,10 +205,12 @@ def _answer(head: Head, batch: Batch, video: str, names: list[str], top_k: int) 
 def restored(
     run: Run, store: FeatureStore, task: int | None = None
 ) -> tuple[Head, dict[str, Feature]]:
-    """A finished run's head, as it was after a task, and the columns that it reads.
+    """Return a finished run's head as it was after a task, and the columns that it reads.
 
     Args:
-        task: From 0; None for the last.
+        run: The run, with its checkpoints.
+        store: The store that it was made on.
+        task: Number of the task, from 0; None for the last.
 
     Raises:
         ValueError: There is no such task, or the checkpoints are gone or damaged.
@@ -171,20 +219,21 @@ def restored(
     spec = run.spec
     method = head_source.kept(run.folder, spec["head"], spec.get("method", ""))
     head, _, features = run_spec.head_of(store, method, spec["options"], spec["backbone"])
-    moved = [name for name, one in features.items() if one.fingerprint != spec["features"][name]]
+    keys = spec["features"]
+    moved = [name for name, column in features.items() if column.fingerprint != keys[name]]
     if moved:
         raise SpecMismatch(
             f"{store.location} has another {', '.join(moved)} of {spec['backbone']} than "
             f"{run.folder} was made on"
         )
     last = len(spec["tasks"]) - 1
-    asked = last if task is None else task
-    if not 0 <= asked <= last:
+    number = last if task is None else task
+    if not 0 <= number <= last:
         raise ValueError(f"{task=} of {run.folder}, whose tasks are 0 to {last}")
-    found, state, _ = checkpoints.read(run.folder, asked)
-    if found != asked:
+    saved, state, _ = checkpoints.read(run.folder, number)
+    if saved != number:
         raise ValueError(
-            f"{run.folder} has no checkpoint of task {asked}, since `ablate` removes those that "
+            f"{run.folder} has no checkpoint of task {number}, since `ablate` removes those that "
             "it has made: give it --keep-checkpoints, or remove this folder and `varve run` it"
         )
     head.load_state_dict(state)

@@ -1,7 +1,7 @@
-"""Build: a data set's features into a store. Also plan, which says what a build would do.
+"""Build: compute a data set's features into a store. `plan` returns what a build would do.
 
-One operation whatever the occasion (a first build, a crash, new or replaced videos, another
-backbone): list the clips, compare keys, decode and compute what is missing, write, mark done.
+A first build, resuming after a crash, new or replaced videos and another backbone are one
+operation: list the clips, compare keys, decode and compute what is missing, write, mark done.
 """
 
 import json
@@ -31,13 +31,14 @@ from varve.pipeline.config import BuildSpec, Runtime
 from varve.pipeline.datasets import layouts
 from varve.pipeline.datasets.layouts import Listing
 from varve.pipeline.decoders import require
-from varve.pipeline.extraction.clip_status import settle, take_facts, take_known_facts
-from varve.pipeline.extraction.commit import Done, carry_out, device_of, job_of
+from varve.pipeline.extraction.clip_status import Outcome, enter, enter_known, settle
+from varve.pipeline.extraction.commit import Done, device_of, job_of, run_plan
 from varve.pipeline.extraction.disk_space import check_disk, explained
 from varve.pipeline.extraction.estimate import Estimate, probe
 from varve.pipeline.extraction.passes import passes
 from varve.pipeline.extraction.plan import Plan, make_plan
 from varve.pipeline.extraction.scan import Scan, scan
+from varve.pipeline.extraction.sources import StoreInventory
 from varve.pipeline.extraction.update import Rows, plan_update
 from varve.pipeline.progress import Progress
 from varve.stores import FeatureStore, atomic, clips, lock, staging, text_features
@@ -48,7 +49,7 @@ LOGS = "logs"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known before any work: the listing, the table, the networks, the plan."""
+    """Everything that is known before any work starts."""
 
     listing: Listing
     scan: Scan
@@ -61,24 +62,25 @@ class BuildReport:
     """What a build did.
 
     Attributes:
-        store: Its folder.
-        said: What the listing took the data set for.
-        clips: Rows of the present listing, by status.
-        new, changed, gone: Clips, against the build before.
+        store: The store's folder.
+        summary: Description of the recognised layout.
+        clips: Number of clips of the present listing, by status.
+        new, changed, gone: Numbers of clips, compared with the build before.
         hashed: Files whose bytes were read for their digest.
         decoded: Files decoded.
         computed: Clips computed.
+        frames: Frames that went through a network, in all passes together.
         adopted: Cells that an unfinished build had left staged.
-        copied: Cells taken from another row with the same bytes.
+        copied: Cells copied from another row with the same bytes.
         quarantined: Rows of the table that failed, in this build or an earlier one.
-        seconds: In all, and by part (decode, forward, write: summed over workers).
+        seconds: Seconds in all, and by part (decode, forward, write: summed over workers).
         file_bytes: Size of the columns' files.
-        calls: Of each stage, "network stage"; a call is one batch.
-        bytes_read: Of features that computations began from.
+        calls: Calls of each stage, "network stage"; a call is one batch.
+        bytes_read: Bytes of the features that computations started from.
     """
 
     store: Path
-    said: str
+    summary: str
     clips: dict[str, int]
     new: int
     changed: int
@@ -106,21 +108,22 @@ def build(
     runtime: Runtime | None = None,
     progress: Progress | None = None,
 ) -> BuildReport:
-    """Compute whatever features of a data set a store lacks.
+    """Compute the features of a data set that a store does not have.
 
     Args:
-        dataset: Directory of the videos.
-        store: Folder of the store; made where it does not exist.
-        spec: Which features.
-        layout: How the directory is laid out; `auto` recognises it.
-        split: Which of the data set's official splits.
+        dataset: Directory of the videos, or a list of clips.
+        store: Folder of the store; created where it does not exist.
+        spec: The requested features.
+        layout: Name of the directory's layout; `auto` recognises it.
+        split: One of the data set's official splits.
         runtime: Device, workers, deadline.
-        progress: Told how it goes; silent by default.
+        progress: Receives the progress; silent by default.
 
     Returns:
-        What was done. Clips that could not be decoded are in `quarantined`; they end nothing.
+        What was done. Clips that cannot be decoded are in `quarantined`; they do not end a build.
 
     Raises:
+        FileNotFoundError: There is no such data set.
         ValueError: The request cannot be met (unknown layout, stage, network; other data set).
         StoreLocked: Another process builds this store.
         OSError: The store cannot be written or its disk is too small. What was finished is kept.
@@ -128,9 +131,10 @@ def build(
     runtime, progress = runtime or Runtime(), progress or Progress()
     began = time.perf_counter()
     root, path = Path(dataset), local_folder(store)
+    layouts.check_root(root)
     ready = None
     if not (path / "zarr.json").exists():
-        # A request that cannot be met leaves nothing behind, so it is looked at first.
+        # A request that cannot be met leaves nothing behind, so it is checked first.
         if path.is_dir():
             FeatureStore.check_empty(path)
         ready = prepare(root, path, None, spec, layout, split, runtime, progress)
@@ -145,8 +149,8 @@ def build(
         table, plan = ready.scan.table, ready.plan
         _record(opened, ready, root, spec)
         clips.write(opened.path, table)
-        given = ready.backbones if runtime.serial else {}
-        done = carry_out(plan, job_of(plan, path, runtime), runtime, progress, given)
+        networks = ready.backbones if runtime.serial else {}
+        done = run_plan(plan, job_of(plan, path, runtime), runtime, progress, networks)
         settle(table, plan, ready.scan.rows)
         clips.write(opened.path, table)
         staging.drop(opened.path, staging.facts_files(opened.path))
@@ -160,7 +164,7 @@ def build(
     listed = table.loc[ready.scan.rows]
     return BuildReport(
         store=opened.path,
-        said=ready.listing.summary,
+        summary=ready.listing.summary,
         clips=dict(Counter(listed["status"])),
         new=ready.scan.new,
         changed=ready.scan.changed,
@@ -204,17 +208,17 @@ def plan(
     estimate: bool = True,
 ) -> tuple[Plan, Estimate | None]: ...
 def plan(dataset: Any, store: Any, *arguments: Any, **options: Any) -> tuple[Plan, Estimate | None]:
-    """What `build` or `update` with the same arguments would do. Writes nothing.
+    """Plan what `build` or `update` with the same arguments would do. Writes nothing.
 
     Returns:
-        The plan, and the time it will take by a short probe of this machine (None where nothing
-        is to be computed or `estimate` is False).
+        The plan, and an estimate of its time from a short probe of this machine (None where
+        nothing is to be computed or `estimate` is False).
 
     Raises:
-        ValueError: As `build` and `update`.
+        ValueError: As of `build` and `update`.
     """
-    of = plan_update if isinstance(store, Backbone) else _plan_build
-    return of(dataset, store, *arguments, **options)
+    planner = plan_update if isinstance(store, Backbone) else _plan_build
+    return planner(dataset, store, *arguments, **options)
 
 
 def _plan_build(
@@ -229,6 +233,7 @@ def _plan_build(
     estimate: bool = True,
 ) -> tuple[Plan, Estimate | None]:
     runtime, progress, path = runtime or Runtime(), progress or Progress(), local_folder(store)
+    layouts.check_root(Path(dataset))
     opened = FeatureStore.open(path) if (path / "zarr.json").exists() else None
     if opened is None and path.is_dir():
         FeatureStore.check_empty(path)
@@ -249,72 +254,73 @@ def prepare(
     runtime: Runtime,
     progress: Progress,
 ) -> Prepared:
-    """List, build the networks for their keys, scan, and plan. Writes nothing."""
+    """List the clips, build the networks for their keys, scan, and plan. Writes nothing."""
     require(spec.decoder)
     listing = layouts.read(root, layout, split)
     progress.message(listing.summary)
     precision = getattr(torch, spec.precision)
-    # A weight file by its whole path: workers may run elsewhere, and one file is one network.
+    # A weight file by its absolute path: workers may run elsewhere, and one file is one network.
     names = dict.fromkeys(weights_in_full(name) for name in spec.backbones)
-    chosen = {name: seal(networks.load(name, precision)) for name in names}
-    asked = passes(spec, chosen, opened, device_of(runtime))
+    backbones = {name: seal(networks.load(name, precision)) for name in names}
+    requested = passes(spec, backbones, opened, device_of(runtime))
     old = opened.clips if opened else clips.empty()
     base = listing.root.absolute()
-    found = scan(old, listing, base, runtime.retry)
-    take_known_facts(old, found.table)
-    left = staging.all_facts(store)
-    take_facts(found.table, (f for f in left if not (runtime.retry and "reason" in f)))
-    plan = make_plan(store, opened, found.table, found.rows, base, asked, chosen)
+    scanned = scan(old, listing, base, runtime.retry)
+    enter_known(old, scanned.table)
+    left = map(Outcome.from_json, staging.all_facts(store))
+    enter(scanned.table, (o for o in left if not (runtime.retry and (o.reason or o.overflowed))))
+    inventory = StoreInventory(store, opened, len(scanned.table))
+    plan = make_plan(inventory, scanned.table, scanned.rows, base, requested, backbones)
     here = device_of(runtime) == "cpu" and not runtime.scheduler
     if plan.blocks and here and (warning := precision_warning(spec.precision)):
         progress.message(warning)
-    return Prepared(listing, found, chosen, plan)
+    return Prepared(listing, scanned, backbones, plan)
 
 
 def keep_text(store: Path, backbone: Backbone, classes: Iterable[str], progress: Progress) -> None:
-    """Keep the text features of the classes' prompts, for a backbone that has a text tower."""
+    """Store the text features of the classes' prompts, for a backbone that has a text tower."""
     names = list(classes)
     if backbone.text is None or not names:
         return
     key = class_features_key(backbone.text)
-    held = text_features.stored(store, backbone.name, key)
-    missing = [name for name in names if name not in held]
+    known = text_features.stored(store, backbone.name, key)
+    missing = [name for name in names if name not in known]
     if not missing:
         return
     progress.message(f"text features of {len(missing)} classes for {backbone.name}")
-    made = class_features(backbone.text, missing).numpy()
-    held |= dict(zip(missing, made, strict=True))
-    values = np.stack([held[name] for name in names])
+    computed = class_features(backbone.text, missing).numpy()
+    known |= dict(zip(missing, computed, strict=True))
+    values = np.stack([known[name] for name in names])
     features = text_features.TextFeatures(tuple(names), values)
     text_features.write(store, backbone.name, key, features)
 
 
 def _record(opened: FeatureStore, ready: Prepared, root: Path, spec: BuildSpec) -> None:
-    """Note in the store where its data set and weights lie, for `verify` and for people."""
-    asked = {name: list(names) for name, names in opened.attributes.get("backbones", {}).items()}
+    """Record in the store where its data set and weights are, for `verify` and for people."""
+    names = {own: list(names) for own, names in opened.attributes.get("backbones", {}).items()}
     for name, backbone in ready.backbones.items():
         # Two weight files of one stem share a name; their columns' keys tell them apart.
-        asked[backbone.name] = sorted({*asked.get(backbone.name, []), name})
+        names[backbone.name] = sorted({*names.get(backbone.name, []), name})
     opened.set_attributes(
         {
             "dataset": str(root.resolve()),
             "layout": ready.listing.layout,
             "classes": list(ready.listing.classes),
-            "backbones": asked,
+            "backbones": names,
             "request": {**asdict(spec), "backbones": list(ready.backbones)},
         }
     )
 
 
 def weights_in_full(backbone: str) -> str:
-    """The backbone's name with a weight file's whole path, to be found from any folder."""
+    """Return a backbone's name with the absolute path of its weight file."""
     network, colon, weights = backbone.partition(":")
     file = Path(weights)
     return f"{network}:{file.resolve()}" if colon and file.is_file() else backbone
 
 
 def _log(store: Path, spec: BuildSpec, runtime: Runtime, done: Done) -> None:
-    """A line of history, the only thing in a store that knows the time and the machine."""
+    """Write a build log, the only file of a store that has the time and the machine."""
     packages = ("torch", "torchvision", "open_clip_torch", "timm", "av", "zarr", "numpy")
     record = {
         "ended": time.strftime("%F %T%z"),

@@ -1,107 +1,154 @@
-"""The table of clips: what was learnt of each, and what its status is."""
+"""Status of clips: what is learnt of each one, and how it enters the table of clips."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from varve.pipeline.extraction import overflow
-from varve.pipeline.extraction.plan import Plan
+from varve.pipeline.decoders import Facts
+from varve.pipeline.extraction.extract import ClipResult
+from varve.pipeline.extraction.plan import ColumnPlan, Plan
 from varve.stores import clips
+from varve.stores.columns import ColumnSpec
 
-# Reasons that tell of the data set at present and not of the clip's bytes.
+# Reasons about the present state of the data set, and not about the clip's bytes.
 ABSENT = ("missing", "unreadable")
-NOTE = "same bytes as row "
-SOUND = "sound: "
-FACTS = ("num_frames", "num_frames_claimed", "fps", "width", "height", "decoder")
+# Reason of a clip with an overflow in a requested column. Its other cells are valid.
+OVERFLOW = "not_finite"
+_NUMBERS = ("num_frames", "num_frames_claimed", "fps", "width", "height", "decoder")
 
 
-def take_facts(table: pd.DataFrame, facts: Iterable[dict[str, Any]]) -> None:
+@dataclass(frozen=True)
+class Outcome:
+    """What a build learnt of one clip. It waits in the store as JSON until the table has it.
+
+    Attributes:
+        rows: Rows of the table.
+        key: Their row key, hexadecimal: the bytes and the interval that this is about.
+        reason, detail: Why the clip failed; "" where it did not.
+        facts: Facts of the video; None where it failed or was not decoded.
+        overflowed: Short fingerprints of the columns that cannot represent its value.
+    """
+
+    rows: tuple[int, ...]
+    key: str
+    reason: str = ""
+    detail: str = ""
+    facts: Facts | None = None
+    overflowed: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, result: ClipResult) -> "Outcome":
+        """Return the outcome of a clip's result."""
+        failure, work = result.failure, result.work
+        cause = (failure.reason, failure.detail) if failure else ("", "")
+        return cls(work.rows, work.key.hex(), *cause, result.facts, result.overflowed)
+
+    @property
+    def describes(self) -> bool:
+        """Whether anything was learnt; not so of a clip that was computed from a feature."""
+        return bool(self.reason or self.facts or self.overflowed)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, form: dict[str, Any]) -> "Outcome":
+        """Return the outcome of a JSON form."""
+        facts = form["facts"] and Facts(**form["facts"])
+        sequences = {name: tuple(form[name]) for name in ("rows", "overflowed")}
+        return cls(**{**form, **sequences, "facts": facts})
+
+
+def enter(table: pd.DataFrame, outcomes: Iterable[Outcome]) -> None:
     """Enter what was learnt of clips into the table, where it is about their present bytes.
 
-    A fact of a clip that cannot be had at present describes it and leaves its status.
+    The status of a clip whose file is absent at present stays.
     """
-    for fact in facts:
-        if "detail" not in fact:  # a clip that began from a feature, of which nothing was learnt
+    for outcome in outcomes:
+        if not outcome.describes:
             continue
-        for row in fact["rows"]:
+        for row in outcome.rows:
             if row >= len(table):
                 continue
             key = clips.row_key(*table.loc[row, ["digest", "start_seconds", "end_seconds"]])
-            if key.hex() != fact["key"]:
+            if key.hex() != outcome.key:
                 continue
-            changes = {name: fact[name] for name in FACTS if name in fact}
-            old = str(table.at[row, "reason"])
-            if old not in ABSENT:
-                reason, detail = fact.get("reason", ""), fact["detail"]
-                if not reason:
-                    detail = _with_sound(detail, fact.get("sound"), str(table.at[row, "detail"]))
-                if reason == "not_finite" or (not reason and old == "not_finite"):
-                    reason = "not_finite"
-                    detail = overflow.joined(str(table.at[row, "detail"]), detail)
-                changes |= {
-                    "status": "quarantined" if reason else "pending",
-                    "reason": reason,
-                    "detail": detail,
-                }
-            for name, value in changes.items():
-                table.at[row, name] = value
+            changes: dict[str, Any] = {
+                "overflowed": tuple(sorted({*table.at[row, "overflowed"], *outcome.overflowed}))
+            }
+            if facts := outcome.facts:
+                changes |= {name: getattr(facts, name) for name in _NUMBERS}
+                changes["warning"] = facts.warning
+                # None: no audio was requested. What an earlier build learnt of it stays.
+                changes |= {} if facts.sound is None else {"audio": facts.sound}
+            if table.at[row, "reason"] not in ABSENT:
+                changes["status"] = "quarantined" if outcome.reason else "pending"
+                changes |= {"reason": outcome.reason, "detail": outcome.detail}
+            _set(table, row, changes)
 
 
-def take_known_facts(old: pd.DataFrame, table: pd.DataFrame) -> None:
-    """A clip whose bytes the store met under another name needs no decoding to be described."""
-    lacking = table.index[(table["num_frames"] == 0) & (table["digest"] != "")]
-    if not len(lacking) or not len(old):
+def enter_known(old: pd.DataFrame, table: pd.DataFrame) -> None:
+    """Describe rows whose bytes the store knows under another path, without decoding."""
+    undescribed = table.index[(table["num_frames"] == 0) & (table["digest"] != "")]
+    if not len(undescribed) or not len(old):
         return
-    known = {
+    row_of = {
         key.tobytes(): row
         for key, row in zip(clips.row_keys(old), old.index, strict=True)
         if old.at[row, "num_frames"] > 0
     }
-    for row, key in zip(lacking, clips.row_keys(table.loc[lacking]), strict=True):
-        holder = known.get(key.tobytes())
-        if holder is None:
-            continue
-        for name in FACTS:
-            table.at[row, name] = old.at[holder, name]
-        if old.at[holder, "reason"] not in ABSENT:
-            table.at[row, "detail"] = without_note(str(old.at[holder, "detail"]))
+    for row, key in zip(undescribed, clips.row_keys(table.loc[undescribed]), strict=True):
+        same = row_of.get(key.tobytes())
+        if same is not None:
+            names = (*_NUMBERS, "warning", "audio", "overflowed")
+            _set(table, row, {name: old.at[same, name] for name in names})
 
 
 def settle(table: pd.DataFrame, plan: Plan, rows: np.ndarray) -> None:
-    """Say of every listed clip whether all that was asked of it is there; note equal bytes."""
+    """Set the final status of every listed clip, and link the clips that have the same bytes."""
     complete = plan.keys.any(axis=1)
     for column in plan.all_columns:
         complete &= (column.column.done(len(table)) == plan.keys).all(axis=1)
-    shorts = [column.output.spec.short for column in plan.all_columns]
     first: dict[bytes, int] = {}
+    table["duplicate_of"] = -1
     for row in sorted(rows.tolist()):
-        if table.at[row, "reason"] not in ("", "not_finite"):
+        if table.at[row, "reason"] not in ("", OVERFLOW):
             continue
-        detail = without_note(str(table.at[row, "detail"]))
-        lost = any(overflow.known(detail, short) for short in shorts)
-        status = "quarantined" if lost else "ready" if complete[row] else "pending"
         same = first.setdefault(plan.keys[row].tobytes(), row)
+        lost = overflows(plan.all_columns, table.at[row, "overflowed"])
+        notes = ["\n".join(lost), table.at[row, "warning"]]
+        if audio := table.at[row, "audio"]:
+            notes.append(f"audio: {audio}")
         if same != row:
-            note = f"{NOTE}{same}, {table.at[same, 'path']}"
-            detail = f"{detail}; {note}" if detail else note
-        changes = {"status": status, "reason": "not_finite" if lost else "", "detail": detail}
-        for name, value in changes.items():
-            table.at[row, name] = value
+            notes.append(f"same bytes as row {same}, {table.at[same, 'path']}")
+        changes = {
+            "duplicate_of": same if same != row else -1,
+            "status": "quarantined" if lost else "ready" if complete[row] else "pending",
+            "reason": OVERFLOW if lost else "",
+            "detail": "; ".join(filter(None, notes)),
+        }
+        _set(table, row, changes)
 
 
-def _with_sound(detail: str, sound: str | None, old: str) -> str:
-    """A detail with what was odd about the clip's sound; what is known where nobody listened."""
-    kept = [part for part in old.split("; ") if part.startswith(SOUND)]
-    told = kept if sound is None else [SOUND + sound] if sound else []
-    return "; ".join(filter(None, (detail, *told)))
+def overflows(columns: Sequence[ColumnPlan], overflowed: Iterable[str]) -> list[str]:
+    """Return a sentence for each of some columns that cannot represent a clip's value."""
+    shorts = set(overflowed)
+    specs = (column.output.spec for column in columns)
+    return [overflow_text(spec) for spec in specs if spec.short in shorts]
 
 
-def without_note(detail: str) -> str:
-    """A detail without the note of equal bytes, which every build makes anew.
+def overflow_text(spec: ColumnSpec) -> str:
+    """Return the sentence for people about a value that a column cannot represent."""
+    return (
+        f"{spec.feature} of {spec.backbone} ({spec.short}) leaves the range of {spec.dtype}; "
+        "keep it with --dtype float32 or bfloat16"
+    )
 
-    >>> without_note("cut off; same bytes as row 3, a.mp4"), without_note("same bytes as row 3, a")
-    ('cut off', '')
-    """
-    return detail.partition(NOTE)[0].removesuffix("; ")
+
+def _set(table: pd.DataFrame, row: int, changes: dict[str, Any]) -> None:
+    for name, value in changes.items():
+        table.at[row, name] = value

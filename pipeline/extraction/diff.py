@@ -1,7 +1,7 @@
-"""Differing: what in the key of each column of a store is not as the present request would have it.
+"""Diff: how the key of each column of a store differs from that of a request.
 
-A key is a chain: frames, pictures, each stage in turn, then reduction and number format. Told are
-the frames' own entries and the first stage that is another one, since from there on all is.
+A key is a chain: frames, pixels, each stage in turn, then reduction and number format. The result
+lists the entries of the frames and the first stage that differ; all later stages differ with it.
 """
 
 import re
@@ -23,7 +23,7 @@ from varve.stores import Feature, FeatureStore
 from varve.stores.digests import canonical
 
 CURRENT, NOT_ASKED, DIFFERS = "current", "not asked for", "differs"
-# What an option that one side has not is said to be.
+# Shown for an option that only one side has.
 ABSENT = "absent"
 SHOWN = 4
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -36,10 +36,11 @@ class Difference:
     """A column of the store against the request.
 
     Attributes:
-        verdict: `current` (its key is one that was asked for), `not asked for` (the request's own
-            computation, or a network that it does not name), or `differs`.
-        elements: What differs, in the order of the chain: name, the column's, the request's.
-        why: Why the column cannot serve for what was asked, or what it can serve for.
+        verdict: `current` (its key is a requested one), `not asked for` (a feature that the
+            request does not keep, or a network that it does not name), or `differs`.
+        elements: Name, the column's value and the request's value of each difference, in the
+            order of the chain.
+        why: Why the column cannot serve for the request, or what it can serve for.
     """
 
     backbone: str
@@ -52,8 +53,8 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A network of the request: its chain, described, and what is asked of it."""
+class _Requested:
+    """A network of the request: the descriptions of its stages, and its passes."""
 
     backbone: Backbone
     stages: list[dict[str, Any]]
@@ -61,7 +62,7 @@ class _Asked:
 
     @property
     def outputs(self) -> list[tuple[Pass, Output]]:
-        return [(one, output) for one in self.passes for output in one.outputs]
+        return [(pass_, output) for pass_ in self.passes for output in pass_.outputs]
 
 
 def diff(
@@ -72,13 +73,13 @@ def diff(
     """Compare every column of a store with a request. Reads no feature, changes nothing.
 
     Args:
-        spec: The request; by default what the store's last build was asked for.
+        spec: The request; by default that of the store's last build.
         backbone: A network as it is now, perhaps changed by a method: the request is then for
             this network alone. Without a `spec` it is for every feature that the store has of it.
 
     Raises:
         ValueError: The request cannot be met by its networks.
-        SpecMismatch: No `spec`, and the store does not say what it was asked for.
+        SpecMismatch: There is no `spec`, and the store does not record its last request.
         OSError: The weights of a network cannot be had.
     """
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
@@ -86,38 +87,42 @@ def diff(
     if backbone is None:
         names = dict.fromkeys(weights_in_full(name) for name in request.backbones)
         precision = getattr(torch, request.precision)
-        chosen = {name: networks.load(name, precision) for name in names}
+        backbones = {name: networks.load(name, precision) for name in names}
     else:
-        own = {f.name for f in features if f.backbone == backbone.name}
-        held = sorted(name for name in own if name.partition(":")[0] in backbone.stage_names)
+        names_kept = {f.name for f in features if f.backbone == backbone.name}
+        kept = sorted(n for n in names_kept if n.partition(":")[0] in backbone.stage_names)
         request = replace(
             request,
             backbones=(backbone.name,),
-            keep=request.keep if spec else tuple(held),
+            keep=request.keep if spec else tuple(kept),
             precision=str(backbone.precision).removeprefix("torch."),
         )
-        chosen = {backbone.name: snapshot(backbone)}
-    found = passes(request, chosen, opened, "cpu")
-    asked = [
-        _Asked(network, [network.describe(stage) for stage in network.stages],
-               [one for one in found if one.backbone == name])
-        for name, network in chosen.items()
+        backbones = {backbone.name: snapshot(backbone)}
+    requested = passes(request, backbones, opened, "cpu")
+    chains = [
+        _Requested(network, [network.describe(stage) for stage in network.stages],
+               [pass_ for pass_ in requested if pass_.backbone == name])
+        for name, network in backbones.items()
     ]  # fmt: skip
-    return [_compare(feature, asked, request) for feature in features]
+    return [_compare(feature, chains, request) for feature in features]
 
 
-def request_of(store: str | Path | FeatureStore, **given: Any) -> BuildSpec:
-    """What the store's last build was asked for, with some of it replaced; None replaces nothing.
+def request_of(store: str | Path | FeatureStore, **changed: Any) -> BuildSpec:
+    """Return the request of the store's last build, with some fields replaced.
+
+    Args:
+        store: The store.
+        changed: Fields of `BuildSpec`; None replaces nothing.
 
     Raises:
-        ValueError: The parts do not go together.
-        SpecMismatch: The store does not say what it was asked for.
+        ValueError: The fields do not go together.
+        SpecMismatch: The store does not record its last request.
     """
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
     recorded = recorded_request(opened)
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes = {name: value for name, value in changed.items() if value is not None}
     changes |= {name: tuple(changes[name]) for name in ("backbones", "keep") if name in changes}
-    # What another sampling, or a single view, has no use for.
+    # Options of another sampling, or of several views, that no longer apply.
     if changes.get("sampling", recorded.sampling) != recorded.sampling:
         changes = {"fps": 0.0, "stride": 0} | changes
     if changes.get("views") == 1:
@@ -126,57 +131,58 @@ def request_of(store: str | Path | FeatureStore, **given: Any) -> BuildSpec:
 
 
 def facts(differences: Sequence[Difference]) -> list[dict[str, Any]]:
-    """For a program, as JSON."""
+    """Return differences as JSON."""
     names = ("element", "old", "asked")
     return [
-        asdict(one) | {"elements": [dict(zip(names, e, strict=True)) for e in one.elements]}
-        for one in differences
+        asdict(difference)
+        | {"elements": [dict(zip(names, e, strict=True)) for e in difference.elements]}
+        for difference in differences
     ]
 
 
 def lines(differences: Sequence[Difference]) -> Iterator[str]:
-    """For a person: a line a column, and why where it is not current."""
-    for one in differences:
-        view = f" view {one.view}" if one.view else ""
-        told = [f"{name} {old}, asked {asked}" for name, old, asked in one.elements]
-        more = len(told) - SHOWN
-        told = [*told[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
+    """Yield differences as text: a line per column, and the reason where it is not current."""
+    for difference in differences:
+        view = f" view {difference.view}" if difference.view else ""
+        parts = [f"{name} {old}, asked {asked}" for name, old, asked in difference.elements]
+        more = len(parts) - SHOWN
+        parts = [*parts[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
         yield (
-            f"{one.verdict:13}  {one.backbone}  {one.feature}{view}  {one.fingerprint[:16]}"
-            + "".join(f"  [{text}]" for text in told)
+            f"{difference.verdict:13}  {difference.backbone}  {difference.feature}{view}  "
+            f"{difference.fingerprint[:16]}" + "".join(f"  [{text}]" for text in parts)
         )
-        if one.verdict != CURRENT:
-            yield f"{'':13}  {one.why}"
+        if difference.verdict != CURRENT:
+            yield f"{'':13}  {difference.why}"
 
 
-def _compare(feature: Feature, asked: list[_Asked], request: BuildSpec) -> Difference:
-    held = feature.spec
-    view, key = int(held["frames"]["view"]), feature.fingerprint
+def _compare(feature: Feature, chains: list[_Requested], request: BuildSpec) -> Difference:
+    stored = feature.spec
+    view, key = int(stored["frames"]["view"]), feature.fingerprint
 
-    def verdict(said: str, elements: list[Element], why: str) -> Difference:
-        return Difference(feature.backbone, feature.name, key, view, said, elements, why)
+    def verdict(kind: str, elements: list[Element], why: str) -> Difference:
+        return Difference(feature.backbone, feature.name, key, view, kind, elements, why)
 
-    if any(output.spec.fingerprint == key for one in asked for _, output in one.outputs):
+    if any(output.spec.fingerprint == key for chain in chains for _, output in chain.outputs):
         return verdict(CURRENT, [], "it is what was asked for")
-    network = held["backbone"]["network"]
-    named = [one for one in asked if one.backbone.name == feature.backbone]
-    named = named or [one for one in asked if one.backbone.network == network]
+    network = stored["backbone"]["network"]
+    named = [chain for chain in chains if chain.backbone.name == feature.backbone]
+    named = named or [chain for chain in chains if chain.backbone.network == network]
     if not named:
-        others = ", ".join(one.backbone.name for one in asked)
+        others = ", ".join(chain.backbone.name for chain in chains)
         why = f"the request has no {network}, and no other network gives its features"
         return verdict(NOT_ASKED, [("backbone", feature.backbone, others)], why)
-    best = max(named, key=lambda one: _common(held["stages"], one.stages))
+    best = max(named, key=lambda chain: _common(stored["stages"], chain.stages))
     frame_sets = request.frame_sets(best.backbone.picture)
     wanted = frame_sets[view if view < len(frame_sets) else 0]
-    frames = _flat_differences("frames.", held["frames"], wanted.identity())
-    if held["pixels"] != pixels(wanted):
-        frames.append(("pixels", held["pixels"], pixels(wanted)))
-    stages = _stage_differences(held["stages"], best.stages)
+    frames = _flat_differences("frames.", stored["frames"], wanted.identity())
+    if stored["pixels"] != pixels(wanted):
+        frames.append(("pixels", stored["pixels"], pixels(wanted)))
+    stages = _stage_differences(stored["stages"], best.stages)
 
-    stage, reduction = held["stages"][-1]["stage"], held["reduction"]
-    outputs = [(one, output) for one, output in best.outputs if one.frame_set == wanted]
+    stage, reduction = stored["stages"][-1]["stage"], stored["reduction"]
+    outputs = [(pass_, output) for pass_, output in best.outputs if pass_.frame_set == wanted]
     reductions = {output.reduction for _, output in outputs if output.stage == stage}
-    code = held.get("reduction_code", reduction)
+    code = stored.get("reduction_code", reduction)
     edited = code != reduction_identity(reduction) if reduction in reductions else False
     kept = reduction in reductions and not edited
     ends: list[Element] = []
@@ -186,13 +192,13 @@ def _compare(feature: Feature, asked: list[_Asked], request: BuildSpec) -> Diffe
     if feature.dtype != request.dtype:
         ends.append(("dtype", feature.dtype, request.dtype))
     if frames or stages:
-        why = _why(frames, stages, held, best, len(frame_sets))
+        why = _why(frames, stages, stored, best, len(frame_sets))
         if best.backbone.name != feature.backbone:
             why = f"{best.backbone.name} is asked for in its place: {why}"
         why += "" if kept else "; nor does the request keep such a feature"
         return verdict(DIFFERS, [*frames, *stages, *ends], why)
     source = Source(stage, reduction, feature.dtype, feature.backbone, feature.name, key, 0)
-    refusals = {o.spec.feature: refusal(source, o, one, best.backbone) for one, o in outputs}
+    refusals = {o.spec.feature: refusal(source, o, pass_, best.backbone) for pass_, o in outputs}
     if kept:
         rounded = (
             "and they are too coarse for it"
@@ -205,7 +211,7 @@ def _compare(feature: Feature, asked: list[_Asked], request: BuildSpec) -> Diffe
 
 
 def _use(refusals: Mapping[str, str]) -> str:
-    """What a column that the request does not keep is good for."""
+    """Return the use of a column that the request does not keep."""
     served = [feature for feature, reason in refusals.items() if not reason]
     if served:
         return f"the request keeps no such feature; {', '.join(served)} can be computed from it"
@@ -213,48 +219,54 @@ def _use(refusals: Mapping[str, str]) -> str:
     return f"the request keeps no such feature, and none of its own can come from it: {reasons}"
 
 
-def _common(held: list[dict[str, Any]], asked: list[dict[str, Any]]) -> int:
-    """How many stages two chains begin with that are the same."""
+def _common(stored: list[dict[str, Any]], requested: list[dict[str, Any]]) -> int:
+    """Return the number of equal stages at the start of two chains."""
     count = 0
-    for old, new in zip(held, asked, strict=False):
+    for old, new in zip(stored, requested, strict=False):
         if canonical(old) != canonical(new):
             break
         count += 1
     return count
 
 
-def _stage_differences(held: list[dict[str, Any]], asked: list[dict[str, Any]]) -> list[Element]:
-    """The first stage of a column's chain that is not the request's; empty where all are."""
-    number = _common(held, asked)
-    if number == len(held):
+def _stage_differences(
+    stored: list[dict[str, Any]], requested: list[dict[str, Any]]
+) -> list[Element]:
+    """Return the differences of the first stage that differs; empty where none does."""
+    number = _common(stored, requested)
+    if number == len(stored):
         return []
-    old, new = held[number], asked[number] if number < len(asked) else None
-    if new is None or old["stage"] not in {stage["stage"] for stage in asked}:
+    old, new = stored[number], requested[number] if number < len(requested) else None
+    if new is None or old["stage"] not in {stage["stage"] for stage in requested}:
         return [(old["stage"], "present", ABSENT)]
     if old["stage"] != new["stage"]:
         return [(new["stage"], ABSENT, "present")]
-    name, found = old["stage"], list[Element]()
+    name, elements = old["stage"], list[Element]()
     if old["code"] != new["code"]:
-        # Their options are then words of two languages.
-        found.append((f"{name} code", old["code"], new["code"]))
+        # Options of two codes cannot be compared.
+        elements.append((f"{name} code", old["code"], new["code"]))
     else:
-        found += _flat_differences(f"{name} options.", old["options"], new["options"])
+        elements += _flat_differences(f"{name} options.", old["options"], new["options"])
     if old["precision"] != new["precision"]:
-        # Parameters in another precision are other bytes, which says nothing of the weights.
-        return [*found, ("precision", old["precision"], new["precision"])]
+        # Parameters in another precision have other bytes, whatever the weights.
+        return [*elements, ("precision", old["precision"], new["precision"])]
     if old["parameters"] != new["parameters"]:
-        found.append((f"{name} parameters", old["parameters"][:16], new["parameters"][:16]))
-    return found
+        elements.append((f"{name} parameters", old["parameters"][:16], new["parameters"][:16]))
+    return elements
 
 
 def _why(
-    frames: list[Element], stages: list[Element], held: dict[str, Any], asked: _Asked, views: int
+    frames: list[Element],
+    stages: list[Element],
+    stored: dict[str, Any],
+    chain: _Requested,
+    views: int,
 ) -> str:
-    """Why a column of another chain cannot serve."""
-    first = _why_frames([name for name, _, _ in frames], int(held["frames"]["view"]), views)
+    """Return why a column of another chain cannot serve."""
+    first = _why_frames([name for name, _, _ in frames], int(stored["frames"]["view"]), views)
     if not stages:
         return f"{first}, so every stage after them is another computation"
-    number = _common(held["stages"], asked.stages)
+    number = _common(stored["stages"], chain.stages)
     name = stages[0][0].partition(" ")[0]
     parts = [element.removeprefix(f"{name} ").split(".") for element, _, _ in stages]
     kinds = {"code" if "code" in part else part[0] for part in parts}
@@ -265,9 +277,9 @@ def _why(
     if stages[0][0] == name:
         where = "request's network has no" if stages[0][2] == ABSENT else "column's network had no"
         second = f"the {where} {name}"
-    elif name in held.get("grafts", []) and name not in asked.backbone.changed:
+    elif name in stored.get("grafts", []) and name not in chain.backbone.changed:
         second = f"a method had changed {name}"
-    elif name in asked.backbone.changed and name not in held.get("grafts", []):
+    elif name in chain.backbone.changed and name not in stored.get("grafts", []):
         second = f"a method has changed {name} since"
     else:
         second = f"{name} has other {' and '.join(sorted(kinds))}"
@@ -275,7 +287,7 @@ def _why(
         return f"{first}, so every stage after them is another computation; besides, {second}"
     if not number:
         return f"{second}, and every stage after it is another computation"
-    return f"{second}: what comes before it still holds, this column does not"
+    return f"{second}: columns before it are still valid, this one is not"
 
 
 def _why_frames(names: list[str], view: int, views: int) -> str:
@@ -293,18 +305,18 @@ def _why_frames(names: list[str], view: int, views: int) -> str:
     return "other frames"
 
 
-def _flat_differences(place: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Element]:
+def _flat_differences(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Element]:
     ours, theirs = dict(_flat(old)), dict(_flat(new))
     return [
-        (place + key, _short(ours.get(key, ABSENT)), _short(theirs.get(key, ABSENT)))
+        (path + key, _short(ours.get(key, ABSENT)), _short(theirs.get(key, ABSENT)))
         for key in dict.fromkeys([*ours, *theirs])
         if key not in ours or key not in theirs or canonical(ours[key]) != canonical(theirs[key])
     ]
 
 
-def _flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Entries of nested JSON by their place; a list of pairs goes by the pairs' names."""
-    dot = f"{place}." if place else ""
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield entries of nested JSON by their path; a list of pairs goes by the pairs' names."""
+    dot = f"{path}." if path else ""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(inner, f"{dot}{key}")
@@ -315,7 +327,7 @@ def _flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
             pair = isinstance(inner, list | tuple) and len(inner) == 2 and isinstance(inner[0], str)
             yield from _flat(inner[1], f"{dot}{inner[0]}") if pair else _flat(inner, f"{dot}{i}")
     else:
-        yield place, value
+        yield path, value
 
 
 def _short(value: Any) -> Any:

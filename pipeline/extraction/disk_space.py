@@ -1,4 +1,4 @@
-"""The disk under a store: whether a plan fits it, and what to say when it refuses."""
+"""Disk space: whether a plan fits the store's disk, and errors that say what to do."""
 
 import errno
 import shutil
@@ -11,15 +11,15 @@ from varve.pipeline.units import size
 
 
 class DiskTooSmall(OSError):
-    """The store's disk has not the room that the plan needs."""
+    """The store's disk has less free space than the plan needs."""
 
 
 def needed_bytes(plan: Plan) -> int:
-    """Free disk that carrying out a plan takes.
+    """Return the free bytes that a plan needs while it runs.
 
-    Beside the cells themselves: the shard being replaced, and staged cells that wait for theirs.
+    They are the cells themselves, the shard being replaced, and the staged cells of a shard.
     """
-    total = plan.file_bytes - plan.held_bytes
+    total = plan.file_bytes - plan.disk_bytes
     for column in plan.all_columns:
         spec = column.output.spec
         total += 2 * min(column.missing, spec.shard_clips) * spec.cell_bytes
@@ -27,16 +27,16 @@ def needed_bytes(plan: Plan) -> int:
 
 
 def free_bytes(store: Path) -> int:
-    """Free bytes of the disk that the store is on, or will be."""
-    place = next(folder for folder in (store, *store.absolute().parents) if folder.is_dir())
-    return shutil.disk_usage(place).free
+    """Return the free bytes of the disk that the store is on, or will be."""
+    folder = next(folder for folder in (store, *store.absolute().parents) if folder.is_dir())
+    return shutil.disk_usage(folder).free
 
 
 def check_disk(plan: Plan, store: Path) -> None:
-    """Refuse to begin what the disk has no room for.
+    """Refuse a plan that does not fit the disk.
 
     Raises:
-        DiskTooSmall: It names what is needed, what is free, and the largest columns.
+        DiskTooSmall: The message gives the bytes needed and free, and the largest columns.
     """
     need, free = needed_bytes(plan), free_bytes(store)
     if need <= free:
@@ -53,23 +53,23 @@ def check_disk(plan: Plan, store: Path) -> None:
 
 @contextmanager
 def explained(store: Path) -> Iterator[None]:
-    """Turn a full or refusing disk into an error that says what is kept and what to do."""
+    """Turn a disk that is full or read-only into an error that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            said = (
+            message = (
                 f"the disk of {store} is full. Everything finished is kept: make room "
                 f"({size(free_bytes(store))} are free) and run the same command again"
             )
         elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and _within(error, store):
-            said = (
+            message = (
                 f"{store} may not be written ({error.strerror}: {error.filename}). Nothing was "
                 "changed; reading it needs no permission to write"
             )
         else:
             raise
-        raise OSError(error.errno, said) from error
+        raise OSError(error.errno, message) from error
 
 
 def _within(error: OSError, store: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Probe: how long a plan will take, from a few clips of it done on this machine."""
+"""Estimate: how long a plan will take, from a few of its clips run on this machine."""
 
 import os
 import time
@@ -9,26 +9,28 @@ import numpy as np
 
 from varve.pipeline.backbones import Backbone
 from varve.pipeline.config import Runtime
-from varve.pipeline.extraction.forward import Cells, adopt, dismiss, run_pass
+from varve.pipeline.extraction.blocks import Block
+from varve.pipeline.extraction.extract import close_pools
+from varve.pipeline.extraction.forward import Cells, adopted, run_pass
 from varve.pipeline.extraction.plan import Plan
 from varve.pipeline.extraction.schedule import local_workers
-from varve.pipeline.extraction.worker import Block, Job, close_pools, decode
+from varve.pipeline.extraction.worker import Job, decode
 from varve.pipeline.progress import Progress
 
 FILES = 6
 FORWARD_SECONDS = 4.0
-START_SECONDS = 8.0  # a cluster of one worker up, its libraries imported
+START_SECONDS = 8.0  # to start a cluster of one worker, which imports its libraries
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds a plan will take on this machine.
+    """Seconds that a plan will take on this machine.
 
     Attributes:
-        decode_seconds: Of all decoding, one child working alone.
-        forward_seconds: Of all forwards, on one worker.
-        load_seconds: To build the networks.
-        seconds: In all, with the cores shared as the build will share them.
+        decode_seconds: Seconds of all decoding in one child.
+        forward_seconds: Seconds of all forwards in one worker.
+        load_seconds: Seconds to build the networks.
+        seconds: Total, with the cores shared as the build will share them.
     """
 
     decode_seconds: float
@@ -46,27 +48,9 @@ def probe(
     """
     progress.message("probing this machine for a few seconds")
     decode_seconds = _decoding(plan, job)
-    forward_seconds = load_seconds = 0.0
-    for name, backbone in networks.items():
-        adopt(name, backbone)
-    for number, one in enumerate(plan.passes):
-        batches = plan.batches(number)
-        if not batches:
-            continue
-        batch = _example(plan, job, number) * one.batch_clips
-        outputs = tuple(set().union(*(block.outputs_of(number) for block in plan.blocks)))
-        began = time.perf_counter()
-        list(run_pass(one, outputs, batch))
-        load_seconds += time.perf_counter() - began
-        times: list[float] = []
-        while sum(times) < FORWARD_SECONDS and len(times) < min(20, batches):
-            began = time.perf_counter()
-            list(run_pass(one, outputs, batch))
-            times.append(time.perf_counter() - began)
-        forward_seconds += float(np.median(times)) * batches
-    for name in networks:
-        dismiss(name)
-    threads = max(one.execution.threads for one in plan.passes)
+    with adopted(networks):
+        load_seconds, forward_seconds = _running(plan, job)
+    threads = max(pass_.execution.threads for pass_ in plan.passes)
     workers = 1 if runtime.serial or not threads else local_workers(threads, runtime.workers)
     # On a CPU decoding and forward share the cores; on a GPU they overlap.
     cores = os.cpu_count() or 1
@@ -77,8 +61,29 @@ def probe(
     return Estimate(decode_seconds, forward_seconds, load_seconds, together + start)
 
 
+def _running(plan: Plan, job: Job) -> tuple[float, float]:
+    """Measure the seconds to build the networks, and of all forwards in one worker."""
+    load_seconds = forward_seconds = 0.0
+    for number, pass_ in enumerate(plan.passes):
+        batches = plan.batches(number)
+        if not batches:
+            continue
+        batch = _example(plan, job, number) * pass_.batch_clips
+        outputs = tuple(set().union(*(block.outputs_of(number) for block in plan.blocks)))
+        began = time.perf_counter()
+        list(run_pass(pass_, outputs, batch))
+        load_seconds += time.perf_counter() - began
+        times: list[float] = []
+        while sum(times) < FORWARD_SECONDS and len(times) < min(20, batches):
+            began = time.perf_counter()
+            list(run_pass(pass_, outputs, batch))
+            times.append(time.perf_counter() - began)
+        forward_seconds += float(np.median(times)) * batches
+    return load_seconds, forward_seconds
+
+
 def _decoding(plan: Plan, job: Job) -> float:
-    """Seconds of all decoding, one child working alone."""
+    """Measure the seconds of all decoding in one child."""
     files = [file for block in plan.blocks for file in block.files]
     if not files:
         return 0.0
@@ -95,12 +100,12 @@ def _decoding(plan: Plan, job: Job) -> float:
 
 
 def _example(plan: Plan, job: Job, number: int) -> list[np.ndarray]:
-    """One clip's input of a pass."""
-    one = plan.passes[number]
-    if one.source:
+    """Return one clip's input of a pass."""
+    pass_ = plan.passes[number]
+    if pass_.source:
         clips = (clip for block in plan.blocks for clip in block.cached)
-        held = next(clip.held for clip in clips if clip.needs[0][0] == number)
-        return list(Cells(job.store, one.source, [held])[:1])
-    picture = one.frame_set.picture
-    noise = np.random.default_rng(0).integers(0, 256, (one.frame_set.frames, *picture.shape))
+        row = next(clip.source_row for clip in clips if number in clip.needs)
+        return list(Cells(job.store, pass_.source, [row])[:1])
+    picture = pass_.frame_set.picture
+    noise = np.random.default_rng(0).integers(0, 256, (pass_.frame_set.frames, *picture.shape))
     return [noise.astype(picture.dtype)]

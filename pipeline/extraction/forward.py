@@ -1,11 +1,12 @@
-"""Running: one pass over a batch of clips after another, and the networks of this process.
+"""Forward: runs a pass over batches of clips, and keeps the networks of this process.
 
-A pass begins from pictures or from a feature of the store, and gives the cells of its outputs.
+A pass starts from frames or from a feature of the store, and gives the cells of its outputs.
 """
 
+import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Cells:
-    """Cells of a feature as a sequence of stored bits, read a slice at a time."""
+    """Cells of a feature as a sequence of stored bits, read one slice at a time."""
 
     def __init__(self, store: Path, source: Source, rows: Sequence[int]) -> None:
         names = (node_name(source.backbone), node_name(source.feature), source.fingerprint[:16])
@@ -38,7 +39,7 @@ class Cells:
         rows = self._rows[part]
         order = np.argsort(rows)
         bits = self._feature.bits(rows[order])
-        # Planned as valid, and gone since: a number that was never computed must not be used.
+        # Valid when the plan was made and gone since: a fill value must not be computed on.
         if self._feature.is_fill(bits).any():
             raise Damaged(f"{self._feature.path} has lost cells since the plan was made")
         if (np.diff(order) == 1).all():
@@ -49,42 +50,45 @@ class Cells:
 
 
 def run_pass(
-    one: Pass,
+    pass_: Pass,
     outputs: tuple[int, ...],
     inputs: "Sequence[np.ndarray] | Cells",
     calls: "Counter[str] | None" = None,
 ) -> Iterator[dict[int, np.ndarray]]:
-    """Cells of some outputs of a pass, a batch of clips at a time.
+    """Compute cells of some outputs of a pass, one batch of clips at a time.
 
-    Every batch has `batch_clips` clips, the last one padded with black (or zeros), so that a
-    cell's bits do not depend on how many clips came with it.
+    Every batch has `batch_clips` clips. The last one is padded with zeros, so that a cell's bits
+    do not depend on the number of clips.
 
     Args:
-        outputs: Numbers of the pass's outputs to give.
-        inputs: Pictures uint8 [T, S, S, 3] each, or the stored bits of the pass's source.
+        outputs: Numbers of the pass's outputs to compute.
+        inputs: Each clip's frames, uint8 [T, S, S, 3] or float32 [T, samples], or the stored bits
+            of the pass's source.
         calls: Counts the calls of each stage, "network stage".
 
     Yields:
-        By output number, stored bits [clips of the batch, *cell].
+        Stored bits [clips of the batch, *cell] by output number.
+
+    Raises:
+        NetworkDiffers: The network of that name has other fingerprints than the pass.
     """
     import torch
 
-    execution, source = one.execution, one.source
-    backbone = network_of(one.backbone, one.precision, execution.device)
-    _check(one, backbone)
-    chosen = {c: one.outputs[c] for c in outputs}
+    execution, source = pass_.execution, pass_.source
+    backbone = network_of(pass_)
+    chosen = {c: pass_.outputs[c] for c in outputs}
     counted: Counter[str] = Counter()
     threads = torch.get_num_threads()
     torch.set_num_threads(execution.threads or threads)
     try:
-        for count, padded in _batches(inputs, one.batch_clips):
-            # What is around a call, such as autocast in a training loop, decides no value.
+        for count, padded in _batches(inputs, pass_.batch_clips):
+            # The caller's context, such as autocast in a training loop, must decide no value.
             with torch.inference_mode(), torch.autocast(execution.device, enabled=False):
                 x = torch.from_numpy(padded.reshape(-1, *padded.shape[2:]))
                 x = x.view(torch.bfloat16) if source and source.dtype == "bfloat16" else x
                 results = _results(backbone, source, chosen, x.to(execution.device), counted)
                 yield {
-                    c: _bits(result, chosen[c], one.batch_clips)[:count]
+                    c: _bits(result, chosen[c], pass_.batch_clips)[:count]
                     for c, result in results.items()
                 }
     finally:
@@ -100,15 +104,15 @@ def _results(
     x: "Tensor",
     calls: "Counter[str]",
 ) -> "dict[int, Tensor]":
-    """Outputs of a batch, reduced, from its pictures or from what the source holds of it."""
+    """Return a batch's outputs, reduced, from its frames or from the source's cells."""
     from varve.pipeline.backbones import expand, reduce
 
     results: dict[int, Tensor] = {}
     features: dict[str, Tensor] = {}
     start = source.stage if source else None
     if source:
-        same = (source.stage, source.reduction)
-        results = {c: x for c, o in outputs.items() if (o.stage, o.reduction) == same}
+        feature = (source.stage, source.reduction)
+        results = {c: x for c, o in outputs.items() if (o.stage, o.reduction) == feature}
         if len(results) == len(outputs):
             return results
         x = features[source.stage] = expand(x, backbone.stage(source.stage), source.reduction)
@@ -122,7 +126,7 @@ def _results(
 
 
 def _batches(inputs: "Sequence[np.ndarray] | Cells", size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Batches of `size` clips and how many of them are real. The next is read meanwhile."""
+    """Yield batches of `size` clips, and how many are not padding. The next is read meanwhile."""
 
     def batch(start: int) -> tuple[int, np.ndarray]:
         part = inputs[start : start + size]
@@ -144,7 +148,7 @@ def _batches(inputs: "Sequence[np.ndarray] | Cells", size: int) -> Iterator[tupl
 
 
 def _bits(x: "Tensor", output: Output, clips: int) -> np.ndarray:
-    """A batch's feature [clips * T, ...] as stored bits [clips, T, ...]."""
+    """Return a batch's feature [clips * T, ...] as stored bits [clips, T, ...]."""
     import torch
 
     x = x.to(getattr(torch, output.spec.dtype)).contiguous().cpu()
@@ -163,57 +167,76 @@ _KEYS: dict[tuple[str, str, str, str], dict[str, str]] = {}
 
 
 def adopt(name: str, backbone: "Backbone") -> None:
-    """Run this network where passes ask for `name`, and load none."""
+    """Use this network where passes name it, and load none."""
     precision = str(backbone.precision).removeprefix("torch.")
     _NETWORKS[name, precision, ""] = backbone
 
 
 def dismiss(name: str) -> None:
-    """Forget a network."""
-    for held in [key for key in _NETWORKS if key[0] == name]:
-        del _NETWORKS[held]
-    for asked in [key for key in _KEYS if key[0] == name]:
-        del _KEYS[asked]
+    """Drop a network."""
+    for key in [key for key in _NETWORKS if key[0] == name]:
+        del _NETWORKS[key]
+    for request in [request for request in _KEYS if request[0] == name]:
+        del _KEYS[request]
 
 
-def network_of(name: str, precision: str, device: str) -> "Backbone":
-    """The network of that name on a device: loaded, or adopted; kept from block to block."""
-    import torch
-
-    from varve.pipeline import backbones
-
-    held = _NETWORKS.get((name, precision, device))
-    if held is not None:
-        return held
-    given = _NETWORKS.get((name, precision, ""))
-    if given is None:
-        backbone = backbones.load(name, getattr(torch, precision))
-    else:
-        # A copy where it moves: the modules of whoever gave it must stay where they are.
-        tensors = [t for s in given.stages for t in backbones.tensors_of(s.module).values()]
-        there = all(tensor.device.type == device for tensor in tensors)
-        backbone = given if there else copy.deepcopy(given)
-    for stage in backbone.stages:
-        stage.module.to(device)
-    _NETWORKS[name, precision, device] = backbone
-    return backbone
+@contextlib.contextmanager
+def adopted(networks: "Mapping[str, Backbone]") -> Iterator[None]:
+    """Use these networks, by name, inside the block."""
+    try:
+        for name, backbone in networks.items():
+            adopt(name, backbone)
+        yield
+    finally:
+        for name in networks:
+            dismiss(name)
 
 
-def _check(one: Pass, backbone: "Backbone") -> None:
-    asked = (one.backbone, one.precision, one.execution.device, frames_key(one.frame_set))
-    if asked not in _KEYS:
-        _KEYS[asked] = backbone.keys(asked[3])
-    own = _KEYS[asked]
-    for stage, key in one.stage_keys.items():
-        if own[stage] != key:
+def network_of(pass_: Pass) -> "Backbone":
+    """Return the network of a pass on its device: loaded or adopted, kept between calls.
+
+    Raises:
+        NetworkDiffers: Its fingerprints, or those of a reduction, are not those of the pass.
+        ValueError, OSError: It cannot be loaded.
+    """
+    device = pass_.execution.device
+    backbone = _NETWORKS.get((pass_.backbone, pass_.precision, device))
+    if backbone is None:
+        backbone = _on_device(_NETWORKS.get((pass_.backbone, pass_.precision, "")), pass_)
+        _NETWORKS[pass_.backbone, pass_.precision, device] = backbone
+    request = (pass_.backbone, pass_.precision, device, frames_key(pass_.frame_set))
+    if request not in _KEYS:
+        _KEYS[request] = backbone.keys(request[3])
+    for stage, key in pass_.stage_keys.items():
+        if _KEYS[request][stage] != key:
             raise NetworkDiffers(
-                f"{one.backbone}: a worker's network differs from the builder's from stage {stage} "
-                "on. Give every machine the same weights and the same versions, and build again."
+                f"{pass_.backbone}: a worker's network differs from the builder's from stage "
+                f"{stage} on. Give every machine the same weights and versions, and build again."
             )
-    for output in one.outputs:
-        key = column_key(one.stage_keys[output.stage], output.reduction, output.spec.dtype)
+    for output in pass_.outputs:
+        key = column_key(pass_.stage_keys[output.stage], output.reduction, output.spec.dtype)
         if key != output.spec.fingerprint:
             raise NetworkDiffers(
                 f"{output.spec.feature}: a worker's reduction differs from the builder's. Its file "
                 "was edited after it was loaded: start again, and build again."
             )
+    return backbone
+
+
+def _on_device(adopted: "Backbone | None", pass_: Pass) -> "Backbone":
+    """Load a pass's network, or take the adopted one, onto the pass's device."""
+    import torch
+
+    from varve.pipeline import backbones
+
+    device = pass_.execution.device
+    if adopted is None:
+        backbone = backbones.load(pass_.backbone, getattr(torch, pass_.precision))
+    else:
+        # A copy where it moves: the caller's modules must stay on their device.
+        tensors = [t for s in adopted.stages for t in backbones.tensors_of(s.module).values()]
+        there = all(tensor.device.type == device for tensor in tensors)
+        backbone = adopted if there else copy.deepcopy(adopted)
+    for stage in backbone.stages:
+        stage.module.to(device)
+    return backbone

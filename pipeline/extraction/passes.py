@@ -1,8 +1,8 @@
-"""From what is asked to columns: which passes over which frames give which features.
+"""Passes: which runs of a backbone over a frame set give the requested features.
 
-A pass is one backbone run over one frame set; it fills one or more columns. Its `Execution` pins
+A pass is one backbone run over one frame set; it fills one or more columns. Its `Execution` fixes
 how the forward runs, since on a CPU the last bits of a result depend on the shape of the batch,
-the number of threads and the memory format. A column keeps the execution it was begun with.
+the number of threads and the memory format. A column keeps the execution of its first cells.
 """
 
 import json
@@ -23,13 +23,13 @@ from varve.stores import FeatureStore
 from varve.stores.columns import ColumnSpec, Damaged
 from varve.stores.digests import digest
 
-# What a picture's numbers are: changed when the decoders' pixels change.
+# Version of the pixels and samples: changed when the decoders give other values.
 PIXELS = "rgb24, libswscale bicubic, 1"
 SAMPLES = "mono float32, libswresample, 2"
 CPU_BATCH_FRAMES = 8
 GPU_BATCH_FRAMES = 256
 MAX_THREADS = 4
-# Times as many clips a batch where only class tokens run (ViT-B-16's last MLP: 0.47 ms a clip
+# Factor on the clips per batch where only class tokens run (ViT-B-16's last MLP: 0.47 ms per clip
 # against 0.87).
 CLASS_TOKENS = 32
 
@@ -40,8 +40,8 @@ class Execution:
 
     Attributes:
         device: cpu or cuda.
-        batch_clips: Clips a batch; a shorter one is padded to it.
-        threads: Of the forward, on a CPU; 0 on a GPU.
+        batch_clips: Clips per batch; a shorter batch is padded to it.
+        threads: Threads of the forward on a CPU; 0 on a GPU.
     """
 
     device: str
@@ -60,14 +60,14 @@ class Output:
 
 @dataclass(frozen=True)
 class Source:
-    """A column of the store that a computation goes on from.
+    """A column of the store that a computation starts from.
 
     Attributes:
-        stage: Whose output it holds; with `reduction`, what of it.
-        dtype: Of its numbers on disk.
-        backbone, feature, fingerprint: Which column, as `FeatureStore.feature` takes them.
-        cell_bytes: Of one clip.
-        tokens: Tokens of the stage's output that it holds: `all`, `class` or `patches`.
+        stage, reduction: The stage whose output it has, and the reduction of that output.
+        dtype: Number format on disk.
+        backbone, feature, fingerprint: Names of the column, as `FeatureStore.feature` takes them.
+        cell_bytes: Bytes of one clip.
+        tokens: Tokens of the stage's output that it has: `all`, `class` or `patches`.
     """
 
     stage: str
@@ -82,12 +82,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Pass:
-    """One backbone over one frame set, from one beginning.
+    """A run of one backbone over one frame set, from the frames or from one stored feature.
 
     Attributes:
-        backbone: As asked for; what `backbones.load` takes.
-        stage_keys: Fingerprint by stage, so that a worker can prove it runs the same network.
-        source: The feature it begins from; None for the pictures.
+        backbone: The requested name, which `backbones.load` takes.
+        precision: Precision of the network's parameters and activations.
+        outputs: The columns it fills. A pass without outputs only has its frames decoded.
+        stage_keys: Fingerprint by stage, so that a worker can prove that it runs the same network.
+        source: The feature it starts from; None for the frames.
     """
 
     backbone: str
@@ -100,24 +102,29 @@ class Pass:
 
     @property
     def batch_clips(self) -> int:
-        """Clips a batch. A class token a frame is little work, and takes more of them."""
+        """Clips per batch. Class tokens alone are little work, so such batches are larger."""
         alone = self.source is not None and self.source.tokens == "class"
         return self.execution.batch_clips * (CLASS_TOKENS if alone else 1)
 
     def run_stages(self, outputs: Iterable[int]) -> list[str]:
-        """The stages that run for these of its outputs."""
+        """Return the stages that run for some of the outputs."""
         names = list(self.stage_keys)
-        begin = names.index(self.source.stage) + 1 if self.source else 0
-        return names[begin : max(names.index(self.outputs[c].stage) for c in outputs) + 1]
+        first = names.index(self.source.stage) + 1 if self.source else 0
+        return names[first : max(names.index(self.outputs[c].stage) for c in outputs) + 1]
+
+
+def frames_only(frame_set: FrameSet) -> Pass:
+    """Return a pass that decodes a frame set and runs no network."""
+    return Pass("", "float32", frame_set, Execution("cpu", 1, 0), (), {})
 
 
 def pixels(frame_set: FrameSet) -> str:
-    """What the numbers of its pictures, or samples of its sounds, are."""
+    """Return the version of a frame set's pixels, or of its audio samples."""
     return PIXELS if isinstance(frame_set.picture, Picture) else SAMPLES
 
 
 def frames_key(frame_set: FrameSet) -> str:
-    """Fingerprint of a clip's pictures or sounds."""
+    """Return the fingerprint of a clip's frames: its pictures or audio windows."""
     return digest({"frames": frame_set.identity(), "pixels": pixels(frame_set)})
 
 
@@ -129,54 +136,56 @@ def column_key(stage_key: str, reduction: str, dtype: str) -> str:
 def passes(
     spec: BuildSpec, backbones: Mapping[str, Backbone], store: FeatureStore | None, device: str
 ) -> tuple[Pass, ...]:
-    """All passes that `spec` asks for.
+    """Return all passes that a request needs.
 
     Args:
-        backbones: The networks, by the name they were asked for with.
-        store: Where columns may exist already (they keep their execution); None for none.
+        spec: The request.
+        backbones: The networks, by the requested name.
+        store: The store whose columns keep their execution; None for a new one.
         device: cpu or cuda.
 
     Raises:
-        ValueError: A feature to keep that no backbone has, or a backbone that none is kept of.
+        ValueError: No backbone has a feature to keep, or nothing is kept of a backbone.
     """
     kept = keep_of_each(spec.keep, backbones)
-    found = []
-    for asked, backbone in backbones.items():
+    result = []
+    for name, backbone in backbones.items():
         for stage in backbone.stages:
             if stage.frames not in (0, spec.frames):
                 raise ValueError(
-                    f"{backbone.name}: {stage.name} looks across clips of {stage.frames} frames, "
-                    f"and the clips have {spec.frames}. Build with `--frames {stage.frames}`"
+                    f"{backbone.name}: {stage.name} is a temporal module over {stage.frames} "
+                    f"frames, and the clips have {spec.frames}. Build with `--frames "
+                    f"{stage.frames}`"
                 )
         for frame_set in spec.frame_sets(backbone.picture):
             keys = backbone.keys(frames_key(frame_set))
             by_execution: dict[Execution, list[Output]] = {}
-            for stage, reduction in kept[asked]:
+            for stage, reduction in kept[name]:
                 output, execution = _output(
                     spec, backbone, frame_set, stage, reduction, keys[stage.name], store, device
                 )
                 by_execution.setdefault(execution, []).append(output)
-            found += [
-                Pass(asked, spec.precision, frame_set, execution, tuple(outputs), keys)
+            result += [
+                Pass(name, spec.precision, frame_set, execution, tuple(outputs), keys)
                 for execution, outputs in by_execution.items()
             ]
-    return tuple(found)
+    return tuple(result)
 
 
 def keep_of_each(
     keep: tuple[str, ...], backbones: Mapping[str, Backbone]
 ) -> dict[str, list[tuple[Stage, str]]]:
-    """Stages and canonical reductions to keep of each backbone, each once, in chain order."""
+    """Return the stages and canonical reductions to keep of each backbone, in chain order."""
     chosen: dict[str, dict[tuple[str, str], tuple[Stage, str]]] = {name: {} for name in backbones}
-    for asked in keep:
-        stage_name, _, reduction = asked.partition(":")
-        having = {n: b for n, b in backbones.items() if stage_name in b.stage_names}
-        if not having:
+    for feature in keep:
+        stage_name, _, reduction = feature.partition(":")
+        matching = {n: b for n, b in backbones.items() if stage_name in b.stage_names}
+        if not matching:
             lists = "\n".join(f"  {n}: {', '.join(b.stage_names)}" for n, b in backbones.items())
             raise ValueError(
-                f"--keep {asked}: no backbone has a stage {stage_name!r}; stages are\n{lists}"
+                f"--keep {feature}: no backbone has a stage {stage_name!r}; stages are\n{lists}"
             )
-        for name, backbone in having.items():
+        for name, backbone in matching.items():
             stage = backbone.stage(stage_name)
             canonical = canonical_reduction(stage, reduction)
             chosen[name][stage.name, canonical] = (stage, canonical)
@@ -222,12 +231,12 @@ def _output(
         attributes["grafts"] = grafts
         attributes["modules"] = [type(backbone.stage(name).module).__name__ for name in grafts]
     draft = ColumnSpec(backbone.name, name, fingerprint, (1,), spec.dtype, attributes)
-    held = draft.group(store.path) / draft.short / "zarr.json" if store else None
-    if held is not None and held.exists():
-        shape, kept, resumed = _held(held)
+    metadata = draft.group(store.path) / draft.short / "zarr.json" if store else None
+    if metadata is not None and metadata.exists():
+        shape, kept, resumed = _existing(metadata)
         if resumed:
             attributes["resumed"] = resumed
-        # Another device's column goes on as it was begun only where that device is.
+        # A column of another device keeps its execution where that device is present.
         if kept.device == device:
             attributes["execution"] = asdict(kept)
             column = replace(draft, cell=shape, attributes=attributes)
@@ -244,22 +253,23 @@ def _output(
 
 
 def new_execution(frame_set: FrameSet, device: str) -> Execution:
-    """How a new column's forward runs.
+    """Return how a new column's forward runs.
 
-    Eight frames a batch are as fast on a CPU as thirty-two (ViT-B-16 bfloat16: 19.1 against
-    16.4 frames/s on 2 cores), so there a batch is one clip where a clip has eight frames.
+    On a CPU, batches of 8 frames are as fast as batches of 32 (ViT-B-16 bfloat16: 19.1 against
+    16.4 frames/s on 2 cores), so a batch is one clip where a clip has 8 frames.
     """
     frames = GPU_BATCH_FRAMES if device == "cuda" else CPU_BATCH_FRAMES
     threads = 0 if device == "cuda" else min(MAX_THREADS, os.cpu_count() or 1)
     return Execution(device, max(1, frames // frame_set.frames), threads)
 
 
-def _held(metadata: Path) -> tuple[tuple[int, ...], Execution, list[str]]:
+def _existing(metadata: Path) -> tuple[tuple[int, ...], Execution, list[str]]:
+    """Read an existing column's cell shape, execution and rounded sources."""
     try:
-        held = json.loads(metadata.read_bytes())
-        attributes = held["attributes"]
+        array = json.loads(metadata.read_bytes())
+        attributes = array["attributes"]
         execution = Execution(**attributes["execution"])
-        return tuple(held["shape"][1:]), execution, list(attributes.get("resumed", []))
+        return tuple(array["shape"][1:]), execution, list(attributes.get("resumed", []))
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(
             f"{metadata} is damaged ({error}). Remove it and build again: it is made anew, and "

@@ -1,4 +1,4 @@
-"""The table of clips against the data set as it is now: what is new, changed, gone."""
+"""Scan: compares the table of clips with the data set's present files."""
 
 import os
 from collections.abc import Callable
@@ -11,20 +11,24 @@ import pandas as pd
 
 from varve.pipeline.datasets.layouts import Listing
 from varve.pipeline.datasets.media import content_digest, size_and_mtime
-from varve.pipeline.extraction import overflow
 from varve.stores import clips
 
-# Reasons that lie outside the bytes: they are looked into again at every build.
+# Reasons that are no property of the bytes: every build tries these clips again.
 TRANSIENT = ("missing", "unreadable", "changed")
 _UNKNOWN = {"num_frames": 0, "num_frames_claimed": 0, "fps": np.nan, "width": 0, "height": 0,
-            "decoder": "", "reason": "", "detail": "", "status": "pending"}  # fmt: skip
+            "decoder": "", "warning": "", "audio": "", "overflowed": (), "duplicate_of": -1,
+            "reason": "", "detail": "", "status": "pending"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Scan:
-    """The table brought up to date, and how it got there.
+    """The table of clips, up to date, and what changed in it.
 
-    `rows` are those of the present listing. Counts are of clips, but `hashed` of files.
+    Attributes:
+        table: The table.
+        rows: Rows of the present listing, int64.
+        new, changed, gone: Numbers of clips, compared with the table before.
+        hashed: Number of files whose bytes were read.
     """
 
     table: pd.DataFrame
@@ -48,15 +52,16 @@ def scan(
 ) -> Scan:
     """Bring the table of clips up to date with a listing. Writes nothing.
 
-    A file is read again only where its size or time of change differ from the table's. A row
-    whose bytes changed starts anew (`pending`); one whose clip is gone keeps what is known of it
-    and is quarantined as `missing`.
+    A file is read again only where its size or its time of change differ from the table's. A row
+    whose bytes changed becomes `pending` again. A row whose clip is gone keeps its facts and is
+    quarantined as `missing`.
 
     Args:
         table: The store's table.
         listing: The data set's clips; paths are relative to `root`.
-        retry: Quarantined clips start anew although their bytes are the same.
-        advance: Called with files looked at so far, and in all.
+        root: The data set's folder.
+        retry: Whether quarantined clips are tried again although their bytes are the same.
+        advance: Called with the number of files looked at so far, and in all.
 
     Raises:
         OtherDataset: Not one clip of the table is in the listing.
@@ -90,24 +95,24 @@ def scan(
         record = records[row]
         rows.append(row)
         record["label"], record["split"] = clip.label, clip.split
-        found = files[clip.path]
-        if found.reason:
-            record |= {"status": "quarantined", "reason": found.reason, "detail": found.detail}
+        file = files[clip.path]
+        if file.reason:
+            record |= {"status": "quarantined", "reason": file.reason, "detail": file.detail}
             continue
-        record["size_bytes"], record["mtime_ns"] = found.size_bytes, found.mtime_ns
-        if record["digest"] != found.digest:
+        record["size_bytes"], record["mtime_ns"] = file.size_bytes, file.mtime_ns
+        if record["digest"] != file.digest:
             changed += bool(record["digest"])
-            record |= _UNKNOWN | {"digest": found.digest}
-        elif record["reason"] in TRANSIENT or (
-            retry and (record["status"] == "quarantined" or overflow.known(record["detail"]))
-        ):
+            record |= _UNKNOWN | {"digest": file.digest}
+        elif retry and (record["status"] == "quarantined" or record["overflowed"]):
+            record |= {"status": "pending", "reason": "", "detail": "", "overflowed": ()}
+        elif record["reason"] in TRANSIENT:
             record |= {"status": "pending", "reason": "", "detail": ""}
     gone = np.setdiff1d(np.arange(len(records)), rows)
     for row in gone:
         records[row] |= {"status": "quarantined", "reason": "missing",
                          "detail": "the data set no longer lists it"}  # fmt: skip
     frame = pd.DataFrame(records, columns=list(clips.COLUMNS)).astype(clips.COLUMNS)
-    hashed = sum(found.hashed for found in files.values())
+    hashed = sum(file.hashed for file in files.values())
     return Scan(
         frame.rename_axis(index="row"), np.array(rows, np.int64), new, changed, len(gone), hashed
     )
@@ -126,16 +131,16 @@ class _File:
 def _look(
     root: Path, paths: list[str], known: dict[str, _File], advance: Callable[[int, int], None]
 ) -> dict[str, _File]:
-    def one(path: str) -> _File:
+    def look(path: str) -> _File:
         return _look_at(root / path, known.get(path))
 
-    found = {}
+    files = {}
     # Hashing releases the interpreter; reading waits for the disk.
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        for i, (path, file) in enumerate(zip(paths, pool.map(one, paths), strict=True)):
-            found[path] = file
+        for i, (path, file) in enumerate(zip(paths, pool.map(look, paths), strict=True)):
+            files[path] = file
             advance(i + 1, len(paths))
-    return found
+    return files
 
 
 def _look_at(path: Path, known: _File | None) -> _File:
@@ -159,7 +164,7 @@ def _look_at(path: Path, known: _File | None) -> _File:
 
 
 def _files_of(table: pd.DataFrame) -> dict[str, _File]:
-    # A row whose clip is gone has an older word on its file than one that is listed.
+    # A listed row describes its file more recently than a row whose clip is gone.
     latest_last = table.sort_values("reason", key=lambda reason: reason != "missing", kind="stable")
     columns = [latest_last[name] for name in ("path", "digest", "size_bytes", "mtime_ns")]
     return {

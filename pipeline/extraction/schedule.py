@@ -1,8 +1,8 @@
-"""Execution: blocks onto workers, and what to do when a worker dies.
+"""Schedule: gives blocks to workers, and recovers when a worker dies.
 
-A cluster of the build's own has CPU workers that decode and, without a GPU, also run the forward;
-each GPU has a worker of its own next to them. At most `AHEAD` blocks a forward worker are in
-flight, which bounds memory by the number of blocks, not of clips.
+A local cluster has CPU workers that decode and, without a GPU, also run the forward; each GPU has
+a worker of its own. At most `AHEAD` blocks per forward worker are in flight, so that memory is
+bounded by the number of blocks and not of clips.
 """
 
 import contextlib
@@ -14,17 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from varve.pipeline.config import Runtime
 from varve.pipeline.decoders import Failure
+from varve.pipeline.extraction.blocks import Block
 from varve.pipeline.extraction.cluster import connected
-from varve.pipeline.extraction.forward import adopt, dismiss
-from varve.pipeline.extraction.worker import (
-    Block,
-    DecodedBlock,
-    Job,
-    Report,
-    close_pools,
-    decode,
-    forward,
-)
+from varve.pipeline.extraction.extract import close_pools
+from varve.pipeline.extraction.forward import adopt, adopted, dismiss
+from varve.pipeline.extraction.worker import DecodedBlock, Job, Report, decode, forward
 
 if TYPE_CHECKING:
     from varve.pipeline.backbones import Backbone
@@ -37,7 +31,7 @@ GONE_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Events:
-    """What a person watching is told."""
+    """Callbacks that report progress."""
 
     decoded: Callable[[Block], None] = lambda block: None
     message: Callable[[str], None] = lambda line: None
@@ -45,7 +39,7 @@ class Events:
 
 @dataclass
 class Lost:
-    """A block of one clip's file that killed every worker it was given to."""
+    """A block of a single file that killed every worker that ran it."""
 
     block: Block
     failure: Failure = field(
@@ -54,44 +48,33 @@ class Lost:
 
 
 class NoSuchWorker(RuntimeError):
-    """The cluster has no worker that may do the work; it would wait for ever."""
+    """The cluster has no worker that can do the work; a task would wait for ever."""
 
 
-def execute(
+def run_blocks(
     job: Job,
     blocks: list[Block],
     runtime: Runtime,
     events: Events,
     networks: "Mapping[str, Backbone] | None" = None,
 ) -> Iterator[Report | Lost]:
-    """Run blocks and yield what became of each, in any order. `networks` are given to the workers.
+    """Run blocks and yield the result of each, in any order.
 
     A worker that dies costs its block another try and nothing else. A block that keeps killing
     workers is halved and its parts run one at a time; only a file that kills its worker with
     nothing else running is given up, as `Lost`.
 
+    Args:
+        networks: Networks that the workers are given, by name; they load the others.
+
     Raises:
         NoSuchWorker: No worker of the cluster offers what the work needs.
     """
-    given = dict(networks or {})
     if runtime.serial:
-        try:
-            for name, backbone in given.items():
-                adopt(name, backbone)
-            for block in blocks:
-                if block.cached:
-                    yield forward(job, DecodedBlock(block))
-                    continue
-                decoded = decode(job, block)
-                events.decoded(block)
-                yield forward(job, decoded)
-        finally:
-            close_pools()
-            for name in given:
-                dismiss(name)
+        yield from _run_serially(job, blocks, events, networks or {})
         return
-    device = "cuda" if any(one.execution.device == "cuda" for one in job.passes) else "cpu"
-    with _client(job, runtime, device, events) as client, _given(client, given):
+    device = "cuda" if any(pass_.execution.device == "cuda" for pass_ in job.passes) else "cpu"
+    with _client(job, runtime, device, events) as client, _shared(client, networks or {}):
         suspects: list[Block] = []
         yield from _run(
             client, job, blocks, device, events, AHEAD * _slots(client, device), suspects
@@ -107,13 +90,30 @@ def execute(
                 suspects += block.halves()
 
 
+def _run_serially(
+    job: Job, blocks: list[Block], events: Events, networks: "Mapping[str, Backbone]"
+) -> Iterator[Report]:
+    """Run blocks one after the other in this process."""
+    try:
+        with adopted(networks):
+            for block in blocks:
+                if block.cached:
+                    yield forward(job, DecodedBlock(block))
+                    continue
+                decoded = decode(job, block)
+                events.decoded(block)
+                yield forward(job, decoded)
+    finally:
+        close_pools()
+
+
 def local_workers(threads: int, workers: int) -> int:
-    """CPU workers of a cluster of the build's own.
+    """Return the number of CPU workers of a local cluster.
 
     Args:
-        threads: Of a forward on a CPU; 0 where forwards run on GPUs, and one worker with as many
-            decoding children as there are cores feeds them.
-        workers: As asked for; 0 for as many forwards as fit the cores.
+        threads: Threads of a forward on a CPU; 0 where forwards run on GPUs, and one worker with
+            as many decoding children as there are cores feeds them.
+        workers: The number requested; 0 for as many forwards as fit the cores.
     """
     return workers or (max(1, (os.cpu_count() or 1) // threads) if threads else 1)
 
@@ -139,12 +139,12 @@ def _run(
         if block is None:
             return
         if block.cached:
-            pictures = DecodedBlock(block)
+            decoded = DecodedBlock(block)
         else:
-            pictures = client.submit(decode, job, block, pure=False, priority=-block.number)
-            decodes[pictures] = block
+            decoded = client.submit(decode, job, block, pure=False, priority=-block.number)
+            decodes[decoded] = block
         report = client.submit(
-            forward, job, pictures, pure=False, resources=resources, priority=-block.number
+            forward, job, decoded, pure=False, resources=resources, priority=-block.number
         )
         forwards[report] = block
 
@@ -169,26 +169,27 @@ def _run(
 
 
 def _finished(client: Any, futures: list[Any], device: str) -> list[Any]:
-    """Those of `futures` that have ended, once some have.
+    """Wait until some of `futures` have ended, and return those.
 
     Raises:
-        NoSuchWorker: The scheduler, or every worker that could go on, has been gone for minutes.
+        NoSuchWorker: The scheduler, or every worker that could do the work, is gone for minutes.
     """
     from distributed import CancelledError, wait
 
-    deaf = 0.0
+    gone_seconds = 0.0
     while True:
         try:
             done = wait(futures, timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED").done
         except TimeoutError:
-            deaf = 0.0 if _offering(client, device) else deaf + LOOK_SECONDS
-            if deaf and client.cluster is not None:
+            present = _offering(client, device) > 0
+            gone_seconds = 0.0 if present else gone_seconds + LOOK_SECONDS
+            if gone_seconds and client.cluster is not None:
                 # A worker killed while its nanny was still starting it is not started again by it.
                 client.cluster.scale(len(client.cluster.worker_spec))
-            if deaf >= GONE_SECONDS:
+            if gone_seconds >= GONE_SECONDS:
                 raise NoSuchWorker(
-                    f"no worker has been there for {deaf:.0f} seconds. What was finished is kept: "
-                    "start workers and run the same command again"
+                    f"the cluster has had no worker for {gone_seconds:.0f} seconds. What was "
+                    "finished is kept: start workers and run the same command again"
                 ) from None
             continue
         except CancelledError as error:
@@ -196,12 +197,12 @@ def _finished(client: Any, futures: list[Any], device: str) -> list[Any]:
                 "the connection to the scheduler was lost. What was finished is kept: run the "
                 "same command again"
             ) from error
-        # A decode's future is dropped here only: its forward holds on to the pictures.
+        # A decode's future is dropped only here: its forward still refers to the frames.
         return sorted(done, key=futures.index)
 
 
 def _offering(client: Any, device: str) -> int:
-    """How many workers offer what a forward needs."""
+    """Return the number of workers that offer the resource of a forward."""
     need = GPU if device == "cuda" else FORWARD
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     return sum(need in worker["resources"] for worker in workers)
@@ -209,7 +210,7 @@ def _offering(client: Any, device: str) -> int:
 
 @contextlib.contextmanager
 def _client(job: Job, runtime: Runtime, device: str, events: Events) -> Iterator[Any]:
-    threads = max((one.execution.threads for one in job.passes), default=1)
+    threads = max((pass_.execution.threads for pass_ in job.passes), default=1)
     with connected(runtime.scheduler, _workers(threads, runtime, device), threads) as client:
         _require(client, device, runtime.scheduler)
         events.message(f"Dask dashboard: {client.dashboard_link}")
@@ -217,7 +218,7 @@ def _client(job: Job, runtime: Runtime, device: str, events: Events) -> Iterator
 
 
 def _workers(threads: int, runtime: Runtime, device: str) -> list[dict[str, Any]]:
-    """Of a cluster of the build's own: one of each for CPUs, and one for each GPU beside them."""
+    """Return the workers of a local cluster: those of the CPUs, and one for each GPU."""
     cpu: dict[str, Any] = {} if device == "cuda" else {"resources": {FORWARD: 1}}
     workers = [cpu] * local_workers(threads, runtime.workers)
     if device == "cuda":
@@ -229,38 +230,40 @@ def _workers(threads: int, runtime: Runtime, device: str) -> list[dict[str, Any]
     return [{"nthreads": 2, **worker} for worker in workers]
 
 
-def _packed(networks: "dict[str, Backbone]") -> bytes:
-    """Networks with the classes that a worker could not import: a script's, a notebook's."""
+def _packed(networks: "Mapping[str, Backbone]") -> bytes:
+    """Pickle networks with the classes that a worker cannot import: a script's, a notebook's."""
     import cloudpickle
 
     from varve.pipeline.backbones import origin
 
     stages = [stage for backbone in networks.values() for stage in backbone.stages]
     parts = {type(part).__module__ for stage in stages for part in stage.module.modules()}
-    ours = ("varve", "__main__")
-    theirs = [
+    importable = ("varve", "__main__")
+    modules = [
         sys.modules[name]
         for name in parts
-        if name in sys.modules and name.partition(".")[0] not in ours and origin(name) == "user"
+        if name in sys.modules
+        and name.partition(".")[0] not in importable
+        and origin(name) == "user"
     ]
-    for module in theirs:
+    for module in modules:
         cloudpickle.register_pickle_by_value(module)
     try:
-        return bytes(cloudpickle.dumps(networks))
+        return bytes(cloudpickle.dumps(dict(networks)))
     finally:
-        for module in theirs:
+        for module in modules:
             cloudpickle.unregister_pickle_by_value(module)
 
 
 @contextlib.contextmanager
-def _given(client: Any, networks: "dict[str, Backbone]") -> Iterator[None]:
-    """Workers have these networks meanwhile, those that start later too."""
+def _shared(client: Any, networks: "Mapping[str, Backbone]") -> Iterator[None]:
+    """Give workers these networks inside the block, also those that start later."""
     import cloudpickle
     from distributed import WorkerPlugin
 
-    payload = _packed(networks)
+    payload, names = _packed(networks), list(networks)
 
-    class Given(WorkerPlugin):  # type: ignore[misc]
+    class Networks(WorkerPlugin):  # type: ignore[misc]
         def setup(self, worker: Any) -> None:
             for name, backbone in cloudpickle.loads(payload).items():
                 adopt(name, backbone)
@@ -269,12 +272,11 @@ def _given(client: Any, networks: "dict[str, Backbone]") -> Iterator[None]:
             for name in names:
                 dismiss(name)
 
-    names = list(networks)
     if not names:
         yield
         return
     name = "varve-networks-" + "-".join(names)
-    client.register_plugin(Given(), name=name)
+    client.register_plugin(Networks(), name=name)
     try:
         yield
     finally:
@@ -283,7 +285,7 @@ def _given(client: Any, networks: "dict[str, Backbone]") -> Iterator[None]:
 
 
 def _require(client: Any, device: str, address: str) -> None:
-    """Refuse what would wait in silence: no worker with the resource, or none that may fork."""
+    """Refuse a cluster without the resource, or whose workers may not start processes."""
     need = GPU if device == "cuda" else FORWARD
     try:
         client.wait_for_workers(1, timeout=LOOK_SECONDS)

@@ -1,5 +1,6 @@
-"""Verify: what a store holds, against its checksums and against its videos."""
+"""Verify: check a store's cells against their checksums and against the videos."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,25 +9,24 @@ from typing import Any
 import numpy as np
 
 from varve.pipeline.config import FrameSet
-from varve.pipeline.datasets.media import content_digest, size_and_mtime
-from varve.pipeline.decoders import Decoded, Failure
-from varve.pipeline.extraction.forward import NetworkDiffers, run_pass
+from varve.pipeline.datasets.media import content_digest
+from varve.pipeline.decoders import Failure
+from varve.pipeline.extraction.extract import FileWork, extract, file_work
+from varve.pipeline.extraction.forward import NetworkDiffers, network_of
 from varve.pipeline.extraction.passes import Execution, Output, Pass, frames_key
-from varve.pipeline.extraction.worker import Block, ClipWork, FileWork, Job, close_pools, decode
 from varve.pipeline.progress import Progress
 from varve.stores import Damaged, Feature, FeatureStore
-from varve.stores.clips import row_keys
 from varve.stores.columns import ColumnSpec, runs
 from varve.stores.digests import digest
 
-# Equal to the bit on the machine that built it. Elsewhere other kernels round otherwise; what
-# follows is the share of a cell's largest value that its worst entry may be off by.
+# On the machine that built them, cells are equal to the bit. On another one, kernels round
+# differently: these are the largest differences allowed, relative to a cell's largest value.
 ROUNDING = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it should be: the column, its shard's file, the clip, and what."""
+    """A problem: the column, its shard's file, the clip, and a description."""
 
     column: str
     shard: str
@@ -36,15 +36,15 @@ class Finding:
 
 @dataclass
 class Verified:
-    """What was looked at, and what was found.
+    """The result of a verification.
 
     Attributes:
-        chunks: Cells read whole, their checksums verified.
+        chunks: Cells read whole, with their checksums verified.
         equal: Cells computed again from their videos and equal to the bit.
         close: Cells computed again and equal within the rounding of another machine, or of the
             feature that they were computed from.
         changed: Columns of networks that a method has changed: only their checksums were read.
-        findings: Everything else.
+        findings: The problems.
     """
 
     chunks: int = 0
@@ -67,77 +67,80 @@ def verify(
     """Read every chunk of a store, and compute a sample of cells again from the videos.
 
     Args:
-        dataset: Where the videos lie; by default where the last build found them.
+        store: The store's folder.
+        dataset: Where the videos are; by default where the last build found them.
         backbones: NAME:TAG or NAME:/path to load, by the backbone's name in the store; by
-            default what the last build was given.
-        sample: Clips to compute again, drawn with `seed`; 0 for none.
+            default those of the last build.
+        sample: Number of clips to compute again, drawn with `seed`; 0 for none.
+        deadline_seconds: Deadline for the decoding of one file.
+        progress: Receives the progress; silent by default.
 
     Raises:
         NotAStore: There is no store.
+        ValueError: The store has no feature of a backbone in `backbones`.
         FileNotFoundError: The data set is not where the store says.
     """
     progress = progress or Progress()
     opened = FeatureStore.open(store)
     result = Verified()
     features = _readable(opened, result)
-    strange = set(backbones or {}) - {feature.backbone for feature in features}
-    if strange:
-        held = ", ".join(sorted({feature.backbone for feature in features}))
-        raise ValueError(f"{store} has nothing of {', '.join(strange)}; it has {held or 'nothing'}")
+    unknown = set(backbones or {}) - {feature.backbone for feature in features}
+    if unknown:
+        names = ", ".join(sorted({feature.backbone for feature in features})) or "nothing"
+        raise ValueError(f"{store} has nothing of {', '.join(unknown)}; it has {names}")
     with progress.bars(checksums=(sum(int(f.valid.sum()) for f in features), "cells")):
         for feature in features:
             result.findings += _checksums(feature, opened, progress)
             result.chunks += int(feature.valid.sum())
-    own = [feature for feature in features if not feature.spec.get("grafts")]
-    result.changed = len(features) - len(own)
-    if not sample or not own:
+    unchanged = [feature for feature in features if not feature.spec.get("grafts")]
+    result.changed = len(features) - len(unchanged)
+    if not sample or not unchanged:
         return result
+    root = _dataset_root(opened, dataset)
+    for pass_, members in _passes(unchanged):
+        rows = _draw(opened, members, sample, seed)
+        files = list(_unchanged_files(opened, pass_, rows, root, result))
+        recorded = opened.attributes.get("backbones", {}).get(pass_.backbone, [pass_.backbone])
+        name = (backbones or {}).get(pass_.backbone)
+        try:
+            pass_ = _with_network(pass_, [name] if name else recorded)
+        except (NetworkDiffers, ValueError, OSError) as error:
+            problem = f"cannot be computed again: {error}"
+            result.findings += [Finding(_label(f), "", "", problem) for f in members]
+            pass_ = replace(pass_, outputs=())  # the videos are decoded all the same
+        _recompute(opened, pass_, members, files, deadline_seconds, result)
+    return result
+
+
+def _dataset_root(opened: FeatureStore, dataset: str | Path | None) -> Path:
+    """Return the folder that the clips' paths are relative to.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+    """
     root = Path(dataset or opened.attributes["dataset"])
     root = root.parent if root.is_file() else root
     if not root.is_dir():
         raise FileNotFoundError(
-            f"the data set of {store} is not at {root}; say where it is with --dataset, or verify "
-            "the checksums alone with --sample 0"
+            f"the data set of {opened.path} is not at {root}; say where it is with --dataset, or "
+            "verify the checksums alone with --sample 0"
         )
-    broken = {(finding.column, finding.clip) for finding in result.findings}
-    for one, members in _passes(own):
-        rows = _draw(opened, members, sample, seed)
-        answers = _decode(opened, one, rows, root, deadline_seconds)
-        for row, answer in answers.items():
-            clip = str(opened.clips.at[row, "path"])
-            if isinstance(answer, Failure):
-                where = ("every column", "", clip)
-                result.findings.append(Finding(*where, f"{answer.reason}: {answer.detail}"))
-        pictures = {r: a.frames[0] for r, a in answers.items() if isinstance(a, Decoded)}
-        given = (backbones or {}).get(one.backbone)
-        asked = opened.attributes.get("backbones", {}).get(one.backbone, [one.backbone])
-        try:
-            batches = _compute(one, [given] if given else asked, list(pictures.values()))
-        except (NetworkDiffers, ValueError, OSError) as error:
-            problem = f"cannot be computed again: {error}"
-            result.findings += [Finding(_label(f), "", "", problem) for f in members]
-            continue
-        for number, feature in enumerate(members):
-            cells = [cell for batch in batches for cell in batch[number]]
-            for row, cell in zip(pictures, cells, strict=True):
-                clip = str(opened.clips.at[row, "path"])
-                if feature.valid[row] and (_label(feature), clip) not in broken:
-                    _compare(feature, row, clip, cell, result)
-    return result
+    return root
 
 
 def _checksums(feature: Feature, opened: FeatureStore, progress: Progress) -> Iterator[Finding]:
-    rows = np.flatnonzero(feature.valid)
-    for a, b in runs(rows):
+    """Read every valid cell of a column, and yield those that cannot be read."""
+    valid = np.flatnonzero(feature.valid)
+    for a, b in runs(valid):
         for part in range(a, b, 64):
-            wanted = rows[part : min(part + 64, b)]
-            # Together, since that is faster; if anything is wrong, one by one to say whose it is.
-            for row in wanted.tolist() if _problem(feature, wanted) else []:
+            rows = valid[part : min(part + 64, b)]
+            # Together, which is faster; after a problem one by one, to find the clip.
+            for row in rows.tolist() if _problem(feature, rows) else []:
                 problem = _problem(feature, np.array([row]))
                 if problem:
                     clip = str(opened.clips.at[row, "path"])
                     yield Finding(_label(feature), feature.shard_of(row), clip, problem)
-            progress.advance("checksums", len(wanted))
+            progress.advance("checksums", len(rows))
 
 
 def _problem(feature: Feature, rows: np.ndarray) -> str:
@@ -149,7 +152,7 @@ def _problem(feature: Feature, rows: np.ndarray) -> str:
 
 
 def _readable(opened: FeatureStore, result: Verified) -> list[Feature]:
-    """The store's columns, but for those whose metadata or marks are damaged: they are findings."""
+    """Return the columns that can be read; damaged metadata or marks are findings."""
     features = []
     for backbone, name, path in sorted(opened.columns()):
         try:
@@ -167,22 +170,55 @@ def _readable(opened: FeatureStore, result: Verified) -> list[Feature]:
     return features
 
 
-def _compute(
-    one: Pass, backbones: list[str], pictures: list[np.ndarray]
-) -> list[dict[int, np.ndarray]]:
-    """All outputs of a pass, by whichever of the named networks is the one it was made with."""
-    for i, backbone in enumerate(backbones):
-        try:
-            outputs = tuple(range(len(one.outputs)))
-            return list(run_pass(replace(one, backbone=backbone), outputs, pictures))
-        except NetworkDiffers:
-            if i + 1 == len(backbones):
-                raise
-    return []
+def _with_network(pass_: Pass, names: list[str]) -> Pass:
+    """Return the pass with the first of some networks that has the pass's fingerprints.
+
+    Raises:
+        NetworkDiffers: None has.
+        ValueError, OSError: A network cannot be loaded.
+    """
+    for name in names[:-1]:
+        with contextlib.suppress(NetworkDiffers):
+            network_of(replace(pass_, backbone=name))
+            return replace(pass_, backbone=name)
+    pass_ = replace(pass_, backbone=names[-1])
+    network_of(pass_)
+    return pass_
+
+
+def _recompute(
+    opened: FeatureStore,
+    pass_: Pass,
+    features: list[Feature],
+    files: list[FileWork],
+    deadline_seconds: float,
+    result: Verified,
+) -> None:
+    """Compute a pass's cells of some clips again, and compare them with the stored ones."""
+    unreadable = {(finding.column, finding.clip) for finding in result.findings}
+    for clip in extract(files, (pass_,), deadline_seconds=deadline_seconds):
+        (row,) = clip.work.rows
+        path = str(opened.clips.at[row, "path"])
+        if clip.failure:
+            result.findings.append(_no_clip(path, clip.failure))
+        for output, feature in zip(pass_.outputs, features, strict=False):
+            if not feature.valid[row] or (_label(feature), path) in unreadable:
+                continue
+            if output.spec.relative_path in clip.cells:
+                _compare(feature, row, path, clip.cells[output.spec.relative_path], result)
+            elif output.spec.short in clip.overflowed:
+                problem = f"the video's feature leaves the range of {feature.dtype}"
+                result.findings.append(
+                    Finding(_label(feature), feature.shard_of(row), path, problem)
+                )
+
+
+def _no_clip(path: str, failure: Failure) -> Finding:
+    return Finding("every column", "", path, f"{failure.reason}: {failure.detail}")
 
 
 def _passes(features: list[Feature]) -> Iterator[tuple[Pass, list[Feature]]]:
-    """Features that one run of one network over one frame set gives, together."""
+    """Group the features that one run of one network over one frame set gives."""
     groups: list[list[Feature]] = []
     for feature in sorted(features, key=lambda feature: -len(feature.spec["stages"])):
         for members in groups:
@@ -212,7 +248,7 @@ def _passes(features: list[Feature]) -> Iterator[tuple[Pass, list[Feature]]]:
 
 
 def _comes_with(spec: dict[str, Any], deeper: dict[str, Any]) -> bool:
-    """Whether a run that gives the deeper feature gives this one on the way."""
+    """Whether a run that gives the deeper feature also gives this one."""
     stages = spec["stages"]
     return bool(
         stages == deeper["stages"][: len(stages)]
@@ -221,50 +257,39 @@ def _comes_with(spec: dict[str, Any], deeper: dict[str, Any]) -> bool:
 
 
 def _draw(opened: FeatureStore, features: list[Feature], sample: int, seed: int) -> np.ndarray:
-    there = (opened.clips["reason"] != "missing").to_numpy()
-    rows = np.flatnonzero(there & np.any([feature.valid for feature in features], axis=0))
+    """Draw rows that have a valid cell in one of the columns, and whose file is not missing."""
+    present = (opened.clips["reason"] != "missing").to_numpy()
+    rows = np.flatnonzero(present & np.any([feature.valid for feature in features], axis=0))
     count = min(sample, len(rows))
     return np.sort(np.random.default_rng(seed).choice(rows, count, replace=False))
 
 
-def _decode(
-    opened: FeatureStore, one: Pass, rows: np.ndarray, root: Path, deadline_seconds: float
-) -> dict[int, Decoded | Failure]:
-    answers: dict[int, Decoded | Failure] = {}
-    files: list[FileWork] = []
-    keys = row_keys(opened.clips)
+def _unchanged_files(
+    opened: FeatureStore, pass_: Pass, rows: np.ndarray, root: Path, result: Verified
+) -> Iterator[FileWork]:
+    """Yield the files of some rows. A file that is missing or has changed is a finding."""
     for row in rows.tolist():
         clip = opened.clips.loc[row]
-        path = root / clip["path"]
+        path, interval = root / clip["path"], (clip["start_seconds"], clip["end_seconds"])
         try:
-            size, mtime = size_and_mtime(path)
-            same = content_digest(path) == clip["digest"]
+            if content_digest(path) == clip["digest"]:
+                yield file_work(path, clip["digest"], (pass_,), row, *interval)
+                continue
+            failure = Failure(
+                "changed", "the video's bytes are not those of the build; build again"
+            )
         except OSError as error:
-            answers[row] = Failure("missing", f"{error.strerror or error}")
-            continue
-        if not same:
-            detail = "the video's bytes are not those of the build; build again"
-            answers[row] = Failure("changed", detail)
-            continue
-        interval = [None if np.isnan(t) else float(t)
-                    for t in (clip["start_seconds"], clip["end_seconds"])]  # fmt: skip
-        work = ClipWork((row,), keys[row].tobytes(), interval[0], interval[1], ((0, 0),))
-        files.append(FileWork(str(path), size, mtime, (work,)))
-    job = Job(opened.path, (one,), 1, deadline_seconds)
-    decoded = decode(job, Block(0, tuple(files)))
-    close_pools()
-    for file, answer in zip(files, decoded.clips, strict=True):
-        answers[file.clips[0].rows[0]] = answer
-    return answers
+            failure = Failure("missing", f"{error.strerror or error}")
+        result.findings.append(_no_clip(str(clip["path"]), failure))
 
 
 def _compare(feature: Feature, row: int, clip: str, cell: np.ndarray, result: Verified) -> None:
-    held = feature.bits(np.array([row]))[0]
-    if np.array_equal(held, cell):
+    stored_bits = feature.bits(np.array([row]))[0]
+    if np.array_equal(stored_bits, cell):
         result.equal += 1
         return
-    ours, theirs = (feature.values(bits).astype(np.float64) for bits in (held, cell))
-    error = float(np.abs(ours - theirs).max() / max(float(np.abs(theirs).max()), 1e-12))
+    stored, again = (feature.values(bits).astype(np.float64) for bits in (stored_bits, cell))
+    error = float(np.abs(stored - again).max() / max(float(np.abs(again).max()), 1e-12))
     precision = feature.spec["stages"][0]["precision"]
     rounded = (feature.dtype, precision, *feature.spec.get("resumed", []))
     if error <= max(ROUNDING[kind] for kind in rounded):

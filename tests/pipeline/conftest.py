@@ -166,11 +166,11 @@ def loaded_once() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def children_kept() -> Iterator[None]:
     """Decoding children go on from build to build of this process, until the end of the file."""
-    from varve.pipeline.extraction import worker
+    from varve.pipeline.extraction import extract
 
     made = []
 
-    class Kept(worker.DecodePool):
+    class Kept(extract.DecodePool):
         def __init__(self, *arguments) -> None:
             super().__init__(*arguments)
             made.append(self)
@@ -179,9 +179,9 @@ def children_kept() -> Iterator[None]:
             """Not yet."""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "DecodePool", cache(Kept))
+        patch.setattr(extract, "DecodePool", cache(Kept))
         yield
-        worker.close_pools()
+        extract.close_pools()
     for pool in made:
         super(Kept, pool).close()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from varve.pipeline.datasets.media import content_digest
-from varve.stores import Damaged, FeatureStore, NotAStore, SpecMismatch, clips
+from varve.stores import FORMAT, Damaged, FeatureStore, NotAStore, SpecMismatch, clips
 
 
 def expected(rows):
@@ -153,13 +153,20 @@ def test_a_file_is_no_store(tmp_path):
 
 
 @pytest.mark.parametrize("call", [FeatureStore.open, FeatureStore.create])
-def test_a_newer_format_is_refused_and_unchanged(store, call):
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (FORMAT + 1, f"format {FORMAT + 1}, this version reads format {FORMAT};.*a newer Varve"),
+        (FORMAT - 1, f"format {FORMAT - 1}, which an older .* Build it again into a new folder"),
+    ],
+)
+def test_another_format_is_refused_and_unchanged(store, call, version, message):
     file = store.path / "zarr.json"
     root = json.loads(file.read_bytes())
-    root["attributes"]["varve"]["format"] = 2
+    root["attributes"]["varve"]["format"] = version
     file.write_text(json.dumps(root))
     before = file.read_bytes()
-    with pytest.raises(NotAStore, match="format 2, this version reads up to 1"):
+    with pytest.raises(NotAStore, match=message):
         call(store.path)
     assert file.read_bytes() == before
 
@@ -168,6 +175,7 @@ def test_the_table_survives_a_round_trip_with_any_labels(tmp_path):
     labels = ["a b", "naïve ‘quote’", "../x", 'q"uote', "新しい", "line\nbreak", ""]
     rows = [clips.blank(f"{i}.mp4", label, "") for i, label in enumerate(labels)]
     rows[1]["start_seconds"] = 0.1
+    rows[2] |= {"overflowed": ("0123456789abcdef", "fedcba9876543210"), "duplicate_of": 1}
     import pandas as pd
 
     table = pd.DataFrame(rows).astype(clips.COLUMNS).rename_axis(index="row")

@@ -86,13 +86,7 @@ def read(root: Path, layout: str = "auto", split: str | None = None) -> Listing:
             split; or its lists are wrong or name no clip.
     """
     root = Path(root)
-    if not root.exists():
-        raise FileNotFoundError(f"no dataset at {root}: no such directory")
-    if not root.is_dir() and root.suffix.lower() not in LIST_SUFFIXES:
-        raise NotADirectoryError(
-            f"{root} is a file; name the directory that holds the videos, or a list of clips "
-            f"({', '.join(sorted(LIST_SUFFIXES))})"
-        )
+    check_root(root)
     names = available("layouts") if layout == "auto" else [layout]
     layouts = {name: find(name) for name in names}
     if layout != "auto" and layouts[layout].recognise is None:
@@ -117,6 +111,22 @@ def read(root: Path, layout: str = "auto", split: str | None = None) -> Listing:
         return listing
     summary = f"{listing.summary}. It could also be read with {' or '.join(others)}"
     return replace(listing, summary=summary)
+
+
+def check_root(root: Path) -> None:
+    """Check that there is a directory, or a list of clips, that a layout could read.
+
+    Raises:
+        FileNotFoundError: There is no `root`.
+        NotADirectoryError: `root` is a file and no list.
+    """
+    if not root.exists():
+        raise FileNotFoundError(f"no dataset at {root}: no such directory")
+    if not root.is_dir() and root.suffix.lower() not in LIST_SUFFIXES:
+        raise NotADirectoryError(
+            f"{root} is a file; name the directory that holds the videos, or a list of clips "
+            f"({', '.join(sorted(LIST_SUFFIXES))})"
+        )
 
 
 def _most_specific(root: Path, lines: Mapping[str, str], layouts: Mapping[str, Layout]) -> str:

@@ -129,6 +129,8 @@ def test_verify_finds_values_that_their_video_does_not_give(store, varve):
 
 REFUSED = {
     "no backbone": (["build", "{videos}", "--store", "{tmp}/s"], "no backbone asked for"),
+    "no folder": (["build", "/no/such", "--store", "{tmp}/s"], "no dataset at /no/such"),
+    "no plan": (["plan", "/no/such", "--store", "{tmp}/s"], "no dataset at /no/such"),
     "no videos": (["build", "/no/such", "--store", "{tmp}/s", *NETWORK], "/no/such"),
     "no store": (["build", "{videos}", "--store", "{videos}", *NETWORK], "is no store"),
     "views": (["build", "{videos}", "--store", "{tmp}/s", *NETWORK, "--views", "2"], "--flip"),

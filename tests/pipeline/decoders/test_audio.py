@@ -285,8 +285,9 @@ def test_a_network_that_listens_is_a_column_like_any_other(sounding):
             expected = network.run(torch.from_numpy(answer.frames[0]), ["pool"])["pool"]
         np.testing.assert_allclose(pool.read([row])[0], expected, atol=2e-3, rtol=2e-3)
         silent = clip["path"].endswith("mute.avi")
-        said = "sound: no track, replaced by silence"
-        assert clip["detail"] == (said if silent else "")
+        problem = "no track, replaced by silence"
+        assert clip["audio"] == (problem if silent else "")
+        assert clip["detail"] == (f"audio: {problem}" if silent else "")
         assert (np.ptp(mel.read([row])) == 0) == silent
     again = build(folder / "set", folder / "s.zarr", SPEC, runtime=Runtime(serial=True))
     assert (again.decoded, again.computed) == (0, 0)
@@ -298,9 +299,10 @@ def test_what_is_known_of_a_sound_outlives_a_build_that_does_not_listen(sounding
     more = BuildSpec(("resnet18:random-0",), ("layer1.0:pool",), frames=2)
     build(tmp_path / "copy/set", tmp_path / "copy/s.zarr", more, runtime=Runtime(serial=True))
     table = FeatureStore.open(tmp_path / "copy/s.zarr").clips
-    details = table.set_index("path")["detail"]
-    assert details.pop("train/sway ↔/mute.avi") == "sound: no track, replaced by silence"
-    assert set(details) == {""}
+    table = table.set_index("path")
+    mute, rest = table.loc["train/sway ↔/mute.avi"], table.drop("train/sway ↔/mute.avi")
+    assert mute["detail"] == "audio: no track, replaced by silence"
+    assert set(rest["detail"]) == {""}
 
 
 def test_stored_sounds_are_verified_as_pictures_are(sounding):

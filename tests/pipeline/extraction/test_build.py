@@ -102,7 +102,7 @@ def test_features_equal_the_network_called_directly(videos, built):
 def test_a_second_build_decodes_nothing_and_changes_no_byte(videos, built, monkeypatch):
     before = {p: p.read_bytes() for p in built.rglob("*") if p.is_file()}
     monkeypatch.setattr(
-        "varve.pipeline.extraction.commit.execute", lambda *args: pytest.fail("work was begun")
+        "varve.pipeline.extraction.commit.run_blocks", lambda *args: pytest.fail("work was begun")
     )
     monkeypatch.setattr(
         "varve.pipeline.extraction.scan.content_digest", lambda path: pytest.fail("read")
@@ -172,6 +172,7 @@ def test_equal_bytes_are_computed_once_and_noted(mine):
     table = FeatureStore.open(store).clips.set_index("path")
     copied = table.loc["train/grow/copy of an old one.mp4"]
     assert copied["detail"].startswith("same bytes as row 2, ")
+    assert copied["duplicate_of"] == 2
     assert copied["num_frames"] == table.iloc[2]["num_frames"]
     assert table.loc["train/grow/two.mp4", "detail"].endswith("train/grow/one.mp4")
     assert only_feature(store).valid.all()
@@ -378,7 +379,7 @@ def test_text_features_are_kept_beside_for_a_clip_network(videos, tmp_path):
             {"keep": ("blocks.3.mlp",)},
             r"no backbone has a stage 'blocks.3.mlp'; stages are\n.*layer4.1",
         ),
-        ({"keep": ("layer1.0:cls",)}, "layer1.0:cls.*map, pool, grid7"),
+        ({"keep": ("layer1.0:cls",)}, "layer1.0:cls.*grid7, map, pool"),
         ({"backbones": ("resnet19:random-0",)}, "resnet18"),
         ({"backbones": ("resnet18",)}, "names no weights"),
         ({"backbones": ("resnet18:/no/file.safetensors",)}, "/no/file.safetensors"),

@@ -16,19 +16,21 @@ import psutil
 import pytest
 
 from varve.pipeline.config import BuildSpec, Runtime
-from varve.pipeline.extraction import schedule as execution
+from varve.pipeline.extraction import schedule
+from varve.pipeline.extraction.blocks import Block
 from varve.pipeline.extraction.build import build
+from varve.pipeline.extraction.extract import ClipWork, FileWork
 from varve.pipeline.extraction.schedule import Events, Lost
-from varve.pipeline.extraction.worker import Block, ClipWork, DecodedBlock, FileWork, Job, Report
+from varve.pipeline.extraction.worker import DecodedBlock, Job, Report
 from varve.stores import FeatureStore, atomic, lock
 
 SERIAL = Runtime(serial=True)
-SPEC = BuildSpec(("resnet18:random-0",), ("stem:pool", "layer1.0:pool"), frames=16)
+SPEC = BuildSpec(("resnet18:random-0",), ("stem:pool", "layer1.0:pool"), frames=8)
 OPTIONS = [
     "--backbone=resnet18:random-0",
     "--keep=stem:pool",
     "--keep=layer1.0:pool",
-    "--frames=16",
+    "--frames=8",
 ]
 
 pytestmark = pytest.mark.usefixtures("loaded_once", "children_kept")
@@ -88,7 +90,7 @@ def staged(store: Path) -> list[Path]:
 def named(*names: str) -> tuple[FileWork, ...]:
     """Files of one clip each."""
     return tuple(
-        FileWork(name, 0, 0, (ClipWork((i,), b"k" * 16, None, None, ()),))
+        FileWork(name, 0, 0, (ClipWork((i,), b"k" * 16, None, None, {}),))
         for i, name in enumerate(names)
     )
 
@@ -99,7 +101,7 @@ class Killed(BaseException):
 
 def test_a_kill_at_any_write_costs_nothing_but_that_write(dataset, tmp_path, monkeypatch):
     """The process ends before, and in another try after, a file of each kind that it writes."""
-    monkeypatch.setattr("varve.pipeline.extraction.plan.CPU_BLOCK_PICTURES", 8)
+    monkeypatch.setattr("varve.pipeline.extraction.blocks.CPU_BLOCK_PICTURES", 8)
     videos, spec = dataset(("grow", "fade in"), 2, broken=True), replace(SPEC, frames=2)
     real, kinds = atomic.write, []
 
@@ -178,7 +180,7 @@ def test_workers_and_children_end_with_a_killed_builder(videos, tmp_path):
 def test_many_small_blocks_over_workers_give_the_bytes_of_one_process(
     videos, undisturbed, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("varve.pipeline.extraction.plan.CPU_BLOCK_PICTURES", 32)
+    monkeypatch.setattr("varve.pipeline.extraction.blocks.CPU_BLOCK_PICTURES", 32)
     build(videos, tmp_path / "s.zarr", SPEC, runtime=Runtime(workers=2))
     assert bytes_of(tmp_path / "s.zarr") == undisturbed
 
@@ -187,7 +189,7 @@ def test_a_file_that_kills_its_worker_is_given_up_alone(tmp_path, monkeypatch):
     """Real workers, really killed; the file beside the culprit is computed."""
 
     def decode(job, block):
-        return DecodedBlock(block, (), (), 0.0)
+        return DecodedBlock(block)
 
     def forward(job, decoded):
         if any("poison" in file.path for file in decoded.block.files):
@@ -195,11 +197,11 @@ def test_a_file_that_kills_its_worker_is_given_up_alone(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         return Report(decoded.block, [], {}, {})
 
-    monkeypatch.setattr(execution, "decode", decode)
-    monkeypatch.setattr(execution, "forward", forward)
+    monkeypatch.setattr(schedule, "decode", decode)
+    monkeypatch.setattr(schedule, "forward", forward)
     blocks = [Block(0, named("a", "poison")), Block(1, named("b"))]
     job = Job(tmp_path, (), 1, 10.0)
-    answers = list(execution.execute(job, blocks, Runtime(workers=1), Events()))
+    answers = list(schedule.run_blocks(job, blocks, Runtime(workers=1), Events()))
     lost = [answer for answer in answers if isinstance(answer, Lost)]
     assert [file.path for answer in lost for file in answer.block.files] == ["poison"]
     assert lost[0].failure.reason == "crashed"
@@ -223,13 +225,13 @@ def test_of_many_files_the_one_that_kills_workers_is_found_and_no_other_is_lost(
             else:
                 yield Report(block, [], {}, {})
 
-    monkeypatch.setattr(execution, "_client", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(execution, "_slots", lambda *_: 1)
-    monkeypatch.setattr(execution, "_run", run)
+    monkeypatch.setattr(schedule, "_client", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(schedule, "_slots", lambda *_: 1)
+    monkeypatch.setattr(schedule, "_run", run)
     names = [*"abcd"[:place], "poison", *"abcd"[place:]]
     blocks = [Block(0, named(*names)), Block(1, named("e", "f"))]
     job = Job(tmp_path, (), 1, 10.0)
-    answers = list(execution.execute(job, blocks, Runtime(), Events()))
+    answers = list(schedule.run_blocks(job, blocks, Runtime(), Events()))
     lost = [answer for answer in answers if isinstance(answer, Lost)]
     assert [[file.path for file in answer.block.files] for answer in lost] == [["poison"]]
     done = [file.path for answer in answers if isinstance(answer, Report)

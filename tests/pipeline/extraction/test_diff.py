@@ -196,7 +196,9 @@ def test_another_version_of_the_code_is_told(store, spec, monkeypatch, version):
     found = own(store, spec)
     assert found["stem:pool"].verdict == "current"
     assert found["pool"].elements == [("layer3.0 code", "resnet_block/1", "resnet_block/2")]
-    assert found["pool"].why.startswith("layer3.0 has other code: what comes before it still holds")
+    assert found["pool"].why.startswith(
+        "layer3.0 has other code: columns before it are still valid"
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,7 @@ def test_one_parameter_renames_its_stage_and_what_follows(
         (element, old, asked), why = found[name].elements[0], found[name].why
         assert element == f"{stage} parameters"
         assert (len(found[name].elements), len(old), len(asked), old != asked) == (1, 16, 16, True)
-        holds = "what comes before it still holds, this column does not"
+        holds = "columns before it are still valid, this one is not"
         after = "and every stage after it is another computation"
         assert why == (f"stem has other parameters, {after}" if stage == "stem" else
                        f"{stage} has other parameters: {holds}")  # fmt: skip
@@ -280,7 +282,7 @@ def test_a_method_s_column_is_told_from_the_network_s_own(store):
     found = told(store)["layer4.1:pool changed"]
     assert [name for name, _, _ in found.elements] == ["layer4.1 code", "layer4.1 parameters"]
     assert found.elements[0][1:] == ("graft", "resnet_block/1")
-    assert found.why.startswith("a method had changed layer4.1: what comes before it still holds")
+    assert found.why.startswith("a method had changed layer4.1: columns before it are still valid")
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_columns_are_referenced_before_they_are_computed(store, run, trained, mo
             FeatureStore.open(store).gc()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("varve.pipeline.extraction.update.carry_out", died)
+    monkeypatch.setattr("varve.pipeline.extraction.update.run_plan", died)
     with pytest.raises(KeyboardInterrupt):
         update(store, trained(1), ("pool",), holder=run)
     assert len(referenced(store)) == 1

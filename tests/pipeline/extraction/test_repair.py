@@ -151,7 +151,7 @@ def test_a_folder_of_frames_is_its_frames_and_nothing_else_in_it(tmp_path, store
 def test_a_clip_that_changed_under_the_build_is_tried_again(videos, store, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
-            "varve.pipeline.extraction.worker._changed", lambda file: "clip_001" in file.path
+            "varve.pipeline.extraction.extract._changed", lambda file: "clip_001" in file.path
         )
         report = build(videos, store, SPEC, runtime=SERIAL)
     assert set(report.quarantined["reason"]) == {"changed"}

@@ -317,7 +317,7 @@ def test_an_update_that_was_killed_goes_on_to_the_same_bytes(store, resnet, tmp_
     other = Path(shutil.copytree(store, tmp_path / "other.zarr"))
     new = moved(resnet, "layer4.0")
     update(other, new, keep=["pool"])
-    monkeypatch.setattr("varve.pipeline.extraction.plan.MAX_CACHED_CLIPS", 2)
+    monkeypatch.setattr("varve.pipeline.extraction.blocks.MAX_CACHED_CLIPS", 2)
     put, count = staging.put, []
 
     def dies(*args):
@@ -370,9 +370,9 @@ def test_a_number_that_the_disk_cannot_hold_is_told_and_nothing_is_quarantined(s
         (lambda b: (b, ["layer9"]), "no backbone has a stage 'layer9'; stages are"),
         (lambda b: (b, ["layer3.1:cls"]), "layer3.1:cls: the stage gives a map"),
         (lambda b: (backbones.load(RESNET, torch.bfloat16), ["pool"]),
-         "holds resnet18:random-0 in float32, and this backbone runs in bfloat16"),
+         "has resnet18:random-0 in float32, and this backbone runs in bfloat16"),
         (lambda b: (b.graft("layer4.0", TemporalShift(b.stage("layer4.0").module, frames=4)),
-                    ["pool"]), "layer4.0 looks across clips of 4 frames, and the clips have 2"),
+                    ["pool"]), "layer4.0 is a temporal module over 4 frames, and the clips have 2"),
     ],
 )  # fmt: skip
 def test_a_request_that_cannot_be_met_is_refused_before_anything_runs(store, resnet, change, said):
@@ -459,13 +459,12 @@ def test_two_stores_are_updated_by_one_network_at_once(store, resnet, tmp_path):
 
 @pytest.mark.parametrize("puts", [5, 6, 7])
 def test_builds_stopped_twice_end_in_the_bytes_of_an_undisturbed_one(
-    videos, tmp_path, monkeypatch, puts
+    videos, built_once, tmp_path, monkeypatch, puts
 ):
     """A rounded feature of the same request must not stand in for the video it came from."""
-    monkeypatch.setattr("varve.pipeline.extraction.plan.CPU_BLOCK_PICTURES", 8)
+    monkeypatch.setattr("varve.pipeline.extraction.blocks.CPU_BLOCK_PICTURES", 8)
     asked = spec(keep=("layer4.0", "layer4.0:grid7", "layer4.0:pool", "pool"), dtype="float16")
-    whole, store = tmp_path / "whole.zarr", tmp_path / "s.zarr"
-    build(videos, whole, asked, runtime=SERIAL)
+    whole, store = built_once(videos, asked), tmp_path / "s.zarr"
     real, left = {"put": staging.put, "write": Column.write_shard}, {}
 
     def dying(name):
