@@ -18,7 +18,7 @@ from varve.heads import Head, Routes
 from varve.heads.parts.clips import Batch
 from varve.pipeline.config import BuildSpec, Runtime
 from varve.pipeline.experiments import checkpoints, head_inputs, head_source, run_spec
-from varve.pipeline.experiments.run import Run
+from varve.pipeline.experiments.run_folder import Run
 from varve.pipeline.extraction.build import build
 from varve.pipeline.progress import Progress
 from varve.stores import Feature, FeatureStore, SpecMismatch
@@ -136,7 +136,7 @@ def route(
                 answers.append(Routed(str(video), reason=reason))
                 continue
             row = int(found.clips.index[found.clips["path"] == path][0])
-            clip = head_inputs.clips_of(features, np.array([row]), np.zeros(len(table), np.int64))
+            clip = head_inputs.make_clips(features, np.array([row]), np.zeros(len(table), np.int64))
             answers.append(_answer(head, clip[torch.tensor([0])], str(video), names, top_k))
         return answers
 
@@ -169,8 +169,8 @@ def restored(
         SpecMismatch: The store is not what the run was made on.
     """
     spec = run.spec
-    method = head_source.kept(run.folder, spec["head"], spec.get("method", ""))
-    head, _, features = run_spec.head_of(store, method, spec["options"], spec["backbone"])
+    source = head_source.restore_source(run.folder, spec["head"], spec["head_source"])
+    head, _, features = run_spec.build_head(store, source, spec["options"], spec["backbone"])
     moved = [name for name, one in features.items() if one.fingerprint != spec["features"][name]]
     if moved:
         raise SpecMismatch(

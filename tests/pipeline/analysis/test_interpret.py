@@ -19,9 +19,9 @@ from varve.heads.parts.trainable_suffix import Passed
 from varve.pipeline import backbones
 from varve.pipeline.analysis import interpret
 from varve.pipeline.experiments import head_inputs, run_spec
-from varve.pipeline.experiments.head_source import method_of
+from varve.pipeline.experiments.head_source import find_head
 from varve.pipeline.experiments.routing import restored
-from varve.pipeline.experiments.run import Run
+from varve.pipeline.experiments.run_folder import Run
 from varve.stores import FeatureStore
 
 CLASSES = ("grow", "shrink", "fade in", "fade out")
@@ -57,8 +57,10 @@ def tuned(held, store):
 def gated(store, loaded_once):
     """HF-Net that has seen clips for no epoch, and what it reads."""
     options = {"blocks": 4, "first_epochs": 0}
-    head, _, features = run_spec.head_of(store, method_of("hf_net"), options, NAME)
-    head.learn(Task(head_inputs.clips_of(features, np.arange(2), head_inputs.numbers_of(store))))
+    head, _, features = run_spec.build_head(store, find_head("hf_net"), options, NAME)
+    head.learn(
+        Task(head_inputs.make_clips(features, np.arange(2), head_inputs.class_numbers(store)))
+    )
     return head, features
 
 

@@ -18,7 +18,7 @@ from varve.heads import Routing
 from varve.pipeline.analysis import plots
 from varve.pipeline.experiments import results
 from varve.pipeline.experiments.metrics import Matrix
-from varve.pipeline.experiments.run import Run
+from varve.pipeline.experiments.run_folder import FORMAT, Run
 
 TASKS = (("ant", "bee"), ("cat", "dog", "elk"), ("fox",))
 CLIPS = (4, 6, 2)
@@ -244,7 +244,7 @@ import numpy as np
 from varve.pipeline.analysis import plots
 assert not {"matplotlib", "torch"} & set(sys.modules), "imported for nothing"
 from varve.pipeline.experiments.metrics import Matrix
-figure = pictures.forgetting(Matrix(np.ones((1, 1)), np.array([3])))
+figure = plots.forgetting(Matrix(np.ones((1, 1)), np.array([3])))
 assert figure._repr_png_().startswith(b"\\x89PNG")
 assert "matplotlib.pyplot" not in sys.modules
 """
@@ -262,9 +262,11 @@ def written_run(folder: Path, seed: int, finished: bool = True, **options) -> Pa
     """A run folder of two tasks."""
     folder.mkdir(parents=True)
     matrix = Matrix.from_rows([[0.5], [0.25, 0.75]], [4, 4])
-    spec = {"head": "stpr", "scenario": "1+1x1", "seed": seed, "backbone": "net:tag",
-            "options": {"seed": seed, **options}, "tasks": [["ant"], ["bee"]]}  # fmt: skip
-    parts = {"spec": spec, "matrix": {"cnn": matrix.to_json(), "nme": None, "clips": [4, 4]},
+    spec = {"format": FORMAT, "head": "stpr", "scenario": "1+1x1", "seed": seed,
+            "backbone": "net:tag", "options": {"seed": seed, **options},
+            "tasks": [["ant"], ["bee"]]}  # fmt: skip
+    parts = {"spec": spec, "matrix": {"cnn": matrix.to_json(), "nme": None, "clips": [4, 4],
+                                      "tasks": spec["tasks"]},
              "cost": {"trainable": 3}}  # fmt: skip
     if finished:
         parts["metrics"] = {"cnn": matrix.figures(), "nme": None, "left_out": {}}

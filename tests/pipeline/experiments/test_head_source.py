@@ -8,9 +8,9 @@ import torch
 
 from varve import Runtime, ablate, run
 from varve.pipeline.experiments import checkpoints, head_source, routing, run_spec, sweep
-from varve.pipeline.experiments.head_source import code_of, method_of
-from varve.pipeline.experiments.run import Run
-from varve.pipeline.experiments.sweep import Sweep
+from varve.pipeline.experiments.head_source import code_digest, find_head
+from varve.pipeline.experiments.run_folder import Run
+from varve.pipeline.experiments.sweep_spec import Sweep
 
 SCENARIO = "2+2x2"
 # Deeper ones are written with what stands beside them.
@@ -54,7 +54,7 @@ def test_a_moved_file_finds_its_run_and_an_edited_one_is_another(
     done = run(vector_store, mine, SCENARIO, out=tmp_path)
     moved = mine.rename(tmp_path / "mine.py")
     with monkeypatch.context() as patch:
-        patch.setattr("varve.pipeline.experiments.run._carry_out", None)
+        patch.setattr("varve.pipeline.experiments.run._execute", None)
         assert run(vector_store, moved, SCENARIO, out=tmp_path).folder == done.folder
         monkeypatch.chdir(tmp_path)
         assert run(vector_store, "mine.py", SCENARIO, out=tmp_path).folder == done.folder
@@ -77,15 +77,19 @@ def test_modules_beside_it_are_read_with_it(vector_store, mine, tmp_path):
     (mine.parent / "other.py").write_text("")
     for rate in (0.05, 0.06):  # one is not left over from the other
         (mine.parent / "rate.py").write_text(f"RATE = {rate}")
-        assert set(method_of(mine).files) == {"mine.py", "base.py", "rate.py"}
-        assert run_spec.inspect_options(method_of(mine).build)["lr"] == rate
-    first = code_of(method_of(mine))
+        assert set(find_head(mine).files) == {"mine.py", "base.py", "rate.py"}
+        assert run_spec.option_defaults(find_head(mine).build)["lr"] == rate
+    first = code_digest(find_head(mine))
     (mine.parent / "rate.py").write_text("RATE = 0.05")
-    assert code_of(method_of(mine)) != first
+    assert code_digest(find_head(mine)) != first
     done = run(vector_store, mine, SCENARIO, out=tmp_path / "runs")
     (mine.parent / "other.py").write_text("x = 1")
     assert run(vector_store, mine, SCENARIO, out=tmp_path / "runs").folder == done.folder
-    assert {f.name for f in (done.folder / "method").iterdir()} == {"mine.py", "base.py", "rate.py"}
+    assert {f.name for f in (done.folder / "head_source").iterdir()} == {
+        "mine.py",
+        "base.py",
+        "rate.py",
+    }
     assert not {"rate", "base", "mine"} & set(sys.modules)
 
 
@@ -95,14 +99,14 @@ def test_a_head_that_it_imports_is_part_of_its_code(mine, tmp_path, monkeypatch)
     for name in ("__init__", "linear", "lwf"):
         (tmp_path / "heads" / f"{name}.py").write_text("")
     monkeypatch.setattr(head_source, "HEADS", tmp_path / "heads")
-    before = code_of(method_of(mine))
+    before = code_digest(find_head(mine))
     (tmp_path / "heads" / "lwf.py").write_text("edited = 1")
-    assert code_of(method_of(mine)) == before
+    assert code_digest(find_head(mine)) == before
     (tmp_path / "heads" / "linear.py").write_text("from varve.heads import lwf")
-    after = code_of(method_of(mine))
+    after = code_digest(find_head(mine))
     assert after != before
     (tmp_path / "heads" / "lwf.py").write_text("edited = 2")
-    assert code_of(method_of(mine)) != after
+    assert code_digest(find_head(mine)) != after
 
 
 def test_a_run_folder_is_restored_without_the_file(vector_store, mine, tmp_path):
@@ -115,9 +119,9 @@ def test_a_run_folder_is_restored_without_the_file(vector_store, mine, tmp_path)
     done.folder.rename(tmp_path / "moved")
     again, _ = routing.restored(Run.read(tmp_path / "moved"), vector_store)
     assert all(torch.equal(x, again.state_dict()[n]) for n, x in head.state_dict().items())
-    copy = tmp_path / "moved" / "method" / "mine.py"
+    copy = tmp_path / "moved" / "head_source" / "mine.py"
     copy.write_text(MINE.replace("0.05", "0.06"))
-    with pytest.raises(ValueError, match="is not what the run was begun with"):
+    with pytest.raises(ValueError, match="is not what the run was started with"):
         routing.restored(Run.read(tmp_path / "moved"), vector_store)
     copy.unlink()
     with pytest.raises(ValueError, match=r"mine\.py is gone"):
@@ -126,8 +130,8 @@ def test_a_run_folder_is_restored_without_the_file(vector_store, mine, tmp_path)
 
 def test_a_file_put_beside_a_run_of_heads_is_not_run(vector_store, tmp_path):
     done = run(vector_store, "nearest_mean", SCENARIO, out=tmp_path)
-    (done.folder / "method").mkdir()
-    (done.folder / "method" / "nearest_mean.py").write_text("raise RuntimeError")
+    (done.folder / "head_source").mkdir()
+    (done.folder / "head_source" / "nearest_mean.py").write_text("raise RuntimeError")
     head, _ = routing.restored(done, vector_store)
     assert type(head).__module__ == "varve.heads.nearest_mean"
 
@@ -137,17 +141,17 @@ def test_what_is_imported_for_types_alone_is_not_looked_at(mine):
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from varve import pipeline\n"
         + MINE
     )
-    assert method_of(mine).build
+    assert find_head(mine).build
 
 
 def test_a_head_named_by_an_attribute_counts_too(mine, tmp_path, monkeypatch):
     mine.write_text("import varve.heads.linear\nMine = varve.heads.linear.Linear\nbuild = Mine\n")
-    assert {file.stem for file in head_source._of_heads(method_of(mine))} == {"linear"}
+    assert {file.stem for file in head_source.imported_heads(find_head(mine))} == {"linear"}
     mine.write_text(
         "from varve import heads\nimport varve.heads.parts.fine_tuned_head\n"
         "build = lambda: heads.lwf.LwF\n"
     )
-    assert {file.stem for file in head_source._of_heads(method_of(mine))} == {"lwf"}
+    assert {file.stem for file in head_source.imported_heads(find_head(mine))} == {"lwf"}
 
 
 def test_a_killed_run_goes_on_with_the_code_that_it_began_with(
@@ -171,7 +175,7 @@ def test_a_killed_run_goes_on_with_the_code_that_it_began_with(
     edited = run(vector_store, mine, SCENARIO, out=tmp_path / "parts", threads=1)
     assert edited.folder != begun
     assert not (begun / "metrics.json").exists()
-    kept = begun / "method" / "mine.py"
+    kept = begun / "head_source" / "mine.py"
     ended = run(vector_store, kept, SCENARIO, out=tmp_path / "parts")
     assert ended.folder == begun
     assert states(ended.folder) == states(whole.folder)
@@ -184,12 +188,12 @@ def test_processes_learn_with_the_text_that_was_read(vector_store, mine, tmp_pat
     (mine.parent / "rate.py").write_text("RATE = 0.05")
     mine.write_text("from rate import RATE\n" + MINE.replace("0.05", "RATE"))
 
-    def gone(*rest, spread=sweep._spread):
+    def gone(*rest, execute=sweep.execute):
         for file in mine.parent.iterdir():
             file.unlink()
-        return spread(*rest)
+        return execute(*rest)
 
-    monkeypatch.setattr(sweep, "_spread", gone)
+    monkeypatch.setattr(sweep, "execute", gone)
     table = ablate(vector_store, ["nearest_mean", "mine.py"], SCENARIO, {"mine.lr": [0.1, 0.2]}, 1,
                    options={"mine": {"epochs": 1}}, out=tmp_path / "runs",
                    runtime=Runtime(workers=1))  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 
 from varve import BuildSpec, Runtime, ablate
 from varve.pipeline.experiments import results
-from varve.pipeline.experiments.sweep import Sweep
+from varve.pipeline.experiments.sweep_spec import Sweep
 from varve.stores import FeatureStore
 
 FOLDER = Path(__file__).parents[3] / "benchmarks" / "sweeps"

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from varve.pipeline.experiments import results
-from varve.pipeline.experiments.metrics import FIGURES, Matrix
+from varve.pipeline.experiments.metrics import Matrix, names
 from varve.pipeline.experiments.results import changes, latex, per_class, read, summary, text, write
+from varve.pipeline.experiments.run_folder import FORMAT
 
 NAN = math.nan
 
@@ -24,6 +25,7 @@ def make_run(
     folder.mkdir(parents=True)
     matrices = {"cnn": rows, **({"nme": nme} if nme else {})}
     spec = {
+        "format": FORMAT,
         "head": head,
         "options": {"seed": seed},
         "scenario": "2+1x1",
@@ -51,8 +53,12 @@ def make_run(
     (folder / "checkpoints").mkdir()
     (folder / "spec.json").write_text(json.dumps(spec))
     if finished:
-        figures = {kind: Matrix.from_rows(x, [3, 1]).figures() for kind, x in matrices.items()}
-        figures |= {"left_out": {"quarantined": 4}} | ({} if nme else {"nme": None})
+        made = {kind: Matrix.from_rows(x, [3, 1]) for kind, x in matrices.items()}
+        figures = {"nme": None} | {kind: matrix.figures() for kind, matrix in made.items()}
+        figures |= {"left_out": {"quarantined": 4}, "diagnostics": [{}, {}]}
+        content = {"nme": None} | {kind: matrix.to_json() for kind, matrix in made.items()}
+        content |= {"clips": [3, 1], "tasks": spec["tasks"]}
+        (folder / "matrix.json").write_text(json.dumps(content))
         (folder / "metrics.json").write_text(json.dumps(figures))
         (folder / "cost.json").write_text(json.dumps(cost))
     return folder
@@ -122,7 +128,7 @@ def test_a_run_that_has_not_ended_has_no_figures_and_no_part_in_a_mean(tmp_path)
         summary(runs[~runs["finished"]])
 
 
-@pytest.mark.parametrize("file", ["spec", "metrics", "cost"])
+@pytest.mark.parametrize("file", ["spec", "metrics", "matrix", "cost"])
 @pytest.mark.parametrize("content", ["{", "[]", "\xff"])
 def test_a_damaged_file_is_named(file, content, tmp_path):
     folder = make_run(tmp_path / "a")
@@ -415,6 +421,6 @@ def test_predictions_that_are_not_there_are_refused_with_those_that_are(tmp_path
 
 def test_every_shown_figure_is_one_that_runs_have(tmp_path):
     made = summary(read(make_run(tmp_path / "a", nme=((1.0,), (0.5, 0.5)))))
-    for name in results.SHOWN:
+    for name in results.default_columns():
         assert made[f"{name}.mean"].notna().all(), name
-    assert {f"{kind}.{figure}.mean" for kind in ("cnn", "nme") for figure in FIGURES} <= set(made)
+    assert {f"{kind}.{figure}.mean" for kind in ("cnn", "nme") for figure in names()} <= set(made)

@@ -14,9 +14,10 @@ import torch
 
 from varve import run
 from varve.heads.parts.clips import Clips
-from varve.pipeline.experiments import checkpoints, run_spec
+from varve.pipeline.experiments import checkpoints, head_inputs, run_spec
 from varve.pipeline.experiments.metrics import from_predictions
-from varve.pipeline.experiments.run import Run
+from varve.pipeline.experiments.run import RunState
+from varve.pipeline.experiments.run_folder import Run
 from varve.pipeline.experiments.scenarios import Scenario
 from varve.pipeline.progress import Lines, Progress
 from varve.stores import FeatureStore, SpecMismatch, clips, lock
@@ -49,8 +50,8 @@ def test_a_run_folder_holds_what_a_paper_needs(store, tmp_path):
     assert [len(task) for task in done.spec["tasks"]] == [2, 2, 2]
     assert done.matrix.clips.tolist() == [6, 6, 6]
     assert done.nme is not None
-    assert done.metrics["cnn"]["final"] == done.matrix.final
-    assert done.metrics["nme"]["average_incremental"] == done.nme.average_incremental
+    assert done.metrics["cnn"]["final"] == done.matrix.metric("final")
+    assert done.metrics["nme"]["average_incremental"] == done.nme.metric("average_incremental")
     assert done.metrics["left_out"] == {}
     cost = done.cost
     assert cost["trainable"] > 0
@@ -83,7 +84,7 @@ def test_predictions_are_of_every_seen_test_clip_and_give_the_matrix(store, tmp_
 def test_a_finished_run_is_returned_and_not_run_again(store, tmp_path, monkeypatch):
     done = run(store, "nearest_mean", "2+2x2", out=tmp_path)
     before = {file: file.stat().st_mtime_ns for file in done.folder.iterdir() if file.is_file()}
-    monkeypatch.setattr("varve.pipeline.experiments.run._carry_out", None)
+    monkeypatch.setattr("varve.pipeline.experiments.run._execute", None)
     again = run(store, "nearest_mean", "2+2x2", out=tmp_path)
     assert again.folder == done.folder
     assert again.metrics == done.metrics
@@ -111,21 +112,23 @@ def test_whatever_decides_the_numbers_is_another_run(store, tmp_path, other):
 def test_another_feature_another_clip_and_edited_code_are_other_runs(
     store, tmp_path, monkeypatch, make_vector_store
 ):
-    plan = run_spec.prepare(store, "nearest_mean", "2+2x2")
+    plan = run_spec.prepare_run(store, "nearest_mean", "2+2x2")
     half = make_vector_store(tmp_path / "half.zarr", dtype="float16")
-    assert run_spec.prepare(half, "nearest_mean", "2+2x2").digest != plan.digest
+    assert run_spec.prepare_run(half, "nearest_mean", "2+2x2").digest != plan.digest
     shutil.copytree(store.path, tmp_path / "moved.zarr")
-    assert run_spec.prepare(tmp_path / "moved.zarr", "nearest_mean", "2+2x2").digest == (
+    assert run_spec.prepare_run(tmp_path / "moved.zarr", "nearest_mean", "2+2x2").digest == (
         plan.digest
     )
     table = store.clips.copy()
     table.loc[table["split"] == "test", "split"] = "other"
     table.loc[table.groupby("label").tail(1).index, "split"] = "test"
     clips.write(tmp_path / "moved.zarr", table)
-    fewer = run_spec.prepare(FeatureStore.open(tmp_path / "moved.zarr"), "nearest_mean", "2+2x2")
+    fewer = run_spec.prepare_run(
+        FeatureStore.open(tmp_path / "moved.zarr"), "nearest_mean", "2+2x2"
+    )
     assert fewer.digest != plan.digest
-    monkeypatch.setattr(run_spec, "code_of", lambda head: "edited")
-    assert run_spec.prepare(store, "nearest_mean", "2+2x2").digest != plan.digest
+    monkeypatch.setattr(run_spec, "code_digest", lambda source: "edited")
+    assert run_spec.prepare_run(store, "nearest_mean", "2+2x2").digest != plan.digest
 
 
 class Stop(Exception):
@@ -149,12 +152,12 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(store, tmp_path, monkeypat
         patch.setattr(checkpoints, "write", stopping)
         with pytest.raises(Stop):
             run(store, head, "2+2x2", out=tmp_path / "parts", options=options, threads=1)
-    learned = []
+    messages = []
     lines = Progress()
-    lines.said = learned.append
+    lines.message = messages.append
     torch.manual_seed(99)
     ended = run(store, head, "2+2x2", out=tmp_path / "parts", options=options, progress=lines)
-    assert learned[0] == f"going on after task {after + 1} of 3"
+    assert messages[0] == f"resuming after task {after + 1} of 3"
     assert files_of(ended.folder) == files_of(whole.folder)
 
 
@@ -166,7 +169,7 @@ def test_a_killed_process_goes_on_where_it_was(store, tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("task 2/5: ") and "learning" in line:
+        if line.startswith("task 2/5: ") and "trained" in line:
             os.kill(process.pid, signal.SIGKILL)
             break
     process.stdout.close()
@@ -235,7 +238,7 @@ def test_a_wrong_request_is_refused_before_anything_is_made(store, tmp_path, ask
 
 
 def test_two_processes_do_not_work_on_one_run(store, tmp_path):
-    plan = run_spec.prepare(store, "nearest_mean", "2+2x2")
+    plan = run_spec.prepare_run(store, "nearest_mean", "2+2x2")
     (tmp_path / plan.name).mkdir()
     with lock.locked(tmp_path / plan.name), pytest.raises(lock.StoreLocked, match="process"):
         run(store, "nearest_mean", "2+2x2", out=tmp_path)
@@ -243,7 +246,7 @@ def test_two_processes_do_not_work_on_one_run(store, tmp_path):
 
 def test_a_damaged_checkpoint_is_named(store, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_finish", lambda *rest: (_ for _ in ()).throw(Stop))
+        patch.setattr(RunState, "finish", lambda self: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             run(store, "nearest_mean", "2+2x2", out=tmp_path)
     (folder,) = tmp_path.iterdir()
@@ -271,14 +274,11 @@ def test_progress_has_a_bar_a_task_and_a_line_after_it(store, tmp_path, capsys):
 
 def test_numbers_do_not_depend_on_how_features_are_held(store, tmp_path, monkeypatch):
     whole = run(store, "linear", "2+2x2", out=tmp_path / "a", options=QUICK, threads=1)
-    monkeypatch.setattr(run_spec.offering, "BUDGET_BYTES", 0)
-    clips_of = run_spec.offering.clips_of
-    monkeypatch.setattr(
-        run_spec.offering, "clips_of", lambda *rest: clips_of(*rest, budget_bytes=0)
-    )
+    make_clips = head_inputs.make_clips
+    monkeypatch.setattr(head_inputs, "make_clips", lambda *rest: make_clips(*rest, budget_bytes=0))
     streamed = run(store, "linear", "2+2x2", out=tmp_path / "b", options=QUICK, threads=1)
     assert files_of(whole.folder) == files_of(streamed.folder)
-    assert isinstance(run_spec.prepare(store, "linear", "2+2x2").clips(np.arange(3)), Clips)
+    assert isinstance(run_spec.prepare_run(store, "linear", "2+2x2").clips(np.arange(3)), Clips)
 
 
 def test_a_folder_that_is_no_finished_run_is_refused(tmp_path):

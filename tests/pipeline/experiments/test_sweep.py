@@ -9,7 +9,7 @@ import pytest
 from varve import Runtime, ablate, run
 from varve.heads.stpr import StPR
 from varve.pipeline.experiments import sweep
-from varve.pipeline.experiments.sweep import Sweep
+from varve.pipeline.experiments.sweep_spec import Sweep
 from varve.pipeline.progress import Progress
 from varve.stores import SpecMismatch
 
@@ -74,7 +74,7 @@ def test_a_table_has_mean_and_deviation_over_the_seeds(vector_store, tmp_path):
     for time, row in table.set_index("option.time").iterrows():
         finals = [
             run(vector_store, "nearest_mean", "2+2x2", seed=seed, options={"time": time},
-                out=tmp_path).matrix.final
+                out=tmp_path).matrix.metric("final")
             for seed in (1000, 1993, 2021)
         ]  # fmt: skip
         assert row["cnn.final.mean"] == pytest.approx(np.mean(finals))
@@ -115,7 +115,7 @@ def test_runs_that_learn_the_same_learn_once(vector_store, tmp_path, monkeypatch
     table = ablate(vector_store, "stpr", "2+2x2", WAYS, 2, options={"stpr": STPR}, runtime=SERIAL,
                    out=tmp_path / "a", keep_checkpoints=True, progress=notes)  # fmt: skip
     assert learned == 2 * [0, 1, 2]
-    assert notes.lines[0] == "12 runs, 10 learn what another does"
+    assert notes.lines[0] == "12 runs, 10 train as another does"
     assert notes.done == 12
     assert table["n"].tolist() == [2] * 6
     for record in table.attrs["runs"]:
@@ -178,11 +178,11 @@ def test_a_stopped_ablation_goes_on_with_what_was_learned_and_leaves_nothing(
     assert len(list(tmp_path.glob("*/checkpoints"))) == 2
     notes = Notes()
     table = ablate(vector_store, "stpr", "2+2x2", ways, 1, progress=notes, **common)
-    assert notes.lines[0] == "3 runs, 2 of them finished before, 1 learn what another does"
+    assert notes.lines[0] == "3 runs, 2 of them finished before, 1 train as another does"
     assert learned == [0, 1, 2]
     assert len(table) == 3
     assert not list(tmp_path.glob("*/checkpoints"))
-    assert not list(tmp_path.glob("*/passing"))
+    assert not list(tmp_path.glob("*/temporary_checkpoints"))
 
 
 def test_where_the_states_of_another_are_gone_a_run_learns(vector_store, tmp_path):
@@ -190,7 +190,7 @@ def test_where_the_states_of_another_are_gone_a_run_learns(vector_store, tmp_pat
     (first.folder / "checkpoints" / "task-01.json").unlink()
     options = STPR | {"routing": "average"}
     found = run(vector_store, "stpr", "2+2x2", options=options, out=tmp_path / "a",
-                learned=first.folder)  # fmt: skip
+                states_from=first.folder)  # fmt: skip
     alone = run(vector_store, "stpr", "2+2x2", options=options, out=tmp_path / "b")
     assert numbers(found.folder) == numbers(alone.folder)
 
@@ -231,15 +231,23 @@ def test_an_option_that_cannot_be_is_refused_before_anything_is_learned(
 
 def test_what_was_learned_otherwise_is_refused(vector_store, tmp_path):
     first = run(vector_store, "stpr", "2+2x2", options=STPR, out=tmp_path)
-    with pytest.raises(SpecMismatch, match="learned something else"):
+    with pytest.raises(SpecMismatch, match="was trained with another specification"):
         run(vector_store, "stpr", "2+2x2", options=STPR | {"lr": 0.1}, out=tmp_path,
-            learned=first.folder)  # fmt: skip
+            states_from=first.folder)  # fmt: skip
     none = run(vector_store, "stpr", "2+2x2", options=STPR | {"routing": "none"}, out=tmp_path)
-    with pytest.raises(SpecMismatch, match="learned something else"):
+    with pytest.raises(SpecMismatch, match="was trained with another specification"):
         run(vector_store, "stpr", "2+2x2", options=STPR | {"routing": "average"}, out=tmp_path,
-            learned=none.folder)  # fmt: skip
-    with pytest.raises(SpecMismatch, match="learned something else"):
-        run(vector_store, "stpr", "2+2x2", seed=7, options=STPR, out=tmp_path, learned=first.folder)
+            states_from=none.folder)  # fmt: skip
+    with pytest.raises(SpecMismatch, match="was trained with another specification"):
+        run(
+            vector_store,
+            "stpr",
+            "2+2x2",
+            seed=7,
+            options=STPR,
+            out=tmp_path,
+            states_from=first.folder,
+        )
 
 
 def test_checkpoints_of_runs_that_were_there_before_stay(vector_store, tmp_path):

@@ -43,7 +43,7 @@ def test_old_maps_are_computed_once_a_task_and_read_in_every_epoch(store, tmp_pa
     freed = FeatureStore.open(store.path).gc()
     assert len(freed.freed) == len(changed)
     assert done.nme is not None
-    told = done.metrics["told"]
+    told = done.metrics["diagnostics"]
     assert [set(one) for one in told] == [set(), *[{"effective channels, layer4.1"}] * 2]
     assert all(0 < share <= 1 for one in told for share in one.values())
 
@@ -55,7 +55,7 @@ def test_what_a_run_remembers_is_no_feature_for_another(store, tmp_path):
     assert "pool" in {f.name for f in again.features() if f.spec.get("grafts")}
     before = {
         name: one.fingerprint
-        for name, one in head_inputs.features_of(store, NAME, ["vector"]).items()
+        for name, one in head_inputs.find_features(store, NAME, ["vector"]).items()
     }
     done = run(again, "nearest_mean", "2+1x2", out=tmp_path)
     assert done.spec["features"] == before
