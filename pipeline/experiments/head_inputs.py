@@ -162,8 +162,8 @@ def _owner_of(
             )
         if len(audio) > 1:
             raise ValueError(
-                f"{store.location} has {len(audio)} audio backbones: name one instead of sound, such "
-                f"as {audio[0]}/pool or {audio[1]}/pool"
+                f"{store.location} has {len(audio)} audio backbones: name one instead of sound, "
+                f"such as {audio[0]}/pool or {audio[1]}/pool"
             )
         return audio[0], VECTOR
     owner, _, own_name = name.rpartition("/")

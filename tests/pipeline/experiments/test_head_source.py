@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from varve import Runtime, ablate, run
+from varve import ablate, run
 from varve.pipeline.experiments import checkpoints, head_source, routing, run_spec, sweep
 from varve.pipeline.experiments.head_source import code_digest, find_head
 from varve.pipeline.experiments.run_folder import Run
@@ -182,7 +182,9 @@ def test_a_killed_run_goes_on_with_the_code_that_it_began_with(
     assert states(edited.folder) != states(whole.folder)
 
 
-def test_processes_learn_with_the_text_that_was_read(vector_store, mine, tmp_path, monkeypatch):
+def test_processes_train_with_the_text_that_was_read(
+    vector_store, mine, tmp_path, monkeypatch, client
+):
     """A grid over its own options; the file is gone before the first of them begins."""
     monkeypatch.chdir(mine.parent)
     (mine.parent / "rate.py").write_text("RATE = 0.05")
@@ -196,7 +198,7 @@ def test_processes_learn_with_the_text_that_was_read(vector_store, mine, tmp_pat
     monkeypatch.setattr(sweep, "execute", gone)
     table = ablate(vector_store, ["nearest_mean", "mine.py"], SCENARIO, {"mine.lr": [0.1, 0.2]}, 1,
                    options={"mine": {"epochs": 1}}, out=tmp_path / "runs",
-                   runtime=Runtime(workers=1))  # fmt: skip
+                   client=client)  # fmt: skip
     assert table.attrs["errors"] == [], table.attrs
     assert table["head"].tolist() == ["nearest_mean", "mine", "mine"]
     assert set(table["option.lr"].dropna()) == {0.1, 0.2}

@@ -4,10 +4,9 @@ import json
 import subprocess
 import sys
 
-import pandas as pd
 import pytest
 
-from varve import Runtime, ablate, load_plugin, run
+from varve import ablate, load_plugin, run
 from varve.pipeline import registry
 from varve.pipeline.experiments import results
 from varve.pipeline.experiments.run_folder import Run
@@ -61,13 +60,15 @@ def test_a_scenario_is_one_function_and_its_text_names_the_run(vector_store, plu
     assert again.folder != done.folder
 
 
-def test_a_scenario_runs_in_the_processes_of_an_ablation(vector_store, plugin, tmp_path):
-    plugin("mine.py", SCENARIO)
+def test_both_are_there_in_the_processes_of_an_ablation(vector_store, plugin, tmp_path, client):
+    plugin("mine.py", SCENARIO + METRIC)
     table = ablate(vector_store, "nearest_mean", "pairs", {"time": ["mean", "order"]}, 2,
-                   out=tmp_path / "runs", runtime=Runtime(workers=1))  # fmt: skip
+                   out=tmp_path / "runs", client=client)  # fmt: skip
     assert table.attrs["errors"] == []
     assert table["scenario"].tolist() == ["pairs", "pairs"]
     assert table["n"].tolist() == [2, 2]
+    for record in table.attrs["runs"]:
+        assert Run.read(record["run"]).metrics["cnn"]["newest"] == record["cnn.newest"]
 
 
 def test_a_metric_is_one_function_and_is_in_every_table(vector_store, plugin, tmp_path):
@@ -84,14 +85,6 @@ def test_a_metric_is_one_function_and_is_in_every_table(vector_store, plugin, tm
     after = run(vector_store, "nearest_mean", "2+2x2", out=tmp_path / "runs")
     assert after.metrics["cnn"]["newest"] == after.matrix.accuracy[-1, -1]
     assert len(after.metrics["cnn"]["after_each_task"]["newest"]) == 3
-
-
-def test_a_metric_is_computed_in_the_processes_of_an_ablation(vector_store, plugin, tmp_path):
-    plugin("mine.py", METRIC)
-    table = ablate(vector_store, "nearest_mean", "2+2x2", seeds=1, out=tmp_path / "runs",
-                   runtime=Runtime(workers=1))  # fmt: skip
-    (folder,) = pd.DataFrame(table.attrs["runs"])["run"]
-    assert Run.read(folder).metrics["cnn"]["newest"] == table["cnn.newest.mean"][0]
 
 
 def test_the_command_takes_both(vector_store, plugin, tmp_path, varve):

@@ -135,12 +135,18 @@ class Stop(Exception):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("head", ["icarl", "stpr", "slda"])
-@pytest.mark.parametrize("after", [0, 1])
-def test_a_run_that_was_stopped_ends_in_the_same_bits(store, tmp_path, monkeypatch, head, after):
+@pytest.fixture(scope="module", params=["icarl", "stpr", "slda"])
+def whole(request, vector_store, tmp_path_factory) -> Run:
+    """A run that was not stopped."""
     options = {"stpr": {"epochs": 3, "first_epochs": 3, "layers": 1, "text": "codes"},
-               "icarl": QUICK}.get(head, {})  # fmt: skip
-    whole = run(store, head, "2+2x2", out=tmp_path / "whole", options=options, threads=1)
+               "icarl": QUICK}.get(request.param, {})  # fmt: skip
+    return run(vector_store, request.param, "2+2x2", out=tmp_path_factory.mktemp("whole"),
+               options=options, threads=1)  # fmt: skip
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_run_that_was_stopped_ends_in_the_same_bits(store, tmp_path, monkeypatch, whole, after):
+    head, options = whole.spec["head"], whole.spec["options"]
     write = checkpoints.write
 
     def stopping(folder, task, *rest):

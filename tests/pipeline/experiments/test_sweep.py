@@ -132,11 +132,11 @@ def test_runs_that_learn_the_same_learn_once(vector_store, tmp_path, monkeypatch
     assert len(seconds) == 2
 
 
-def test_processes_share_what_is_learned_too(vector_store, tmp_path):
+def test_processes_share_states_too(vector_store, tmp_path, client):
     table, expected = (
         ablate(vector_store, "stpr", "2+2x2", {"routing": WAYS["routing"]}, 1, out=tmp_path / n,
-               options={"stpr": STPR | {"first_epochs": 1, "epochs": 1}}, runtime=runtime)
-        for n, runtime in (("a", Runtime(workers=2)), ("b", SERIAL))
+               options={"stpr": STPR | {"first_epochs": 1, "epochs": 1}}, **where)
+        for n, where in (("a", {"client": client}), ("b", {"runtime": SERIAL}))
     )  # fmt: skip
     assert table.attrs["errors"] == []
     assert len(table) == 3
