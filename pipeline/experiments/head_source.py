@@ -40,7 +40,7 @@ _IMPORT_LOCK = threading.RLock()
 
 @dataclass(frozen=True)
 class HeadSource:
-    """What a head is built from. It can be sent to other processes.
+    """The code that a head is built from; it can be sent to other processes.
 
     Attributes:
         name: Name of the file, without its ending.

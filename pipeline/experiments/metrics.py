@@ -139,7 +139,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Display:
-    """How a metric is shown.
+    """Headings and order of a metric in tables and sentences.
 
     Attributes:
         title: Heading of its column in tables.

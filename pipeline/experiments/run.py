@@ -151,6 +151,7 @@ class RunState:
         self.test_clips = [plan.clips(rows) for rows in plan.division.test[: self.committed]]
         self._train_clips: list[Clips] = []
         self._cost: dict[str, Any] = {}
+        self._donated = False
         if self.committed:
             plan.head.load_state_dict(state)
             table = pd.read_parquet(folder / "predictions.parquet")
@@ -166,7 +167,8 @@ class RunState:
         rows, exemplars = plan.division.train[task], np.zeros(0, np.int64)
         if isinstance(head, ReplaysExemplars):
             exemplars = head.exemplars.numpy()
-        donated = self._donated(task)
+        donated = self._donated_state(task)
+        self._donated = donated is not None
         teacher: dict[str, Feature] = {}
         if isinstance(head, UsesTeacher) and task and not donated:
             teacher = teacher_features.compute_teacher_features(
@@ -229,12 +231,12 @@ class RunState:
             "diagnostics": self.diagnostics,
         }
         checkpoints.write(self.folder, task, head.state_dict(), records)
-        counts = [len(clips) for clips in self.test_clips]
+        counts, seconds = [len(clips) for clips in self.test_clips], self._cost["seconds"]
         accuracy = np.average(self.accuracy[CNN][-1], weights=counts)
         self.progress.message(
             f"task {task + 1}/{len(plan.tasks)}: {accuracy:.1%} of {sum(counts)} clips of "
             f"{len(head.classes)} classes, "
-            + (f"trained in {self._cost['seconds']:.1f} s" + " by another run" * bool(self.donor))
+            + ("trained by another run" if self._donated else f"trained in {seconds:.1f} s")
         )
 
     def finish(self) -> None:
@@ -268,7 +270,7 @@ class RunState:
         reports = {"left_out": left_out, "diagnostics": self.diagnostics}
         write_json(self.folder, "metrics", figures | reports)
 
-    def _donated(self, task: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def _donated_state(self, task: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return the donor's state after a task and the cost of its training; None to train."""
         if self.donor is None:
             return None

@@ -50,7 +50,7 @@ class PlannedRun:
 
     @property
     def finished(self) -> bool:
-        """Whether the run folder is finished."""
+        """The run folder is finished."""
         return (self.folder / "metrics.json").exists()
 
     def arguments(self) -> dict[str, Any]:

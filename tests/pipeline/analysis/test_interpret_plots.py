@@ -30,7 +30,7 @@ def test_tubes_are_a_row_of_frames_and_a_row_a_stage_by_its_own_scale():
     assert [row[0].get_ylabel() for row in tiles] == ["", "coarse", "fine"]
 
 
-def test_a_stage_without_heat_says_so():
+def test_a_stage_without_heat_is_labelled():
     figure = interpret_plots.tubes(PICTURES, {"last": np.zeros((T, 2, 2))})
     assert figure.axes[T].get_ylabel() == "last\n(all 0)"
     assert figure._repr_png_()

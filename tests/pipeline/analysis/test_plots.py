@@ -1,4 +1,4 @@
-"""Pictures: what is drawn are the numbers that were given, read back from the axes."""
+"""Plots draw the numbers of their arguments, which are read back from the axes."""
 
 import itertools
 import json
@@ -136,7 +136,7 @@ def test_weights_are_drawn_by_class_and_expert():
     assert f"{hits / 7:.0%}" in axes.get_title()
 
 
-def test_an_expert_that_was_not_asked_is_blank():
+def test_an_expert_that_was_not_evaluated_is_blank():
     found = made_routing([[0.1, 0.7, 0.2]] * 7)
     two = Routing(*(x[:, :2] for x in found))
     drawn = plots.routing(two, LABELS, TASKS).axes[0].images[0].get_array()
@@ -158,15 +158,15 @@ def test_many_classes_go_without_names_and_many_tasks_without_some_numbers():
 
 
 @pytest.mark.parametrize(
-    ("labels", "tasks", "says"),
+    ("labels", "tasks", "message"),
     [
         (LABELS[1:], TASKS, "6 labels for 7 clips"),
         (["gnu", *LABELS[1:]], TASKS, "of no task: gnu"),
         (["ant"] * 7, TASKS[:2], "3 experts and 2 tasks"),
     ],
 )
-def test_routing_that_does_not_fit_is_refused(labels, tasks, says):
-    with pytest.raises(ValueError, match=says):
+def test_routing_that_does_not_fit_is_refused(labels, tasks, message):
+    with pytest.raises(ValueError, match=message):
         plots.routing(made_routing([[0.1, 0.7, 0.2]] * 7), labels, tasks)
 
 
@@ -221,7 +221,7 @@ X = np.arange(12.0).reshape(4, 3) ** 2
 
 
 @pytest.mark.parametrize(
-    ("x", "anchors", "says"),
+    ("x", "anchors", "message"),
     [
         (X[:3], X[:1], "\\[3, 3\\] of 4 labelled"),
         (X[:, None], X[:1], "\\[4, 1, 3\\]"),
@@ -232,8 +232,8 @@ X = np.arange(12.0).reshape(4, 3) ** 2
         (np.where(X == 0, np.nan, X), X[:1], "finite"),
     ],
 )
-def test_residuals_that_do_not_fit_are_refused(x, anchors, says):
-    with pytest.raises(ValueError, match=says):
+def test_residuals_that_do_not_fit_are_refused(x, anchors, message):
+    with pytest.raises(ValueError, match=message):
         plots.residuals(x, ["ant"] * 4, anchors, ["ant"])
 
 

@@ -1,4 +1,4 @@
-"""Methods of one's own: what names a run of one, what a run folder keeps of it, what is refused."""
+"""A user's head: the identity of its runs, the copy in a run folder, and what is refused."""
 
 import json
 import sys
@@ -154,7 +154,7 @@ def test_a_head_named_by_an_attribute_counts_too(mine, tmp_path, monkeypatch):
     assert {file.stem for file in head_source.imported_heads(find_head(mine))} == {"lwf"}
 
 
-def test_a_killed_run_goes_on_with_the_code_that_it_began_with(
+def test_a_killed_run_resumes_with_the_code_that_it_started_with(
     vector_store, mine, tmp_path, monkeypatch
 ):
     whole = run(vector_store, mine, SCENARIO, out=tmp_path / "whole", threads=1)
@@ -218,7 +218,7 @@ def test_two_files_of_one_name_are_refused(vector_store, mine, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("stpr.py", MINE, r"stpr\.py has the name of heads/stpr\.py.*rename the file"),
         ("mine.py", "x = (", r"mine\.py is no Python: '\(' was never closed.*line 1"),
@@ -239,15 +239,15 @@ def test_two_files_of_one_name_are_refused(vector_store, mine, tmp_path):
     ],
 )
 def test_a_file_that_is_no_head_is_refused_before_anything_is_made(
-    vector_store, tmp_path, name, text, said
+    vector_store, tmp_path, name, text, message
 ):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         run(vector_store, tmp_path / name, SCENARIO, out=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_file_that_is_not_there_is_said_to_be_missing(vector_store, tmp_path, varve):
+def test_a_missing_file_is_named(vector_store, tmp_path, varve):
     with pytest.raises(FileNotFoundError, match=r"no such file: mine\.py \(looked for in /"):
         run(vector_store, "mine.py", SCENARIO, out=tmp_path)
     with pytest.raises(ValueError, match=r"no 'mine' in heads/; found .* by the path of its file"):
@@ -255,10 +255,10 @@ def test_a_file_that_is_not_there_is_said_to_be_missing(vector_store, tmp_path, 
 
 
 def test_the_command_takes_a_file(vector_store, mine, tmp_path, varve):
-    said = varve("run", vector_store.path, "--head", mine, "--scenario", SCENARIO, "--out",
+    output = varve("run", vector_store.path, "--head", mine, "--scenario", SCENARIO, "--out",
                   tmp_path / "runs", "--set", "lr=0.1", "--json")  # fmt: skip
-    assert said.returncode == 0, said.stderr
-    assert json.loads(said.stdout)["spec"]["head"] == "mine"
-    said = varve("run", vector_store.path, "--head", "gone.py", "--scenario", SCENARIO)
-    assert said.returncode == 2
-    assert "no such file: gone.py" in said.stderr
+    assert output.returncode == 0, output.stderr
+    assert json.loads(output.stdout)["spec"]["head"] == "mine"
+    output = varve("run", vector_store.path, "--head", "gone.py", "--scenario", SCENARIO)
+    assert output.returncode == 2
+    assert "no such file: gone.py" in output.stderr

@@ -209,7 +209,7 @@ def test_predictions_give_the_matrix_whatever_the_order_of_their_rows():
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda p: p.drop(index=3), "all clips of the tasks so far"),
         (lambda p: p[p["stage"] == 1], "all clips of the tasks so far"),
@@ -220,8 +220,8 @@ def test_predictions_give_the_matrix_whatever_the_order_of_their_rows():
         (lambda p: p.assign(label="z"), "of no task: z"),
     ],
 )
-def test_predictions_of_another_run_make_no_matrix(spoil, said):
-    with pytest.raises(ValueError, match=said):
+def test_predictions_of_another_run_make_no_matrix(spoil, message):
+    with pytest.raises(ValueError, match=message):
         from_predictions(spoil(predictions()), TASKS)
 
 

@@ -190,7 +190,7 @@ def test_seeds_are_put_together_as_by_hand(groups):
                 assert math.isnan(found[f"{name}.std"][i])
 
 
-def test_configurations_are_told_apart_by_all_that_was_asked_for(tmp_path):
+def test_configurations_differ_by_all_that_was_requested(tmp_path):
     for seed in (1000, 1993, 2021):
         for lam in (0, 1e4):
             options = {"seed": seed, "fssd": lam}
@@ -314,16 +314,16 @@ def test_the_terminal_sees_what_differs_the_figures_and_the_costs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "message"),
     [
         ("t.xlsx", {}, "a table is .csv, .parquet or .tex"),
         ("t", {}, "a table is .csv, .parquet or .tex"),
         ("t.csv", {"bold": True}, "only .tex has options"),
     ],
 )
-def test_what_cannot_be_written_is_refused(name, options, said, tmp_path):
+def test_what_cannot_be_written_is_refused(name, options, message, tmp_path):
     table = ablated(tmp_path / "runs")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         write(table, tmp_path / name, **options)
     assert not (tmp_path / name).exists()
 
@@ -341,7 +341,7 @@ LABELS = {3: "run", 5: "run", 7: "run", 8: "walk", 9: "walk", 2: "jump"}
 
 
 def predict(folder, named, stages=(0, 1), classifier="cnn"):
-    """Right at stage 0; at the others what `named` says, by row."""
+    """Write predictions: correct after task 0; after later ones `named` has the wrong ones by row."""
     folder.mkdir(exist_ok=True)
     rows = [
         {

@@ -1,4 +1,4 @@
-"""Runs: what a run folder holds, that a killed run ends in the same numbers, what is refused."""
+"""Runs: the files of a run folder, equal numbers after a resume, and what is refused."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def store(vector_store):
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """What tells numbers: not how long anything took."""
+    """Files whose bytes equal runs share: none that records time."""
     names = ("matrix.json", "metrics.json", "predictions.parquet")
     found = {name: (folder / name).read_bytes() for name in names}
     for file in sorted((folder / "checkpoints").glob("*.safetensors")):
@@ -65,20 +65,20 @@ def test_a_run_folder_holds_what_a_paper_needs(store, tmp_path):
 
 def test_predictions_are_of_every_seen_test_clip_and_give_the_matrix(store, tmp_path):
     done = run(store, "icarl", "2+2x2", out=tmp_path, options=QUICK)
-    told = done.predictions
-    assert told.groupby(["stage", "classifier"]).size().unstack().to_dict("list") == {
+    predictions = done.predictions
+    assert predictions.groupby(["stage", "classifier"]).size().unstack().to_dict("list") == {
         "cnn": [6, 12, 18], "nme": [6, 12, 18],
     }  # fmt: skip
     for kind, matrix in (("cnn", done.matrix), ("nme", done.nme)):
-        again = from_predictions(told, done.spec["tasks"], kind)
+        again = from_predictions(predictions, done.spec["tasks"], kind)
         np.testing.assert_array_equal(again.accuracy, matrix.accuracy)
-    first = told[told["stage"] == 0]
+    first = predictions[predictions["stage"] == 0]
     seen = set(done.spec["tasks"][0])
     assert set(first["top1"]) | set(first["top2"]) == seen
     assert set(first["top3"]) == {""}
     table = store.clips
-    assert (table.loc[told["row"], "label"].to_numpy() == told["label"]).all()
-    assert (table.loc[told["row"], "split"] == "test").all()
+    assert (table.loc[predictions["row"], "label"].to_numpy() == predictions["label"]).all()
+    assert (table.loc[predictions["row"], "split"] == "test").all()
 
 
 def test_a_finished_run_is_returned_and_not_run_again(store, tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(store, tmp_path, monkeypat
     assert files_of(ended.folder) == files_of(whole.folder)
 
 
-def test_a_killed_process_goes_on_where_it_was(store, tmp_path):
+def test_a_killed_process_resumes_after_its_last_task(store, tmp_path):
     code = (
         "from varve import run; from varve.pipeline.progress import Lines; import sys; "
         f"run({str(store.path)!r}, 'linear', '2+1x4', out={str(tmp_path / 'killed')!r}, "
@@ -208,7 +208,7 @@ def test_checkpoints_are_in_the_order_of_their_tasks_beyond_a_hundred(tmp_path):
     assert len(set(sizes)) == 1
 
 
-def test_checkpoints_go_where_they_are_not_wanted(store, tmp_path):
+def test_checkpoints_are_removed_where_they_are_not_kept(store, tmp_path):
     done = run(store, "nearest_mean", "2+2x2", out=tmp_path, keep_checkpoints=False)
     assert not (done.folder / "checkpoints").exists()
 
@@ -216,9 +216,9 @@ def test_checkpoints_go_where_they_are_not_wanted(store, tmp_path):
 def test_a_feature_that_the_store_lacks_is_refused_with_the_command_that_adds_it(store, tmp_path):
     with pytest.raises(SpecMismatch) as error:
         run(store, "nearest_mean", "2+2x2", out=tmp_path, options={"feature": "layer3.1:pool"})
-    said = str(error.value)
-    assert "has no layer3.1:pool of net:tag" in said
-    assert said.endswith(
+    message = str(error.value)
+    assert "has no layer3.1:pool of net:tag" in message
+    assert message.endswith(
         f"varve build /videos --store {store.path} --backbone net:/weights/tag.pt --keep "
         "layer3.1:pool --frames 3 --dtype float32"
     )
@@ -226,7 +226,7 @@ def test_a_feature_that_the_store_lacks_is_refused_with_the_command_that_adds_it
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "message"),
     [
         ({"head": "nearest"}, "no 'nearest' in heads/; found"),
         ({"options": {"tiem": 1}}, "nearest_mean has no option tiem; it has feature='vector'"),
@@ -236,9 +236,9 @@ def test_a_feature_that_the_store_lacks_is_refused_with_the_command_that_adds_it
         ({"splits": ("train", "validation")}, "no clip to test on"),
     ],
 )
-def test_a_wrong_request_is_refused_before_anything_is_made(store, tmp_path, asked, said):
+def test_a_wrong_request_is_refused_before_anything_is_made(store, tmp_path, asked, message):
     given = {"head": "nearest_mean", "scenario": "2+2x2", "out": tmp_path} | asked
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         run(store, **given)
     assert not list(tmp_path.iterdir())
 
@@ -272,13 +272,13 @@ def test_quarantined_clips_are_left_out_and_counted(store, tmp_path):
 
 def test_progress_has_a_bar_a_task_and_a_line_after_it(store, tmp_path, capsys):
     run(store, "linear", "2+2x2", out=tmp_path, options=QUICK, progress=Lines(every_seconds=0))
-    said = capsys.readouterr().err
-    assert "task 2/3: 4/4 epochs" in said
-    assert "task 3/3: " in said
-    assert "of 18 clips of 6 classes" in said
+    message = capsys.readouterr().err
+    assert "task 2/3: 4/4 epochs" in message
+    assert "task 3/3: " in message
+    assert "of 18 clips of 6 classes" in message
 
 
-def test_numbers_do_not_depend_on_how_features_are_held(store, tmp_path, monkeypatch):
+def test_numbers_do_not_depend_on_whether_features_fit_in_memory(store, tmp_path, monkeypatch):
     whole = run(store, "linear", "2+2x2", out=tmp_path / "a", options=QUICK, threads=1)
     make_clips = head_inputs.make_clips
     monkeypatch.setattr(head_inputs, "make_clips", lambda *rest: make_clips(*rest, budget_bytes=0))

@@ -236,7 +236,7 @@ def test_avk_takes_the_users_classes_and_task_sizes(name):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"name": "ucf101-10x5"}, r"101 classes \(51\+10x5\); the store has 4.*such as 2\+2x1\)$"),
         ({"name": "2+1x1"}, r"2\+1x1 is 3 classes; the store has 4.*or list the 3"),
@@ -264,8 +264,8 @@ def test_avk_takes_the_users_classes_and_task_sizes(name):
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_refused_with_what_does(arguments, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_does_not_fit_is_refused_with_what_does(arguments, message):
+    with pytest.raises(ValueError, match=message):
         make_scenario(arguments.pop("name"), ABC, **arguments)
 
 
@@ -275,7 +275,7 @@ def test_a_long_list_of_strangers_is_cut(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("order.json", "[1,\n2", "line 2 is not JSON"),
         ("order.json", '{"class_list.pkl": [1], "other": [2]}', "'class_list.pkl', 'other'"),
@@ -283,9 +283,9 @@ def test_a_long_list_of_strangers_is_cut(tmp_path):
         ("order.json", "3", "contains 3"),
     ],
 )
-def test_a_file_that_is_no_list_is_refused(name, content, said, tmp_path):
+def test_a_file_that_is_no_list_is_refused(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         read_list(tmp_path / name)
 
 
@@ -355,13 +355,13 @@ def test_classes_without_clips_are_named():
     found = make_scenario("3+1x2", ["ant", "bee", "cat", "dog", "fly"], seed=None)
     with pytest.raises(ValueError) as refused:  # noqa: PT011
         divide(table(rows), found)
-    said = str(refused.value)
-    assert "no clip to learn from (split 'train'): fly; " in said
-    assert "no clip to test on (split 'test'): dog, fly. " in said
-    assert "2 quarantined" in said
+    message = str(refused.value)
+    assert "no clip to learn from (split 'train'): fly; " in message
+    assert "no clip to test on (split 'test'): dog, fly. " in message
+    assert "2 quarantined" in message
 
 
-def test_a_store_without_splits_says_so():
+def test_a_store_without_splits_is_refused():
     rows = [(label, "", status) for label, _, status in ROWS]
     with pytest.raises(ValueError, match="11 in no split, 1 of no task"):
         divide(table(rows), make_scenario("1+2x1", ["ant", "bee", "cat"]))
