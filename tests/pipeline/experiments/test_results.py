@@ -341,7 +341,7 @@ LABELS = {3: "run", 5: "run", 7: "run", 8: "walk", 9: "walk", 2: "jump"}
 
 
 def predict(folder, named, stages=(0, 1), classifier="cnn"):
-    """Write predictions: correct after task 0; after later ones `named` has the wrong ones by row."""
+    """Write predictions: correct after task 0; `named` has the later wrong ones, by row."""
     folder.mkdir(exist_ok=True)
     rows = [
         {
