@@ -18,13 +18,13 @@ import pandas as pd
 
 from varve.pipeline.experiments.metrics import Matrix
 from varve.pipeline.experiments.results import NUMBERS, SEEDS
+from varve.pipeline.experiments.run_folder import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from varve.heads import Routing
-    from varve.pipeline.experiments.run_folder import Run
 
 # Without its yellow and black, which are invisible on white and on dark pages.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
@@ -34,7 +34,7 @@ HEAT = "cividis"
 NAMED_CLASSES = 40
 
 
-def groups(runs: pd.DataFrame, by: Sequence[str] | None = None) -> dict[str, list["Run"]]:
+def groups(runs: pd.DataFrame, by: Sequence[str] | None = None) -> dict[str, list[Run]]:
     """Group finished runs by configuration, the seeds of one together under its name.
 
     Args:
@@ -45,8 +45,6 @@ def groups(runs: pd.DataFrame, by: Sequence[str] | None = None) -> dict[str, lis
     Raises:
         ValueError: No run has finished.
     """
-    from varve.pipeline.experiments.run_folder import Run
-
     done = runs[runs["finished"].astype(bool)]
     if done.empty:
         raise ValueError(f"none of {len(runs)} runs has finished, so there is nothing to draw")
@@ -63,7 +61,7 @@ def groups(runs: pd.DataFrame, by: Sequence[str] | None = None) -> dict[str, lis
     return configurations
 
 
-def accuracy(runs: Mapping[str, Sequence["Run"]], classifier: str = "cnn") -> "Figure":
+def accuracy(runs: Mapping[str, Sequence[Run]], classifier: str = "cnn") -> "Figure":
     """Draw the accuracy over all classes learned so far, after each task.
 
     A line is the mean over the runs of a name, and its band one standard deviation (n - 1 in the
