@@ -11,7 +11,7 @@ import pytest
 import varve
 from varve import BuildSpec, Runtime, build
 from varve.pipeline.datasets.synthetic import make_dataset
-from varve.pipeline.experiments.head_source import method_of
+from varve.pipeline.experiments.head_source import find_head
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "METHODS.md").read_text()
@@ -35,7 +35,7 @@ def test_the_examples_are_short_and_lines_fit(folder):
     for name, text in FILES.items():
         assert len(text.splitlines()) < 60
         assert max(map(len, text.splitlines())) <= 100
-        assert method_of(name).build().classes == []
+        assert find_head(name).build().classes == []
 
 
 @pytest.mark.slow
@@ -90,4 +90,4 @@ def test_the_page_runs(folder, monkeypatch, capsys):
     ran = {"blocks.10.mlp", "blocks.11.attn", "blocks.11.mlp", "proj"}
     assert set(experts.cost["stages_recomputed"][1]) == ran
     assert (experts.folder / "method" / "gated_experts.py").exists()
-    assert np.isfinite(experts.matrix.final)
+    assert np.isfinite(experts.matrix.metric("final"))

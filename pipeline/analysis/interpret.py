@@ -1,12 +1,11 @@
-"""Looking: what learned heads see in a clip, as numbers; `varve.pipeline.analysis.interpret_plots`
-draws them.
+"""Interpretation of trained heads on one clip, as numbers: saliency, correlations, gates.
 
-Of heads that train the last blocks of a network (`varve.heads.parts.fine_tuned_head`): where a
-class is seen, where
-the maps have moved away from those of the network before, where gates let frames flow together.
+For heads that train the last blocks of a network (`varve.heads.parts.fine_tuned_head`): where a
+class is seen, how feature maps agree with those of the teacher, and how gates mix frames.
+`varve.pipeline.analysis.interpret_plots` draws the numbers.
 
-Shapes: T frames, S pixels, N = T of one clip, L blocks, C channels, H, W places of the new map, U,
-V of the old.
+Shapes: T frames, S pixels, N = T of one clip, L blocks, C channels, H, W rows and columns of the
+new map, U, V of the teacher's.
 """
 
 import math
@@ -33,13 +32,13 @@ from varve.stores import Feature, FeatureStore
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip of a store, as a head reads it and as a person sees it.
+    """A clip of a store, with the features that a head reads and the frames that a person sees.
 
     Attributes:
-        row: In the table of clips.
-        label: Its class.
-        batch: What the head reads, of this clip alone.
-        pictures: uint8 [T, S, S, 3], the very frames that went into the network.
+        row: Row in the table of clips.
+        label: Class name.
+        batch: Features that the head reads, of this clip only.
+        pictures: uint8 [T, S, S, 3], the frames that went into the network.
     """
 
     row: int
@@ -57,14 +56,16 @@ def clip(
     """Read a clip's features and decode its frames again.
 
     Args:
-        features: Of one set of frames, by the head's names; see `routing.restored`.
-        row: Its number in the table of clips, or its path there.
-        dataset: Where the videos lie; by default where the last build found them.
+        store: A store of features.
+        features: Feature columns of one set of frames, by the head's names; see
+            `routing.restored`.
+        row: Row in the table of clips, or path in it.
+        dataset: Folder of the videos; by default that of the last build.
 
     Raises:
-        LookupError: The store has no such clip, or none of one interval.
+        LookupError: The store has no such clip, or several of one path.
         ValueError: It is not ready, its bytes have changed, or it cannot be decoded any more.
-        FileNotFoundError: The video is not there.
+        FileNotFoundError: The video is missing.
     """
     table = store.clips
     found = table.index[table["path"] == row] if isinstance(row, str) else [row]
@@ -99,124 +100,129 @@ def clip(
 
 
 def saliency(head: Head, batch: Batch, label: int | None = None) -> dict[str, np.ndarray]:
-    """Grad-CAM (Selvaraju et al., 2017): where, after each stage that trains, a class is seen.
+    """Compute Grad-CAM (Selvaraju et al., 2017) after each stage that trains.
 
-        relu(sum_c w_tc a_tc),     w_tc: mean over places of d score / d a_tc, frame by frame
+        relu(sum_c w_tc a_tc),     w_tc: mean over positions of d score / d a_tc, frame by frame
 
-    Of a transformer the patches are the places. Behind its last attention only the class token is
-    read on, so that the patches there have no gradient and come out as 0: train a block more.
+    The positions of a transformer are its patches. After its last attention only the class token
+    is read, so that the patches there have no gradient and their saliency is 0: train one more
+    block.
 
     Args:
-        head: One that trains blocks of the network.
-        batch: Of one clip.
-        label: One of `head.classes`; None for the class predicted.
+        head: A head that trains blocks of the network.
+        batch: Features of one clip.
+        label: One of `head.classes`; None for the predicted class.
 
     Returns:
-        Float32 [T, H, W] by stage, in the network's order; of no scale but their own.
+        float32 [T, H, W] by stage, in the order of the network; each of its own scale.
 
     Raises:
         TypeError: The head trains no part of the network.
-        ValueError: It has not learned that class, or anything; several clips.
+        ValueError: It has not learned that class, or anything; or there are several clips.
     """
     with torch.enable_grad():
         scores, passed = _traced(head, batch)
         if label is not None and label not in head.classes:
             raise ValueError(f"class {label} is none of those learned, {head.classes}")
         column = int(scores.argmax()) if label is None else head.classes.index(label)
-        outputs = [one.given for one in passed.values()]
-        slopes = torch.autograd.grad(scores[0, column], outputs)
-    found = {}
-    for name, given, slope in zip(passed, outputs, slopes, strict=True):
-        weights = _map(slope).mean(dim=(2, 3), keepdim=True)
-        found[name] = _numpy((weights * _map(given)).sum(dim=1).relu())
-    return found
+        outputs = [stage.given for stage in passed.values()]
+        gradients = torch.autograd.grad(scores[0, column], outputs)
+    maps = {}
+    for name, output, gradient in zip(passed, outputs, gradients, strict=True):
+        weights = _map(gradient).mean(dim=(2, 3), keepdim=True)
+        maps[name] = _numpy((weights * _map(output)).sum(dim=1).relu())
+    return maps
 
 
 def hypercorrelations(
-    head: Head, old: Head, batch: Batch, old_batch: Batch | None = None
+    head: Head, teacher: Head, batch: Batch, teacher_batch: Batch | None = None
 ) -> dict[str, np.ndarray]:
-    """How a network's maps agree with another's, all places with all: Eq. 1 of HCE, by level.
+    """Correlate all positions of feature maps with all of a teacher's: Eq. 1 of HCE, by level.
 
-    A level is the trained stages of one size; HAS of `varve.heads.hce` starts from these numbers.
-    They are many: of a clip of 8 frames and two stages of 28 x 28, 39 MB; of 56 x 56, 630 MB.
+    A level is the trained stages of one map size; HAS of `varve.heads.hce` starts from these
+    numbers. A clip of 8 frames has 39 MB of them at two stages of 28 x 28, and 630 MB at 56 x 56.
 
     Args:
-        head: Its network now.
-        old: The same run's after an earlier task; see `routing.restored`. Or the same head.
-        batch: Of one clip.
-        old_batch: What the old network sees: of another clip, or None for the same.
+        head: The head whose network is examined.
+        teacher: The head of the same run after an earlier task (see `routing.restored`), or `head`.
+        batch: Features of one clip.
+        teacher_batch: Features of the clip that the teacher sees; None for the same.
 
     Returns:
-        Float32 [T, L, H, W, U, V] in [0, 1] by level ("14 x 14"), coarse to fine.
+        float32 [T, L, H, W, U, V] in [0, 1] by level ("14 x 14"), coarse to fine.
 
     Raises:
         TypeError: A head trains no part of the network.
-        ValueError: The two have other stages; several clips.
+        ValueError: The two train different stages; or there are several clips.
     """
     with torch.no_grad():
-        _, new_passed = _traced(head, batch)
-        _, old_passed = _traced(old, batch if old_batch is None else old_batch)
-    new, before = ({name: _map(one.given).float() for name, one in passed.items()}
-                   for passed in (new_passed, old_passed))  # fmt: skip
-    if {n: x.shape for n, x in new.items()} != {n: x.shape for n, x in before.items()}:
+        _, student_passed = _traced(head, batch)
+        _, teacher_passed = _traced(teacher, batch if teacher_batch is None else teacher_batch)
+    student_maps, teacher_maps = (
+        {name: _map(stage.given).float() for name, stage in passed.items()}
+        for passed in (student_passed, teacher_passed)
+    )
+    shapes = [{n: x.shape for n, x in maps.items()} for maps in (student_maps, teacher_maps)]
+    if shapes[0] != shapes[1]:
         raise ValueError(
-            f"maps of {', '.join(new)} and of {', '.join(before)}: compare heads that train the "
-            "same blocks of one network, on as many frames"
+            f"maps of {', '.join(shapes[0])} and of {', '.join(shapes[1])}: compare heads that "
+            "train the same blocks of one network, on as many frames"
         )
-    found = {}
-    for H, W in sorted({x.shape[2:] for x in new.values()}):
-        here = [name for name, x in new.items() if x.shape[2:] == (H, W)]
-        own, held = ([maps[name] for name in here] for maps in (new, before))
-        found[f"{H} x {W}"] = _numpy(correlation(own, held))
-    return found
+    levels = {}
+    for H, W in sorted({x.shape[2:] for x in student_maps.values()}):
+        stages = [name for name, x in student_maps.items() if x.shape[2:] == (H, W)]
+        new, old = ([maps[name] for name in stages] for maps in (student_maps, teacher_maps))
+        levels[f"{H} x {W}"] = _numpy(correlation(new, old))
+    return levels
 
 
 def agreement(levels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Mean hypercorrelation of each new place, over blocks and old places: [T, H, W] by level."""
+    """Average hypercorrelations over blocks and positions of the teacher: [T, H, W] by level."""
     return {level: c.mean(axis=(1, 4, 5)) for level, c in levels.items()}
 
 
 def gates(head: Head, batch: Batch) -> dict[str, np.ndarray]:
-    """G- of HF-Net's gates: how much of frame t + 1 each place of frame t takes.
+    """Compute the gates G- of HF-Net: the share of frame t + 1 that a position of frame t takes.
 
         out_t = G-_t a_{t+1} + (1 - G-_{t-1}) a_t
 
-    Above 0 a place is averaged with the next frame's, below 0 the difference is taken. The last
-    frame has no next: what its gate says moves nothing.
+    Above 0 a position is averaged with that of the next frame, below 0 the difference is taken. The
+    gate of the last frame, which has no next one, has no effect.
 
     Args:
-        batch: Of one clip.
+        head: A head of hf_net with gates.
+        batch: Features of one clip.
 
     Returns:
-        Float32 [T, H, W] in (-1, 1) by gated stage.
+        float32 [T, H, W] in (-1, 1) by gated stage.
 
     Raises:
         TypeError: The head trains no part of the network.
-        ValueError: It has no gates, or has learned nothing; several clips.
+        ValueError: It has no gates, or has learned nothing; or there are several clips.
     """
     with torch.no_grad():
         _, passed = _traced(head, batch)
-    found = {name: _numpy(one.module.gates(one.taken)) for name, one in passed.items()
-             if isinstance(one.module, HFGate)}  # fmt: skip
-    if not found:
+    maps = {name: _numpy(stage.module.gates(stage.taken)) for name, stage in passed.items()
+            if isinstance(stage.module, HFGate)}  # fmt: skip
+    if not maps:
         raise ValueError(f"{type(head).__name__} has no gates: give hf_net with gates above 0")
-    return found
+    return maps
 
 
 def _traced(head: Head, batch: Batch) -> tuple[Tensor, dict[str, Passed]]:
     if not isinstance(head, FineTunedHead):
         raise TypeError(
-            f"{type(head).__name__} trains no part of the network, so there are no maps to look "
-            "into: give hce, hf_net or class_regularization"
+            f"{type(head).__name__} trains no part of the network, so it has no feature maps of "
+            "its own: give hce, hf_net or class_regularization"
         )
     scores, passed = head.traced(batch)
     if len(scores) != 1:
-        raise ValueError(f"a batch of {len(scores)} clips: look into one at a time")
+        raise ValueError(f"a batch of {len(scores)} clips: give one at a time")
     return scores, passed
 
 
 def _map(x: Tensor) -> Tensor:
-    """Of frames' maps or tokens, [N, C, H, W]."""
+    """Return maps [N, C, H, W] of maps, or of tokens [N, tokens, C] without the class token."""
     if x.ndim == 4:
         return x
     _, prefix = grid(x.shape[1:])

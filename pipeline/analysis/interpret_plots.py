@@ -1,9 +1,10 @@
-"""Pictures of what learned heads see: heat over a clip's frames, channels by class.
+"""Plots of trained heads: heat maps over the frames of a clip, channel weights by class.
 
-The numbers are those of `varve.pipeline.analysis.interpret`; see `varve.pipeline.analysis.plots`
-for what all pictures share.
+The numbers are those of `varve.pipeline.analysis.interpret`; `varve.pipeline.analysis.plots` says
+what all plots share.
 
-Shapes: T frames, S pixels, H, W places of the new map, U, V of the old, K classes, C channels.
+Shapes: T frames, S pixels, H, W rows and columns of the new map, U, V of the teacher's, K classes,
+C channels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 SIGNED = "PuOr_r"  # orange above 0, purple below: the colour-blind tell them apart
 OPACITY = 0.7
-BLACK = -350  # below 0: the greys are light, so that the heat has the colours of its bar
+BLACK = -350  # below 0: greys become light, so that the heat keeps the colours of its bar
 TILE = 1.15  # inches
 
 
@@ -29,16 +30,16 @@ def tubes(
     label: str = "share of the highest",
     from_lowest: bool = False,
 ) -> "Figure":
-    """Numbers as heat over the frames: a row a stage or level, under the frames' own.
+    """Draw numbers as heat over the frames: a row for each stage or level, below the frames.
 
-    Each row is scaled by its own highest number; one of nothing but zeros says so.
+    Each row is scaled by its own highest number; a row of zeros is labelled as such.
 
     Args:
-        pictures_TSS3: uint8, of the clip.
-        maps: [T, H, W] each, such as `looking.saliency` and `looking.agreement` give.
-        label: Of the colour bar.
-        from_lowest: A row's colours begin at its lowest number in the place of 0: for numbers
-            that are all far from it.
+        pictures_TSS3: uint8, the frames of the clip.
+        maps: [T, H, W] each, such as those of `interpret.saliency` and `interpret.agreement`.
+        label: Label of the colour bar.
+        from_lowest: Whether the colours of a row start at its lowest number instead of 0: for
+            numbers that are all far from 0.
 
     Raises:
         ValueError: There is no map, or one is of another number of frames.
@@ -57,18 +58,18 @@ def tubes(
 def gates(
     pictures_TSS3: np.ndarray, maps: Mapping[str, np.ndarray], limit: float | None = None
 ) -> "Figure":
-    """HF-Net's gates over the frames, a row a gated stage: difference below 0, average above.
+    """Draw HF-Net's gates over the frames: differences below 0, averages above.
 
     Args:
-        pictures_TSS3: uint8, of the clip.
-        maps: [T, H, W] in [-1, 1] each, of `looking.gates`.
-        limit: Where the colours end; by default at the largest number of all, whatever its sign.
+        pictures_TSS3: uint8, the frames of the clip.
+        maps: [T, H, W] in [-1, 1] each, of `interpret.gates`; a row for each gated stage.
+        limit: Number at which the colours end; by default the largest absolute number.
 
     Raises:
         ValueError: There is no map, or one is of another number of frames.
     """
     figure, axes = _rows(pictures_TSS3, maps)
-    # At no gates at all any limit shows their zeros.
+    # Where all gates are 0, any limit shows it.
     limit = limit or max(float(np.abs(map_THW).max()) for map_THW in maps.values()) or 1.0
     for row, (name, map_THW) in zip(axes[1:], maps.items(), strict=True):
         for tile, picture, map_HW in zip(row, pictures_TSS3, map_THW, strict=True):
@@ -84,38 +85,41 @@ def correlations(
     old_SS3: np.ndarray,
     levels: Mapping[str, np.ndarray],
     frame: int,
-    places: Sequence[tuple[float, float]] = ((0.5, 0.5),),
+    positions: Sequence[tuple[float, float]] = ((0.5, 0.5),),
 ) -> "Figure":
-    """Where the old network saw what the new one sees at a place: a row a place, a column a level.
+    """Draw how the teacher's feature map correlates with one position of the new map.
 
-    First stands the frame of the new network with the place, a framed cell for each level's grid;
-    then, over the frame of the old one, the mean hypercorrelation of the level's blocks. Each
-    level has colours from its lowest to its highest number drawn here.
+    A row for each position, a column for each level. The first column is the frame of the new
+    network, with the cell of the position framed in the grid of each level. The others are the
+    frame of the teacher under the mean hypercorrelation of the level's blocks. The colours of a
+    level go from its lowest to its highest number drawn here.
 
     Args:
-        new_SS3, old_SS3: uint8, the frames; the same one where a clip is compared with itself.
-        levels: [T, L, H, W, U, V] each, of `looking.hypercorrelations`.
-        frame: Which of the T.
-        places: Shares of the picture's height and width, from the top left.
+        new_SS3, old_SS3: uint8, the frames of the new network and of the teacher; the same frame
+            where a clip is compared with itself.
+        levels: [T, L, H, W, U, V] each, of `interpret.hypercorrelations`.
+        frame: Number of the frame, from 0.
+        positions: Shares of the picture's height and width, from the top left.
 
     Raises:
-        ValueError: There is no level, frame or place of that number.
+        ValueError: There is no level, no such frame, or a position outside the picture.
     """
-    if not levels or not places or not all(0 <= x < 1 for place in places for x in place):
+    if not levels or not positions or not all(0 <= x < 1 for yx in positions for x in yx):
         raise ValueError(
-            f"{len(levels)} levels at {places=}: give one of each, places from 0 to less than 1"
+            f"{len(levels)} levels at {positions=}: give at least one of each, positions from 0 to "
+            "less than 1"
         )
     if any(not 0 <= frame < len(c) for c in levels.values()):
         raise ValueError(f"{frame=} of {len(next(iter(levels.values())))} frames, from 0")
-    figure = blank(2.0 * TILE * (1 + len(levels)), 0.6 + 1.8 * TILE * len(places))
-    axes = figure.subplots(len(places), 1 + len(levels), squeeze=False)
+    figure = blank(2.0 * TILE * (1 + len(levels)), 0.6 + 1.8 * TILE * len(positions))
+    axes = figure.subplots(len(positions), 1 + len(levels), squeeze=False)
     for first in axes[:, 0]:
         first.imshow(new_SS3)
         _bare(first)
-    axes[0, 0].set_title("place", fontsize="medium")
+    axes[0, 0].set_title("position", fontsize="medium")
     for column, (level, c) in zip(axes.T[1:], levels.items(), strict=True):
         H, W = c.shape[2:4]
-        cells = [(int(y * H), int(x * W)) for y, x in places]
+        cells = [(int(y * H), int(x * W)) for y, x in positions]
         maps = [c[frame, :, i, j].mean(axis=0) for i, j in cells]
         low, high = min(m.min() for m in maps), max(m.max() for m in maps)
         for tile, first, (i, j), map_UV in zip(column, axes[:, 0], cells, maps, strict=True):
@@ -127,21 +131,23 @@ def correlations(
     return figure
 
 
-def excitations(found: Mapping[str, Any], classes: Sequence[str], most: int = 64) -> "Figure":
-    """How much channels speak for classes, a panel a stage: the channels that differ most by class.
+def excitations(weights: Mapping[str, Any], classes: Sequence[str], most: int = 64) -> "Figure":
+    """Draw the channel re-weighting by class, a panel for each stage.
 
     Args:
-        found: [K, C] from 0 to 1 by stage, `excitations` of a head of class_regularization.
-        classes: Names of the K, in the order of `head.classes`.
-        most: How many channels of each stage, by descending variance over the classes.
+        weights: [K, C] from 0 to 1 by stage, `excitations` of a head of class_regularization.
+        classes: Names of the K classes, in the order of `head.classes`.
+        most: Number of channels drawn of each stage, by descending variance over the classes.
 
     Raises:
         ValueError: There is no stage, or one has another number of classes.
     """
-    tables = {name: np.asarray(x, np.float64) for name, x in found.items()}
+    tables = {name: np.asarray(x, np.float64) for name, x in weights.items()}
     if not tables or any(x.shape[0] != len(classes) for x in tables.values()):
-        held = {name: list(x.shape) for name, x in tables.items()}
-        raise ValueError(f"{len(classes)} classes for {held}: give a name for each row of a stage")
+        shapes = {name: list(x.shape) for name, x in tables.items()}
+        raise ValueError(
+            f"{len(classes)} classes for {shapes}: give a name for each row of a stage"
+        )
     height = float(np.clip(0.9 + 0.17 * len(classes), 1.6, 5.0))
     figure = blank(7.0, 0.4 + height * len(tables))
     panels = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
@@ -153,13 +159,13 @@ def excitations(found: Mapping[str, Any], classes: Sequence[str], most: int = 64
         if len(classes) <= NAMED_CLASSES:
             axes.set_yticks(range(len(classes)), classes, fontsize="small")
         axes.set_xticks([])
-    panels[-1].set_xlabel("channels, by how much they differ between classes")
+    panels[-1].set_xlabel("channels, by their variance over the classes")
     figure.colorbar(image, ax=[*panels], label="excitation", shrink=0.8)
     return figure
 
 
 def _rows(pictures_TSS3: np.ndarray, maps: Mapping[str, np.ndarray]) -> tuple["Figure", Any]:
-    """A figure of the frames in its first row, with empty rows for the maps."""
+    """Make a figure with the frames in its first row, and empty rows for the maps."""
     lengths = {name: len(map_THW) for name, map_THW in maps.items()}
     frames = len(pictures_TSS3)
     if not maps or set(lengths.values()) != {frames}:
@@ -177,7 +183,7 @@ def _rows(pictures_TSS3: np.ndarray, maps: Mapping[str, np.ndarray]) -> tuple["F
 def _heat(
     axes: "Axes", picture_SS3: np.ndarray, map_HW: np.ndarray, low: float, high: float, colours: str
 ) -> Any:
-    """A map over a picture in grey."""
+    """Draw a map over a picture in grey."""
     size = len(picture_SS3)
     axes.imshow(picture_SS3 @ [0.299, 0.587, 0.114], cmap="gray", vmin=BLACK, vmax=255)
     _bare(axes)
@@ -187,7 +193,7 @@ def _heat(
 
 
 def _mark(axes: "Axes", y: float, x: float, height: float, width: float, size: int) -> None:
-    """A cell framed so that it is seen on dark and on light."""
+    """Frame a cell so that it is visible on dark and on light."""
     from matplotlib.patches import Rectangle
 
     for colour, line in (("white", 3.0), ("black", 1.0)):

@@ -1,9 +1,9 @@
-"""Pictures of runs: accuracy over the tasks, forgetting, routing, residuals in their plane.
+"""Plots of runs: accuracy over the tasks, forgetting, routing, residuals in their plane.
 
-Each call takes numbers and gives a matplotlib Figure, which Jupyter shows and `savefig` keeps;
-nothing global is touched. Fonts and background are those of the user's matplotlib style, without
-one dark on white, whatever the page. Colours are of Okabe and Ito's palette and of cividis, which
-colour-blind people tell apart; markers differ too.
+Each call takes numbers and returns a matplotlib Figure, which Jupyter shows and `savefig` writes;
+no global state is changed. Fonts and background are those of the user's matplotlib style, by
+default dark on white. Colours are of Okabe and Ito's palette and of cividis, which colour-blind
+people can distinguish; markers differ, too.
 
 Shapes: N clips, D width, C classes, K experts.
 """
@@ -18,15 +18,15 @@ import pandas as pd
 
 from varve.pipeline.experiments.metrics import Matrix
 from varve.pipeline.experiments.results import NUMBERS, SEEDS
+from varve.pipeline.experiments.run_folder import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from varve.heads import Routing
-    from varve.pipeline.experiments.run import Run
 
-# Without its yellow and black, which white and dark pages swallow.
+# Without its yellow and black, which are invisible on white and on dark pages.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 MARKERS = "osD^vPX"
 GREY = "#999999"
@@ -34,43 +34,41 @@ HEAT = "cividis"
 NAMED_CLASSES = 40
 
 
-def groups(runs: pd.DataFrame, by: Sequence[str] | None = None) -> dict[str, list["Run"]]:
-    """Finished runs, seeds of one configuration together under its name.
+def groups(runs: pd.DataFrame, by: Sequence[str] | None = None) -> dict[str, list[Run]]:
+    """Group finished runs by configuration, the seeds of one together under its name.
 
     Args:
-        runs: From `results.read`, or `DataFrame(table.attrs["runs"])` of an ablation's table.
-        by: Columns that tell configurations apart: by default those in which the runs differ, but
+        runs: Table of `results.read`, or `DataFrame(table.attrs["runs"])` of an ablation.
+        by: Columns in which configurations differ: by default those in which the runs differ, but
             for seeds.
 
     Raises:
         ValueError: No run has finished.
     """
-    from varve.pipeline.experiments.run import Run
-
     done = runs[runs["finished"].astype(bool)]
     if done.empty:
         raise ValueError(f"none of {len(runs)} runs has finished, so there is nothing to draw")
     if by is None:
-        asked = [name for name in done if not name.startswith(NUMBERS)]
+        requested = [name for name in done if not name.startswith(NUMBERS)]
         aside = ("run", "finished", *SEEDS)
-        differ = [x for x in asked if x not in aside and done[x].nunique(dropna=False) > 1]
-        # Fingerprints say again what options say, mostly.
+        differ = [x for x in requested if x not in aside and done[x].nunique(dropna=False) > 1]
+        # Fingerprints mostly repeat what options say.
         by = [x for x in differ if not x.startswith("features.")] or differ or ["head"]
-    found: dict[str, list[Run]] = {}
+    configurations: dict[str, list[Run]] = {}
     for record in done.to_dict("records"):
-        name = ", ".join(_told(column, record[column]) for column in by)
-        found.setdefault(name, []).append(Run.read(record["run"]))
-    return found
+        name = ", ".join(_description(column, record[column]) for column in by)
+        configurations.setdefault(name, []).append(Run.read(record["run"]))
+    return configurations
 
 
-def accuracy(runs: Mapping[str, Sequence["Run"]], classifier: str = "cnn") -> "Figure":
-    """Accuracy over all classes learned so far, after each task.
+def accuracy(runs: Mapping[str, Sequence[Run]], classifier: str = "cnn") -> "Figure":
+    """Draw the accuracy over all classes learned so far, after each task.
 
-    A line is the mean over the runs of a name, its band one standard deviation (n - 1 in the
-    denominator) to either side; a single run has none.
+    A line is the mean over the runs of a name, and its band one standard deviation (n - 1 in the
+    denominator) to either side; a single run has no band.
 
     Args:
-        runs: By name, such as `groups` gives; a run a seed.
+        runs: Runs by name, such as those of `groups`; one for each seed.
         classifier: "cnn" or "nme".
 
     Raises:
@@ -89,7 +87,9 @@ def accuracy(runs: Mapping[str, Sequence["Run"]], classifier: str = "cnn") -> "F
             )
         classes = np.cumsum(sizes.pop())
         stages = range(len(classes))
-        shares = np.array([[m.stage(i) for i in stages] for m in matrices if m is not None])
+        shares = np.array(
+            [[m.after(i).metric("final") for i in stages] for m in matrices if m is not None]
+        )
         means = 100 * shares.mean(axis=0)
         style = _style(number)
         label = textwrap.fill(f"{name} (n = {len(alike)})", 75)
@@ -114,7 +114,7 @@ def accuracy(runs: Mapping[str, Sequence["Run"]], classifier: str = "cnn") -> "F
 
 
 def forgetting(matrix: Matrix) -> "Figure":
-    """The accuracy matrix: a row is read along as what is known, a column down as forgetting."""
+    """Draw the accuracy matrix: a row is one model on all tasks, a column shows forgetting."""
     tasks = len(matrix.clips)
     side = min(1.6 + 0.6 * tasks, 10.0)
     figure, axes = _figure(side + 1.0, side)
@@ -133,17 +133,17 @@ def forgetting(matrix: Matrix) -> "Figure":
     return figure
 
 
-def routing(found: "Routing", labels: Sequence[str], tasks: Sequence[Sequence[str]]) -> "Figure":
-    """Each expert's weight for each clip; clips in order of their classes' arrival.
+def routing(routed: "Routing", labels: Sequence[str], tasks: Sequence[Sequence[str]]) -> "Figure":
+    """Draw the weight of each expert for each clip; clips in the order of arrival of classes.
 
     Frames mark the experts of the clips' own tasks: there the weights should be highest, and the
-    title says for how many clips they are. An expert that was not asked about a clip is left blank.
-    Colours span the middle 96 % of the weights.
+    title has the share of clips for which they are. An expert that was not evaluated on a clip is
+    blank. Colours span the middle 96 % of the weights.
 
     Args:
-        found: Of N clips.
-        labels: Their classes.
-        tasks: Class names of each task, an expert each; a run's `spec["tasks"]`.
+        routed: Experts and weights of N clips.
+        labels: Class names of the N clips.
+        tasks: Class names of each task, one expert each; `spec["tasks"]` of a run.
 
     Raises:
         ValueError: The numbers do not fit, or a label is of no task.
@@ -151,33 +151,33 @@ def routing(found: "Routing", labels: Sequence[str], tasks: Sequence[Sequence[st
     from matplotlib.patches import Rectangle
 
     task_of = {label: number for number, task in enumerate(tasks) for label in task}
-    experts_NS, weights_NS = found.experts.cpu().numpy(), found.weights.cpu().numpy()
-    strange = sorted(set(labels) - set(task_of))
-    if len(labels) != len(weights_NS) or strange or experts_NS.max() >= len(tasks):
+    experts_NS, weights_NS = routed.experts.cpu().numpy(), routed.weights.cpu().numpy()
+    unknown = sorted(set(labels) - set(task_of))
+    if len(labels) != len(weights_NS) or unknown or experts_NS.max() >= len(tasks):
         raise ValueError(
             f"{len(labels)} labels for {len(weights_NS)} clips of {experts_NS.max() + 1} experts "
-            f"and {len(tasks)} tasks; of no task: {', '.join(strange[:5]) or 'none'}"
+            f"and {len(tasks)} tasks; of no task: {', '.join(unknown[:5]) or 'none'}"
         )
     weights_NK = np.full((len(labels), len(tasks)), np.nan)
     np.put_along_axis(weights_NK, experts_NS, weights_NS, axis=1)
     arrival = list(task_of)
-    places_N = np.array([arrival.index(label) for label in labels])
+    class_N = np.array([arrival.index(label) for label in labels])
     own_N = np.array([task_of[label] for label in labels])
-    counts_C = np.bincount(places_N, minlength=len(arrival))
+    counts_C = np.bincount(class_N, minlength=len(arrival))
     present = [label for label, count in zip(arrival, counts_C, strict=True) if count]
 
     height = float(np.clip(1.5 + 0.25 * len(present), 3.0, 9.0))
     figure, axes = _figure(2.8 + 0.7 * min(len(tasks), 12), height)
     # A few clips far from every anchor would leave all others one colour.
     low, high = np.nanpercentile(weights_NK, [2, 98])
-    image = axes.imshow(weights_NK[np.argsort(places_N, kind="stable")], cmap=HEAT, vmin=low,
+    image = axes.imshow(weights_NK[np.argsort(class_N, kind="stable")], cmap=HEAT, vmin=low,
                         vmax=high, aspect="auto", interpolation="nearest")  # fmt: skip
     counts_K = np.bincount(own_N, minlength=len(tasks))
     ends_K = np.cumsum(counts_K)
     for task, (count, end) in enumerate(np.stack([counts_K, ends_K], axis=1).tolist()):
-        own = (task - 0.5, end - count - 0.5)
-        axes.add_patch(Rectangle(own, 1, count, fill=False, edgecolor="white", linewidth=3))
-        axes.add_patch(Rectangle(own, 1, count, fill=False, edgecolor="black", linewidth=1))
+        corner = (task - 0.5, end - count - 0.5)
+        axes.add_patch(Rectangle(corner, 1, count, fill=False, edgecolor="white", linewidth=3))
+        axes.add_patch(Rectangle(corner, 1, count, fill=False, edgecolor="black", linewidth=1))
         if end < len(labels):
             axes.axhline(end - 0.5, color="white", linewidth=0.8)
     middles_C = np.cumsum(counts_C) - counts_C / 2 - 0.5
@@ -195,16 +195,16 @@ def routing(found: "Routing", labels: Sequence[str], tasks: Sequence[Sequence[st
 def residuals(
     residuals_ND: Any, labels: Sequence[str], anchors_CD: Any, classes: Sequence[str]
 ) -> "Figure":
-    """What an expert compares with its anchors, in the plane in which the clips vary most.
+    """Draw the residuals of an expert and its anchors, in the plane of largest variance.
 
-    The plane is that of the two first principal components of the clips given. An anchor is the
-    larger mark; clips of classes without one are grey.
+    The plane is that of the first two principal components of the clips. Anchors are larger marks;
+    clips of classes without an anchor are grey.
 
     Args:
-        residuals_ND: Array or tensor: of one expert, `StPR.residuals(batch, [k])[:, 0]`.
-        labels: Classes of the N clips.
-        anchors_CD: Its anchors, `StPR.pool.anchors(k)`.
-        classes: Their names.
+        residuals_ND: Residuals of one expert, array or tensor: `StPR.residuals(batch, [k])[:, 0]`.
+        labels: Class names of the N clips.
+        anchors_CD: Anchors of the expert: `StPR.pool.anchors(k)`.
+        classes: Class names of the anchors.
 
     Raises:
         ValueError: The numbers do not fit, or are too few to span a plane.
@@ -243,13 +243,13 @@ def residuals(
 
 
 def plane(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two first principal components of some vectors, float64.
+    """Compute the first two principal components of some vectors, float64.
 
     Returns:
-        mean_D: Their mean.
-        axes_2D: Unit vectors; of each the largest entry is positive, so that the same vectors
-            always give the same picture.
-        shares: [2], of the variance.
+        mean_D: Mean of the vectors.
+        axes_2D: Unit vectors; the largest entry of each is positive, so that equal vectors give
+            equal plots.
+        shares: [2], shares of the variance.
 
     Raises:
         ValueError: They are too few or too narrow for a plane, all the same, or not finite.
@@ -268,16 +268,16 @@ def plane(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def blank(width: float, height: float) -> "Figure":
-    """A figure without axes, in inches."""
+    """Make a figure without axes; width and height in inches."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "matplotlib draws the pictures, and is not installed: pip install -e '.[notebooks]'"
+            "matplotlib draws the plots, and is not installed: pip install -e '.[notebooks]'"
         ) from error
 
     class Picture(Figure):
-        """Jupyter shows a plain Figure only after pyplot, which keeps figures for ever."""
+        """A figure that Jupyter shows without pyplot, which would keep it in memory."""
 
         def _repr_png_(self) -> bytes:
             file = io.BytesIO()
@@ -293,14 +293,14 @@ def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:
 
 
 def _style(number: int) -> dict[str, Any]:
-    """42 that differ."""
+    """Return one of 42 different styles."""
     return {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
 
 
-def _told(column: str, value: Any) -> str:
-    """`position learned`, `no position`.
+def _description(column: str, value: Any) -> str:
+    """Describe an option and its value, such as `position learned` and `no position`.
 
-    >>> _told("option.position", None), _told("head", "stpr")
+    >>> _description("option.position", None), _description("head", "stpr")
     ('no position', 'stpr')
     """
     name = column.removeprefix("option.")
@@ -310,7 +310,7 @@ def _told(column: str, value: Any) -> str:
 
 
 def _thinned(values: Sequence[int], most: int = 16) -> list[int]:
-    """Ticks for at most `most` of many values, evenly.
+    """Return at most `most` of many values, evenly spaced, for ticks.
 
     >>> _thinned(range(40))
     [0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 36, 39]

@@ -8,8 +8,8 @@ from varve.pipeline.cli.format_runs import run_summary
 from varve.pipeline.cli.format_store import report_summary
 from varve.pipeline.config import BuildSpec
 from varve.pipeline.datasets.synthetic import AUDIO_CLASSES, make_dataset
-from varve.pipeline.experiments.run import Run
 from varve.pipeline.experiments.run import run as run_experiment
+from varve.pipeline.experiments.run_folder import Run
 from varve.pipeline.extraction.build import build
 from varve.pipeline.progress import Progress
 from varve.stores import Feature, FeatureStore
@@ -109,10 +109,11 @@ def _learn(store: FeatureStore, runs: Path, progress: Progress) -> Run:
         averaged, ordered = (done(feature, time) for time in ("mean", "order"))
         print(
             f"  {feature.backbone:24} {feature.name:20} "
-            f"{averaged.matrix.final:4.0%} / {ordered.matrix.final:4.0%}"
+            f"{averaged.matrix.metric('final'):4.0%} / {ordered.matrix.metric('final'):4.0%}"
         )
         whole_vector = ":" not in feature.name and not feature.backbone.startswith(PREFIX)
-        if whole_vector and (best is None or ordered.matrix.final > best.matrix.final):
+        final = ordered.matrix.metric("final")
+        if whole_vector and (best is None or final > best.matrix.metric("final")):
             best = ordered
     print("Most classes are motions: an average over frames cannot tell one from its reverse.")
     assert best is not None

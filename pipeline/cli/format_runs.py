@@ -1,10 +1,11 @@
 """What `varve run` and `varve route` print, as JSON for programs and as text for people."""
 
+from math import isnan
 from typing import Any
 
-from varve.pipeline.experiments.metrics import Matrix
+from varve.pipeline.experiments.metrics import Matrix, display_of, names
 from varve.pipeline.experiments.routing import Routed
-from varve.pipeline.experiments.run import Run
+from varve.pipeline.experiments.run_folder import Run
 from varve.pipeline.units import clock, size
 
 
@@ -27,15 +28,11 @@ def run_summary(run: Run) -> str:
         "(row: after learning task i; column: on the test clips of task j)",
         matrix_text(run.matrix),
     ]
-    for name, matrix in (("", run.matrix), ("nearest mean of exemplars: ", run.nme)):
+    for prefix, matrix in (("", run.matrix), ("nearest mean of exemplars: ", run.nme)):
         if matrix is not None:
-            bwf = matrix.bwf(len(matrix.clips) - 1)
-            lines.append(
-                f"{name}final accuracy {matrix.final:.1%} (mean over tasks "
-                f"{matrix.final_over_tasks:.1%}), average incremental accuracy "
-                f"{matrix.average_incremental:.1%}"
-                + (f", BWF {bwf * 100:.1f} points" if len(matrix.clips) > 1 else "")
-            )
+            values = {display_of(name).label: matrix.metric(name) for name in names()}
+            figures = [f"{label} {x:.1%}" for label, x in values.items() if not isnan(x)]
+            lines.append(prefix + ", ".join(figures))
     lines.append(
         f"cost: {cost['trainable']:,} numbers trained in {clock(sum(cost['seconds']))}, "
         f"{cost['multiply_adds'] / 1e6:.3g} M multiply-adds a clip, peak memory "
@@ -73,5 +70,5 @@ def matrix_text(matrix: Matrix) -> str:
     lines = ["    " + "".join(f"  task {j}" for j in range(tasks)) + "     all"]
     for i, row in enumerate(matrix.accuracy):
         cells = "".join("        " if value != value else f"{value:8.1%}" for value in row)
-        lines.append(f"  {i} {cells}{matrix.stage(i):8.1%}")
+        lines.append(f"  {i} {cells}{matrix.after(i).metric('final'):8.1%}")
     return "\n".join(lines)

@@ -90,8 +90,8 @@ def ablate(
     """
     from varve.pipeline.config import Runtime
     from varve.pipeline.experiments import results
-    from varve.pipeline.experiments.sweep import Sweep
     from varve.pipeline.experiments.sweep import ablate as do
+    from varve.pipeline.experiments.sweep_spec import Sweep
     from varve.pipeline.progress import Progress, default_progress
 
     asked = Sweep.read(sweep)

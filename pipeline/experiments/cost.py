@@ -1,4 +1,4 @@
-"""Cost of a run: multiply-adds of a head and peak memory of the process."""
+"""Cost of a run: multiply-adds of a head, and peak memory of the process."""
 
 import contextlib
 import ctypes
@@ -14,26 +14,28 @@ from varve.heads.parts.clips import Clips
 
 
 def multiply_adds(head: Head, clips: Clips) -> int:
-    """Of the head's scores for a clip: matrix products and convolutions, a multiply-add as one.
+    """Count the multiply-adds of a head's scores for one clip.
 
-    A mean over a few clips, since some may be asked more than others. What is looked up elsewhere
-    (FAISS) and what is counted by element are left out.
+    Matrix products and convolutions count, one for each multiplication with its addition. Searches
+    in an index (FAISS) and elementwise operations do not. The result is the mean over up to eight
+    clips, since a head may route some of them to more experts than others.
     """
-    places = torch.arange(min(8, len(clips)))
+    indices = torch.arange(min(8, len(clips)))
     with FlopCounterMode(display=False) as counter:
-        for place in places:
-            head.scores(clips[place[None]])
-    return int(counter.get_total_flops()) // (2 * len(places))
+        for index in indices:
+            head.scores(clips[index[None]])
+    return int(counter.get_total_flops()) // (2 * len(indices))
 
 
 @contextlib.contextmanager
 def memory_peak() -> Iterator[Callable[[], int]]:
-    """The process's largest resident memory while the block runs, in bytes; on a GPU its own.
+    """Measure the largest memory while the block runs: give a function that returns bytes.
 
-    Where the kernel does not let the mark be reset, since the process began.
+    On the CPU it is the resident memory of the process, on a GPU what torch allocated there. Where
+    the kernel does not let the mark be reset, it is the largest since the process started.
     """
     with contextlib.suppress(OSError, AttributeError):
-        # What earlier runs have freed goes back, or it would be counted here: glibc keeps it.
+        # glibc keeps what earlier runs have freed, and it would count here.
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

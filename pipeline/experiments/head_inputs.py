@@ -1,7 +1,7 @@
-"""Offering: a store's features to a head, by the names that it reads.
+"""The inputs of a head: the feature columns of a store under the names that a head reads.
 
-A head names features by their place in a network ("vector", "blocks.-1.attn:cls"; see
-`heads.Head.reads`); here they become columns of one store, and columns become `Clips`.
+A head names features by their position in a network ("vector", "blocks.-1.attn:cls"; see
+`heads.Head.reads`). Here these names become columns of one store, and rows of columns `Clips`.
 """
 
 import re
@@ -24,96 +24,107 @@ from varve.stores.clips import row_keys
 from varve.stores.digests import digest, store_name
 
 VECTOR, SOUND = "vector", "sound"
+FRAME_SETTINGS = ("frames", "sampling", "fps", "stride", "decoder")
 _BLOCK = re.compile(r"(blocks\.\d+)\.(attn|mlp)|(layer\d+\.\d+)")
 _FROM_THE_END = re.compile(r"blocks\.-([1-9]\d*)(?:\.(\w+))?")
 
 
 def is_relative(name: str) -> bool:
-    """Whether the network must be known to say which feature is meant."""
+    """Return whether a name of `Head.reads` counts blocks from the end of the network."""
     return _FROM_THE_END.fullmatch(name.partition(":")[0]) is not None
 
 
-def meaning(name: str, backbone: Backbone) -> str:
-    """The stage or feature of a network that a name of `Head.reads` means.
+def resolve_name(name: str, backbone: Backbone) -> str:
+    """Return the stage or feature of a network that a name of `Head.reads` means.
 
     Raises:
-        ValueError: The network has no such block or stage.
+        ValueError: The network has no such block or stage, or no blocks to count.
     """
     stage, colon, reduction = name.partition(":")
     if stage == VECTOR:
         stage = backbone.default_stage.name
     elif match := _FROM_THE_END.fullmatch(stage):
-        blocks: dict[str, list[str]] = {}
-        for one in backbone.stage_names:
-            if found := _BLOCK.fullmatch(one):
-                blocks.setdefault(found[1] or found[3], []).append(one)
-        number, step = int(match[1]), match[2]
-        if not blocks:
-            raise ValueError(
-                f"{name}: {backbone.name} has no stages named blocks.N.STEP or layerN.M, which "
-                f"{name} counts from the end. Its stages are {', '.join(backbone.stage_names)}; "
-                "name one of them"
-            )
-        first = backbone.stage_names.index(next(iter(blocks.values()))[0])
-        if number > len(blocks) + (not step):
-            raise ValueError(
-                f"{name}: {backbone.name} has {len(blocks)} blocks, so that a head trains at most "
-                f"blocks={len(blocks)}, all of them, and reads {backbone.stage_names[first - 1]}"
-            )
-        if number > len(blocks):
-            stage = backbone.stage_names[first - 1]
-        else:
-            block = list(blocks)[-number]
-            stage = f"{block}.{step}" if step else blocks[block][-1]
+        stage = _block_from_the_end(backbone, name, int(match[1]), match[2] or "")
     backbone.stage(stage)
     return stage + colon + reduction
 
 
-def backbone_of(store: FeatureStore, asked: str) -> str:
-    """The name in the store of the backbone that a run is to read.
+def _block_from_the_end(backbone: Backbone, name: str, number: int, step: str) -> str:
+    """Return the stage of "blocks.-NUMBER.STEP"; with one more than all blocks, the one before."""
+    stages_of: dict[str, list[str]] = {}
+    for stage in backbone.stage_names:
+        if match := _BLOCK.fullmatch(stage):
+            stages_of.setdefault(match[1] or match[3], []).append(stage)
+    if not stages_of:
+        raise ValueError(
+            f"{name}: {backbone.name} has no stages named blocks.N.STEP or layerN.M, which {name} "
+            f"counts from the end. Its stages are {', '.join(backbone.stage_names)}; name one of "
+            "them, or choose a head that trains no blocks"
+        )
+    before = backbone.stage_names[backbone.stage_names.index(next(iter(stages_of.values()))[0]) - 1]
+    if number > len(stages_of) + (not step):
+        raise ValueError(
+            f"{name}: {backbone.name} has {len(stages_of)} blocks, so that a head trains at most "
+            f"blocks={len(stages_of)}, all of them, and reads {before}"
+        )
+    if number > len(stages_of):
+        return before
+    block = list(stages_of)[-number]
+    return f"{block}.{step}" if step else stages_of[block][-1]
 
-    Where none is named, one that looks at pictures comes before those that listen.
+
+def choose_backbone(store: FeatureStore, name: str) -> str:
+    """Return the name in the store of the backbone that a run reads.
+
+    Where no name is given, an image backbone is preferred to audio backbones.
 
     Raises:
-        ValueError: None is named and there are several, or there is none of that name.
+        ValueError: No name is given and there are several, or there is none of that name.
     """
-    held = sorted({backbone for backbone, _, _ in store.columns()})
-    wanted = store_name(asked) if asked else ""
-    found = [one for one in held if not asked or one == wanted or one.partition(":")[0] == asked]
-    if not asked and len(found) > 1:
-        found = sorted(set(found) - set(_listening(store))) or found
-    if len(found) != 1:
-        what = f"backbone {asked!r} is {len(found)} of those" if asked else "name one by --backbone"
-        raise ValueError(f"{what} of {store.location}: {', '.join(held) or 'it has no feature'}")
-    return found[0]
+    known = sorted({backbone for backbone, _, _ in store.columns()})
+    wanted = store_name(name) if name else ""
+    matching = [b for b in known if not name or b == wanted or b.partition(":")[0] == name]
+    if not name and len(matching) > 1:
+        matching = sorted(set(matching) - set(_audio_backbones(store))) or matching
+    if len(matching) != 1:
+        what = (
+            f"backbone {name!r} is {len(matching)} of those" if name else "name one by --backbone"
+        )
+        raise ValueError(f"{what} of {store.location}: {', '.join(known) or 'it has no feature'}")
+    return matching[0]
 
 
-def features_of(
+def find_features(
     store: FeatureStore, backbone: str, reads: Sequence[str], network: Backbone | None = None
 ) -> dict[str, Feature]:
-    """The columns that a head reads, by its own names for them.
+    """Find the columns that a head reads, by the head's names for them.
 
     Args:
-        backbone: Its name in the store.
-        network: Needed where a name `is_relative`.
+        store: A store of features.
+        backbone: Name of the backbone in the store.
+        reads: Names of `Head.reads`.
+        network: The backbone itself; needed where a name `is_relative`.
 
     Raises:
         SpecMismatch: The store lacks one; the message has the command that adds it. Or they are
-            not of the same moments of a clip.
-        ValueError: Which network is meant by `sound` or NETWORK/FEATURE is not to be said.
+            of different frames of a clip.
+        ValueError: The backbone that `sound` or NETWORK/FEATURE means is ambiguous.
     """
-    found = {}
+    features = {}
     for name in reads:
-        whose, own = _whose(store, backbone, name, network)
-        feature = _vector(store, whose) if own == VECTOR else _column(store, whose, own)
+        owner, own_name = _owner_of(store, backbone, name, network)
+        if own_name == VECTOR:
+            feature = _last_vector(store, owner)
+        else:
+            feature = _find_column(store, owner, own_name)
         if feature is None:
             raise SpecMismatch(
-                f"{store.location} has no {own} of {whose}, which the head reads"
-                f"{f' as {name}' if own != name else ''}. This adds it:\n  "
-                + build_command(store, whose, own)
+                f"{store.location} has no {own_name} of {owner}, which the head reads"
+                f"{f' as {name}' if own_name != name else ''}. This adds it:\n  "
+                + build_command(store, owner, own_name)
             )
-        found[name] = feature
-    lengths = {name: feature.shape[1] for name, feature in found.items()}
+        features[name] = feature
+    lengths = {name: feature.shape[1] for name, feature in features.items()}
     if len(set(lengths.values())) > 1:
         raise SpecMismatch(
             f"the head's features have different numbers of frames ({lengths}): build them with "
@@ -121,129 +132,130 @@ def features_of(
         )
     moments = {
         tuple(feature.spec["frames"].get(key) for key in ("sampling", "fps", "stride", "view"))
-        for feature in found.values()
+        for feature in features.values()
     }
     if len(moments) > 1:
         raise SpecMismatch(
             f"the head's features are of different moments of a clip ({moments}): build them with "
             "one --sampling"
         )
-    return found
+    return features
 
 
-def _listening(store: FeatureStore) -> list[str]:
-    """Networks of the store that take sounds."""
-    kinds = {f.backbone: f.spec["frames"].get("picture", {}) for f in store.features()}
-    return sorted(name for name, picture in kinds.items() if "rate" in picture)
+def _audio_backbones(store: FeatureStore) -> list[str]:
+    """Names of the backbones of the store that take audio."""
+    inputs = {f.backbone: f.spec["frames"].get("picture", {}) for f in store.features()}
+    return sorted(name for name, picture in inputs.items() if "rate" in picture)
 
 
-def _whose(
+def _owner_of(
     store: FeatureStore, backbone: str, name: str, network: Backbone | None
 ) -> tuple[str, str]:
-    """The network, and the feature of it, that a name of `Head.reads` means."""
+    """Return the backbone, and the feature of it, that a name of `Head.reads` means."""
     if name == SOUND:
-        held = _listening(store)
-        if not held:
+        audio = _audio_backbones(store)
+        if not audio:
             raise SpecMismatch(
-                f"{store.location} has no network that listens, whose last vector the head reads "
-                "as sound. This adds one (random-0 in WEIGHTS' place to try):\n  "
+                f"{store.location} has no audio backbone, whose last vector the head reads as "
+                "sound. This adds one (random-0 in the place of WEIGHTS to try):\n  "
                 + build_command(store, "mel_resnet18:WEIGHTS", VECTOR)
             )
-        if len(held) > 1:
+        if len(audio) > 1:
             raise ValueError(
-                f"{store.location} has {len(held)} networks that listen: say which in the place of "
-                f"sound, such as {held[0]}/pool or {held[1]}/pool"
+                f"{store.location} has {len(audio)} audio backbones: name one instead of sound, "
+                f"such as {audio[0]}/pool or {audio[1]}/pool"
             )
-        return held[0], VECTOR
-    whose, _, own = name.rpartition("/")
-    if name.partition(":")[0] == SOUND or (whose and is_relative(own)):
+        return audio[0], VECTOR
+    owner, _, own_name = name.rpartition("/")
+    if name.partition(":")[0] == SOUND or (owner and is_relative(own_name)):
         raise ValueError(
-            f"{name}: of another network a stage is named as it is, such as {whose or 'NETWORK'}"
+            f"{name}: name a stage of another backbone in full, such as {owner or 'NETWORK'}"
             "/layer4.1:pool; `varve info` lists them"
         )
-    if whose:
-        return backbone_of(store, whose), own
-    return backbone, name if network is None else meaning(name, network)
+    if owner:
+        return choose_backbone(store, owner), own_name
+    return backbone, name if network is None else resolve_name(name, network)
 
 
-def _plain(store: FeatureStore, backbone: str) -> list[Feature]:
-    """Those of the network as it was published; others are what a run remembers, or an update's."""
+def _published(store: FeatureStore, backbone: str) -> list[Feature]:
+    """Features of the backbone without grafts: neither teacher features nor those of an update."""
     return [f for f in store.features() if f.backbone == backbone and not f.spec.get("grafts")]
 
 
-def _column(store: FeatureStore, backbone: str, name: str) -> Feature | None:
-    held = [feature.name for feature in _plain(store, backbone)]
-    if not {name, name.removesuffix(":tokens"), f"{name}:tokens"} & set(held):
+def _find_column(store: FeatureStore, backbone: str, name: str) -> Feature | None:
+    known = [feature.name for feature in _published(store, backbone)]
+    if not {name, name.removesuffix(":tokens"), f"{name}:tokens"} & set(known):
         return None
     try:
         return store.feature(backbone, name, view=0)
     except SpecMismatch:
-        # Several numbers of frames, say: the last build's is meant.
+        # Ambiguous, such as by several numbers of frames: the last build's is meant.
         request = recorded_request(store)
-        frames = {field.name: getattr(request, field.name) for field in fields(BuildSpec)}
-        like = [
+        matching = [
             feature
-            for feature in _plain(store, backbone)
+            for feature in _published(store, backbone)
             if feature.name == name
-            and all(
-                feature.spec["frames"][key] == frames[key]
-                for key in ("frames", "sampling", "fps", "stride", "decoder")
-            )
+            and all(feature.spec["frames"][k] == getattr(request, k) for k in FRAME_SETTINGS)
             and feature.spec["frames"]["view"] == 0
             and feature.dtype == request.dtype
             and feature.spec["stages"][0]["precision"] == request.precision
         ]
-        if len(like) == 1:
-            return like[0]
+        if len(matching) == 1:
+            return matching[0]
         raise
 
 
-def _vector(store: FeatureStore, backbone: str) -> Feature | None:
-    """The feature of one vector a frame that is deepest in the network; whole ones come first.
+def _last_vector(store: FeatureStore, backbone: str) -> Feature | None:
+    """Return the deepest feature of one vector for each frame; unreduced ones are preferred.
 
-    Scores of the network's own classes are one where there is no other.
+    Scores of the network's own classes are taken only where there is no other.
     """
-    vectors = [feature for feature in _plain(store, backbone) if len(feature.shape) == 3]
+    vectors = [feature for feature in _published(store, backbone) if len(feature.shape) == 3]
     if not vectors:
         return None
     best = max(
         vectors,
-        key=lambda one: (one.name != CLASSIFIER, len(one.spec["stages"]), ":" not in one.name),
+        key=lambda f: (f.name != CLASSIFIER, len(f.spec["stages"]), ":" not in f.name),
     )
-    return _column(store, backbone, best.name)
+    return _find_column(store, backbone, best.name)
 
 
 def build_command(store: FeatureStore, backbone: str, keep: str) -> str:
-    """The command that adds a feature, with the frames and precision of the store's last build."""
-    request, plain = recorded_request(store), BuildSpec(("",))
-    asked = weights_of(store, backbone)
+    """Return the command that adds a feature, with the settings of the last build of the store."""
+    request, default = recorded_request(store), BuildSpec(("",))
     words = ["varve", "build", str(store.attributes.get("dataset", "DATASET")), "--store",
-             str(store.location), "--backbone", asked]  # fmt: skip
+             str(store.location), "--backbone", weights_of(store, backbone)]  # fmt: skip
     words += [] if keep == VECTOR else ["--keep", keep]
-    for name in ("frames", "sampling", "fps", "stride", "views", "flip", "random_crop", "decoder",
-                 "precision", "dtype"):  # fmt: skip
+    for name in (option.name for option in fields(BuildSpec)):
         value = getattr(request, name)
-        if value != getattr(plain, name):
+        if name not in ("backbones", "keep", "text") and value != getattr(default, name):
             flag = f"--{name.replace('_', '-')}"
             words += [flag] if value is True else [flag, str(value)]
     return shlex.join(words)
 
 
-def numbers_of(store: FeatureStore) -> np.ndarray:
-    """Class number of every row of the table: the place of its label among the store's classes."""
-    place = {label: number for number, label in enumerate(store.attributes["classes"])}
-    numbers: np.ndarray = store.clips["label"].map(place).fillna(-1).to_numpy(np.int64)
+def class_numbers(store: FeatureStore) -> np.ndarray:
+    """Return the class number of every row of the table of clips, int64; -1 for no class."""
+    number_of = {label: number for number, label in enumerate(store.attributes["classes"])}
+    numbers: np.ndarray = store.clips["label"].map(number_of).fillna(-1).to_numpy(np.int64)
     return numbers
 
 
-def clips_of(
+def make_clips(
     features: Mapping[str, Feature],
     rows: np.ndarray,
-    numbers: np.ndarray,
+    labels: np.ndarray,
     device: str = "cpu",
     budget_bytes: int = BUDGET_BYTES,
 ) -> Clips:
-    """Some rows of the table as a head sees them.
+    """Return some rows of the table of clips as a head sees them.
+
+    Args:
+        features: Columns, by the head's names for them.
+        rows: Row ids.
+        labels: Class number of every row of the table.
+        device: Where batches are wanted.
+        budget_bytes: Largest size of a feature's cells that stay in memory.
 
     Raises:
         ValueError: There is no row.
@@ -252,11 +264,11 @@ def clips_of(
         name: FeatureTensors(feature, rows, device, budget_bytes)
         for name, feature in features.items()
     }
-    return Clips(cells, torch.from_numpy(numbers[rows]), torch.from_numpy(rows))
+    return Clips(cells, torch.from_numpy(labels[rows]), torch.from_numpy(rows))
 
 
 def clips_digest(store: FeatureStore, division: Division) -> str:
-    """Names the clips that a run learns from and is tested on: their bytes, in order."""
+    """Digest of the training and test clips of a run: their bytes, in order."""
     keys = row_keys(store.clips)
     parts = {"train": division.train, "test": division.test}
     return digest({split: [keys[rows].tobytes().hex() for rows in tasks]
@@ -264,32 +276,31 @@ def clips_digest(store: FeatureStore, division: Division) -> str:
 
 
 def weights_of(store: FeatureStore, backbone: str) -> str:
-    """What `--backbone` was given for a network: NAME:TAG, or NAME:FILE."""
-    asked: list[str] = store.attributes.get("backbones", {}).get(backbone, [backbone])
-    return asked[-1]
+    """Return what `--backbone` was given for a backbone of the store: NAME:TAG or NAME:FILE."""
+    requested: list[str] = store.attributes.get("backbones", {}).get(backbone, [backbone])
+    return requested[-1]
 
 
 def load_network(
     store: FeatureStore, backbone: str, precision: torch.dtype | None = None
 ) -> Backbone:
-    """The network that a store's features were computed with, by default in their precision."""
-    own = _plain(store, backbone)[0]
-    held: torch.dtype = getattr(torch, own.spec["stages"][0]["precision"])
-    return backbones.load(weights_of(store, backbone), precision or held)
+    """Load the network that computed a store's features, by default in the same precision."""
+    first = _published(store, backbone)[0]
+    stored: torch.dtype = getattr(torch, first.spec["stages"][0]["precision"])
+    return backbones.load(weights_of(store, backbone), precision or stored)
 
 
 def check_network(network: Backbone, features: Mapping[str, Feature]) -> None:
-    """Prove that features are of this network.
+    """Check that features were computed with this network.
 
     Raises:
-        SpecMismatch: Another stage's code or parameters were behind one.
+        SpecMismatch: A stage before one of them has other code or parameters.
     """
     for feature in features.values():
-        for held in feature.spec["stages"]:
-            own = network.describe(network.stage(held["stage"]))
-            if own != held:
+        for recorded in feature.spec["stages"]:
+            if network.describe(network.stage(recorded["stage"])) != recorded:
                 raise SpecMismatch(
                     f"{feature.name} of {feature.backbone} was computed with another "
-                    f"{held['stage']} than the network loaded now has: load the weights that the "
-                    "store was built with, or build it with these"
+                    f"{recorded['stage']} than the network loaded now has: load the weights that "
+                    "the store was built with, or build it with these"
                 )

@@ -1,4 +1,4 @@
-"""Attaching: a backbone as a head that changes it sees it; see `varve.heads.Network`."""
+"""A backbone as a head that trains a part of it sees it; see `varve.heads.Network`."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -8,17 +8,20 @@ import torch
 from torch import nn
 
 from varve.pipeline.backbones import Backbone, canonical_reduction
-from varve.pipeline.experiments.head_inputs import meaning
+from varve.pipeline.experiments.head_inputs import resolve_name
 
 
 class HeadNetwork:
-    """A backbone as its features were computed, and what a head puts into it.
+    """A frozen backbone, of which heads take trainable suffixes.
 
     Args:
-        load: The same network in a precision.
+        backbone: The network as it computed the features of the store.
+        frames: T, number of frames for each clip.
+        load: Loads the same network in another precision.
 
     Attributes:
-        calls: Of each stage by the suffixes that were given out.
+        frames: T.
+        calls: Number of calls of each stage by all suffixes.
     """
 
     def __init__(
@@ -26,27 +29,31 @@ class HeadNetwork:
     ) -> None:
         self.frames = frames
         self.calls: Counter[str] = Counter()
-        self._plain, self._load = backbone, load
-        self._behind: WeakKeyDictionary[nn.Module, Backbone] = WeakKeyDictionary()
+        self._frozen, self._load = backbone, load
+        self._backbone_of: WeakKeyDictionary[nn.Module, Backbone] = WeakKeyDictionary()
 
     @property
     def stages(self) -> list[str]:
-        return self._plain.stage_names
+        """Names of the stages, in order."""
+        return self._frozen.stage_names
 
     def identity(self) -> str:
-        """Names the plain network: every stage's code and parameters."""
-        return self._plain.keys("")[self.stages[-1]]
+        """Return the key of the frozen network: the code and parameters of every stage."""
+        return self._frozen.keys("")[self.stages[-1]]
 
     def find(self, name: str) -> str:
-        return meaning(name, self._plain)
+        """Return the stage or feature that a name of `Head.reads` means."""
+        return resolve_name(name, self._frozen)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        own, _, reduction = self.find(name).partition(":")
-        stage = self._plain.stage(own)
-        return self._plain.feature_shape(stage, canonical_reduction(stage, reduction))
+        """Return the shape of a feature, of one frame."""
+        full_name, _, reduction = self.find(name).partition(":")
+        stage = self._frozen.stage(full_name)
+        return self._frozen.feature_shape(stage, canonical_reduction(stage, reduction))
 
     def module(self, stage: str) -> nn.Module:
-        return self._plain.stage(self.find(stage)).module
+        """Return the frozen module of a stage."""
+        return self._frozen.stage(self.find(stage)).module
 
     def suffix(
         self,
@@ -55,21 +62,23 @@ class HeadNetwork:
         keep: Sequence[str] = (),
         unfreeze: Sequence[str] = (),
     ) -> nn.Module:
-        new = self._plain
+        """Return the network after a feature, with grafts; see `varve.heads.Network.suffix`."""
+        backbone = self._frozen
         if unfreeze:
             # What trains is float32: most steps are too small for the eight bits of bfloat16.
-            if new.precision != torch.float32:
-                new = self._load(torch.float32)
-            new = new.unfreeze(*map(self.find, unfreeze))
-        for stage, change in changes.items():
-            own = new.stage(self.find(stage)).module
-            module = change if isinstance(change, nn.Module) else change(own)
-            new = new.graft(self.find(stage), module)
-        suffix = new.suffix(self.find(after), [self.find(stage) for stage in keep])
+            if backbone.precision != torch.float32:
+                backbone = self._load(torch.float32)
+            backbone = backbone.unfreeze(*map(self.find, unfreeze))
+        for name, change in changes.items():
+            stage = self.find(name)
+            frozen = backbone.stage(stage).module
+            module = change if isinstance(change, nn.Module) else change(frozen)
+            backbone = backbone.graft(stage, module)
+        suffix = backbone.suffix(self.find(after), [self.find(stage) for stage in keep])
         suffix.calls = self.calls
-        self._behind[suffix] = new
+        self._backbone_of[suffix] = backbone
         return suffix
 
-    def behind(self, suffix: nn.Module) -> Backbone:
-        """The whole network that a suffix is of, with what has become of its modules since."""
-        return self._behind[suffix]
+    def backbone_of(self, suffix: nn.Module) -> Backbone:
+        """Return the whole network that a suffix belongs to, with its modules as they are now."""
+        return self._backbone_of[suffix]

@@ -1,17 +1,16 @@
-"""Methods: the head of a run, a file of heads/ by its name or one of one's own by its path.
+"""The source of a head: a file of heads/ by its name, or a user's file by its path.
 
-A file of one's own is read once, with the modules beside it that it imports, in turn. The bytes
-that are digested are those that run, here and in every worker, whatever becomes of the files
-meanwhile; two texts of one file are two modules, so that a notebook never has an old one. It is
-known by its stem: where it lies, and what else lies there, is nothing at all.
+A user's file is read once, with the modules beside it that it imports, and those that they import.
+The bytes that are digested are the bytes that run, here and in every worker process, whatever
+happens to the files meanwhile. Two texts of one file are two modules, so that a notebook never runs
+an old one. A file is known by its stem: where it lies has no effect, and neither have other files.
 
-A run folder keeps a copy of these files in `method/`. A path in its place would be shorter, but may
-be gone, or hold another text, when the run is asked again
-(`varve.pipeline.experiments.routing.restored`) or is to be
-gone on with. The copy is a method like any other: given as `head` it finds the same run.
+A run folder keeps a copy of these files in `head_source/`, since a file may be gone or edited when
+the run is read again (`varve.pipeline.experiments.routing.restored`) or resumed. The copy is a file
+like any other: given as `head` it finds the same run.
 
-Out of sight: what is installed (a package counts by its name), what an importing function finds by
-a name made at run time, and files that the code opens.
+Not part of the source: installed packages (a package counts by its name), modules that are imported
+by a name made at run time, and files that the code opens.
 """
 
 import ast
@@ -33,44 +32,52 @@ from varve.pipeline.backbones import origin
 from varve.pipeline.registry import available, variant
 from varve.stores import atomic
 
-FOLDER = "method"
-_ONE_IMPORT = threading.RLock()
+FOLDER = "head_source"
 HEADS = Path(heads.__file__).parent
 MEMBERS = [n for n in (*Head.__annotations__, *vars(Head)) if not n.startswith("_")]
+_IMPORT_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
-class Method:
-    """What builds a head, to be sent to other processes too.
+class HeadSource:
+    """The code that a head is built from; it can be sent to other processes.
 
     Attributes:
-        name: Of the file, without its ending.
-        files: Of one's own: by name in one folder, the method's and those that it imports. Empty
-            for a head of heads/.
-        place: The folder where they were read; for messages alone.
+        name: Name of the file, without its ending.
+        files: Contents by file name: a user's file and those beside it that it imports. Empty for
+            a head of heads/.
+        folder: Folder where they were read; for messages only.
     """
 
     name: str
     files: Mapping[str, bytes] = field(default_factory=dict)
-    place: str = ""
+    folder: str = ""
 
     def __str__(self) -> str:
         return self.name
 
     @property
-    def file(self) -> str:
-        return str(Path(self.place) / f"{self.name}.py")
+    def path(self) -> str:
+        """Path of the user's file, for messages."""
+        return str(Path(self.folder) / f"{self.name}.py")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the names and contents of a user's files; "" for a head of heads/."""
+        parts = [part for n in sorted(self.files) for part in (n.encode(), self.files[n])]
+        return hashlib.sha256(b"\0".join(parts)).hexdigest() if self.files else ""
 
     @property
     def build(self) -> Callable[..., Head]:
-        """Makes a head of options.
+        """The function that builds a head from options.
 
         Raises:
-            ValueError: The file raises when it is imported, or has no `build` that could be one.
+            ValueError: The file raises when it is imported, has no `build` to call, or has an
+                option whose default is no JSON value.
         """
         if not self.files:
-            known: Callable[..., Head] = variant("heads", self.name).build
-            return known
+            shipped: Callable[..., Head] = variant("heads", self.name).build
+            return shipped
         try:
             module = self._module(self.name)
         except (Exception, SystemExit) as error:
@@ -78,57 +85,57 @@ class Method:
             own = [step for step in steps if Path(step.filename).name in self.files]
             at = f" (line {own[-1].lineno} of {own[-1].filename})" if own else ""
             raise ValueError(
-                f"{self.file} raises {type(error).__name__} when it is imported: {error}{at}. Mend "
-                f"it until `python {self.file}` runs"
+                f"{self.path} raises {type(error).__name__} when it is imported: {error}{at}. "
+                f"Correct it until `python {self.path}` runs"
             ) from error
         build: Callable[..., Head] | None = getattr(module, "build", None)
         if not callable(build):
             classes = [n for n, v in vars(module).items() if isinstance(v, type)
                        and v.__module__ == module.__name__]  # fmt: skip
             raise ValueError(
-                f"{self.file} has no `build` to be called; its classes are "
+                f"{self.path} has no `build` to be called; its classes are "
                 f"{', '.join(classes) or 'none'}: end it with build = {(classes or ['...'])[-1]}"
             )
         for name, option in heads.options_of(build).items():
             if not _is_json(option.default):
                 raise ValueError(
-                    f"{self.file}: option {name} of its build has "
+                    f"{self.path}: option {name} of its build has "
                     + ("no default" if option.default is option.empty else f"{option.default!r}")
                     + ": give it a default that is a JSON value, so that a run can be named by it"
                 )
         return build
 
-    def built(self, options: Mapping[str, Any]) -> Head:
-        """A head that has learned nothing.
+    def build_head(self, options: Mapping[str, Any]) -> Head:
+        """Build an untrained head.
 
         Raises:
-            ValueError: What a file of one's own builds is no head.
+            ValueError: What a user's file builds is no head.
         """
         head = self.build(**options)
         if lacking := [name for name in MEMBERS if not hasattr(head, name)]:
             raise ValueError(
-                f"{self.file}: its build gives {type(head).__name__!r} without "
+                f"{self.path}: its build gives {type(head).__name__!r} without "
                 f"{', '.join(lacking)}: a head has what heads/__init__.py says of `Head`"
             )
         return head
 
     def _module(self, stem: str) -> ModuleType:
-        """Of one of the files: as its bytes are, and under a name that no other text has."""
-        name = f"{stem}_{text_of(self)[:16]}"
-        with _ONE_IMPORT:  # else another thread would see a module half made
-            return sys.modules.get(name) or self._made(stem, name)
+        """Return the module of one of the files, under a name that no other text has."""
+        name = f"{stem}_{self.digest[:16]}"
+        with _IMPORT_LOCK:  # else another thread would see a module before it is complete
+            return sys.modules.get(name) or self._execute(stem, name)
 
-    def _made(self, stem: str, name: str) -> ModuleType:
-        def imported(name: str, *rest: Any, **more: Any) -> ModuleType:
+    def _execute(self, stem: str, name: str) -> ModuleType:
+        def import_beside(name: str, *rest: Any, **more: Any) -> ModuleType:
             if f"{name}.py" in self.files:
                 return self._module(name)
             return builtins.__import__(name, *rest, **more)
 
         module = ModuleType(name)
-        path = module.__file__ = str(Path(self.place) / f"{stem}.py")
+        path = module.__file__ = str(Path(self.folder) / f"{stem}.py")
         module.__package__ = ""
         # Python asks the module's own builtins for the function behind `import`.
-        vars(module)["__builtins__"] = vars(builtins) | {"__import__": imported}
+        vars(module)["__builtins__"] = vars(builtins) | {"__import__": import_beside}
         sys.modules[name] = module
         try:
             exec(compile(self.files[f"{stem}.py"], path, "exec"), vars(module))
@@ -138,26 +145,26 @@ class Method:
         return module
 
 
-def method_of(head: str | Path | Method) -> Method:
-    """What a run's `head` means.
+def find_head(head: str | Path | HeadSource) -> HeadSource:
+    """Find the source of a head.
 
     Args:
-        head: A file name in heads/, or the path of a file of one's own, which ends in ".py".
+        head: A file name in heads/, or the path of a user's file, which ends in ".py".
 
     Raises:
-        ValueError: There is no such head, the file cannot be read as Python, is named as a head of
-            heads/ is, or imports code that no run is named by.
-        FileNotFoundError: No such file.
+        ValueError: There is no such head; or the file is no Python, has the name of a head of
+            heads/, or imports code that the run could not be named by.
+        FileNotFoundError: There is no such file.
     """
-    if isinstance(head, Method):
+    if isinstance(head, HeadSource):
         return head
     path, known = Path(head), available("heads")
     if path.suffix != ".py":
         if str(head) in known:
-            return Method(str(head))
+            return HeadSource(str(head))
         raise ValueError(
-            f"no {str(head)!r} in heads/; found {', '.join(known)}. A method of your own is given "
-            "by the path of its file, such as methods/mine.py"
+            f"no {str(head)!r} in heads/; found {', '.join(known)}. Give a head of your own by the "
+            "path of its file, such as methods/mine.py"
         )
     if not path.is_file():
         raise FileNotFoundError(
@@ -172,67 +179,64 @@ def method_of(head: str | Path | Method) -> Method:
     return _read(path)
 
 
-def keep(method: Method, folder: Path) -> None:
-    """Put a copy of a file of one's own, and of what it imports, into a run folder."""
-    for name, text in method.files.items():
+def save_source(source: HeadSource, folder: Path) -> None:
+    """Copy a user's files into a run folder."""
+    for name, text in source.files.items():
         atomic.write(folder, folder / FOLDER / name, text)
 
 
-def text_of(method: Method) -> str:
-    """Digest of the files of one's own; "" for a head of heads/."""
-    text = b"\0".join(part for n in sorted(method.files) for part in (n.encode(), method.files[n]))
-    return hashlib.sha256(text).hexdigest() if method.files else ""
-
-
-def kept(folder: Path, name: str, text: str) -> Method:
-    """The method of a run folder.
+def restore_source(folder: Path, name: str, digest: str) -> HeadSource:
+    """Return the source of the head of a run folder.
 
     Args:
-        text: `text_of` it, as the run was begun with.
+        folder: The run folder.
+        name: Name of the head.
+        digest: Digest of the source that the run was started with.
 
     Raises:
         ValueError: The copy is gone, or is another text: it is not run.
     """
-    if not text:
-        return method_of(name)
-    own = folder / FOLDER / f"{Path(name).name}.py"
-    method = _read(own) if own.is_file() else None
-    if method is None or text_of(method) != text:
+    if not digest:
+        return find_head(name)
+    copy = folder / FOLDER / f"{Path(name).name}.py"
+    source = _read(copy) if copy.is_file() else None
+    if source is None or source.digest != digest:
         raise ValueError(
-            f"{own} is {'gone' if method is None else 'not what the run was begun with'}: put back "
-            "the files that the run had, or run it again"
+            f"{copy} is {'gone' if source is None else 'not what the run was started with'}: put "
+            "back the files that the run had, or run it again"
         )
-    return method
+    return source
 
 
-def code_of(method: Method) -> str:
-    """Digest of a method's code and of what heads share: edited code is another run.
+def code_digest(source: HeadSource) -> str:
+    """Digest of a head's code and of what heads share, so that edited code is another run.
 
-    Of a file of one's own also the modules beside it and the heads of heads/ that it imports.
+    For a user's file it covers the modules beside it and the heads of heads/ that it imports.
     """
     shared = sorted([*(HEADS / "parts").glob("*.py"), *(HEADS / "grafts").glob("*.py")])
-    own = [(HEADS / f"{method.name}.py").read_bytes()] if not method.files else []
-    for name, text in sorted(method.files.items()):
+    own = [(HEADS / f"{source.name}.py").read_bytes()] if not source.files else []
+    for name, text in sorted(source.files.items()):
         own += [name.encode(), text]
-    own += [file.read_bytes() for file in sorted(_of_heads(method))]
+    own += [file.read_bytes() for file in sorted(imported_heads(source))]
     texts = [(HEADS / "__init__.py").read_bytes(), *own, *(file.read_bytes() for file in shared)]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
 
 
-def _of_heads(method: Method) -> set[Path]:
-    """The heads of heads/ that a file of one's own imports."""
-    found: set[Path] = set()
-    waiting = list(method.files.values())
+def imported_heads(source: HeadSource) -> set[Path]:
+    """Return the files of heads/ that a user's files import, directly or through one another."""
+    files: set[Path] = set()
+    waiting = list(source.files.values())
     while waiting:
         for name in _imports(waiting.pop()):
             file = HEADS / f"{name.removeprefix('varve.heads.')}.py"
-            if name.startswith("varve.heads.") and file.is_file() and file not in found:
-                found.add(file)
+            if name.startswith("varve.heads.") and file.is_file() and file not in files:
+                files.add(file)
                 waiting.append(file.read_bytes())
-    return found
+    return files
 
 
-def _read(path: Path) -> Method:
+def _read(path: Path) -> HeadSource:
+    """Read a user's file, and the modules beside it that it imports."""
     files: dict[str, bytes] = {}
     waiting = [path.stem]
     while waiting:
@@ -243,7 +247,9 @@ def _read(path: Path) -> Method:
         try:
             names = list(_imports(files[file.name]))
         except (SyntaxError, ValueError) as error:
-            raise ValueError(f"{file} is no Python: {error}. Mend it, or give another") from error
+            raise ValueError(
+                f"{file} is no Python: {error}. Correct it, or give another"
+            ) from error
         for name in names:
             root = name.partition(".")[0]
             if (path.parent / f"{root}.py").is_file():
@@ -251,7 +257,7 @@ def _read(path: Path) -> Method:
             elif root == "varve":
                 if name != root and name.split(".")[1] not in ("heads", "__version__"):
                     raise ValueError(
-                        f"{file} imports {name}: a head sees tensors alone, and imports nothing of "
+                        f"{file} imports {name}: a head sees only tensors, and imports nothing of "
                         "varve but varve.heads"
                     )
             elif origin(root, look=True) == "user":
@@ -260,11 +266,11 @@ def _read(path: Path) -> Method:
                     "that a run would not be named by its code: put what you need of it into a "
                     f"file in {path.parent}, and see heads/__init__.py for what a head may import"
                 )
-    return Method(path.stem, files, str(path.parent))
+    return HeadSource(path.stem, files, str(path.parent))
 
 
 def _imports(text: bytes) -> Iterator[str]:
-    """Names of modules that a file imports, and of what may be one; not those for types alone."""
+    """Names of the modules that a file may import, but for those under TYPE_CHECKING."""
     waiting: list[ast.AST] = [ast.parse(text)]
     while waiting:
         node = waiting.pop()

@@ -1,13 +1,13 @@
-"""Results: run folders as tables, over seeds, on paper, and class by class.
+"""Results: run folders as tables, over seeds, for papers, and class by class.
 
-`read` gives a row a run: `run` (its folder), `finished`, what was asked (`head`, `scenario`,
-`seed`, `backbone`, `option.NAME`, `features.NAME`...), the figures of both classifiers as shares of
-1 (`cnn.final`, `nme.bwf`...; `varve.pipeline.experiments.metrics` says what they are), and the
-costs
-(`cost.trainable`...). `summary` puts seeds together: `n` runs, and `.mean` and `.std` of every
-figure and cost.
+`read` gives a row for each run: `run` (its folder), `finished`, what was requested (`head`,
+`scenario`, `seed`, `backbone`, `option.NAME`, `features.NAME`...), every metric of
+`varve.pipeline.experiments.metrics` for both classifiers (`cnn.final`, `nme.bwf`...), and the costs
+(`cost.trainable`...). `summary` aggregates over seeds: `n` runs, and `.mean` and `.std` of every
+metric and cost. Metrics are computed from matrix.json, so that a new metric has values for finished
+runs, too.
 
-What a run folder holds is said in `varve.pipeline.experiments.run`; reading one takes no torch.
+`varve.pipeline.experiments.run_folder` lists the files of a run. Reading them needs no torch.
 """
 
 import json
@@ -19,38 +19,23 @@ import numpy as np
 import pandas as pd
 
 from varve.pipeline.experiments import metrics
+from varve.pipeline.experiments.metrics import CLASSIFIERS, Matrix
+from varve.pipeline.experiments.run_folder import check_format
 from varve.pipeline.units import size
 
-SHOWN = (
-    "cnn.final",
-    "cnn.final_over_tasks",
-    "cnn.average_incremental",
-    "cnn.bwf",
-    "nme.final",
-    "nme.final_over_tasks",
-    "nme.average_incremental",
-    "nme.bwf",
-    "cost.trainable",
-    "cost.seconds_per_task",
-    "cost.stages_recomputed",
-    "cost.bytes_read",
-    "cost.peak_memory_bytes",
-)
-TITLES = {
-    "final_over_tasks": "final (tasks)",
-    "average_incremental": "avg. inc.",
-    "bwf": "BWF",
+# Columns of costs that tables show, and their headings.
+COSTS = {
+    "trainable": "trainable",
     "seconds_per_task": "s/task",
     "stages_recomputed": "stages",
     "bytes_read": "read",
     "peak_memory_bytes": "peak",
 }
-LOWER_IS_BETTER = ("bwf", "forgetting")
-# Of a specification: what differs with the seed, or says again what other columns say.
-NOT_COLUMNS = ("digest", "text", "clips", "tasks", "network", "threads", "method")
+# Of a specification: what differs with the seed, or repeats what other columns say.
+NOT_COLUMNS = ("format", "digest", "text", "clips", "tasks", "network", "threads", "head_source")
 SEEDS = ("seed", "option.seed")
-KINDS = ("cnn", "nme")
-NUMBERS = ("cnn.", "nme.", "cost.")
+NUMBERS = (*(f"{classifier}." for classifier in CLASSIFIERS), "cost.")
+ENDINGS = (".csv", ".parquet", ".tex")
 ESCAPES = str.maketrans(
     {mark: f"\\{mark}" for mark in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -58,62 +43,65 @@ ESCAPES = str.maketrans(
 
 
 def read(folders: str | Path | Iterable[str | Path]) -> pd.DataFrame:
-    """A row for every run folder in `folders`, which are run folders or hold them at any depth.
+    """Read run folders into a table, a row for each.
 
-    A run that has not ended has `finished` False and no figures.
+    A run that has not finished has `finished` False and no metrics.
+
+    Args:
+        folders: Run folders, or folders that contain them at any depth.
 
     Raises:
-        ValueError: There is no run folder, or a file in one is damaged.
+        ValueError: There is no run folder, or one has a damaged file or another format.
     """
-    places = [Path(p) for p in ([folders] if isinstance(folders, str | Path) else folders)]
-    found: dict[Path, None] = {}
-    for place in places:
-        whole = (place / "spec.json").exists()
-        specs = [place / "spec.json"] if whole else sorted(place.rglob("spec.json"))
-        found |= dict.fromkeys(file.parent for file in specs)
-    if not found:
+    roots = [Path(p) for p in ([folders] if isinstance(folders, str | Path) else folders)]
+    runs: dict[Path, None] = {}
+    for root in roots:
+        is_run = (root / "spec.json").exists()
+        specs = [root / "spec.json"] if is_run else sorted(root.rglob("spec.json"))
+        runs |= dict.fromkeys(file.parent for file in specs)
+    if not runs:
         raise ValueError(
-            f"no run folder (with a spec.json) in {', '.join(map(str, places)) or 'nothing'}; "
+            f"no run folder (with a spec.json) in {', '.join(map(str, roots)) or 'nothing'}; "
             "`varve run` makes one"
         )
-    table = pd.DataFrame([_record(folder) for folder in found])
+    table = pd.DataFrame([_record(folder) for folder in runs])
     numbers = [name for name in table if name.startswith(NUMBERS)]
-    asked = [name for name in table if name not in numbers]
-    for name in asked:
-        table[name] = _plain(table[name])
-    return pd.concat([table[asked], table[numbers].astype("float64")], axis=1)
+    requested = [name for name in table if name not in numbers]
+    for name in requested:
+        table[name] = _one_type(table[name])
+    return pd.concat([table[requested], table[numbers].astype("float64")], axis=1)
 
 
 def summary(runs: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFrame:
     """Mean and standard deviation (n - 1 in its denominator) of finished runs over the seeds.
 
     Args:
-        runs: From `read`.
-        by: Columns that tell configurations apart: by default all that was asked for but seeds.
+        runs: Table of `read`.
+        by: Columns in which configurations differ: by default all that was requested but seeds.
 
     Returns:
-        A row a configuration, in order of appearance: `by`, `n`, and of each figure and cost
-        `.mean` and `.std`; NaN where one of the runs lacks it, and `.std` of a single run.
+        A row for each configuration, in order of appearance: `by`, `n`, and of each metric and
+        cost `.mean` and `.std`; NaN where one of the runs lacks it, and `.std` of a single run.
 
     Raises:
         ValueError: No run has finished, or a configuration has a seed twice.
     """
-    done = runs[runs["finished"]]
-    if done.empty:
-        raise ValueError(f"none of {len(runs)} runs has finished; `varve run` goes on with one")
+    finished = runs[runs["finished"]]
+    if finished.empty:
+        raise ValueError(f"none of {len(runs)} runs has finished; `varve run` resumes one")
     aside = ("run", "finished", *SEEDS)
     keys = (
         [c for c in runs if not c.startswith(NUMBERS) and c not in aside] if by is None else [*by]
     )
     seeds = [name for name in SEEDS if name in runs]
-    twice = done["run"][done.duplicated([*keys, *seeds], keep=False)]
-    if len(twice):
+    repeated = finished["run"][finished.duplicated([*keys, *seeds], keep=False)]
+    if len(repeated):
         raise ValueError(
-            f"runs of one configuration and seed: {', '.join(twice[:4])}"
-            f"{', ...' if len(twice) > 4 else ''}. Leave some out, or add the column in which they "
-            "differ to `by`"
+            f"runs of one configuration and seed: {', '.join(repeated[:4])}"
+            f"{', ...' if len(repeated) > 4 else ''}. Leave some out, or add the column in which "
+            "they differ to `by`"
         )
-    groups = done.groupby(keys, dropna=False, sort=False)
+    groups = finished.groupby(keys, dropna=False, sort=False)
     parts = {"n": groups.size()}
     for name in (name for name in runs if name.startswith(NUMBERS)):
         parts[f"{name}.mean"] = groups[name].agg(lambda values: values.mean(skipna=False))
@@ -122,17 +110,14 @@ def summary(runs: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFrame
 
 
 def writable(path: str | Path) -> Path:
-    """Where a table can be written.
+    """Return a path at which a table can be written.
 
     Raises:
         ValueError: The ending is none of .csv, .parquet, .tex, or there is no such folder.
     """
     path = Path(path)
-    if (
-        path.suffix.lower() not in (".csv", ".parquet", ".tex")
-        or not path.absolute().parent.is_dir()
-    ):
-        raise ValueError(f"{path}: a table is .csv, .parquet or .tex, in a folder that there is")
+    if path.suffix.lower() not in ENDINGS or not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: a table is .csv, .parquet or .tex, in an existing folder")
     return path
 
 
@@ -143,9 +128,9 @@ def write(table: pd.DataFrame, path: str | Path, **options: Any) -> None:
         ValueError: Another ending, or .tex for a table that is no summary.
     """
     path, ending = writable(path), Path(path).suffix.lower()
-    if ending not in (".csv", ".parquet", ".tex") or (options and ending != ".tex"):
-        raise ValueError(f"{path}: a table is .csv, .parquet or .tex, and only .tex has options")
-    # Without the attrs: what a caller hangs on a table need not be JSON, as Parquet wants it.
+    if options and ending != ".tex":
+        raise ValueError(f"{path}: only .tex has options, not {', '.join(options)}")
+    # Without the attrs: they need not be JSON, as Parquet wants.
     plain = pd.DataFrame(table)
     if ending == ".tex":
         path.write_text(latex(table, **options), "utf-8")
@@ -155,74 +140,88 @@ def write(table: pd.DataFrame, path: str | Path, **options: Any) -> None:
         plain.to_parquet(path, index=False)
 
 
-def text(table: pd.DataFrame, figures: Sequence[str] = SHOWN) -> str:
-    """A summary for a terminal: what its rows differ in, and figures in per cent, mean ± std."""
+def default_columns() -> list[str]:
+    """Columns that tables show unless others are requested: metrics of both classifiers, costs."""
+    shown = [name for name in metrics.names() if metrics.display_of(name).in_tables]
+    return [f"{classifier}.{name}" for classifier in CLASSIFIERS for name in shown] + [
+        f"cost.{name}" for name in COSTS
+    ]
+
+
+def text(table: pd.DataFrame, figures: Sequence[str] | None = None) -> str:
+    """Format a summary for a terminal: what its rows differ in, metrics in per cent, mean ± std.
+
+    Args:
+        table: Table of `summary`.
+        figures: Columns to show, such as "cnn.final"; by default `default_columns`.
+    """
     columns = _columns(table, figures, 1, " ± ", str)
     return str(pd.DataFrame(columns).to_string(index=False))
 
 
 def latex(
-    table: pd.DataFrame, figures: Sequence[str] = SHOWN, bold: bool = False, digits: int = 1
+    table: pd.DataFrame, figures: Sequence[str] | None = None, bold: bool = False, digits: int = 1
 ) -> str:
-    """A summary as a LaTeX tabular (package booktabs): figures in per cent, mean ± std.
+    """Format a summary as a LaTeX tabular (package booktabs): metrics in per cent, mean ± std.
 
     Args:
-        table: From `summary`.
-        figures: Those to print, of which the runs may lack some.
-        bold: The best of each figure is bold, among the rows of one scenario and backbone; what
-            reads alike is alike. Costs are not compared.
-        digits: After the decimal point.
+        table: Table of `summary`.
+        figures: Columns to show, such as "cnn.final"; by default `default_columns`. The runs may
+            lack some of them.
+        bold: Whether the best value of each metric is bold, among the rows of one scenario and
+            backbone; values that are printed alike are equal. Costs are not compared.
+        digits: Number of digits after the decimal point.
 
     Raises:
-        ValueError: It is no summary, or has none of the figures.
+        ValueError: It is no summary, or has none of the columns.
     """
     columns = _columns(table, figures, digits, r" $\pm$ ", _escaped, bold)
-    words = list(columns).index("n")
+    left = list(columns).index("n")
     rows = [map(_escaped, columns), *zip(*columns.values(), strict=True)]
     head, *body = (" & ".join(row) + r" \\" for row in rows)
-    start = rf"\begin{{tabular}}{{{'l' * words}{'r' * (len(columns) - words)}}}"
+    start = rf"\begin{{tabular}}{{{'l' * left}{'r' * (len(columns) - left)}}}"
     lines = [start, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
     return "\n".join(lines) + "\n"
 
 
 def per_class(run: str | Path, stage: int | None = None, classifier: str = "cnn") -> pd.DataFrame:
-    """`metrics.per_class` of a run after a stage, by default its last.
+    """Return `metrics.per_class` of a run after a task, by default its last.
 
     Raises:
         ValueError: The run has no such predictions.
     """
-    found = _predictions(run, stage, classifier)
-    return metrics.per_class(found["label"].tolist(), found["top1"].tolist())
+    predictions = _predictions(run, stage, classifier)
+    return metrics.per_class(predictions["label"].tolist(), predictions["top1"].tolist())
 
 
 def changes(
     before: str | Path, after: str | Path, stage: int | None = None, classifier: str = "cnn"
 ) -> pd.DataFrame:
-    """What became of each class between two runs, and what it was confused with in each.
+    """Compare the accuracies and confusions of each class between two runs.
 
     Args:
         before: Run folder, of another head or other options.
         after: Run folder that was tested on the same clips.
-        stage: Of both; by default the last of each.
+        stage: Number of the last task learned, in both; by default the last of each.
         classifier: "cnn" or "nme".
 
     Returns:
         Indexed by label, most improved first: clips, before, after (accuracies), change, and
-        confused_before, confused_share_before, confused_after, confused_share_after: the class
-        that most of the others were taken for, and the share of the class's clips.
+        confused_before, confused_share_before, confused_after, confused_share_after: the most
+        frequent wrong prediction, and its share of the class's clips.
 
     Raises:
         ValueError: A run has no such predictions, or they are of other clips.
     """
-    found = [_predictions(run, stage, classifier) for run in (before, after)]
-    clips = [set(zip(one["row"], one["label"], strict=True)) for one in found]
+    tables = [_predictions(run, stage, classifier) for run in (before, after)]
+    clips = [set(zip(table["row"], table["label"], strict=True)) for table in tables]
     if clips[0] != clips[1]:
         raise ValueError(
             f"{before} was tested on {len(clips[0])} clips, {after} on {len(clips[1])}, "
             f"{len(clips[0] & clips[1])} of them the same; compare runs of one store and scenario, "
-            "at a stage where they know the same classes"
+            "after a task where they have learned the same classes"
         )
-    old, new = (metrics.per_class(one["label"].tolist(), one["top1"].tolist()) for one in found)
+    old, new = (metrics.per_class(t["label"].tolist(), t["top1"].tolist()) for t in tables)
     table = pd.DataFrame(
         {
             "clips": old["clips"],
@@ -241,90 +240,91 @@ def changes(
 def _predictions(run: str | Path, stage: int | None, classifier: str) -> pd.DataFrame:
     file = Path(run) / "predictions.parquet"
     if not file.exists():
-        raise ValueError(f"{run} has no predictions.parquet; give a run folder that has begun")
+        raise ValueError(f"{run} has no predictions.parquet; give a run folder that has started")
     table = pd.read_parquet(file)
-    mine = table[table["classifier"] == classifier]
-    last = mine["stage"].max() if stage is None else stage
-    found = mine[mine["stage"] == last]
-    if found.empty:
-        asked = repr(classifier) if stage is None else f"{classifier!r} at stage {stage}"
-        held = table.groupby("classifier")["stage"].max().items()
+    of_classifier = table[table["classifier"] == classifier]
+    last = of_classifier["stage"].max() if stage is None else stage
+    chosen = of_classifier[of_classifier["stage"] == last]
+    if chosen.empty:
+        wanted = repr(classifier) if stage is None else f"{classifier!r} at stage {stage}"
+        present = table.groupby("classifier")["stage"].max().items()
         raise ValueError(
-            f"{run} has no predictions of {asked}; it has "
-            + (", ".join(f"{name!r}, stages 0 to {top}" for name, top in held) or "none")
+            f"{run} has no predictions of {wanted}; it has "
+            + (", ".join(f"{name!r}, stages 0 to {top}" for name, top in present) or "none")
         )
-    return found
+    return chosen
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    spec = _json(folder / "spec.json")
+    """Return the row of a run folder."""
+    spec = _read_json(folder / "spec.json")
+    check_format(folder, spec)
     record = {"run": str(folder), "finished": (folder / "metrics.json").exists()}
     first = ("head", "scenario", "seed", "backbone")
     for key in (*first, *(key for key in spec if key not in (*first, *NOT_COLUMNS))):
-        value = spec.get(key)
-        name = "option" if key == "options" else key
-        record |= (
-            {f"{name}.{one}": part for one, part in value.items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
+        value, name = spec.get(key), "option" if key == "options" else key
+        if isinstance(value, dict):
+            record |= {f"{name}.{part}": content for part, content in value.items()}
+        else:
+            record[name] = value
     if record["finished"]:
-        figures = _json(folder / "metrics.json")
-        for kind in KINDS:
-            for name in metrics.FIGURES if figures.get(kind) else ():
-                record[f"{kind}.{name}"] = figures[kind].get(name)
-        record |= {f"cost.{key}": value for key, value in _costs(_json(folder / "cost.json"))}
+        matrices = _read_json(folder / "matrix.json")
+        for classifier in (c for c in CLASSIFIERS if _read_json(folder / "metrics.json").get(c)):
+            matrix = Matrix.from_json(matrices, classifier)
+            record |= {f"{classifier}.{name}": matrix.metric(name) for name in metrics.names()}
+        costs = _costs(_read_json(folder / "cost.json"))
+        record |= {f"cost.{name}": value for name, value in costs}
     return record
 
 
 def _costs(cost: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Costs as numbers: what is there task by task, summed; stages by how many of them ran."""
-    for key, value in cost.items():
-        if key == "stages_recomputed" and not isinstance(value, int):
-            tasks = value if isinstance(value, list) else [value]
-            yield key, len({stage for calls in tasks for stage in calls})
-            yield "stage_calls", sum(sum(calls.values()) for calls in tasks)
+    """Give costs as numbers: sums over the tasks, and the number of different stages that ran."""
+    for name, value in cost.items():
+        if name == "stages_recomputed":
+            yield name, len({stage for calls in value for stage in calls})
+            yield "stage_calls", sum(sum(calls.values()) for calls in value)
         elif isinstance(value, list):
-            yield key, sum(value)
-            yield f"{key}_per_task", sum(value) / max(len(value), 1)
+            yield name, sum(value)
+            yield f"{name}_per_task", sum(value) / max(len(value), 1)
         else:
-            yield key, value
+            yield name, value
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{file} cannot be read ({error}); remove its folder and run it again"
         ) from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds no object; remove its folder and run it again")
-    return value
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} contains no object; remove its folder and run it again")
+    return content
 
 
-def _plain(column: pd.Series) -> pd.Series:
-    """Of one type: whole numbers stay whole beside rows without; mixed values become JSON."""
+def _one_type(column: pd.Series) -> pd.Series:
+    """Convert a column to one type: whole numbers stay whole beside NaN; mixed become JSON."""
     kinds = {
         "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value)
         for value in column
         if value is not None and value == value
     }
     if len(kinds) > 1 or kinds & {list, dict}:
-        told = [None if v is None or v != v else json.dumps(v, sort_keys=True) for v in column]
-        column = pd.Series(told, column.index)
+        texts = [None if v is None or v != v else json.dumps(v, sort_keys=True) for v in column]
+        column = pd.Series(texts, column.index)
     return column.convert_dtypes()
 
 
 def _columns(
     table: pd.DataFrame,
-    figures: Sequence[str],
+    figures: Sequence[str] | None,
     digits: int,
     plus_minus: str,
-    plain: Callable[[str], str],
+    escape: Callable[[str], str],
     bold: bool = False,
 ) -> dict[str, list[str]]:
-    """A summary's cells as printed: the head, what else the rows differ in, n, the figures."""
+    """Return the cells of a summary as printed: head, what else the rows differ in, n, figures."""
+    figures = default_columns() if figures is None else figures
     shown = [
         name for name in figures if f"{name}.mean" in table and table[f"{name}.mean"].notna().any()
     ]
@@ -333,40 +333,23 @@ def _columns(
             f"no summary with {', '.join(figures)}: its columns are "
             f"{', '.join(map(str, table))}. `summary(read(folders))` makes one"
         )
-    words = list(table)[: list(table).index("n")]
-    # The code of a head, and an option that others lack, are said by its name.
-    heads = table.groupby("head" if "head" in table else np.zeros(len(table)))
-    own = {name for name in words if heads[name].nunique(dropna=False).max() == 1
-           and (name == "code" or table[name].isna().any())} - {"head"}  # fmt: skip
-    differ = [
-        name
-        for name in words
-        if name == "head" or (table[name].nunique(dropna=False) > 1 and name not in own)
-    ]
-    # Fingerprints say again what options say, mostly.
-    short = [name for name in differ if not name.startswith("features.")]
-    if not table.duplicated(short).any():
-        differ = short
     columns = {
         name.removeprefix("option."): [
-            "" if pd.isna(value) else plain(str(value).strip('"')) for value in table[name]
+            "" if pd.isna(value) else escape(str(value).strip('"')) for value in table[name]
         ]
-        for name in differ
+        for name in _differing(table)
     }
     columns["n"] = [str(n) for n in table["n"]]
-    groups = [name for name in ("scenario", "backbone") if name in table]
-    group = table.groupby(groups, dropna=False).ngroup() if groups else pd.Series(0, table.index)
     for name in shown:
         kind, _, figure = name.partition(".")
-        title = TITLES.get(figure, figure)
         means, stds = table[f"{name}.mean"], table[f"{name}.std"]
         if kind == "cost":
-            columns[title] = [_cost(figure, mean) for mean in means]
+            columns[COSTS.get(figure, figure)] = [_cost(figure, mean) for mean in means]
             continue
+        display = metrics.display_of(figure)
         printed = pd.Series([f"{100 * mean:.{digits}f}" for mean in means], table.index)
-        worth = printed.astype(float) * (-1 if figure in LOWER_IS_BETTER else 1)
-        best = (worth == worth.groupby(group).transform("max")) & bold
-        columns[f"{kind.upper()} {title}"] = [
+        best = _best(table, printed, display.lower_is_better) & bold
+        columns[f"{kind.upper()} {display.title}"] = [
             ""
             if np.isnan(mean)
             else (rf"\textbf{{{word}}}" if is_best else word)
@@ -376,12 +359,38 @@ def _columns(
     return columns
 
 
-def _cost(figure: str, value: float) -> str:
+def _differing(table: pd.DataFrame) -> list[str]:
+    """Return the columns that tell the rows of a summary apart, the head first."""
+    names = list(table)[: list(table).index("n")]
+    # The name of a head tells its code, and options that other heads lack.
+    heads = table.groupby("head" if "head" in table else np.zeros(len(table)))
+    implied = {name for name in names if heads[name].nunique(dropna=False).max() == 1
+               and (name == "code" or table[name].isna().any())} - {"head"}  # fmt: skip
+    differing = [
+        name
+        for name in names
+        if name == "head" or (table[name].nunique(dropna=False) > 1 and name not in implied)
+    ]
+    # Fingerprints mostly repeat what options say.
+    short = [name for name in differing if not name.startswith("features.")]
+    return differing if table.duplicated(short).any() else short
+
+
+def _best(table: pd.DataFrame, printed: pd.Series, lower_is_better: bool) -> pd.Series:
+    """Return which printed values are the best among the rows of one scenario and backbone."""
+    names = [name for name in ("scenario", "backbone") if name in table]
+    group = table.groupby(names, dropna=False).ngroup() if names else pd.Series(0, table.index)
+    values = printed.astype(float) * (-1 if lower_is_better else 1)
+    best: pd.Series = values == values.groupby(group).transform("max")
+    return best
+
+
+def _cost(name: str, value: float) -> str:
     if np.isnan(value):
         return ""
-    if figure.endswith("bytes") or figure.startswith("bytes"):
+    if name.endswith("bytes") or name.startswith("bytes"):
         return size(value)
-    return f"{value:.1f}" if "seconds" in figure else f"{value:,.0f}"
+    return f"{value:.1f}" if "seconds" in name else f"{value:,.0f}"
 
 
 def _escaped(word: str) -> str:

@@ -18,7 +18,7 @@ from varve.pipeline.backbones import Backbone
 from varve.pipeline.config import BuildSpec, FrameSet, Runtime
 from varve.pipeline.datasets.media import content_digest
 from varve.pipeline.experiments import checkpoints, head_inputs, head_source, run_spec
-from varve.pipeline.experiments.run import Run
+from varve.pipeline.experiments.run_folder import Run
 from varve.pipeline.extraction.clip_status import overflow_text
 from varve.pipeline.extraction.commit import device_of
 from varve.pipeline.extraction.extract import ClipResult, FileWork, extract, file_work
@@ -217,8 +217,8 @@ def restored(
         SpecMismatch: The store is not what the run was made on.
     """
     spec = run.spec
-    method = head_source.kept(run.folder, spec["head"], spec.get("method", ""))
-    head, _, features = run_spec.head_of(store, method, spec["options"], spec["backbone"])
+    source = head_source.restore_source(run.folder, spec["head"], spec["head_source"])
+    head, _, features = run_spec.build_head(store, source, spec["options"], spec["backbone"])
     keys = spec["features"]
     moved = [name for name, column in features.items() if column.fingerprint != keys[name]]
     if moved:

@@ -1,13 +1,13 @@
-"""Preparing: what a run is, before its first task.
+"""The specification of a run: whatever decides its numbers, checked and named before it starts.
 
-Everything that can be refused is refused here, and what decides a run's numbers is written down:
-head, options, scenario, features, clips, code. Its digest is the run's identity.
+`prepare_run` refuses what can be refused before anything is computed. The specification holds head,
+options, scenario, features, clips and code; its digest is the identity of the run.
 """
 
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -23,151 +23,178 @@ from varve.heads.parts.clips import Clips
 from varve.pipeline import backbones
 from varve.pipeline.experiments import head_inputs, scenarios
 from varve.pipeline.experiments.head_network import HeadNetwork
-from varve.pipeline.experiments.head_source import Method, code_of, method_of
+from varve.pipeline.experiments.head_source import HeadSource, code_digest, find_head
+from varve.pipeline.experiments.run_folder import FORMAT
 from varve.pipeline.experiments.scenarios import Scenario, divide
 from varve.stores import Feature, FeatureStore, SpecMismatch
 from varve.stores.digests import digest
 
 
 @dataclass
-class Prepared:
-    """A run before its first task: the head, what it reads, and which clips are of which task."""
+class PreparedRun:
+    """A run before its first task.
+
+    Attributes:
+        spec: What decides the numbers; see `prepare_run`.
+        store: Folder of the store.
+        source: What the head is built from.
+        head: A new head, attached to `network` where it trains a part of it.
+        network: The network that the head trains a part of; None for others.
+        features: Feature columns that the head reads, by its names for them.
+        tasks: Class names of each task.
+        division: Rows of the training and test clips of each task.
+        labels: int64, the class number of every row of the table of clips.
+        classes: Class names of the store, by number.
+        class_text: float32 [classes, width], text features; None without a text tower.
+        device: Where the head works.
+    """
 
     spec: dict[str, Any]
     store: str
-    method: Method
+    source: HeadSource
     head: Head
     network: HeadNetwork | None
     features: dict[str, Feature]
     tasks: tuple[tuple[str, ...], ...]
     division: scenarios.Division
-    numbers: np.ndarray
+    labels: np.ndarray
     classes: list[str]
-    text: Tensor | None  # of all classes
+    class_text: Tensor | None
     device: str
-    seen: list[Clips] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
+        """Identity of the run."""
         return digest(self.spec)
 
     @property
-    def learning(self) -> str:
-        """Digest of what decides the head's states: runs that share it learn the same."""
-        return learning_of(self.spec, self.method)
+    def training_digest(self) -> str:
+        """Digest of what decides the states of the head; see `training_digest`."""
+        return training_digest(self.spec, self.source)
 
     @property
     def name(self) -> str:
-        """Of the run folder."""
+        """Name of the run folder."""
         spec = self.spec
         return f"{spec['head']}-{spec['scenario']}-{spec['seed']}-{self.digest[:8]}"
 
     @property
-    def key(self) -> str:
-        """Of the columns that the head reads."""
+    def features_digest(self) -> str:
+        """Digest of the keys of the feature columns that the head reads."""
         return digest(self.spec["features"])
 
     def clips(self, rows: np.ndarray, more: Mapping[str, Feature] = {}) -> Clips:
+        """Return some rows of the table of clips with the features of the head, and more."""
         features = {**self.features, **more}
-        return head_inputs.clips_of(features, rows, self.numbers, self.device)
+        return head_inputs.make_clips(features, rows, self.labels, self.device)
 
 
-def prepare(
+def prepare_run(
     store: str | Path | FeatureStore,
-    head: str | Path | Method,
+    head: str | Path | HeadSource,
     scenario: str | Scenario,
     seed: int = 1000,
     options: Mapping[str, Any] = {},
     backbone: str = "",
     splits: tuple[str, str] = ("train", "test"),
     device: str = "cpu",
-) -> Prepared:
-    """Everything that can be refused, before anything is computed. Arguments as `run`."""
+) -> PreparedRun:
+    """Check a run and write its specification, before anything is computed.
+
+    Args and Raises: as `varve.run`.
+    """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{device=}, and torch finds no GPU here: leave it out for the CPU")
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-    method = method_of(head)
-    known = inspect_options(method.build)
-    given = {**({"seed": seed} if "seed" in known else {}), **options}
-    given = {key: _plain(value, known.get(key)) for key, value in given.items()}
-    name = head_inputs.backbone_of(opened, backbone)
-    made, network, features = head_of(opened, method, given, name)
+    source = find_head(head)
+    defaults = option_defaults(source.build)
+    chosen = {**({"seed": seed} if "seed" in defaults else {}), **options}
+    chosen = {name: _normalised(value, defaults.get(name)) for name, value in chosen.items()}
+    name = head_inputs.choose_backbone(opened, backbone)
+    built, network, features = build_head(opened, source, chosen, name)
     classes = list(opened.attributes["classes"])
-    chosen = scenario
-    if isinstance(chosen, str):
-        chosen = scenarios.scenario_of(chosen, classes, seed)
-    division = divide(opened.clips, chosen, *splits)
-    used = np.concatenate([*division.train, *division.test])
+    if isinstance(scenario, str):
+        scenario = scenarios.make_scenario(scenario, classes, seed)
+    division = divide(opened.clips, scenario, *splits)
+    rows = np.concatenate([*division.train, *division.test])
     for feature in features.values():
-        if not feature.valid[used].all():
-            feature.read(used[~feature.valid[used]])  # raises, and says which and why
+        if not feature.valid[rows].all():
+            feature.read(rows[~feature.valid[rows]])  # raises, and names clips and reason
     try:
         text: Tensor | None = torch.from_numpy(opened.text(name, classes).values).float()
     except LookupError:
         text = None
     spec = {
-        "head": method.name,
-        "options": known | given,
-        "scenario": chosen.name,
+        "format": FORMAT,
+        "head": source.name,
+        "options": defaults | chosen,
+        "scenario": scenario.name,
+        "scenario_source": scenario.source_digest,
         "seed": seed,
         "backbone": name,
-        "tasks": [list(task) for task in chosen.tasks],
+        "tasks": [list(task) for task in scenario.tasks],
         "features": {name: feature.fingerprint for name, feature in features.items()},
         "network": network.identity() if network else None,
         "text": None if text is None else hashlib.sha256(text.numpy().tobytes()).hexdigest(),
         "clips": head_inputs.clips_digest(opened, division),
         "device": torch.device(device).type,
-        "code": code_of(method),
+        "code": code_digest(source),
     }
-    return Prepared(spec, str(opened.location), method, made, network, features, chosen.tasks,
-                    division, head_inputs.numbers_of(opened), classes, text, device)  # fmt: skip
+    return PreparedRun(spec, str(opened.location), source, built, network, features, scenario.tasks,
+                       division, head_inputs.class_numbers(opened), classes, text,
+                       device)  # fmt: skip
 
 
-def head_of(
-    store: FeatureStore, method: Method, options: Mapping[str, Any], backbone: str
+def build_head(
+    store: FeatureStore, source: HeadSource, options: Mapping[str, Any], backbone: str
 ) -> tuple[Head, HeadNetwork | None, dict[str, Feature]]:
-    """A head that has learned nothing, the network it changes, if any, and what it reads.
+    """Build an untrained head for a store.
 
     Args:
-        backbone: Its name in the store.
+        store: A store with the features that the head reads.
+        source: What the head is built from.
+        options: Options of the head.
+        backbone: Name of the backbone in the store.
+
+    Returns:
+        The head; the network that it trains a part of, or None; the feature columns that it reads.
 
     Raises:
         ValueError: No such option, or what is built is no head.
-        SpecMismatch: The store lacks a feature, or is of another network than is loaded.
+        SpecMismatch: The store lacks a feature, or was built with another network than is loaded.
     """
-    head, build = method.name, method.build
-    known = inspect_options(build)
-    if unknown := sorted(set(options) - set(known)):
+    defaults = option_defaults(source.build)
+    if unknown := sorted(set(options) - set(defaults)):
         raise ValueError(
-            f"{head} has no option {', '.join(unknown)}; it has "
-            + (", ".join(f"{name}={value!r}" for name, value in known.items()) or "none")
+            f"{source.name} has no option {', '.join(unknown)}; it has "
+            + (", ".join(f"{name}={value!r}" for name, value in defaults.items()) or "none")
         )
-    _check_types(head, build, options)
-    made = method.built(options)
-    changes = isinstance(made, FineTunesBackbone) and made.fine_tunes
+    _check_types(source, options)
+    head = source.build_head(options)
+    fine_tunes = isinstance(head, FineTunesBackbone) and head.fine_tunes
     network: backbones.Backbone | None = None
-    if changes or any(map(head_inputs.is_relative, made.reads)):
+    if fine_tunes or any(map(head_inputs.is_relative, head.reads)):
         network = head_inputs.load_network(store, backbone)
-    features = head_inputs.features_of(store, backbone, made.reads, network)
-    if network is None or not (isinstance(made, FineTunesBackbone) and changes):
-        return made, None, features
+    features = head_inputs.find_features(store, backbone, head.reads, network)
+    if network is None or not (isinstance(head, FineTunesBackbone) and fine_tunes):
+        return head, None, features
     head_inputs.check_network(network, features)
-    if isinstance(made, UsesTeacher) and network.precision != torch.float32:
+    if isinstance(head, UsesTeacher) and network.precision != torch.float32:
         precision = str(network.precision).removeprefix("torch.")
         raise SpecMismatch(
-            f"{head} compares what it trains, in float32, with what the store keeps of it, and the "
-            f"features of {backbone} in {store.location} are of {precision}: build it with "
+            f"{source.name} compares what it trains, in float32, with features of the store, and "
+            f"those of {backbone} in {store.location} are of {precision}: build it with "
             "--precision float32"
         )
     frames = next(iter(features.values())).shape[1]
     attached = HeadNetwork(network, frames, partial(head_inputs.load_network, store, backbone))
-    made.attach(attached)
-    return made, attached, features
+    head.attach(attached)
+    return head, attached, features
 
 
-def _check_types(head: str, build: Callable[..., Head], options: Mapping[str, Any]) -> None:
-    """Refuse what an option cannot be before anything is computed with it."""
-    parameters = heads.options_of(build)
+def _check_types(source: HeadSource, options: Mapping[str, Any]) -> None:
+    """Refuse a value of another type than its option, before anything is computed with it."""
+    parameters = heads.options_of(source.build)
     for name, value in options.items():
         hint = parameters[name].annotation
         either = get_args(hint) if isinstance(hint, UnionType) else (hint,)
@@ -176,29 +203,30 @@ def _check_types(head: str, build: Callable[..., Head], options: Mapping[str, An
             kinds += (int,)
         is_flag = isinstance(value, bool) and bool not in kinds
         if hint is not inspect.Parameter.empty and (is_flag or not isinstance(value, kinds)):
-            said = (
+            wanted = (
                 hint.__name__ if type(hint) is type else str(hint).replace("collections.abc.", "")
             )
             raise ValueError(
-                f"{head}'s {name}={value!r}: give {said}; its default is "
+                f"{source.name}'s {name}={value!r}: give {wanted}; its default is "
                 f"{parameters[name].default!r}"
             )
 
 
-def learning_of(spec: Mapping[str, Any], method: Method) -> str:
-    head = method.build(**spec["options"])
-    aside = head.inference_options if isinstance(head, HasInferenceOptions) else ()
-    options = {name: value for name, value in spec["options"].items() if name not in aside}
+def training_digest(spec: Mapping[str, Any], source: HeadSource) -> str:
+    """Digest of a specification without inference-only options: runs that share it train alike."""
+    head = source.build(**spec["options"])
+    inference = head.inference_options if isinstance(head, HasInferenceOptions) else ()
+    options = {name: value for name, value in spec["options"].items() if name not in inference}
     return digest(dict(spec) | {"options": options})
 
 
-def inspect_options(build: Callable[..., Head]) -> dict[str, Any]:
-    """Options of a head and their defaults."""
-    return {name: one.default for name, one in heads.options_of(build).items()}
+def option_defaults(build: Callable[..., Head]) -> dict[str, Any]:
+    """Options of a head by name, with their defaults."""
+    return {name: option.default for name, option in heads.options_of(build).items()}
 
 
-def _plain(value: Any, default: Any) -> Any:
-    """One form for equal numbers, 10000 and 1e4: that of the default."""
+def _normalised(value: Any, default: Any) -> Any:
+    """Return equal numbers (10000 and 1e4) in one form, that of the default."""
     if isinstance(value, float) and value.is_integer() and not isinstance(default, float):
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool) and isinstance(default, float):

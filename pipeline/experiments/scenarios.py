@@ -1,17 +1,28 @@
-"""Scenarios: which classes arrive with which task, and which clips teach and test them.
+"""Scenarios: which classes arrive with which task, and which clips train and test on them.
 
 A scenario is written BASE+KxN: a first task of BASE classes, then N tasks of K. "51+10x5" is the
-published "ucf101-10x5"; with a BASE of 0 all tasks are alike ("0+40x10"). The order in which the
-classes arrive is a shuffle of their numbers by a seed, or a list's.
+published "ucf101-10x5"; with a BASE of 0 all tasks have one size ("0+40x10"). The classes arrive in
+the order of their numbers, shuffled by a seed, or in the order of a list.
 
-"ucf101-..." and "hmdb51-..." number the classes by the alphabet, case aside, as the data sets'
-own files do, whatever order a store has them in. Everything else numbers them as the store does.
+"ucf101-..." and "hmdb51-..." number the classes by the alphabet and ignore case, as the files of
+the data sets do, whatever their order in the store. All others number them as the store does.
+
+A user's scenario is one function with the decorator `register`. It takes the classes of the store
+and the seed, and returns the class names of each task:
+
+    from varve import register
+
+    @register("scenarios")
+    def one_by_one(classes, seed):
+        return [[label] for label in classes]
+
+`one_by_one.classes = 10`, or a list of names, says for which classes alone it is made.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +30,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-SEEDS = (1000, 1993, 2021)
+from varve.pipeline.registry import available, register, source_digest, variant
 
-NAMED = {
+SEEDS = (1000, 1993, 2021)
+PUBLISHED = {
     "ucf101-10x5": "51+10x5",
     "ucf101-5x10": "51+5x10",
     "ucf101-2x25": "51+2x25",
@@ -35,14 +47,14 @@ NAMED = {
     "kinetics-sounds-5x6": "0+5x6",
     "demo": "4+2x4",
 }
-# Which of Kinetics-400's classes, and how many a task, is for the user to say.
+# Number of classes of subsets of Kinetics-400; the user lists the classes and sizes the tasks.
 FROM_A_LIST = {"avk-100": 100, "avk-200": 200, "avk-400": 400}
 GIVEN = "given"
 # A sort by code points swaps HammerThrow with Hammering and JumpRope with JumpingJack.
 BY_ALPHABET = ("ucf101-", "hmdb51-")
-SHOWN = 10
+MOST_NAMES = 10  # in a message
 
-# A file's path, or class names or numbers, in one list or a list a task.
+# A file's path, or class names or numbers, in one list or a list for each task.
 ClassList = str | Path | Sequence[str | int] | Sequence[Sequence[str | int]]
 
 
@@ -51,29 +63,31 @@ class Scenario:
     """Tasks of a class-incremental run.
 
     Attributes:
-        name: As asked for.
+        name: As it was requested.
         tasks: Class names of each task, in order of arrival.
-        seed: What shuffled the classes; None where their order was given.
+        seed: Seed of the shuffle; None where the order was listed.
         order: Numbers of the classes in order of arrival, from 0.
+        source_digest: SHA-256 of the file of a user's scenario; "" for others.
     """
 
     name: str
     tasks: tuple[tuple[str, ...], ...]
     seed: int | None
     order: tuple[int, ...]
+    source_digest: str = ""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """All of them, in order of arrival."""
+        """All classes, in order of arrival."""
         return tuple(label for task in self.tasks for label in task)
 
 
 @dataclass(frozen=True, eq=False)
 class Division:
-    """Row ids of the clips that teach and test each task, ascending.
+    """Row ids of the training and test clips of each task, ascending.
 
     Attributes:
-        left_out: How many clips are in neither, by the first reason that holds.
+        left_out: Number of clips that are in neither, by the first reason that applies.
     """
 
     train: tuple[np.ndarray, ...]
@@ -81,7 +95,7 @@ class Division:
     left_out: Mapping[str, int]
 
 
-def scenario_of(
+def make_scenario(
     name: str,
     classes: Sequence[str],
     seed: int | None = SEEDS[0],
@@ -89,26 +103,28 @@ def scenario_of(
     order: ClassList | None = None,
     only: ClassList | None = None,
 ) -> Scenario:
-    """Say which classes arrive with which task.
+    """Decide which classes arrive with which task.
 
     Args:
-        name: One of NAMED; BASE+KxN; "avk-100:BASE+KxN" (or 200, 400), which wants `only` or
-            `order`; "given" or "avk-100", which want an `order` with a list a task.
-        classes: The store's.
-        seed: Shuffles the class numbers, as TCD and PILOT do. None: the classes arrive as they
-            are numbered. Of no effect beside `order`.
+        name: A registered scenario; BASE+KxN; "avk-100:BASE+KxN" (or 200, 400), which needs `only`
+            or `order`; "given" or "avk-100", which need an `order` with a list for each task.
+        classes: Classes of the store.
+        seed: Seed of the shuffle of class numbers, as in TCD and PILOT. None: the classes arrive
+            in the order of their numbers. Without effect beside `order`.
         order: The classes as they arrive, in place of a shuffle; those that it lacks are left out.
-        only: The classes to shuffle, where not all of the store's are meant; numbered as listed.
+        only: The classes to shuffle, where a part of the store's is meant; numbered as listed.
 
     Raises:
-        ValueError: There is no such scenario, it does not fit the classes, or a list has a class
-            that the store has not, or has one twice.
+        ValueError: There is no such scenario, it does not fit the classes, or a list names a class
+            that the store has not, or names one twice.
 
-    >>> scenario_of("1+2x1", ["jump", "run", "walk"], seed=1993).tasks
+    >>> make_scenario("1+2x1", ["jump", "run", "walk"], seed=1993).tasks
     (('jump',), ('walk', 'run'))
-    >>> scenario_of("1+2x1", ["jump", "run", "walk"], order=["walk", "jump", "run"]).tasks
+    >>> make_scenario("1+2x1", ["jump", "run", "walk"], order=["walk", "jump", "run"]).tasks
     (('walk',), ('jump', 'run'))
     """
+    if name in available("scenarios") and name not in PUBLISHED:
+        return _registered(name, classes, seed, order, only)
     shape = _shape(name)
     numbered = _numbered(name, classes)
     if order is not None and only is not None:
@@ -127,20 +143,65 @@ def scenario_of(
         if len(tasks) > 1 and [*map(len, tasks)] != [*map(len, cut)]:
             raise ValueError(
                 f"{name} has tasks of {_sizes(cut)} classes, the order of {_sizes(tasks)}; name "
-                f"the scenario {GIVEN!r} to take the order's"
+                f"the scenario {GIVEN!r} to take the tasks of the order"
             )
         tasks = cut
     elif len(tasks) == 1:
         raise ValueError(
-            f"{name} needs an `order` with a list of classes a task; for one list of classes write "
-            f"BASE+KxN{f', here {name}:BASE+KxN' if name in FROM_A_LIST else ''}"
+            f"{name} needs an `order` with a list of classes for each task; for one list of "
+            f"classes write BASE+KxN{f', here {name}:BASE+KxN' if name in FROM_A_LIST else ''}"
         )
-    place = {label: number for number, label in enumerate(numbered)}
-    return Scenario(name, tuple(map(tuple, tasks)), seed, tuple(place[label] for label in arrival))
+    return _scenario(name, tasks, seed, numbered)
+
+
+def _published(name: str) -> Callable[[Sequence[str], int | None], list[list[str]]]:
+    def scenario(classes: Sequence[str], seed: int | None) -> list[list[str]]:
+        return [list(task) for task in make_scenario(name, classes, seed).tasks]
+
+    return scenario
+
+
+for _name in PUBLISHED:
+    register("scenarios", _name)(_published(_name))
+
+
+def _registered(
+    name: str,
+    classes: Sequence[str],
+    seed: int | None,
+    order: ClassList | None,
+    only: ClassList | None,
+) -> Scenario:
+    """Make the scenario of a user's function."""
+    if order is not None or only is not None:
+        raise ValueError(
+            f"{name} decides itself which classes there are: leave out `order`, `only`"
+        )
+    try:
+        tasks = [list(task) for task in variant("scenarios", name)(list(classes), seed)]
+    except Exception as error:
+        raise ValueError(
+            f"the scenario {name!r} failed on {len(classes)} classes with seed {seed}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    tasks = _resolve(tasks, classes, f"tasks of {name}")
+    return _scenario(name, tasks, seed, classes, source_digest("scenarios", name))
+
+
+def _scenario(
+    name: str,
+    tasks: Sequence[Sequence[str]],
+    seed: int | None,
+    numbered: Sequence[str],
+    digest: str = "",
+) -> Scenario:
+    number_of = {label: number for number, label in enumerate(numbered)}
+    order = tuple(number_of[label] for label in _flat(tasks))
+    return Scenario(name, tuple(map(tuple, tasks)), seed, order, digest)
 
 
 def shuffled(classes: Sequence[str], seed: int | None) -> list[str]:
-    """Classes in the order that published runs draw; as they are for None."""
+    """Return the classes in the order that published runs draw; unchanged for None."""
     order = np.arange(len(classes))
     if seed is not None:
         # The published orders are this generator's; a new-style one gives others.
@@ -149,10 +210,10 @@ def shuffled(classes: Sequence[str], seed: int | None) -> list[str]:
 
 
 def split_classes(count: int, base: int, increment: int) -> list[list[int]]:
-    """Class numbers of each task: the first `base`, if any, then `increment` at a time.
+    """Return the class numbers of each task: the first `base`, if any, then `increment` each.
 
     Raises:
-        ValueError: The classes do not come out even.
+        ValueError: The classes cannot be divided so.
 
     >>> split_classes(7, base=3, increment=2)
     [[0, 1, 2], [3, 4], [5, 6]]
@@ -160,20 +221,20 @@ def split_classes(count: int, base: int, increment: int) -> list[list[int]]:
     [[0, 1], [2, 3]]
     """
     if count < 1 or not 0 <= base <= count or increment < 1 or (count - base) % increment:
-        raise ValueError(f"{count} classes are no {base} and then tasks of {increment}")
+        raise ValueError(f"{count} classes are not {base} and then tasks of {increment}")
     starts = range(base, count, increment)
     first = [list(range(base))] if base else []
     return first + [list(range(a, a + increment)) for a in starts]
 
 
 def read_list(path: Path) -> list[Any]:
-    """Read an order of classes: names, or numbers from 0, in one list or a list a task.
+    """Read an order of classes: names, or numbers from 0, in one list or a list for each task.
 
-    A .json file is such a list, or one of vCLIMB's, of which only the order is taken: the clips'
-    splits are the store's. Any other file has a name or a number a line.
+    A .json file is such a list, or a file of vCLIMB, of which only the order is taken: the splits
+    are those of the store. Any other file has a name or a number on each line.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It is none of these.
         OSError: It cannot be read.
     """
     text = path.read_text("utf-8-sig")
@@ -186,9 +247,9 @@ def read_list(path: Path) -> list[Any]:
     if isinstance(value, dict) and isinstance(tasks := value.get("train"), list):
         value = [list(task) if isinstance(task, dict) else task for task in tasks]
     if not isinstance(value, list):
-        held = f"an object of {', '.join(map(repr, value))}" if isinstance(value, dict) else value
+        kind = f"an object of {', '.join(map(repr, value))}" if isinstance(value, dict) else value
         raise ValueError(
-            f"{path} holds {held}; save a list of classes, or a list of lists, a task each"
+            f"{path} contains {kind}; save a list of classes, or a list of lists, one for each task"
         )
     return value
 
@@ -196,18 +257,18 @@ def read_list(path: Path) -> list[Any]:
 def divide(
     table: pd.DataFrame, scenario: Scenario, train: str = "train", test: str = "test"
 ) -> Division:
-    """Find the clips that teach and test each task: the ready ones of two splits.
+    """Find the training and test clips of each task: those of two splits that are ready.
 
     Args:
-        table: A store's table of clips.
+        table: Table of clips of a store.
         train: Split to learn from.
-        test: Split to test on: "validation" of Something-Something, whose test has no labels.
+        test: Split to test on: "validation" for Something-Something, whose test has no labels.
 
     Raises:
         ValueError: A class has no clip to learn from, or none to test on; the message names them.
     """
     if train == test:
-        raise ValueError(f"split {train!r} cannot both teach and test; name two splits")
+        raise ValueError(f"split {train!r} cannot be for both training and test; name two splits")
     task = {label: i for i, labels in enumerate(scenario.tasks) for label in labels}
     task_N = table["label"].map(task).fillna(-1).to_numpy(np.int64)
     split_N, status_N = (table[name].to_numpy() for name in ("split", "status"))
@@ -242,7 +303,7 @@ def divide(
 
 
 def _shape(name: str) -> tuple[int, int, int] | None:
-    """(base, increment, tasks after the base) of a scenario's name; None where a list says it.
+    """Return (base, increment, tasks after the base) of a scenario's name; None for a list.
 
     Raises:
         ValueError: There is no such scenario.
@@ -250,13 +311,13 @@ def _shape(name: str) -> tuple[int, int, int] | None:
     family, colon, written = name.partition(":")
     if name == GIVEN or name in FROM_A_LIST:
         return None
-    written = written if colon and family in FROM_A_LIST else NAMED.get(name, name)
+    written = written if colon and family in FROM_A_LIST else PUBLISHED.get(name, name)
     match = re.fullmatch(r"([0-9]+)\+([1-9][0-9]*)x([1-9][0-9]*)", written)
     if not match:
-        known = ", ".join([*NAMED, *FROM_A_LIST])
+        known = ", ".join([*available("scenarios"), *FROM_A_LIST])
         raise ValueError(
             f"no scenario {name!r}; choose from {known}, write BASE+KxN (51+10x5: 51 classes, then "
-            f"5 tasks of 10), or {GIVEN!r} with an order that has a list of classes a task"
+            f"5 tasks of 10), or {GIVEN!r} with an order that has a list of classes for each task"
         )
     base, increment, count = map(int, match.groups())
     return base, increment, count
@@ -267,28 +328,30 @@ def _numbered(name: str, classes: Iterable[str]) -> list[str]:
 
 
 def _resolve(listed: ClassList, numbered: Sequence[str], what: str) -> list[list[str]]:
-    """Class names of a list, task by task; a flat list is one task.
+    """Return the class names of a list, task by task; a flat list is one task.
 
     Raises:
-        ValueError: An entry is no class, or a class is there twice.
+        ValueError: An entry is no class, or a class is listed twice.
     """
     entries: Sequence[Any] = read_list(Path(listed)) if isinstance(listed, str | Path) else listed
     is_task = [isinstance(entry, list | tuple) for entry in entries]
     tasks = [list(task) for task in entries] if any(is_task) and all(is_task) else [list(entries)]
     flat, known = _flat(tasks), set(numbered)
     if not all(tasks) or not all(isinstance(entry, str | int | np.integer) for entry in flat):
-        raise ValueError(f"{what}: neither a list of classes nor a list of such lists, a task each")
+        raise ValueError(
+            f"{what}: neither a list of classes nor a list of such lists, one for each task"
+        )
     if known.isdisjoint(flat):
         tasks = [[_by_number(entry, numbered) for entry in task] for task in tasks]
         flat = _flat(tasks)
-    if strange := [entry for entry in flat if entry not in known]:
+    if unknown := [entry for entry in flat if entry not in known]:
         raise ValueError(
-            f"{what}: {len(strange)} of {len(flat)} entries are no class of the store: "
-            f"{_some(strange)}. Its {len(numbered)} are {_some(numbered)}: spell them so, or "
-            f"give numbers from 0 to {len(numbered) - 1} alone"
+            f"{what}: {len(unknown)} of {len(flat)} entries are no class of the store: "
+            f"{_some(unknown)}. Its {len(numbered)} are {_some(numbered)}: spell them so, or "
+            f"give only numbers from 0 to {len(numbered) - 1}"
         )
-    if twice := [label for label, times in Counter(flat).items() if times > 1]:
-        raise ValueError(f"{what}: there twice: {_some(twice)}; name each class once")
+    if repeated := [label for label, times in Counter(flat).items() if times > 1]:
+        raise ValueError(f"{what}: listed twice: {_some(repeated)}; name each class once")
     return tasks
 
 
@@ -298,22 +361,24 @@ def _by_number(entry: Any, numbered: Sequence[str]) -> Any:
 
 
 def _check_count(
-    name: str, shape: tuple[int, int, int] | None, found: int, held: int, listed: bool
+    name: str, shape: tuple[int, int, int] | None, count: int, in_store: int, listed: bool
 ) -> None:
+    """Refuse a number of classes that is not the scenario's."""
     family = name.partition(":")[0]
-    wanted = FROM_A_LIST.get(family, found)
-    if family in FROM_A_LIST and (not listed or found != wanted):
-        has = f"the list given has {found}" if listed else "none is given"
-        raise ValueError(f"{family} needs a list of its {wanted} classes (`only`, `order`); {has}")
-    total = shape[0] + shape[1] * shape[2] if shape else found
-    if total != found:
-        written = f" ({NAMED[name]})" if name in NAMED else ""
-        half = found // 2
+    if family in FROM_A_LIST and (not listed or count != FROM_A_LIST[family]):
+        has = f"the list has {count}" if listed else "there is no list"
         raise ValueError(
-            f"{name} is {total} classes{written}; {'the list given' if listed else 'the store'} "
-            f"has {found}. Write BASE+KxN that adds up to {found}"
-            + (f" (such as {found - half}+{half}x1)" if half else "")
-            + (f", or list the {total} that are meant (`only`)" if total < held else "")
+            f"{family} needs a list of its {FROM_A_LIST[family]} classes (`only`, `order`); {has}"
+        )
+    total = shape[0] + shape[1] * shape[2] if shape else count
+    if total != count:
+        written = f" ({PUBLISHED[name]})" if name in PUBLISHED else ""
+        half = count // 2
+        raise ValueError(
+            f"{name} is {total} classes{written}; {'the list' if listed else 'the store'} "
+            f"has {count}. Write BASE+KxN that adds up to {count}"
+            + (f" (such as {count - half}+{half}x1)" if half else "")
+            + (f", or list the {total} that are meant (`only`)" if total < in_store else "")
         )
 
 
@@ -326,5 +391,5 @@ def _sizes(tasks: Iterable[Sequence[Any]]) -> str:
 
 
 def _some(names: Sequence[Any]) -> str:
-    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(map(str, names[:SHOWN])) + rest
+    rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(map(str, names[:MOST_NAMES])) + rest

@@ -1,11 +1,13 @@
-"""Ablations: a grid of runs, side by side, as one table."""
+"""Ablations: a grid of runs as one table.
+
+`ablate` expands a sweep into runs (`expand`), groups those that train alike (`group`), executes
+them side by side (`execute`), and aggregates their results over the seeds (`summarise`).
+"""
 
 import contextlib
-import itertools
 import os
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,148 +15,69 @@ import pandas as pd
 
 from varve.pipeline.config import Runtime
 from varve.pipeline.experiments import checkpoints, results, scenarios
-from varve.pipeline.experiments.head_source import Method, method_of
+from varve.pipeline.experiments.head_source import HeadSource, find_head
 from varve.pipeline.experiments.run import run
-from varve.pipeline.experiments.run_spec import inspect_options, prepare
+from varve.pipeline.experiments.run_spec import prepare_run
+from varve.pipeline.experiments.scenarios import SEEDS, Scenario
+from varve.pipeline.experiments.sweep_spec import Sweep
 from varve.pipeline.progress import Progress
+from varve.pipeline.registry import VARIABLE
 from varve.stores import FeatureStore
 
-SEEDS = scenarios.SEEDS
-PASSING = "passing"  # in a run folder: its checkpoints are there for others of the grid alone
+# Marks a run folder whose checkpoints are there only for other runs of the sweep.
+TEMPORARY_CHECKPOINTS = "temporary_checkpoints"
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """What an ablation runs.
+class PlannedRun:
+    """One run of a sweep.
 
     Attributes:
-        heads: File names in `heads/`, or paths of files of one's own, which are called by their
-            stems in `grid` and `options`.
-        scenario: A name or `BASE+KxN`.
-        grid: Values of options, by "head.option", or "option" for every head that has it. Every
-            combination is run.
-        seeds: Of class order and head: a list, or how many of 1000, 1993, 2021.
-        options: Of heads, the same in all runs: by head, a table of options.
-        backbone: Whose features, where the store has several.
-        splits: To learn from, and to test on.
+        source: Source of the head.
+        seed: Seed of class order and head.
+        options: Options of the head.
+        scenario: The tasks.
+        folder: Its run folder.
+        training_digest: Runs that share it train alike.
     """
 
-    heads: Sequence[str | Path | Method]
-    scenario: str
-    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    seeds: int | Sequence[int] = len(SEEDS)
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    backbone: str = ""
-    splits: Sequence[str] = ("train", "test")
+    source: HeadSource
+    seed: int
+    options: Mapping[str, Any]
+    scenario: Scenario
+    folder: Path
+    training_digest: str
 
-    @classmethod
-    def read(cls, file: str | Path) -> "Sweep":
-        """From TOML, with the attributes as keys. "null" stands for None, which TOML has not.
+    @property
+    def finished(self) -> bool:
+        """The run folder is finished."""
+        return (self.folder / "metrics.json").exists()
 
-        Paths of heads are relative to the folder that the file lies in.
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `varve.run` in which the runs of a sweep differ."""
+        return {"head": self.source, "scenario": self.scenario, "seed": self.seed,
+                "options": self.options}  # fmt: skip
 
-        Raises:
-            ValueError: It is no such file.
-        """
-        try:
-            given = _nulls(tomllib.loads(Path(file).read_text()))
-            if strange := sorted(set(given) - {one.name for one in fields(cls)}):
-                raise ValueError(f"it has {', '.join(strange)}")
-            found = cls(**given)
-            own = [Path(file).parent / h if h.endswith(".py") else h for h in map(str, found.heads)]
-            return replace(found, heads=own)
-        except (ValueError, TypeError) as error:  # what TOML and UTF-8 are not is a ValueError too
-            raise ValueError(
-                f"{file} is no sweep: {error}. One has `heads`, `scenario`, and maybe `seeds`, "
-                "`backbone`, `splits`, [grid] and [options.HEAD]"
-            ) from error
-
-    def with_options(self, options: Mapping[str, Any]) -> "Sweep":
-        """With options in the place of its own, by "head.option", or "option" of all that have it.
-
-        Raises:
-            ValueError: No head has one, or it is in the grid.
-        """
-        known = {one.name: inspect_options(one.build) for one in map(method_of, self.heads)}
-        merged = {head: dict(self.options.get(head, {})) for head in known}
-        for name, value in options.items():
-            head, _, option = name.rpartition(".")
-            having = [one for one in known if option in known[one] and head in ("", one)]
-            swept = {option, *(f"{one}.{option}" for one in having)} & set(self.grid)
-            if not having or swept:
-                raise ValueError(
-                    f"--set {name}: "
-                    + (f"none of {', '.join(known)} has it" if not having else "the grid has it")
-                )
-            for one in having:
-                merged[one][option] = value
-        return replace(self, options=merged)
-
-    def seed_list(self) -> list[int]:
-        if isinstance(self.seeds, int):
-            if not 1 <= self.seeds <= len(SEEDS):
-                raise ValueError(
-                    f"seeds={self.seeds}: a number from 1 to {len(SEEDS)}, or a list of seeds"
-                )
-            return list(SEEDS[: self.seeds])
-        return [int(seed) for seed in self.seeds]
-
-    def runs(self) -> list[tuple[str, int, dict[str, Any]]]:
-        """Head, seed and options of every run, each once, seeds of one combination together.
-
-        Raises:
-            ValueError: The grid names a head or an option that there is not, or two heads have one
-                name.
-        """
-        methods = [method_of(head) for head in self.heads]
-        known = {method.name: inspect_options(method.build) for method in methods}
-        texts = {(method.name, tuple(sorted(method.files.items()))) for method in methods}
-        if len(texts) > len(known):
-            raise ValueError(
-                f"heads {', '.join(method.file for method in methods)}: results know a file by its "
-                "name alone, so rename one of two that share it"
-            )
-        names = ", ".join(known)
-        for name in self.options:
-            if name not in known:
-                raise ValueError(f"options of {name}, which is none of {names}")
-        axes: dict[str, dict[str, Sequence[Any]]] = {head: {} for head in known}
-        for name, values in self.grid.items():
-            head, dot, option = name.rpartition(".")
-            having = [one for one in known if option in known[one] and head in ("", one)]
-            if not having or (dot and head not in known):
-                raise ValueError(
-                    f"the grid's {name}: none of {names} has it; options are\n"
-                    + "\n".join(f"  {one}: {', '.join(known[one])}" for one in known)
-                )
-            if isinstance(values, str) or not isinstance(values, Sequence) or not len(values):
-                raise ValueError(f"the grid's {name} = {values!r}: give a list of values")
-            for one in having:
-                if option in axes[one]:
-                    raise ValueError(
-                        f"the grid has {option} of {one} twice, with and without a head"
-                    )
-                axes[one][option] = values
-        found = []
-        for head in known:
-            fixed = dict(self.options.get(head, {}))
-            for values in itertools.product(*axes[head].values()):
-                options = fixed | dict(zip(axes[head], values, strict=True))
-                found += [(head, seed, options) for seed in self.seed_list()]
-        return found
+    def __str__(self) -> str:
+        return f"{self.source} {self.options} seed {self.seed}"
 
 
-def _nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _nulls(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_nulls(one) for one in value]
-    return None if value == "null" else value
+@dataclass(frozen=True)
+class Group:
+    """Unfinished runs that train alike: the first trains, unless a donor has done so before.
+
+    Attributes:
+        runs: The runs.
+        donor: A finished run with checkpoints that trained alike; None where there is none.
+    """
+
+    runs: list[PlannedRun]
+    donor: Path | None
 
 
 def ablate(
     store: str | Path | FeatureStore,
-    heads: str | Path | Sequence[str | Path | Method],
+    heads: str | Path | Sequence[str | Path | HeadSource],
     scenario: str,
     grid: Mapping[str, Sequence[Any]] | None = None,
     seeds: int | Sequence[int] = len(SEEDS),
@@ -169,133 +92,176 @@ def ablate(
     keep_checkpoints: bool = False,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """Run every combination of a grid for every seed, and tell mean and deviation over the seeds.
+    """Run every combination of a grid for every seed; return mean and deviation over the seeds.
 
-    What has a finished run folder with the same specification is not run again. Runs that differ in
-    options alone which decide scores and nothing of what is learned
-    (`varve.heads.HasInferenceOptions`), such as the
-    ways to route of one StPR, learn once. A run that fails leaves the others alone, but for those
-    that learn the same; its error is in the table.
+    A run that has a finished folder of the same specification is not run again. Runs that differ
+    only in inference-only options (`varve.heads.HasInferenceOptions`), such as the routings of one
+    StPR, train once. A run that fails leaves the others alone, but for those that train alike; its
+    error is in the table.
 
     Args:
-        heads, scenario, grid, seeds, options, backbone, splits: See `Sweep`. Files of one's own
-            are read once: an edit meanwhile is for the next ablation.
-        out: Where the run folders are made.
+        store: A store with the features that the heads read.
+        heads, scenario, grid, seeds, options, backbone, splits: See `Sweep`. A user's files are
+            read once: an edit meanwhile has effect in the next ablation.
+        out: Folder in which run folders are made.
+        device: Where the heads work: "cpu" or "cuda".
         runtime: Where the runs run: by default side by side, a process for each core.
         client: A Dask client to run them on, in the place of `runtime`.
-        keep_checkpoints: Whether they stay when a run has ended.
+        keep_checkpoints: Whether checkpoints stay when a run has finished.
+        progress: Where progress is shown.
 
     Returns:
-        A row a combination; `varve.pipeline.experiments.results` says which columns. The row of
-        every single run is in `.attrs["runs"]`, as a DataFrame's records.
+        A row for each combination; `varve.pipeline.experiments.results` lists the columns. The row
+        of every single run is in `.attrs["runs"]`, as records of a DataFrame, and the errors are
+        in `.attrs["errors"]`.
 
     Raises:
         ValueError, SpecMismatch: As `run`, before anything is run.
         RuntimeError: Every run failed.
     """
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-    named = (heads,) if isinstance(heads, str | Path) else tuple(heads)
-    read = [method_of(head) for head in named]
-    methods = {method.name: method for method in read}
-    sweep = Sweep(read, scenario, grid or {}, seeds, options or {}, backbone)
-    progress, runtime = progress or Progress(), runtime or Runtime()
-    out = Path(out).absolute()
-    learn, test = splits
-    folders: dict[Path, str] = {}  # and the digest of what is learned
-    groups: dict[str, list[dict[str, Any]]] = {}  # those that learn the same
-    learned: dict[str, Path] = {}  # where one of them was finished before
-    for head, seed, chosen in sweep.runs():
-        method = methods[head]
-        plan = prepare(opened, method, scenario, seed, chosen, backbone, (learn, test), device)
-        folder = out / plan.name
-        if folder in folders:
-            continue
-        folders[folder] = plan.learning
-        if not (folder / "metrics.json").exists():
-            groups.setdefault(plan.learning, []).append(
-                {"head": method, "seed": seed, "options": chosen}
-            )
-            if not (keep_checkpoints or folder.exists()):
-                folder.mkdir(parents=True)
-                (folder / PASSING).touch()
-        elif checkpoints.whole(folder, len(plan.tasks)):
-            learned[plan.learning] = folder
-    waiting = sum(map(len, groups.values()))
-    done, spared = len(folders) - waiting, waiting - len(groups.keys() - learned.keys())
+    progress, out = progress or Progress(), Path(out).absolute()
+    listed = (heads,) if isinstance(heads, str | Path) else tuple(heads)
+    sources = [find_head(head) for head in listed]
+    sweep = Sweep(sources, scenario, grid or {}, seeds, options or {}, backbone, splits)
+    runs = expand(opened, sweep, out, device)
+    groups = group(runs)
+    waiting = [planned for group in groups for planned in group.runs]
+    finished = len(runs) - len(waiting)
+    shared = len(waiting) - sum(group.donor is None for group in groups)
     progress.message(
-        f"{len(folders)} runs"
-        + (f", {done} of them finished before" if done else "")
-        + (f", {spared} learn what another does" if spared else "")
+        f"{len(runs)} runs"
+        + (f", {finished} of them finished before" if finished else "")
+        + (f", {shared} train as another does" if shared else "")
     )
-    common = {"scenario": scenario, "backbone": backbone, "out": out, "device": device,
-              "splits": (learn, test)}  # fmt: skip
+    for planned in waiting:
+        if not (keep_checkpoints or planned.folder.exists()):
+            planned.folder.mkdir(parents=True)
+            (planned.folder / TEMPORARY_CHECKPOINTS).touch()
+    common = {"backbone": backbone, "out": out, "device": device, "splits": tuple(splits)}
     errors: list[str] = []
     if waiting:
-        with progress.bars(runs=(waiting, "runs")):
-            spread = _spread(opened, common, groups, learned, runtime, client, progress)
-            for spec, error in spread:
+        with progress.bars(runs=(len(waiting), "runs")):
+            for planned, error in execute(
+                opened, groups, common, runtime or Runtime(), client, progress
+            ):
                 progress.advance("runs", 1)
                 if error is not None:
-                    errors.append(f"{spec['head']} {spec['options']} seed {spec['seed']}: {error}")
+                    errors.append(f"{planned}: {error}")
                     progress.message(f"FAILED {errors[-1]}")
-    if errors and len(errors) == len(folders):
-        raise RuntimeError(f"every run failed; the first: {errors[0]}")
-    finished = [folder for folder in folders if (folder / "metrics.json").exists()]
-    for folder in finished:
-        if (folder / PASSING).exists() and not keep_checkpoints:
-            checkpoints.remove(folder)
-        (folder / PASSING).unlink(missing_ok=True)
-    runs = results.read(finished)
-    table = results.summary(runs)
-    table.attrs["runs"], table.attrs["errors"] = runs.to_dict("records"), errors
-    return table
+    return summarise(runs, errors, keep_checkpoints)
 
 
-def _spread(
+def expand(store: FeatureStore, sweep: Sweep, out: Path, device: str) -> list[PlannedRun]:
+    """Expand a sweep into its runs, each once, and check them all before anything is run."""
+    sources = {source.name: source for source in sweep.sources()}
+    train, test = sweep.splits
+    runs: dict[Path, PlannedRun] = {}
+    for head, seed, options in sweep.runs():
+        classes = list(store.attributes["classes"])
+        scenario = scenarios.make_scenario(sweep.scenario, classes, seed)
+        plan = prepare_run(
+            store, sources[head], scenario, seed, options, sweep.backbone, (train, test), device
+        )
+        folder = out / plan.name
+        planned = PlannedRun(sources[head], seed, options, scenario, folder, plan.training_digest)
+        runs.setdefault(folder, planned)
+    return list(runs.values())
+
+
+def group(runs: Sequence[PlannedRun]) -> list[Group]:
+    """Group the unfinished runs that train alike, and find a finished run to donate the states."""
+    donors = {
+        planned.training_digest: planned.folder
+        for planned in runs
+        if planned.finished and checkpoints.complete(planned.folder, len(planned.scenario.tasks))
+    }
+    groups: dict[str, Group] = {}
+    for planned in runs:
+        if not planned.finished:
+            digest = planned.training_digest
+            groups.setdefault(digest, Group([], donors.get(digest))).runs.append(planned)
+    return list(groups.values())
+
+
+def execute(
     store: FeatureStore,
+    groups: Sequence[Group],
     common: Mapping[str, Any],
-    groups: Mapping[str, list[dict[str, Any]]],
-    before: Mapping[str, Path],
     runtime: Runtime,
     client: Any,
     progress: Progress,
-) -> Iterator[tuple[dict[str, Any], Exception | None]]:
-    """Run them; each comes with its error when it ends. The first of a group learns for it."""
-    place = str(store.location)
+) -> Iterator[tuple[PlannedRun, BaseException | None]]:
+    """Execute the runs of all groups; give each when it ends, with its error or None."""
     if runtime.serial:
-        for learning, group in groups.items():
-            learned = before.get(learning)
-            for spec in group:
-                try:
-                    learned = run(
-                        store, progress=progress, learned=learned, **spec, **common
-                    ).folder
-                    yield spec, None
-                except Exception as error:
-                    yield spec, error
+        yield from _execute_here(store, groups, common, progress)
         return
     from distributed import as_completed
 
     from varve.pipeline.extraction.cluster import connected
 
-    count = min(sum(map(len, groups.values())), runtime.workers or os.cpu_count() or 1)
+    count = sum(len(group.runs) for group in groups)
     with contextlib.ExitStack() as stack:
         if client is None:
-            workers = [{"nthreads": 1}] * count
+            workers = [{"nthreads": 1}] * min(count, runtime.workers or os.cpu_count() or 1)
             client = stack.enter_context(connected(runtime.scheduler, workers, threads=1))
         progress.message(f"Dask dashboard: {client.dashboard_link}")
-        # One thread: as many runs as cores go on beside each other.
-        common = {**common, "threads": 1, "pure": False}
+        # One thread: as many runs as cores run side by side.
+        common = {**common, "threads": 1, "plugins": os.environ.get(VARIABLE, ""), "pure": False}
+
+        def submit(planned: PlannedRun, states_from: Any) -> Any:
+            return client.submit(
+                _run_in_worker, str(store.location), states_from=states_from, **planned.arguments(),
+                **common,
+            )  # fmt: skip
+
         futures = {}
-        for learning, (first, *others) in groups.items():
-            known = before.get(learning)
-            learns = client.submit(_one, place, learned=known, **first, **common)
-            futures[learns] = first
-            futures |= {client.submit(_one, place, learned=known or learns, **spec, **common): spec
-                        for spec in others}  # fmt: skip
+        for group in groups:
+            first, *others = group.runs
+            donor = submit(first, group.donor)
+            futures[donor] = first
+            futures |= {submit(planned, group.donor or donor): planned for planned in others}
         for future in as_completed(futures):
             yield futures[future], future.exception()
 
 
-def _one(store: str, **options: Any) -> str:
-    return str(run(store, **options).folder)
+def summarise(
+    runs: Sequence[PlannedRun], errors: Sequence[str], keep_checkpoints: bool
+) -> pd.DataFrame:
+    """Aggregate the finished runs over their seeds, and remove temporary checkpoints.
+
+    Raises:
+        RuntimeError: Every run failed.
+    """
+    if errors and len(errors) == len(runs):
+        raise RuntimeError(f"every run failed; the first: {errors[0]}")
+    folders = [planned.folder for planned in runs if planned.finished]
+    for folder in folders:
+        if (folder / TEMPORARY_CHECKPOINTS).exists() and not keep_checkpoints:
+            checkpoints.remove(folder)
+        (folder / TEMPORARY_CHECKPOINTS).unlink(missing_ok=True)
+    records = results.read(folders)
+    table = results.summary(records)
+    table.attrs["runs"], table.attrs["errors"] = records.to_dict("records"), list(errors)
+    return table
+
+
+def _execute_here(
+    store: FeatureStore, groups: Sequence[Group], common: Mapping[str, Any], progress: Progress
+) -> Iterator[tuple[PlannedRun, BaseException | None]]:
+    for group in groups:
+        donor = group.donor
+        for planned in group.runs:
+            try:
+                done = run(
+                    store, states_from=donor, progress=progress, **planned.arguments(), **common
+                )
+                donor = done.folder
+                yield planned, None
+            except Exception as error:
+                yield planned, error
+
+
+def _run_in_worker(store: str, plugins: str, **arguments: Any) -> str:
+    os.environ[VARIABLE] = plugins  # a worker of a client may be older than the plugins
+    return str(run(store, **arguments).folder)

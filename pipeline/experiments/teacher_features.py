@@ -1,8 +1,8 @@
-"""Remembering: what the network of the task before makes of clips, as columns of the store.
+"""Teacher features: outputs of the network as it was after the previous task, as store columns.
 
-An `update` with the network as a head has left it: from the deepest feature that still holds, under
-keys of its own, once a task. A run that is gone on with finds them there. The run folder holds them
-until it has ended.
+An `update` with the network of the head, once a task: it starts from the deepest valid feature and
+writes columns under keys of their own. A resumed run finds them in the store. The run folder
+references them until the run has finished.
 """
 
 import time
@@ -18,15 +18,26 @@ from varve.stores import Feature, FeatureStore
 from varve.stores.lock import StoreLocked
 
 if TYPE_CHECKING:
-    from varve.pipeline.experiments.run_spec import Prepared
+    from varve.pipeline.experiments.run_spec import PreparedRun
 
-PAUSE = 0.2
+PREFIX = "old "
+PAUSE_SECONDS = 0.2
 
 
-def features(
-    plan: "Prepared", head: UsesTeacher, rows: Sequence[int], folder: Path, progress: Progress
+def compute_teacher_features(
+    plan: "PreparedRun", head: UsesTeacher, rows: Sequence[int], folder: Path, progress: Progress
 ) -> dict[str, Feature]:
-    """Of these clips, by "old STAGE".
+    """Compute and store the teacher's outputs for some clips.
+
+    Args:
+        plan: The run.
+        head: A head whose network is the teacher, as the previous task left it.
+        rows: Rows of the table of clips.
+        folder: The run folder, which references the columns.
+        progress: Where messages go.
+
+    Returns:
+        Columns by the names that the head reads: "old " and the stage.
 
     Raises:
         ValueError: The store is of another precision than what trains.
@@ -35,33 +46,35 @@ def features(
         return {}
     network = plan.network
     assert network is not None
-    backbone = network.behind(head.suffix)
-    # As the features that are read, whatever the store's last build was.
+    backbone = network.backbone_of(head.suffix)
+    # The frames of the features that the head reads, whatever the last build of the store was.
     read = next(iter(plan.features.values()))
     frames = FrameSet.of(read.spec["frames"])
     spec = BuildSpec((backbone.name,), **frames.request(), dtype=read.dtype)
-    found = {name: network.find(name) for name in head.teacher_stages}
-    told = False
+    stages = {name: network.find(name) for name in head.teacher_stages}
+    waiting = False
     while True:
         try:
-            report = update(plan.store, backbone, [*found.values()], rows, spec=spec, holder=folder)
+            report = update(
+                plan.store, backbone, [*stages.values()], rows, spec=spec, holder=folder
+            )
             break
         except StoreLocked as error:
             # Mostly another run of an ablation that writes its own.
-            if not told:
-                progress.message(f"waiting to write old maps: {error}")
-            told = True
-            time.sleep(PAUSE)
+            if not waiting:
+                progress.message(f"waiting to write teacher features: {error}")
+            waiting = True
+            time.sleep(PAUSE_SECONDS)
     for stage, count in report.calls.items():
         network.calls[stage.rpartition(" ")[2]] += count
-    progress.message(f"old maps of {len(rows)} clips: {report.computed} computed")
+    progress.message(f"teacher features of {len(rows)} clips: {report.computed} computed")
     store = FeatureStore.open(plan.store)
     return {
-        f"old {name}": store.feature(backbone.name, stage, fingerprint=report.fingerprints[stage])
-        for name, stage in found.items()
+        PREFIX + name: store.feature(backbone.name, stage, fingerprint=report.fingerprints[stage])
+        for name, stage in stages.items()
     }
 
 
-def forget(store: str, folder: Path) -> None:
-    """The run has ended: its columns may be freed."""
+def release_teacher_features(store: str, folder: Path) -> None:
+    """End the run folder's reference, so that garbage collection may free the columns."""
     FeatureStore.open(store).remove_reference(folder)

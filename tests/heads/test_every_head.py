@@ -16,7 +16,7 @@ import torch
 from varve import heads
 from varve.heads import ReplaysExemplars, Task, options_of
 from varve.heads.parts.clips import Clips
-from varve.pipeline.experiments.head_source import method_of
+from varve.pipeline.experiments.head_source import find_head
 from varve.pipeline.registry import available
 
 # Fewer numbers, or a greater rate: sigmoids that nothing sets against each other take more steps.
@@ -40,7 +40,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def build(request):
-    return method_of(request.param).build
+    return find_head(request.param).build
 
 
 @pytest.fixture

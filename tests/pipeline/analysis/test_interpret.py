@@ -1,4 +1,4 @@
-"""Looking: the numbers are those of loops, of float64 and of the paper's closed forms."""
+"""Interpretation: numbers equal loops, float64 and the closed forms of the papers."""
 
 import copy
 import math
@@ -19,9 +19,9 @@ from varve.heads.parts.trainable_suffix import Passed
 from varve.pipeline import backbones
 from varve.pipeline.analysis import interpret
 from varve.pipeline.experiments import head_inputs, run_spec
-from varve.pipeline.experiments.head_source import method_of
+from varve.pipeline.experiments.head_source import find_head
 from varve.pipeline.experiments.routing import restored
-from varve.pipeline.experiments.run import Run
+from varve.pipeline.experiments.run_folder import Run
 from varve.stores import FeatureStore
 
 CLASSES = ("grow", "shrink", "fade in", "fade out")
@@ -34,7 +34,7 @@ READS = "blocks.-5"
 def store(dataset, built_once, tmp_path_factory) -> FeatureStore:
     spec = BuildSpec((NAME,), keep=("layer2.1", "layer4.0", "pool"), frames=2)
     place = tmp_path_factory.mktemp("looking") / "s.zarr"
-    shutil.copytree(built_once(dataset(CLASSES, 3), spec), place)  # runs add old maps
+    shutil.copytree(built_once(dataset(CLASSES, 3), spec), place)  # runs add teacher features
     return FeatureStore.open(place)
 
 
@@ -57,8 +57,10 @@ def tuned(held, store):
 def gated(store, loaded_once):
     """HF-Net that has seen clips for no epoch, and what it reads."""
     options = {"blocks": 4, "first_epochs": 0}
-    head, _, features = run_spec.head_of(store, method_of("hf_net"), options, NAME)
-    head.learn(Task(head_inputs.clips_of(features, np.arange(2), head_inputs.numbers_of(store))))
+    head, _, features = run_spec.build_head(store, find_head("hf_net"), options, NAME)
+    head.learn(
+        Task(head_inputs.make_clips(features, np.arange(2), head_inputs.class_numbers(store)))
+    )
     return head, features
 
 
@@ -76,7 +78,7 @@ class Known(FineTunedHead):
 
 
 def formula(x):
-    """Of numbers of which none is alone."""
+    """A score to which all numbers contribute together."""
     return (x.sin() * x.flip(0) * (1 + x.mean())).sum()
 
 
@@ -136,7 +138,7 @@ def test_heat_of_a_run_is_that_of_float64_from_each_stage_on(tuned):
     assert head.traced(clip.batch)[0].shape == (1, 4)  # nothing is left behind
 
 
-def test_the_class_is_the_predicted_one_where_none_is_asked(tuned):
+def test_the_class_is_the_predicted_one_by_default(tuned):
     head, _, clip, _ = tuned
     predicted = head.classes[int(head.scores(clip.batch).argmax())]
     for name, heat in interpret.saliency(head, clip.batch).items():
@@ -152,7 +154,7 @@ def test_gates_that_learned_nothing_are_zero(gated, store):
     assert not any(x.any() for x in found.values())
 
 
-def test_a_gate_of_a_known_kernel_is_what_a_loop_says(gated, store):
+def test_a_gate_of_a_known_kernel_equals_a_loop(gated, store):
     head, features = copy.deepcopy(gated[0]), gated[1]
     batch = interpret.clip(store, features, 0).batch
     (gate,) = (m for m in head.traced(batch)[1]["layer4.0"].module.modules()

@@ -1,4 +1,4 @@
-"""Pictures inside heads: the numbers given are those drawn, over the frames given."""
+"""Plots of trained heads draw the numbers of the arguments, over the frames of the arguments."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_tubes_are_a_row_of_frames_and_a_row_a_stage_by_its_own_scale():
     assert [row[0].get_ylabel() for row in tiles] == ["", "coarse", "fine"]
 
 
-def test_a_stage_without_heat_says_so():
+def test_a_stage_without_heat_is_labelled():
     figure = interpret_plots.tubes(PICTURES, {"last": np.zeros((T, 2, 2))})
     assert figure.axes[T].get_ylabel() == "last\n(all 0)"
     assert figure._repr_png_()
@@ -50,10 +50,10 @@ def test_gates_have_one_scale_that_is_even_about_zero():
     assert interpret_plots.gates(PICTURES, zeros, 0.5).axes[T].images[1].get_clim() == (-0.5, 0.5)
 
 
-def test_correlations_of_a_place_are_drawn_over_the_old_frame():
+def test_correlations_of_a_position_are_drawn_over_the_old_frame():
     levels = {"2 x 2": RNG.random((T, 1, 2, 2, 2, 2)), "4 x 4": RNG.random((T, 3, 4, 4, 4, 4))}
-    places = [(0.5, 0.99), (0.0, 0.3)]
-    figure = interpret_plots.correlations(PICTURES[0], PICTURES[1], levels, 1, places)
+    positions = [(0.5, 0.99), (0.0, 0.3)]
+    figure = interpret_plots.correlations(PICTURES[0], PICTURES[1], levels, 1, positions)
     assert len(figure.axes) == 2 * 3 + 2
     tiles = np.array(figure.axes[:6]).reshape(2, 3)
     for row, cells in zip(tiles, [((1, 1), (2, 3)), ((0, 0), (0, 1))], strict=True):

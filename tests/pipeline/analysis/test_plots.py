@@ -1,4 +1,4 @@
-"""Pictures: what is drawn are the numbers that were given, read back from the axes."""
+"""Plots draw the numbers of their arguments, which are read back from the axes."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from varve.heads import Routing
 from varve.pipeline.analysis import plots
 from varve.pipeline.experiments import results
 from varve.pipeline.experiments.metrics import Matrix
-from varve.pipeline.experiments.run import Run
+from varve.pipeline.experiments.run_folder import FORMAT, Run
 
 TASKS = (("ant", "bee"), ("cat", "dog", "elk"), ("fox",))
 CLIPS = (4, 6, 2)
@@ -136,7 +136,7 @@ def test_weights_are_drawn_by_class_and_expert():
     assert f"{hits / 7:.0%}" in axes.get_title()
 
 
-def test_an_expert_that_was_not_asked_is_blank():
+def test_an_expert_that_was_not_evaluated_is_blank():
     found = made_routing([[0.1, 0.7, 0.2]] * 7)
     two = Routing(*(x[:, :2] for x in found))
     drawn = plots.routing(two, LABELS, TASKS).axes[0].images[0].get_array()
@@ -158,15 +158,15 @@ def test_many_classes_go_without_names_and_many_tasks_without_some_numbers():
 
 
 @pytest.mark.parametrize(
-    ("labels", "tasks", "says"),
+    ("labels", "tasks", "message"),
     [
         (LABELS[1:], TASKS, "6 labels for 7 clips"),
         (["gnu", *LABELS[1:]], TASKS, "of no task: gnu"),
         (["ant"] * 7, TASKS[:2], "3 experts and 2 tasks"),
     ],
 )
-def test_routing_that_does_not_fit_is_refused(labels, tasks, says):
-    with pytest.raises(ValueError, match=says):
+def test_routing_that_does_not_fit_is_refused(labels, tasks, message):
+    with pytest.raises(ValueError, match=message):
         plots.routing(made_routing([[0.1, 0.7, 0.2]] * 7), labels, tasks)
 
 
@@ -221,7 +221,7 @@ X = np.arange(12.0).reshape(4, 3) ** 2
 
 
 @pytest.mark.parametrize(
-    ("x", "anchors", "says"),
+    ("x", "anchors", "message"),
     [
         (X[:3], X[:1], "\\[3, 3\\] of 4 labelled"),
         (X[:, None], X[:1], "\\[4, 1, 3\\]"),
@@ -232,8 +232,8 @@ X = np.arange(12.0).reshape(4, 3) ** 2
         (np.where(X == 0, np.nan, X), X[:1], "finite"),
     ],
 )
-def test_residuals_that_do_not_fit_are_refused(x, anchors, says):
-    with pytest.raises(ValueError, match=says):
+def test_residuals_that_do_not_fit_are_refused(x, anchors, message):
+    with pytest.raises(ValueError, match=message):
         plots.residuals(x, ["ant"] * 4, anchors, ["ant"])
 
 
@@ -244,7 +244,7 @@ import numpy as np
 from varve.pipeline.analysis import plots
 assert not {"matplotlib", "torch"} & set(sys.modules), "imported for nothing"
 from varve.pipeline.experiments.metrics import Matrix
-figure = pictures.forgetting(Matrix(np.ones((1, 1)), np.array([3])))
+figure = plots.forgetting(Matrix(np.ones((1, 1)), np.array([3])))
 assert figure._repr_png_().startswith(b"\\x89PNG")
 assert "matplotlib.pyplot" not in sys.modules
 """
@@ -262,9 +262,11 @@ def written_run(folder: Path, seed: int, finished: bool = True, **options) -> Pa
     """A run folder of two tasks."""
     folder.mkdir(parents=True)
     matrix = Matrix.from_rows([[0.5], [0.25, 0.75]], [4, 4])
-    spec = {"head": "stpr", "scenario": "1+1x1", "seed": seed, "backbone": "net:tag",
-            "options": {"seed": seed, **options}, "tasks": [["ant"], ["bee"]]}  # fmt: skip
-    parts = {"spec": spec, "matrix": {"cnn": matrix.to_json(), "nme": None, "clips": [4, 4]},
+    spec = {"format": FORMAT, "head": "stpr", "scenario": "1+1x1", "seed": seed,
+            "backbone": "net:tag", "options": {"seed": seed, **options},
+            "tasks": [["ant"], ["bee"]]}  # fmt: skip
+    parts = {"spec": spec, "matrix": {"cnn": matrix.to_json(), "nme": None, "clips": [4, 4],
+                                      "tasks": spec["tasks"]},
              "cost": {"trainable": 3}}  # fmt: skip
     if finished:
         parts["metrics"] = {"cnn": matrix.figures(), "nme": None, "left_out": {}}

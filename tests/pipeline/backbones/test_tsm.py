@@ -9,7 +9,7 @@ from varve import BuildSpec, Runtime, build, run
 from varve.heads.grafts.temporal_shift import TemporalShift
 from varve.pipeline import backbones
 from varve.pipeline.backbones import resnet, tsm_resnet
-from varve.pipeline.experiments.run_spec import prepare
+from varve.pipeline.experiments.run_spec import prepare_run
 from varve.stores import FeatureStore
 
 NAME = "tsm_resnet18:random-0"
@@ -25,7 +25,7 @@ def store(dataset, built_once, tmp_path_factory):
 
 
 def test_blocks_of_a_tsm_network_are_shifted_once(store):
-    plan = prepare(store, "hce", "2+1x1", options={"blocks": 1})
+    plan = prepare_run(store, "hce", "2+1x1", options={"blocks": 1})
     own = plan.network.module("layer4.1")
     assert isinstance(own, TemporalShift)
     assert plan.head.changed(plan.network, None) == {}
@@ -35,7 +35,7 @@ def test_hce_learns_on_it_from_the_last_cached_feature(store, tmp_path):
     options = {"blocks": 1, "first_epochs": 1, "epochs": 1, "batch_size": 4}
     done = run(store, "hce", "2+1x1", options=options, out=tmp_path)
     assert done.cost["stages_recomputed"][1].keys() == {"layer4.1", "pool"}
-    assert 0 <= done.matrix.final <= 1
+    assert 0 <= done.matrix.metric("final") <= 1
 
 
 def test_another_number_of_frames_is_refused(dataset, tmp_path):

@@ -314,18 +314,18 @@ def test_stored_sounds_are_verified_as_pictures_are(sounding):
 
 def test_what_a_head_hears_is_said_by_name(sounding):
     store = FeatureStore.open(sounding[0] / "s.zarr")
-    name = head_inputs.backbone_of(store, "")
+    name = head_inputs.choose_backbone(store, "")
     assert name == "resnet18:random-0"
-    found = head_inputs.features_of(store, name, ["vector", "sound", "mel_resnet18:random-0/mel"])
+    found = head_inputs.find_features(store, name, ["vector", "sound", "mel_resnet18:random-0/mel"])
     own = [(feature.backbone, feature.name) for feature in found.values()]
     mel = "mel_resnet18:random-0"
     assert own == [("resnet18:random-0", "pool"), (mel, "pool"), (mel, "mel")]
     with pytest.raises(ValueError, match="0 of those of"):
-        head_inputs.features_of(store, name, ["resnet34/pool"])
+        head_inputs.find_features(store, name, ["resnet34/pool"])
 
 
 def test_a_store_that_hears_nothing_is_told_the_command(dataset, built_once):
     spec = BuildSpec(("resnet18:random-0",), ("layer1.0:pool",), frames=2)
     store = FeatureStore.open(built_once(dataset(("grow",), 1), spec))
-    with pytest.raises(SpecMismatch, match="no network that listens"):
-        head_inputs.features_of(store, "resnet18:random-0", ["sound"])
+    with pytest.raises(SpecMismatch, match="no audio backbone"):
+        head_inputs.find_features(store, "resnet18:random-0", ["sound"])

@@ -41,7 +41,7 @@ def test_what_trains_is_float32_whatever_the_features_were_computed_in(network):
     assert 0 < off < 0.03
 
 
-def test_a_network_may_train_whole_from_what_goes_into_its_first_block(network):
+def test_a_network_may_train_whole_from_the_input_of_its_first_block(network):
     assert network.find("blocks.-8") == "layer1.0"
     assert network.find("blocks.-9") == "stem"
     assert network.find("vector") == "pool"
@@ -54,7 +54,7 @@ def test_the_last_block_trains_in_a_run_and_nothing_before_it_is_computed(store,
     for calls in done.cost["stages_recomputed"]:
         assert set(calls) == {"layer4.1", "pool"}
     first, *later = [calls["layer4.1"] for calls in done.cost["stages_recomputed"]]
-    assert 0 < first < min(later)  # the old model runs too, and the exemplars with a task's clips
+    assert 0 < first < min(later)  # the teacher runs too, and the exemplars with a task's clips
     assert done.nme is not None
     again = run(store, "podnet", "2+1x2", options=QUICK, out=tmp_path / "again")
     assert done.matrix.to_json() == again.matrix.to_json()

@@ -1,4 +1,4 @@
-"""Methods of one's own: what names a run of one, what a run folder keeps of it, what is refused."""
+"""A user's head: the identity of its runs, the copy in a run folder, and what is refused."""
 
 import json
 import sys
@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 
-from varve import Runtime, ablate, run
+from varve import ablate, run
 from varve.pipeline.experiments import checkpoints, head_source, routing, run_spec, sweep
-from varve.pipeline.experiments.head_source import code_of, method_of
-from varve.pipeline.experiments.run import Run
-from varve.pipeline.experiments.sweep import Sweep
+from varve.pipeline.experiments.head_source import code_digest, find_head
+from varve.pipeline.experiments.run_folder import Run
+from varve.pipeline.experiments.sweep_spec import Sweep
 
 SCENARIO = "2+2x2"
 # Deeper ones are written with what stands beside them.
@@ -54,7 +54,7 @@ def test_a_moved_file_finds_its_run_and_an_edited_one_is_another(
     done = run(vector_store, mine, SCENARIO, out=tmp_path)
     moved = mine.rename(tmp_path / "mine.py")
     with monkeypatch.context() as patch:
-        patch.setattr("varve.pipeline.experiments.run._carry_out", None)
+        patch.setattr("varve.pipeline.experiments.run._execute", None)
         assert run(vector_store, moved, SCENARIO, out=tmp_path).folder == done.folder
         monkeypatch.chdir(tmp_path)
         assert run(vector_store, "mine.py", SCENARIO, out=tmp_path).folder == done.folder
@@ -77,15 +77,19 @@ def test_modules_beside_it_are_read_with_it(vector_store, mine, tmp_path):
     (mine.parent / "other.py").write_text("")
     for rate in (0.05, 0.06):  # one is not left over from the other
         (mine.parent / "rate.py").write_text(f"RATE = {rate}")
-        assert set(method_of(mine).files) == {"mine.py", "base.py", "rate.py"}
-        assert run_spec.inspect_options(method_of(mine).build)["lr"] == rate
-    first = code_of(method_of(mine))
+        assert set(find_head(mine).files) == {"mine.py", "base.py", "rate.py"}
+        assert run_spec.option_defaults(find_head(mine).build)["lr"] == rate
+    first = code_digest(find_head(mine))
     (mine.parent / "rate.py").write_text("RATE = 0.05")
-    assert code_of(method_of(mine)) != first
+    assert code_digest(find_head(mine)) != first
     done = run(vector_store, mine, SCENARIO, out=tmp_path / "runs")
     (mine.parent / "other.py").write_text("x = 1")
     assert run(vector_store, mine, SCENARIO, out=tmp_path / "runs").folder == done.folder
-    assert {f.name for f in (done.folder / "method").iterdir()} == {"mine.py", "base.py", "rate.py"}
+    assert {f.name for f in (done.folder / "head_source").iterdir()} == {
+        "mine.py",
+        "base.py",
+        "rate.py",
+    }
     assert not {"rate", "base", "mine"} & set(sys.modules)
 
 
@@ -95,14 +99,14 @@ def test_a_head_that_it_imports_is_part_of_its_code(mine, tmp_path, monkeypatch)
     for name in ("__init__", "linear", "lwf"):
         (tmp_path / "heads" / f"{name}.py").write_text("")
     monkeypatch.setattr(head_source, "HEADS", tmp_path / "heads")
-    before = code_of(method_of(mine))
+    before = code_digest(find_head(mine))
     (tmp_path / "heads" / "lwf.py").write_text("edited = 1")
-    assert code_of(method_of(mine)) == before
+    assert code_digest(find_head(mine)) == before
     (tmp_path / "heads" / "linear.py").write_text("from varve.heads import lwf")
-    after = code_of(method_of(mine))
+    after = code_digest(find_head(mine))
     assert after != before
     (tmp_path / "heads" / "lwf.py").write_text("edited = 2")
-    assert code_of(method_of(mine)) != after
+    assert code_digest(find_head(mine)) != after
 
 
 def test_a_run_folder_is_restored_without_the_file(vector_store, mine, tmp_path):
@@ -115,9 +119,9 @@ def test_a_run_folder_is_restored_without_the_file(vector_store, mine, tmp_path)
     done.folder.rename(tmp_path / "moved")
     again, _ = routing.restored(Run.read(tmp_path / "moved"), vector_store)
     assert all(torch.equal(x, again.state_dict()[n]) for n, x in head.state_dict().items())
-    copy = tmp_path / "moved" / "method" / "mine.py"
+    copy = tmp_path / "moved" / "head_source" / "mine.py"
     copy.write_text(MINE.replace("0.05", "0.06"))
-    with pytest.raises(ValueError, match="is not what the run was begun with"):
+    with pytest.raises(ValueError, match="is not what the run was started with"):
         routing.restored(Run.read(tmp_path / "moved"), vector_store)
     copy.unlink()
     with pytest.raises(ValueError, match=r"mine\.py is gone"):
@@ -126,8 +130,8 @@ def test_a_run_folder_is_restored_without_the_file(vector_store, mine, tmp_path)
 
 def test_a_file_put_beside_a_run_of_heads_is_not_run(vector_store, tmp_path):
     done = run(vector_store, "nearest_mean", SCENARIO, out=tmp_path)
-    (done.folder / "method").mkdir()
-    (done.folder / "method" / "nearest_mean.py").write_text("raise RuntimeError")
+    (done.folder / "head_source").mkdir()
+    (done.folder / "head_source" / "nearest_mean.py").write_text("raise RuntimeError")
     head, _ = routing.restored(done, vector_store)
     assert type(head).__module__ == "varve.heads.nearest_mean"
 
@@ -137,20 +141,20 @@ def test_what_is_imported_for_types_alone_is_not_looked_at(mine):
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from varve import pipeline\n"
         + MINE
     )
-    assert method_of(mine).build
+    assert find_head(mine).build
 
 
 def test_a_head_named_by_an_attribute_counts_too(mine, tmp_path, monkeypatch):
     mine.write_text("import varve.heads.linear\nMine = varve.heads.linear.Linear\nbuild = Mine\n")
-    assert {file.stem for file in head_source._of_heads(method_of(mine))} == {"linear"}
+    assert {file.stem for file in head_source.imported_heads(find_head(mine))} == {"linear"}
     mine.write_text(
         "from varve import heads\nimport varve.heads.parts.fine_tuned_head\n"
         "build = lambda: heads.lwf.LwF\n"
     )
-    assert {file.stem for file in head_source._of_heads(method_of(mine))} == {"lwf"}
+    assert {file.stem for file in head_source.imported_heads(find_head(mine))} == {"lwf"}
 
 
-def test_a_killed_run_goes_on_with_the_code_that_it_began_with(
+def test_a_killed_run_resumes_with_the_code_that_it_started_with(
     vector_store, mine, tmp_path, monkeypatch
 ):
     whole = run(vector_store, mine, SCENARIO, out=tmp_path / "whole", threads=1)
@@ -171,28 +175,30 @@ def test_a_killed_run_goes_on_with_the_code_that_it_began_with(
     edited = run(vector_store, mine, SCENARIO, out=tmp_path / "parts", threads=1)
     assert edited.folder != begun
     assert not (begun / "metrics.json").exists()
-    kept = begun / "method" / "mine.py"
+    kept = begun / "head_source" / "mine.py"
     ended = run(vector_store, kept, SCENARIO, out=tmp_path / "parts")
     assert ended.folder == begun
     assert states(ended.folder) == states(whole.folder)
     assert states(edited.folder) != states(whole.folder)
 
 
-def test_processes_learn_with_the_text_that_was_read(vector_store, mine, tmp_path, monkeypatch):
+def test_processes_train_with_the_text_that_was_read(
+    vector_store, mine, tmp_path, monkeypatch, client
+):
     """A grid over its own options; the file is gone before the first of them begins."""
     monkeypatch.chdir(mine.parent)
     (mine.parent / "rate.py").write_text("RATE = 0.05")
     mine.write_text("from rate import RATE\n" + MINE.replace("0.05", "RATE"))
 
-    def gone(*rest, spread=sweep._spread):
+    def gone(*rest, execute=sweep.execute):
         for file in mine.parent.iterdir():
             file.unlink()
-        return spread(*rest)
+        return execute(*rest)
 
-    monkeypatch.setattr(sweep, "_spread", gone)
+    monkeypatch.setattr(sweep, "execute", gone)
     table = ablate(vector_store, ["nearest_mean", "mine.py"], SCENARIO, {"mine.lr": [0.1, 0.2]}, 1,
                    options={"mine": {"epochs": 1}}, out=tmp_path / "runs",
-                   runtime=Runtime(workers=1))  # fmt: skip
+                   client=client)  # fmt: skip
     assert table.attrs["errors"] == [], table.attrs
     assert table["head"].tolist() == ["nearest_mean", "mine", "mine"]
     assert set(table["option.lr"].dropna()) == {0.1, 0.2}
@@ -212,7 +218,7 @@ def test_two_files_of_one_name_are_refused(vector_store, mine, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("stpr.py", MINE, r"stpr\.py has the name of heads/stpr\.py.*rename the file"),
         ("mine.py", "x = (", r"mine\.py is no Python: '\(' was never closed.*line 1"),
@@ -233,15 +239,15 @@ def test_two_files_of_one_name_are_refused(vector_store, mine, tmp_path):
     ],
 )
 def test_a_file_that_is_no_head_is_refused_before_anything_is_made(
-    vector_store, tmp_path, name, text, said
+    vector_store, tmp_path, name, text, message
 ):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         run(vector_store, tmp_path / name, SCENARIO, out=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_file_that_is_not_there_is_said_to_be_missing(vector_store, tmp_path, varve):
+def test_a_missing_file_is_named(vector_store, tmp_path, varve):
     with pytest.raises(FileNotFoundError, match=r"no such file: mine\.py \(looked for in /"):
         run(vector_store, "mine.py", SCENARIO, out=tmp_path)
     with pytest.raises(ValueError, match=r"no 'mine' in heads/; found .* by the path of its file"):
@@ -249,10 +255,10 @@ def test_a_file_that_is_not_there_is_said_to_be_missing(vector_store, tmp_path, 
 
 
 def test_the_command_takes_a_file(vector_store, mine, tmp_path, varve):
-    said = varve("run", vector_store.path, "--head", mine, "--scenario", SCENARIO, "--out",
+    output = varve("run", vector_store.path, "--head", mine, "--scenario", SCENARIO, "--out",
                   tmp_path / "runs", "--set", "lr=0.1", "--json")  # fmt: skip
-    assert said.returncode == 0, said.stderr
-    assert json.loads(said.stdout)["spec"]["head"] == "mine"
-    said = varve("run", vector_store.path, "--head", "gone.py", "--scenario", SCENARIO)
-    assert said.returncode == 2
-    assert "no such file: gone.py" in said.stderr
+    assert output.returncode == 0, output.stderr
+    assert json.loads(output.stdout)["spec"]["head"] == "mine"
+    output = varve("run", vector_store.path, "--head", "gone.py", "--scenario", SCENARIO)
+    assert output.returncode == 2
+    assert "no such file: gone.py" in output.stderr

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from varve.pipeline.experiments.metrics import (
-    FIGURES,
     Matrix,
+    bwf,
     confusion,
+    forgetting,
     from_predictions,
+    names,
     per_class,
     side_by_side,
 )
@@ -26,7 +28,7 @@ BY_HAND = Matrix(
 )
 HAND = {
     # 18/20, (10 + 48)/80, (12 + 12 + 28)/120
-    "accuracy": [0.9, 0.725, 52 / 120],
+    "final": [0.9, 0.725, 52 / 120],
     # 0.9 - 0.5; ((0.9 - 0.6) + (0.8 - 0.2)) / 2
     "bwf": [None, 0.4, 0.45],
     # the same here: every task was best when it was learned
@@ -37,32 +39,34 @@ HAND = {
 def test_figures_of_a_matrix_worked_by_hand():
     found = BY_HAND.figures()
     for name, values in HAND.items():
-        assert found["stages"][name] == pytest.approx(values)
+        assert found["after_each_task"][name] == pytest.approx(values)
     assert found["final"] == pytest.approx(52 / 120)
     assert found["final_over_tasks"] == pytest.approx(0.5)  # (0.6 + 0.2 + 0.7) / 3
     assert found["average_incremental"] == pytest.approx((0.9 + 0.725 + 52 / 120) / 3)
     assert found["bwf"] == pytest.approx(0.45)
-    assert set(found) == {*FIGURES, "stages"}
+    assert set(found) == {*names(), "after_each_task"}
 
 
 def test_the_first_the_best_and_the_best_before_differ_where_a_task_gets_better():
     #   task 0: 0.5, then 0.7, then 0.8; task 1: 0.9, then 0.6
     found = Matrix.from_rows([[0.5], [0.7, 0.9], [0.8, 0.6, 1.0]], [1, 1, 1])
-    assert found.bwf(1) == pytest.approx(-0.2)  # positive is forgetting, this is gain
-    assert found.forgetting(1) == 0
-    assert found.forgetting(1, now=False) == pytest.approx(-0.2)
-    assert found.bwf(2) == pytest.approx((-0.3 + 0.3) / 2)
-    assert found.forgetting(2) == pytest.approx((0 + 0.3) / 2)
-    assert found.forgetting(2, now=False) == pytest.approx((-0.1 + 0.3) / 2)
+    after_1 = found.after(1)
+    assert bwf(after_1) == pytest.approx(-0.2)  # positive is forgetting, this is gain
+    assert forgetting(after_1) == 0
+    assert forgetting(after_1, include_last=False) == pytest.approx(-0.2)
+    assert bwf(found) == pytest.approx((-0.3 + 0.3) / 2)
+    assert forgetting(found) == pytest.approx((0 + 0.3) / 2)
+    assert forgetting(found, include_last=False) == pytest.approx((-0.1 + 0.3) / 2)
 
 
 def test_a_single_task_has_no_forgetting():
     found = Matrix.from_rows([[0.25]], [4])
-    assert math.isnan(found.bwf(0))
-    assert math.isnan(found.forgetting(0))
-    assert math.isnan(found.forgetting(0, now=False))
+    assert math.isnan(bwf(found))
+    assert math.isnan(forgetting(found))
+    assert math.isnan(forgetting(found, include_last=False))
     assert found.figures()["bwf"] is None
-    assert found.final == found.final_over_tasks == found.average_incremental == 0.25
+    for name in ("final", "final_over_tasks", "average_incremental"):
+        assert found.metric(name) == 0.25
     json.dumps(found.figures(), allow_nan=False)
 
 
@@ -78,18 +82,18 @@ def loops(R, n):
             right += R[i, j] * n[j]
             all_of_them += n[j]
         stage.append(right / all_of_them)
-    bwf, best_now, best_before = [], [], []
+    first, best_now, best_before = [], [], []
     for i in range(2, K + 1):
         lost, lost_now, lost_before = 0.0, 0.0, 0.0
         for j in range(1, i):
             lost += R[j, j] - R[i, j]
             lost_now += max(R[k, j] for k in range(j, i + 1)) - R[i, j]
             lost_before += max(R[k, j] for k in range(j, i)) - R[i, j]
-        bwf.append(lost / (i - 1))
+        first.append(lost / (i - 1))
         best_now.append(lost_now / (i - 1))
         best_before.append(lost_before / (i - 1))
     over_tasks = sum(R[K, j] for j in range(1, K + 1)) / K
-    return stage, over_tasks, bwf, best_now, best_before
+    return stage, over_tasks, first, best_now, best_before
 
 
 @st.composite
@@ -105,23 +109,19 @@ def test_figures_are_the_definitions(matrix):
     tasks = len(matrix.clips)
     R = {(i + 1, j + 1): float(matrix.accuracy[i, j]) for i in range(tasks) for j in range(i + 1)}
     n = {j + 1: int(count) for j, count in enumerate(matrix.clips)}
-    stage, over_tasks, bwf, now, before = loops(R, n)
+    stage, over_tasks, lost, now, before = loops(R, n)
     close = {"rel": 1e-12, "abs": 1e-12}
-    assert [matrix.stage(i) for i in range(tasks)] == pytest.approx(stage, **close)
-    assert matrix.final == pytest.approx(stage[-1], **close)
-    assert matrix.average_incremental == pytest.approx(sum(stage) / tasks, **close)
-    assert matrix.final_over_tasks == pytest.approx(over_tasks, **close)
-    later = range(1, tasks)
-    assert [matrix.bwf(i) for i in later] == pytest.approx(bwf, **close)
-    assert [matrix.forgetting(i) for i in later] == pytest.approx(now, **close)
-    assert [matrix.forgetting(i, now=False) for i in later] == pytest.approx(before, **close)
-    found = matrix.figures()
-    assert found["stages"]["bwf"] == [None, *map(matrix.bwf, later)]
-    assert found["stages"]["forgetting"] == [None, *map(matrix.forgetting, later)]
-    last = tasks - 1
-    assert [found["bwf"], found["forgetting"]] == (
-        [matrix.bwf(last), matrix.forgetting(last)] if last else [None, None]
-    )
+    assert matrix.metric("average_incremental") == pytest.approx(sum(stage) / tasks, **close)
+    assert matrix.metric("final_over_tasks") == pytest.approx(over_tasks, **close)
+    later = [matrix.after(i) for i in range(1, tasks)]
+    assert [forgetting(m, include_last=False) for m in later] == pytest.approx(before, **close)
+    figures = matrix.figures()
+    courses = figures.pop("after_each_task")
+    assert courses["final"] == pytest.approx(stage, **close)
+    assert courses["bwf"][0] is courses["forgetting"][0] is None
+    assert courses["bwf"][1:] == pytest.approx(lost, **close)
+    assert courses["forgetting"][1:] == pytest.approx(now, **close)
+    assert figures == {name: values[-1] for name, values in courses.items()}
 
 
 @given(matrices(), matrices())
@@ -165,17 +165,16 @@ def test_what_is_no_accuracy_matrix_is_refused(accuracy, clips):
 
 @pytest.mark.parametrize("i", [-1, 3])
 def test_a_stage_that_is_not_there_is_refused(i):
-    for ask in (BY_HAND.stage, BY_HAND.bwf, BY_HAND.forgetting):
-        with pytest.raises(IndexError, match=f"no task {i}"):
-            ask(i)
+    with pytest.raises(IndexError, match=f"no task {i}"):
+        BY_HAND.after(i)
 
 
 def test_cnn_and_nme_stand_side_by_side():
     nme = Matrix.from_rows([[1.0], [0.5, 0.5], [0.0, 0.5, 1.0]], BY_HAND.clips)
     found = side_by_side(cnn=BY_HAND, nme=nme)
-    assert list(found.columns) == list(FIGURES)
-    assert found.loc["cnn", "final"] == BY_HAND.final
-    assert found.loc["nme", "bwf"] == nme.bwf(2)
+    assert list(found.columns) == names()
+    assert found.loc["cnn", "final"] == BY_HAND.metric("final")
+    assert found.loc["nme", "bwf"] == bwf(nme)
     alone = side_by_side(cnn=Matrix.from_rows([[0.5]], [2]), nme=None)
     assert list(alone.index) == ["cnn"]
     assert math.isnan(alone.loc["cnn", "bwf"])
@@ -206,11 +205,11 @@ def test_predictions_give_the_matrix_whatever_the_order_of_their_rows():
     found = from_predictions(table, TASKS)
     np.testing.assert_allclose(found.accuracy, [[2 / 3, NAN], [1 / 3, 1 / 2]])
     np.testing.assert_array_equal(found.clips, [3, 2])
-    assert from_predictions(table, TASKS, "nme").final == 1
+    assert from_predictions(table, TASKS, "nme").metric("final") == 1
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda p: p.drop(index=3), "all clips of the tasks so far"),
         (lambda p: p[p["stage"] == 1], "all clips of the tasks so far"),
@@ -221,8 +220,8 @@ def test_predictions_give_the_matrix_whatever_the_order_of_their_rows():
         (lambda p: p.assign(label="z"), "of no task: z"),
     ],
 )
-def test_predictions_of_another_run_make_no_matrix(spoil, said):
-    with pytest.raises(ValueError, match=said):
+def test_predictions_of_another_run_make_no_matrix(spoil, message):
+    with pytest.raises(ValueError, match=message):
         from_predictions(spoil(predictions()), TASKS)
 
 

@@ -1,4 +1,4 @@
-"""The sweeps that the repository has: one call each, on a real network's store, in small."""
+"""Published sweeps of the repository: each is one call, tested at a small size."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import pytest
 
 from varve import BuildSpec, Runtime, ablate
 from varve.pipeline.experiments import results
-from varve.pipeline.experiments.sweep import Sweep
+from varve.pipeline.experiments.sweep_spec import Sweep
 from varve.stores import FeatureStore
 
 FOLDER = Path(__file__).parents[3] / "benchmarks" / "sweeps"
@@ -27,7 +27,7 @@ def store(dataset, built_once) -> FeatureStore:
 
 
 def ends(grid):
-    """Of numbers the first and the last, since those between run the same code."""
+    """Keep the first and the last of numbers: those between run the same code."""
     return {
         name: [values[0], values[-1]] if {type(v) for v in values} <= {int, float} else values
         for name, values in grid.items()
@@ -68,7 +68,7 @@ def test_rows_of_the_paper_are_one_call(store, tmp_path, name):
 def maps(dataset, built_once, tmp_path_factory) -> FeatureStore:
     spec = BuildSpec(("resnet18:random-0",), keep=("layer2.1", "layer3.1", "pool"), frames=2)
     place = tmp_path_factory.mktemp("maps") / "s.zarr"
-    shutil.copytree(built_once(dataset(CLASSES, 3), spec), place)  # runs add old maps
+    shutil.copytree(built_once(dataset(CLASSES, 3), spec), place)  # runs add teacher features
     return FeatureStore.open(place)
 
 
@@ -106,10 +106,10 @@ def test_the_parts_of_had_are_one_call(dataset, built_once, tmp_path):
 
 def test_the_command_line_runs_and_sweeps(vector_store, tmp_path, varve):
     place, out = vector_store.path, tmp_path / "runs"
-    said = varve("run", place, "--head", "nearest_mean", "--scenario", "2+2x2", "--out", out,
+    output = varve("run", place, "--head", "nearest_mean", "--scenario", "2+2x2", "--out", out,
                   "--set", "time=order")  # fmt: skip
-    assert said.returncode == 0
-    assert "final accuracy" in said.stdout
+    assert output.returncode == 0
+    assert "final accuracy" in output.stdout
     told = varve("run", place, "--head", "nearest_mean", "--scenario", "2+2x2", "--out", out,
                   "--set", "time=order", "--json")  # fmt: skip
     facts = json.loads(told.stdout)
@@ -122,10 +122,10 @@ def test_the_command_line_runs_and_sweeps(vector_store, tmp_path, varve):
         'heads = ["nearest_mean"]\nscenario = "demo"\n[grid]\ntime = ["mean", "order"]\n'
     )
     for form in ("csv", "parquet", "tex"):
-        said = varve("ablate", place, sweep, "--scenario", "2+2x2", "--out", out, "--serial",
+        output = varve("ablate", place, sweep, "--scenario", "2+2x2", "--out", out, "--serial",
                       "--table", tmp_path / f"table.{form}")  # fmt: skip
-        assert said.returncode == 0
-        assert [line.split()[:2] for line in said.stdout.splitlines()[-2:]] == [
+        assert output.returncode == 0
+        assert [line.split()[:2] for line in output.stdout.splitlines()[-2:]] == [
             ["nearest_mean", "mean"], ["nearest_mean", "order"],
         ]  # fmt: skip
         assert (tmp_path / f"table.{form}").stat().st_size > 100

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from varve.pipeline.experiments import results
-from varve.pipeline.experiments.metrics import FIGURES, Matrix
+from varve.pipeline.experiments.metrics import Matrix, names
 from varve.pipeline.experiments.results import changes, latex, per_class, read, summary, text, write
+from varve.pipeline.experiments.run_folder import FORMAT
 
 NAN = math.nan
 
@@ -24,6 +25,7 @@ def make_run(
     folder.mkdir(parents=True)
     matrices = {"cnn": rows, **({"nme": nme} if nme else {})}
     spec = {
+        "format": FORMAT,
         "head": head,
         "options": {"seed": seed},
         "scenario": "2+1x1",
@@ -51,8 +53,12 @@ def make_run(
     (folder / "checkpoints").mkdir()
     (folder / "spec.json").write_text(json.dumps(spec))
     if finished:
-        figures = {kind: Matrix.from_rows(x, [3, 1]).figures() for kind, x in matrices.items()}
-        figures |= {"left_out": {"quarantined": 4}} | ({} if nme else {"nme": None})
+        made = {kind: Matrix.from_rows(x, [3, 1]) for kind, x in matrices.items()}
+        figures = {"nme": None} | {kind: matrix.figures() for kind, matrix in made.items()}
+        figures |= {"left_out": {"quarantined": 4}, "diagnostics": [{}, {}]}
+        content = {"nme": None} | {kind: matrix.to_json() for kind, matrix in made.items()}
+        content |= {"clips": [3, 1], "tasks": spec["tasks"]}
+        (folder / "matrix.json").write_text(json.dumps(content))
         (folder / "metrics.json").write_text(json.dumps(figures))
         (folder / "cost.json").write_text(json.dumps(cost))
     return folder
@@ -122,7 +128,7 @@ def test_a_run_that_has_not_ended_has_no_figures_and_no_part_in_a_mean(tmp_path)
         summary(runs[~runs["finished"]])
 
 
-@pytest.mark.parametrize("file", ["spec", "metrics", "cost"])
+@pytest.mark.parametrize("file", ["spec", "metrics", "matrix", "cost"])
 @pytest.mark.parametrize("content", ["{", "[]", "\xff"])
 def test_a_damaged_file_is_named(file, content, tmp_path):
     folder = make_run(tmp_path / "a")
@@ -184,7 +190,7 @@ def test_seeds_are_put_together_as_by_hand(groups):
                 assert math.isnan(found[f"{name}.std"][i])
 
 
-def test_configurations_are_told_apart_by_all_that_was_asked_for(tmp_path):
+def test_configurations_differ_by_all_that_was_requested(tmp_path):
     for seed in (1000, 1993, 2021):
         for lam in (0, 1e4):
             options = {"seed": seed, "fssd": lam}
@@ -308,16 +314,16 @@ def test_the_terminal_sees_what_differs_the_figures_and_the_costs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "message"),
     [
         ("t.xlsx", {}, "a table is .csv, .parquet or .tex"),
         ("t", {}, "a table is .csv, .parquet or .tex"),
         ("t.csv", {"bold": True}, "only .tex has options"),
     ],
 )
-def test_what_cannot_be_written_is_refused(name, options, said, tmp_path):
+def test_what_cannot_be_written_is_refused(name, options, message, tmp_path):
     table = ablated(tmp_path / "runs")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         write(table, tmp_path / name, **options)
     assert not (tmp_path / name).exists()
 
@@ -335,7 +341,7 @@ LABELS = {3: "run", 5: "run", 7: "run", 8: "walk", 9: "walk", 2: "jump"}
 
 
 def predict(folder, named, stages=(0, 1), classifier="cnn"):
-    """Right at stage 0; at the others what `named` says, by row."""
+    """Write predictions: correct after task 0; `named` has the later wrong ones, by row."""
     folder.mkdir(exist_ok=True)
     rows = [
         {
@@ -415,6 +421,6 @@ def test_predictions_that_are_not_there_are_refused_with_those_that_are(tmp_path
 
 def test_every_shown_figure_is_one_that_runs_have(tmp_path):
     made = summary(read(make_run(tmp_path / "a", nme=((1.0,), (0.5, 0.5)))))
-    for name in results.SHOWN:
+    for name in results.default_columns():
         assert made[f"{name}.mean"].notna().all(), name
-    assert {f"{kind}.{figure}.mean" for kind in ("cnn", "nme") for figure in FIGURES} <= set(made)
+    assert {f"{kind}.{figure}.mean" for kind in ("cnn", "nme") for figure in names()} <= set(made)

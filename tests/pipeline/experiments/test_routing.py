@@ -9,7 +9,7 @@ import torch
 from varve import BuildSpec, Runtime, build, route, run
 from varve.pipeline.datasets.synthetic import make_dataset
 from varve.pipeline.experiments import routing
-from varve.pipeline.experiments.run import Run
+from varve.pipeline.experiments.run_folder import Run
 from varve.stores import FeatureStore, SpecMismatch
 
 SPEC = BuildSpec(("resnet18:random-0",), ("layer1.0:pool",), frames=4)

@@ -1,4 +1,4 @@
-"""Runs: what a run folder holds, that a killed run ends in the same numbers, what is refused."""
+"""Runs: the files of a run folder, equal numbers after a resume, and what is refused."""
 
 import json
 import os
@@ -14,9 +14,10 @@ import torch
 
 from varve import run
 from varve.heads.parts.clips import Clips
-from varve.pipeline.experiments import checkpoints, run_spec
+from varve.pipeline.experiments import checkpoints, head_inputs, run_spec
 from varve.pipeline.experiments.metrics import from_predictions
-from varve.pipeline.experiments.run import Run
+from varve.pipeline.experiments.run import RunState
+from varve.pipeline.experiments.run_folder import Run
 from varve.pipeline.experiments.scenarios import Scenario
 from varve.pipeline.progress import Lines, Progress
 from varve.stores import FeatureStore, SpecMismatch, clips, lock
@@ -32,7 +33,7 @@ def store(vector_store):
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """What tells numbers: not how long anything took."""
+    """Files whose bytes equal runs share: none that records time."""
     names = ("matrix.json", "metrics.json", "predictions.parquet")
     found = {name: (folder / name).read_bytes() for name in names}
     for file in sorted((folder / "checkpoints").glob("*.safetensors")):
@@ -49,8 +50,8 @@ def test_a_run_folder_holds_what_a_paper_needs(store, tmp_path):
     assert [len(task) for task in done.spec["tasks"]] == [2, 2, 2]
     assert done.matrix.clips.tolist() == [6, 6, 6]
     assert done.nme is not None
-    assert done.metrics["cnn"]["final"] == done.matrix.final
-    assert done.metrics["nme"]["average_incremental"] == done.nme.average_incremental
+    assert done.metrics["cnn"]["final"] == done.matrix.metric("final")
+    assert done.metrics["nme"]["average_incremental"] == done.nme.metric("average_incremental")
     assert done.metrics["left_out"] == {}
     cost = done.cost
     assert cost["trainable"] > 0
@@ -64,26 +65,26 @@ def test_a_run_folder_holds_what_a_paper_needs(store, tmp_path):
 
 def test_predictions_are_of_every_seen_test_clip_and_give_the_matrix(store, tmp_path):
     done = run(store, "icarl", "2+2x2", out=tmp_path, options=QUICK)
-    told = done.predictions
-    assert told.groupby(["stage", "classifier"]).size().unstack().to_dict("list") == {
+    predictions = done.predictions
+    assert predictions.groupby(["stage", "classifier"]).size().unstack().to_dict("list") == {
         "cnn": [6, 12, 18], "nme": [6, 12, 18],
     }  # fmt: skip
     for kind, matrix in (("cnn", done.matrix), ("nme", done.nme)):
-        again = from_predictions(told, done.spec["tasks"], kind)
+        again = from_predictions(predictions, done.spec["tasks"], kind)
         np.testing.assert_array_equal(again.accuracy, matrix.accuracy)
-    first = told[told["stage"] == 0]
+    first = predictions[predictions["stage"] == 0]
     seen = set(done.spec["tasks"][0])
     assert set(first["top1"]) | set(first["top2"]) == seen
     assert set(first["top3"]) == {""}
     table = store.clips
-    assert (table.loc[told["row"], "label"].to_numpy() == told["label"]).all()
-    assert (table.loc[told["row"], "split"] == "test").all()
+    assert (table.loc[predictions["row"], "label"].to_numpy() == predictions["label"]).all()
+    assert (table.loc[predictions["row"], "split"] == "test").all()
 
 
 def test_a_finished_run_is_returned_and_not_run_again(store, tmp_path, monkeypatch):
     done = run(store, "nearest_mean", "2+2x2", out=tmp_path)
     before = {file: file.stat().st_mtime_ns for file in done.folder.iterdir() if file.is_file()}
-    monkeypatch.setattr("varve.pipeline.experiments.run._carry_out", None)
+    monkeypatch.setattr("varve.pipeline.experiments.run._execute", None)
     again = run(store, "nearest_mean", "2+2x2", out=tmp_path)
     assert again.folder == done.folder
     assert again.metrics == done.metrics
@@ -111,33 +112,41 @@ def test_whatever_decides_the_numbers_is_another_run(store, tmp_path, other):
 def test_another_feature_another_clip_and_edited_code_are_other_runs(
     store, tmp_path, monkeypatch, make_vector_store
 ):
-    plan = run_spec.prepare(store, "nearest_mean", "2+2x2")
+    plan = run_spec.prepare_run(store, "nearest_mean", "2+2x2")
     half = make_vector_store(tmp_path / "half.zarr", dtype="float16")
-    assert run_spec.prepare(half, "nearest_mean", "2+2x2").digest != plan.digest
+    assert run_spec.prepare_run(half, "nearest_mean", "2+2x2").digest != plan.digest
     shutil.copytree(store.path, tmp_path / "moved.zarr")
-    assert run_spec.prepare(tmp_path / "moved.zarr", "nearest_mean", "2+2x2").digest == (
+    assert run_spec.prepare_run(tmp_path / "moved.zarr", "nearest_mean", "2+2x2").digest == (
         plan.digest
     )
     table = store.clips.copy()
     table.loc[table["split"] == "test", "split"] = "other"
     table.loc[table.groupby("label").tail(1).index, "split"] = "test"
     clips.write(tmp_path / "moved.zarr", table)
-    fewer = run_spec.prepare(FeatureStore.open(tmp_path / "moved.zarr"), "nearest_mean", "2+2x2")
+    fewer = run_spec.prepare_run(
+        FeatureStore.open(tmp_path / "moved.zarr"), "nearest_mean", "2+2x2"
+    )
     assert fewer.digest != plan.digest
-    monkeypatch.setattr(run_spec, "code_of", lambda head: "edited")
-    assert run_spec.prepare(store, "nearest_mean", "2+2x2").digest != plan.digest
+    monkeypatch.setattr(run_spec, "code_digest", lambda source: "edited")
+    assert run_spec.prepare_run(store, "nearest_mean", "2+2x2").digest != plan.digest
 
 
 class Stop(Exception):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize("head", ["icarl", "stpr", "slda"])
-@pytest.mark.parametrize("after", [0, 1])
-def test_a_run_that_was_stopped_ends_in_the_same_bits(store, tmp_path, monkeypatch, head, after):
+@pytest.fixture(scope="module", params=["icarl", "stpr", "slda"])
+def whole(request, vector_store, tmp_path_factory) -> Run:
+    """A run that was not stopped."""
     options = {"stpr": {"epochs": 3, "first_epochs": 3, "layers": 1, "text": "codes"},
-               "icarl": QUICK}.get(head, {})  # fmt: skip
-    whole = run(store, head, "2+2x2", out=tmp_path / "whole", options=options, threads=1)
+               "icarl": QUICK}.get(request.param, {})  # fmt: skip
+    return run(vector_store, request.param, "2+2x2", out=tmp_path_factory.mktemp("whole"),
+               options=options, threads=1)  # fmt: skip
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_run_that_was_stopped_ends_in_the_same_bits(store, tmp_path, monkeypatch, whole, after):
+    head, options = whole.spec["head"], whole.spec["options"]
     write = checkpoints.write
 
     def stopping(folder, task, *rest):
@@ -149,16 +158,16 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(store, tmp_path, monkeypat
         patch.setattr(checkpoints, "write", stopping)
         with pytest.raises(Stop):
             run(store, head, "2+2x2", out=tmp_path / "parts", options=options, threads=1)
-    learned = []
+    messages = []
     lines = Progress()
-    lines.said = learned.append
+    lines.message = messages.append
     torch.manual_seed(99)
     ended = run(store, head, "2+2x2", out=tmp_path / "parts", options=options, progress=lines)
-    assert learned[0] == f"going on after task {after + 1} of 3"
+    assert messages[0] == f"resuming after task {after + 1} of 3"
     assert files_of(ended.folder) == files_of(whole.folder)
 
 
-def test_a_killed_process_goes_on_where_it_was(store, tmp_path):
+def test_a_killed_process_resumes_after_its_last_task(store, tmp_path):
     code = (
         "from varve import run; from varve.pipeline.progress import Lines; import sys; "
         f"run({str(store.path)!r}, 'linear', '2+1x4', out={str(tmp_path / 'killed')!r}, "
@@ -166,7 +175,7 @@ def test_a_killed_process_goes_on_where_it_was(store, tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("task 2/5: ") and "learning" in line:
+        if line.startswith("task 2/5: ") and "trained" in line:
             os.kill(process.pid, signal.SIGKILL)
             break
     process.stdout.close()
@@ -199,7 +208,7 @@ def test_checkpoints_are_in_the_order_of_their_tasks_beyond_a_hundred(tmp_path):
     assert len(set(sizes)) == 1
 
 
-def test_checkpoints_go_where_they_are_not_wanted(store, tmp_path):
+def test_checkpoints_are_removed_where_they_are_not_kept(store, tmp_path):
     done = run(store, "nearest_mean", "2+2x2", out=tmp_path, keep_checkpoints=False)
     assert not (done.folder / "checkpoints").exists()
 
@@ -207,9 +216,9 @@ def test_checkpoints_go_where_they_are_not_wanted(store, tmp_path):
 def test_a_feature_that_the_store_lacks_is_refused_with_the_command_that_adds_it(store, tmp_path):
     with pytest.raises(SpecMismatch) as error:
         run(store, "nearest_mean", "2+2x2", out=tmp_path, options={"feature": "layer3.1:pool"})
-    said = str(error.value)
-    assert "has no layer3.1:pool of net:tag" in said
-    assert said.endswith(
+    message = str(error.value)
+    assert "has no layer3.1:pool of net:tag" in message
+    assert message.endswith(
         f"varve build /videos --store {store.path} --backbone net:/weights/tag.pt --keep "
         "layer3.1:pool --frames 3 --dtype float32"
     )
@@ -217,7 +226,7 @@ def test_a_feature_that_the_store_lacks_is_refused_with_the_command_that_adds_it
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "message"),
     [
         ({"head": "nearest"}, "no 'nearest' in heads/; found"),
         ({"options": {"tiem": 1}}, "nearest_mean has no option tiem; it has feature='vector'"),
@@ -227,15 +236,15 @@ def test_a_feature_that_the_store_lacks_is_refused_with_the_command_that_adds_it
         ({"splits": ("train", "validation")}, "no clip to test on"),
     ],
 )
-def test_a_wrong_request_is_refused_before_anything_is_made(store, tmp_path, asked, said):
+def test_a_wrong_request_is_refused_before_anything_is_made(store, tmp_path, asked, message):
     given = {"head": "nearest_mean", "scenario": "2+2x2", "out": tmp_path} | asked
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         run(store, **given)
     assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_do_not_work_on_one_run(store, tmp_path):
-    plan = run_spec.prepare(store, "nearest_mean", "2+2x2")
+    plan = run_spec.prepare_run(store, "nearest_mean", "2+2x2")
     (tmp_path / plan.name).mkdir()
     with lock.locked(tmp_path / plan.name), pytest.raises(lock.StoreLocked, match="process"):
         run(store, "nearest_mean", "2+2x2", out=tmp_path)
@@ -243,7 +252,7 @@ def test_two_processes_do_not_work_on_one_run(store, tmp_path):
 
 def test_a_damaged_checkpoint_is_named(store, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_finish", lambda *rest: (_ for _ in ()).throw(Stop))
+        patch.setattr(RunState, "finish", lambda self: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             run(store, "nearest_mean", "2+2x2", out=tmp_path)
     (folder,) = tmp_path.iterdir()
@@ -263,22 +272,19 @@ def test_quarantined_clips_are_left_out_and_counted(store, tmp_path):
 
 def test_progress_has_a_bar_a_task_and_a_line_after_it(store, tmp_path, capsys):
     run(store, "linear", "2+2x2", out=tmp_path, options=QUICK, progress=Lines(every_seconds=0))
-    said = capsys.readouterr().err
-    assert "task 2/3: 4/4 epochs" in said
-    assert "task 3/3: " in said
-    assert "of 18 clips of 6 classes" in said
+    message = capsys.readouterr().err
+    assert "task 2/3: 4/4 epochs" in message
+    assert "task 3/3: " in message
+    assert "of 18 clips of 6 classes" in message
 
 
-def test_numbers_do_not_depend_on_how_features_are_held(store, tmp_path, monkeypatch):
+def test_numbers_do_not_depend_on_whether_features_fit_in_memory(store, tmp_path, monkeypatch):
     whole = run(store, "linear", "2+2x2", out=tmp_path / "a", options=QUICK, threads=1)
-    monkeypatch.setattr(run_spec.offering, "BUDGET_BYTES", 0)
-    clips_of = run_spec.offering.clips_of
-    monkeypatch.setattr(
-        run_spec.offering, "clips_of", lambda *rest: clips_of(*rest, budget_bytes=0)
-    )
+    make_clips = head_inputs.make_clips
+    monkeypatch.setattr(head_inputs, "make_clips", lambda *rest: make_clips(*rest, budget_bytes=0))
     streamed = run(store, "linear", "2+2x2", out=tmp_path / "b", options=QUICK, threads=1)
     assert files_of(whole.folder) == files_of(streamed.folder)
-    assert isinstance(run_spec.prepare(store, "linear", "2+2x2").clips(np.arange(3)), Clips)
+    assert isinstance(run_spec.prepare_run(store, "linear", "2+2x2").clips(np.arange(3)), Clips)
 
 
 def test_a_folder_that_is_no_finished_run_is_refused(tmp_path):

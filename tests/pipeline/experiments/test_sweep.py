@@ -1,4 +1,4 @@
-"""Ablations: which runs a grid is, that finished ones stay, what the table says."""
+"""Ablations: the runs of a grid, finished runs, shared states, and the table."""
 
 import json
 
@@ -9,7 +9,7 @@ import pytest
 from varve import Runtime, ablate, run
 from varve.heads.stpr import StPR
 from varve.pipeline.experiments import sweep
-from varve.pipeline.experiments.sweep import Sweep
+from varve.pipeline.experiments.sweep_spec import Sweep
 from varve.pipeline.progress import Progress
 from varve.stores import SpecMismatch
 
@@ -18,7 +18,7 @@ GRID = {"nearest_mean.time": ["mean", "order"], "unit": [True, False]}
 
 
 class Notes(Progress):
-    """Keeps what it was told."""
+    """Progress that keeps its messages."""
 
     def __init__(self):
         self.lines, self.done = [], 0
@@ -41,17 +41,17 @@ def test_a_grid_is_every_combination_for_every_seed():
     }
 
 
-def test_options_of_the_command_line_take_the_place_of_the_sweeps():
+def test_options_of_the_command_line_replace_those_of_the_sweep():
     heads, own = ("nearest_mean", "linear"), {"linear": {"lr": 0.5, "epochs": 3}}
     sweep = Sweep(heads, "demo", {"nearest_mean.time": ["mean", "order"]}, options=own)
     found = sweep.with_options({"lr": 0.1, "nearest_mean.unit": False})
     assert found.options == {"nearest_mean": {"unit": False}, "linear": {"lr": 0.1, "epochs": 3}}
     assert sweep.options == own
-    for given, said in (({"nosuch": 1}, "none of nearest_mean, linear has it"),
+    for given, message in (({"nosuch": 1}, "none of nearest_mean, linear has it"),
                         ({"nearest_mean.time": "mean"}, "the grid has it"),
                         ({"time": "mean"}, "the grid has it"),
                         ({"linear.unit": 1}, "none of")):  # fmt: skip
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             sweep.with_options(given)
 
 
@@ -74,7 +74,7 @@ def test_a_table_has_mean_and_deviation_over_the_seeds(vector_store, tmp_path):
     for time, row in table.set_index("option.time").iterrows():
         finals = [
             run(vector_store, "nearest_mean", "2+2x2", seed=seed, options={"time": time},
-                out=tmp_path).matrix.final
+                out=tmp_path).matrix.metric("final")
             for seed in (1000, 1993, 2021)
         ]  # fmt: skip
         assert row["cnn.final.mean"] == pytest.approx(np.mean(finals))
@@ -100,14 +100,14 @@ WAYS = {"routing": ["td", "average", "adapter"], "softmax": [None, 0.1]}
 
 
 def numbers(folder):
-    """What was measured, and what it cost to learn."""
+    """Results and states of a run, without what differs in time."""
     files = {name: (folder / name).read_bytes() for name in ("matrix.json", "predictions.parquet")}
     states = sorted((folder / "checkpoints").glob("*.safetensors"))
     return files, [file.read_bytes() for file in states]
 
 
-def test_runs_that_learn_the_same_learn_once(vector_store, tmp_path, monkeypatch):
-    """And say what they would have said had each learned by itself."""
+def test_runs_that_train_alike_train_once(vector_store, tmp_path, monkeypatch):
+    """Shared states give the results that a run of its own gives."""
     learned = []
     monkeypatch.setattr(StPR, "learn", lambda self, task, do=StPR.learn: (
         learned.append(task.number), do(self, task)))  # fmt: skip
@@ -115,7 +115,7 @@ def test_runs_that_learn_the_same_learn_once(vector_store, tmp_path, monkeypatch
     table = ablate(vector_store, "stpr", "2+2x2", WAYS, 2, options={"stpr": STPR}, runtime=SERIAL,
                    out=tmp_path / "a", keep_checkpoints=True, progress=notes)  # fmt: skip
     assert learned == 2 * [0, 1, 2]
-    assert notes.lines[0] == "12 runs, 10 learn what another does"
+    assert notes.lines[0] == "12 runs, 10 train as another does"
     assert notes.done == 12
     assert table["n"].tolist() == [2] * 6
     for record in table.attrs["runs"]:
@@ -132,11 +132,11 @@ def test_runs_that_learn_the_same_learn_once(vector_store, tmp_path, monkeypatch
     assert len(seconds) == 2
 
 
-def test_processes_share_what_is_learned_too(vector_store, tmp_path):
+def test_processes_share_states_too(vector_store, tmp_path, client):
     table, expected = (
         ablate(vector_store, "stpr", "2+2x2", {"routing": WAYS["routing"]}, 1, out=tmp_path / n,
-               options={"stpr": STPR | {"first_epochs": 1, "epochs": 1}}, runtime=runtime)
-        for n, runtime in (("a", Runtime(workers=2)), ("b", SERIAL))
+               options={"stpr": STPR | {"first_epochs": 1, "epochs": 1}}, **where)
+        for n, where in (("a", {"client": client}), ("b", {"runtime": SERIAL}))
     )  # fmt: skip
     assert table.attrs["errors"] == []
     assert len(table) == 3
@@ -146,7 +146,7 @@ def test_processes_share_what_is_learned_too(vector_store, tmp_path):
     assert not list(tmp_path.glob("*/*/checkpoints"))
 
 
-def test_a_shared_run_tells_what_learning_has_cost(vector_store, tmp_path):
+def test_a_run_with_shared_states_reports_the_cost_of_their_training(vector_store, tmp_path):
     ablate(vector_store, "stpr", "2+2x2", {"routing": ["td", "average"]}, 1, runtime=SERIAL,
            options={"stpr": STPR}, out=tmp_path)  # fmt: skip
     costs = [json.loads(file.read_bytes()) for file in sorted(tmp_path.glob("*/cost.json"))]
@@ -155,7 +155,7 @@ def test_a_shared_run_tells_what_learning_has_cost(vector_store, tmp_path):
     assert costs[0]["score_seconds"] != costs[1]["score_seconds"]
 
 
-def test_a_stopped_ablation_goes_on_with_what_was_learned_and_leaves_nothing(
+def test_a_stopped_ablation_resumes_with_its_states_and_leaves_no_checkpoints(
     vector_store, tmp_path, monkeypatch
 ):
     ways = {"routing": ["td", "average", "adapter"]}
@@ -178,19 +178,19 @@ def test_a_stopped_ablation_goes_on_with_what_was_learned_and_leaves_nothing(
     assert len(list(tmp_path.glob("*/checkpoints"))) == 2
     notes = Notes()
     table = ablate(vector_store, "stpr", "2+2x2", ways, 1, progress=notes, **common)
-    assert notes.lines[0] == "3 runs, 2 of them finished before, 1 learn what another does"
+    assert notes.lines[0] == "3 runs, 2 of them finished before, 1 train as another does"
     assert learned == [0, 1, 2]
     assert len(table) == 3
     assert not list(tmp_path.glob("*/checkpoints"))
-    assert not list(tmp_path.glob("*/passing"))
+    assert not list(tmp_path.glob("*/temporary_checkpoints"))
 
 
-def test_where_the_states_of_another_are_gone_a_run_learns(vector_store, tmp_path):
+def test_a_run_trains_where_the_states_of_another_are_missing(vector_store, tmp_path):
     first = run(vector_store, "stpr", "2+2x2", options=STPR, out=tmp_path / "a")
     (first.folder / "checkpoints" / "task-01.json").unlink()
     options = STPR | {"routing": "average"}
     found = run(vector_store, "stpr", "2+2x2", options=options, out=tmp_path / "a",
-                learned=first.folder)  # fmt: skip
+                states_from=first.folder)  # fmt: skip
     alone = run(vector_store, "stpr", "2+2x2", options=options, out=tmp_path / "b")
     assert numbers(found.folder) == numbers(alone.folder)
 
@@ -208,7 +208,7 @@ def test_equal_numbers_are_one_run_and_an_option_comes_once(vector_store, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"epochs": 2.5}, "epochs=2.5: give int"),
         ({"lr": "fast"}, "lr='fast': give float"),
@@ -222,24 +222,32 @@ def test_equal_numbers_are_one_run_and_an_option_comes_once(vector_store, tmp_pa
     ],
 )
 def test_an_option_that_cannot_be_is_refused_before_anything_is_learned(
-    vector_store, tmp_path, options, said
+    vector_store, tmp_path, options, message
 ):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         run(vector_store, "stpr", "2+2x2", options=STPR | options, out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_was_learned_otherwise_is_refused(vector_store, tmp_path):
+def test_states_of_another_specification_are_refused(vector_store, tmp_path):
     first = run(vector_store, "stpr", "2+2x2", options=STPR, out=tmp_path)
-    with pytest.raises(SpecMismatch, match="learned something else"):
+    with pytest.raises(SpecMismatch, match="was trained with another specification"):
         run(vector_store, "stpr", "2+2x2", options=STPR | {"lr": 0.1}, out=tmp_path,
-            learned=first.folder)  # fmt: skip
+            states_from=first.folder)  # fmt: skip
     none = run(vector_store, "stpr", "2+2x2", options=STPR | {"routing": "none"}, out=tmp_path)
-    with pytest.raises(SpecMismatch, match="learned something else"):
+    with pytest.raises(SpecMismatch, match="was trained with another specification"):
         run(vector_store, "stpr", "2+2x2", options=STPR | {"routing": "average"}, out=tmp_path,
-            learned=none.folder)  # fmt: skip
-    with pytest.raises(SpecMismatch, match="learned something else"):
-        run(vector_store, "stpr", "2+2x2", seed=7, options=STPR, out=tmp_path, learned=first.folder)
+            states_from=none.folder)  # fmt: skip
+    with pytest.raises(SpecMismatch, match="was trained with another specification"):
+        run(
+            vector_store,
+            "stpr",
+            "2+2x2",
+            seed=7,
+            options=STPR,
+            out=tmp_path,
+            states_from=first.folder,
+        )
 
 
 def test_checkpoints_of_runs_that_were_there_before_stay(vector_store, tmp_path):
@@ -279,7 +287,7 @@ def test_processes_give_the_numbers_of_one_after_the_other(vector_store, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "message"),
     [
         ({"heads": "stprr"}, "no 'stprr' in heads/"),
         ({"grid": {"nearest_mean.tiem": [1]}}, r"tiem: none of nearest_mean has it; options are"),
@@ -291,9 +299,9 @@ def test_processes_give_the_numbers_of_one_after_the_other(vector_store, tmp_pat
         ({"grid": {"time": ["max"]}}, "choose from mean, order"),
     ],
 )
-def test_a_wrong_request_is_refused_before_anything_is_run(vector_store, tmp_path, asked, said):
+def test_a_wrong_request_is_refused_before_anything_is_run(vector_store, tmp_path, asked, message):
     given = {"heads": "nearest_mean", "scenario": "2+2x2", "out": tmp_path, "runtime": SERIAL}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         ablate(vector_store, **given | asked)
     assert not list(tmp_path.iterdir())
 
