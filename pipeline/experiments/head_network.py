@@ -9,6 +9,8 @@ from torch import nn
 
 from varve.pipeline.backbones import Backbone, canonical_reduction
 from varve.pipeline.experiments.head_inputs import meaning
+from varve.pipeline.registry import source_digest, variant
+from varve.stores.identity import digest
 
 
 class HeadNetwork:
@@ -26,6 +28,7 @@ class HeadNetwork:
     ) -> None:
         self.frames = frames
         self.calls: Counter[str] = Counter()
+        self._graft_sources: dict[str, str] = {}  # SHA-256 of the user's file; "" for Varve's own
         self._plain, self._load = backbone, load
         self._behind: WeakKeyDictionary[nn.Module, Backbone] = WeakKeyDictionary()
 
@@ -34,8 +37,10 @@ class HeadNetwork:
         return self._plain.stage_names
 
     def identity(self) -> str:
-        """Names the plain network: every stage's code and parameters."""
-        return self._plain.keys("")[self.stages[-1]]
+        """Return the key of the plain network, and of the user's grafts that its head uses."""
+        key = self._plain.keys("")[self.stages[-1]]
+        sources = {name: source for name, source in self._graft_sources.items() if source}
+        return digest({"network": key, "grafts": sources}) if sources else key
 
     def find(self, name: str) -> str:
         return meaning(name, self._plain)
@@ -47,6 +52,13 @@ class HeadNetwork:
 
     def module(self, stage: str) -> nn.Module:
         return self._plain.stage(self.find(stage)).module
+
+    def graft(self, name: str) -> Callable[..., nn.Module]:
+        """Return the builder of a registered graft; its source then decides the identity."""
+        graft = variant("grafts", name)
+        self._graft_sources[name] = source_digest("grafts", name)
+        build: Callable[..., nn.Module] = getattr(graft, "build", graft)
+        return build
 
     def suffix(
         self,

@@ -170,12 +170,17 @@ def restored(
     """
     spec = run.spec
     method = head_source.kept(run.folder, spec["head"], spec.get("method", ""))
-    head, _, features = run_spec.head_of(store, method, spec["options"], spec["backbone"])
+    head, network, features = run_spec.head_of(store, method, spec["options"], spec["backbone"])
     moved = [name for name, one in features.items() if one.fingerprint != spec["features"][name]]
     if moved:
         raise SpecMismatch(
             f"{store.location} has another {', '.join(moved)} of {spec['backbone']} than "
             f"{run.folder} was made on"
+        )
+    if network is not None and network.identity() != spec["network"]:
+        raise SpecMismatch(
+            f"the network of {store.place}, or the source of a graft, is another than "
+            f"{run.folder} was made with: load that source, or run it again"
         )
     last = len(spec["tasks"]) - 1
     asked = last if task is None else task
