@@ -10,7 +10,7 @@ from torch import nn
 from varve.pipeline.backbones import Backbone, canonical_reduction
 from varve.pipeline.experiments.head_inputs import meaning
 from varve.pipeline.registry import source_digest, variant
-from varve.stores.identity import digest
+from varve.stores.digests import digest
 
 
 class HeadNetwork:
