@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from varve.heads.parts.has import HAS, drift
+from varve.heads.parts.hierarchical_aggregation import HAS, drift
 
 FRAMES = 8
 BLOCKS = {18: ((2, 2, 2), 1), 34: ((4, 6, 3), 1), 50: ((4, 6, 3), 4)}

@@ -173,6 +173,13 @@ class Network(Protocol):
     def module(self, stage: str) -> nn.Module:
         """The frozen module itself, to put a graft around; see `varve.heads.grafts`."""
 
+    def graft(self, name: str) -> Callable[..., nn.Module]:
+        """Return `build(inner, **options)` of the registered graft of a name.
+
+        Raises:
+            ValueError: There is none; the message lists those there are.
+        """
+
     def suffix(
         self,
         changes: Mapping[str, "nn.Module | Callable[[nn.Module], nn.Module]"],

@@ -3,7 +3,8 @@
 "Hierarchical Augmentation and Distillation for Class Incremental Audio-Visual Video Recognition",
 2024. Its public abstract names the parts; the equations below are OUR RECONSTRUCTION of them, not
 the paper's. Features are cached, of S segments of a clip by two networks, and nothing recomputes.
-`parts/hybrid.py` makes segments z, snippets s and a vector v of them; a cosine classifier follows.
+`parts/hybrid_attention.py` makes segments z, snippets s and a vector v of them; a cosine classifier
+follows.
 With f the part of the model behind a level, f* the old model, and e standard normal:
 
     HAM   low           CE(f(z + alpha sigma e), y), z of exemplars
@@ -39,7 +40,7 @@ from varve.heads.parts.classifiers import Cosine, columns
 from varve.heads.parts.clips import Batch, Clips, frames
 from varve.heads.parts.distillation import relations, softened
 from varve.heads.parts.exemplars import Exemplars
-from varve.heads.parts.hybrid import Hybrid, Pair
+from varve.heads.parts.hybrid_attention import Hybrid, Pair
 from varve.heads.parts.training import check, fit
 
 HAM = ("low", "high")
@@ -76,7 +77,7 @@ class HAD:
         temperature: T of the logical distillation.
         logical, correlative: Weights of the two kinds of distillation.
         within: Cosines of snippets are taken within a clip alone.
-        width, heads, ffn, position: Of the attention; see `parts/hybrid.py`.
+        width, heads, ffn, position: Of the attention; see `parts/hybrid_attention.py`.
         budget, shared, choice: Of the exemplars; see `varve.heads.parts.exemplars`. With 0 of
         them, and
             without parts, it is fine-tuning, and there is no NME.
@@ -170,7 +171,7 @@ class HAD:
         model = copy.deepcopy(old) if old else self._empty(first, rng).to(device)
         self._check(model, first)
         if not old:
-            model.hybrid.settle([task.clips.whole(name) for name in self.reads])
+            model.hybrid.standardize([task.clips.whole(name) for name in self.reads])
         clips = self._exemplars.rehearsal(task)
         columns_N = columns(classes, clips.labels)
         kept_N = torch.arange(len(clips)) >= len(task.clips)

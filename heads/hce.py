@@ -2,10 +2,11 @@
 
 From the second task on, e and e' being the maps of the trained blocks by the new and old network:
 
-    H     = HAS(e, e'), an importance of each channel      (parts/has.py, parts/hypercorrelation.py)
+    H     = HAS(e, e'), an importance of each channel    (parts/hierarchical_aggregation.py)
     L_hc  = sum_l mean H |e - e'|^2, on unit maps
     L_kd  = mean |unit f(x) - unit f'(x)|^2, of the frames' last vectors
-    R     = CRM's offset of old and new classes' logits, by how H varies (parts/crm.py)
+    R     = CRM's offset of old and new classes' logits, by how H varies
+            (parts/correlation_refinement.py)
     loss  = CE(p + R, y) + kd * L_kd + weight * L_hc
 
 The old maps come with the clips, computed once a task and read in every epoch. HAS goes on from
@@ -33,12 +34,11 @@ from torch.nn.functional import normalize
 
 from varve.heads import Network, Task
 from varve.heads.grafts.temporal_shift import TemporalShift
-from varve.heads.parts import crm as crm_
-from varve.heads.parts import models
+from varve.heads.parts import correlation_refinement, models
 from varve.heads.parts.classifiers import Classifier
 from varve.heads.parts.clips import Batch, Clips
 from varve.heads.parts.fine_tuned_head import Change, FineTunedHead, TaskLoss, grid
-from varve.heads.parts.has import HAS, check, drift, effective
+from varve.heads.parts.hierarchical_aggregation import HAS, check, drift, effective
 from varve.heads.parts.trainable_suffix import TrainableSuffix
 
 IMPORTANCES = ("has", "multi", "single")
@@ -222,7 +222,7 @@ class FeatureDistillation(TaskLoss):
         }
         self._known = len(head.classes)
         self._offset: float | Tensor = 0.0  # of old classes; new ones have 0
-        self._spreads = crm_.Spread(), crm_.Spread()
+        self._spreads = correlation_refinement.Spread(), correlation_refinement.Spread()
         self._effective: dict[str, list[Tensor]] = {name: [] for name in self._maps if has}
         self._told: dict[str, float] = {}
         if has is not None:
@@ -263,15 +263,15 @@ class FeatureDistillation(TaskLoss):
             for name, h_NC in h.items():
                 self._effective[name].append(effective(h_NC.detach()))
             if "crm" in head.parts and head.crm == "batch":
-                self._offset = crm_.difference(clips_BW[old_B], clips_BW[~old_B])
+                self._offset = correlation_refinement.difference(clips_BW[old_B], clips_BW[~old_B])
             for spread, of in zip(self._spreads, (old_B, ~old_B), strict=True):
                 spread.add(clips_BW[of])
         return loss + head.weight * drift(h, new_maps, old_maps)
 
     def ended(self) -> None:
         if "crm" in self._head.parts and self._head.crm == "epoch":
-            self._offset = crm_.ratios(*self._spreads)[0]
-        self._spreads = crm_.Spread(), crm_.Spread()
+            self._offset = correlation_refinement.ratios(*self._spreads)[0]
+        self._spreads = correlation_refinement.Spread(), correlation_refinement.Spread()
         self._told = {
             f"effective channels, {name}": float(torch.stack(shares).mean())
             for name, shares in self._effective.items()

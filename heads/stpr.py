@@ -4,7 +4,7 @@
 2025. It keeps no exemplars. Each task k trains an expert of its own, and goes on with the adapters
 that all tasks share, where there are any (`parts/losses.py` writes out the losses):
 
-    V^s_i   = unit vector of frame i, by the network with its adapters      (parts/spatial.py)
+    V^s_i   = unit vector of frame i, by the network with its adapters    (parts/spatial_encoder.py)
     Vbar^s  = mean_i V^s_i
     V^st_k  = unit vector of the clip, by expert k on V^s_1 .. V^s_T        (parts/expert.py)
     V^tem_k = V^st_k - Vbar^s, the temporal residual
@@ -35,11 +35,11 @@ from torch.nn.functional import normalize
 from varve.heads import Network, Routing, Task
 from varve.heads.parts import losses
 from varve.heads.parts.anchor_pool import AnchorPool
+from varve.heads.parts.class_text import TRAINED, Codes, Given, Text
 from varve.heads.parts.clips import Batch, Clips, frames
 from varve.heads.parts.expert import PRECISIONS, STARTS, Expert
 from varve.heads.parts.shortlist import Shortlist, weights
-from varve.heads.parts.spatial import READ, Spatial
-from varve.heads.parts.text import TRAINED, Codes, Given, Text
+from varve.heads.parts.spatial_encoder import READ, Spatial
 from varve.heads.parts.training import SCHEDULES, fit
 
 TAU = {"given": 0.01, "codes": 0.1}
@@ -77,7 +77,7 @@ class StPR:
         tau: Temperature of the contrast. None for 0.01, CLIP's own, with text that is given, and
             for 0.1 with codes.
         text: `given` with the tasks, or `codes`, for networks without a text tower; see
-            `parts/text.py`.
+            `parts/class_text.py`.
         codes: With which tasks their projection trains, `always` or the `first` alone.
         first_epochs: Of the first task; `epochs` of every later one.
         clip_norm: Of the gradients of the expert, and of the adapters. Ours: with tau = 0.01 they

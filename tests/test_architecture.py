@@ -30,7 +30,7 @@ FLOORS = [
     {"varve.pipeline.analysis"},
     {"varve.pipeline.cli"},
 ]
-MOST_MODULES = 21
+MOST_MODULES = 20
 FILES = [file for room in ("stores", "heads", "pipeline") for file in (ROOT / room).rglob("*.py")]
 
 

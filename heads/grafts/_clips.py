@@ -1,31 +1,31 @@
-"""Frames in the first axis as clips of T, and moving them in time."""
+"""Operations on frames in the first axis as clips of T frames."""
 
 import torch
 from torch import Tensor
 
 
 def frames_of(graft: object, inner: object, frames: int) -> int:
-    """`frames`, checked against those of an inner that is temporal itself.
+    """Return `frames`, checked against those of an inner module that is temporal itself.
 
     Raises:
-        ValueError: Not a count, or another than the inner's.
+        ValueError: It is below 1, or differs from the inner module's.
     """
-    name, own = type(graft).__name__, getattr(inner, "frames", 0)
+    name, inner_frames = type(graft).__name__, getattr(inner, "frames", 0)
     if frames < 1:
         raise ValueError(f"{name} with {frames=}: give T, the frames of a clip, at least 1")
-    if own not in (0, frames):
+    if inner_frames not in (0, frames):
         raise ValueError(
-            f"{name} with {frames=} around a {type(inner).__name__} of {own} frames: grafts on one "
-            "stage see the same clips, so give both the same number"
+            f"{name} with {frames=} around a {type(inner).__name__} of {inner_frames} frames: "
+            "grafts on one stage see the same clips, so give both the same number"
         )
     return frames
 
 
 def by_clip(x: Tensor, frames: int) -> Tensor:
-    """[B * T, ...] as [B, T, ...], a view.
+    """Return a view [B, T, ...] of [B * T, ...].
 
     Raises:
-        ValueError: The first axis is no whole number of clips.
+        ValueError: The first axis is not a whole number of clips.
     """
     if len(x) % frames:
         raise ValueError(
@@ -36,14 +36,14 @@ def by_clip(x: Tensor, frames: int) -> Tensor:
 
 
 def shift_left(x: Tensor, frames: int) -> Tensor:
-    """Frame t gets frame t + 1 of its clip, the last one zeros. The memory format is kept."""
+    """Return frame t + 1 of the clip for frame t, and zeros for the last, in the memory format."""
     out = torch.zeros_like(x)
     by_clip(out, frames)[:, :-1] = by_clip(x, frames)[:, 1:]
     return out
 
 
 def shift_right(x: Tensor, frames: int) -> Tensor:
-    """Frame t gets frame t - 1 of its clip, the first one zeros. The memory format is kept."""
+    """Return frame t - 1 of the clip for frame t, and zeros for the first, in the memory format."""
     out = torch.zeros_like(x)
     by_clip(out, frames)[:, 1:] = by_clip(x, frames)[:, :-1]
     return out

@@ -1,4 +1,4 @@
-"""Bottleneck adapter beside or behind a ViT block's MLP: AdaptFormer, as StPR uses it.
+"""Bottleneck adapter (AdaptFormer, as StPR uses it) beside or after the MLP of a ViT block.
 
 AdaptFormer (Chen et al., NeurIPS 2022), Eq. 2 and 3; StPR's spatial adapters. With x' the output
 of the block's attention and FFN the frozen MLP step, x' + MLP(LN x'):
@@ -19,21 +19,22 @@ from torch import Tensor, nn
 
 
 class Adapter(nn.Module):
-    """`inner`, and what a ReLU bottleneck of width D adds to it; the identity at the start.
+    """Graft that adds a ReLU bottleneck of width D to a stage; the identity at the start.
 
-    Takes tokens [N, L, C], the class token alone [N, 1, C], or vectors [N, C]; each token for
-    itself.
+    The input is tokens [N, L, C], the class token alone [N, 1, C], or vectors [N, C]; tokens are
+    independent. There are 2 * C * D parameters.
 
     Args:
-        inner: The stage's module; input and output of width C.
-        width: C.
-        bottleneck: D. 2 * C * D parameters.
-        scale: s. A fixed number.
-        form: `parallel` reads the stage's input, `sequential` its output.
-        seed: W_down is drawn from it, uniform in +-1 / sqrt(C).
+        inner: Module of the stage; input and output of width C.
+        width: Width C.
+        bottleneck: Width D of the bottleneck.
+        scale: Fixed factor s.
+        form: `parallel` reads the input of the stage, `sequential` its output.
+        seed: Seed of W_down, uniform in +-1 / sqrt(C).
     """
 
     code = "adapter/1"
+    forms = ("tokens",)
 
     def __init__(
         self,

@@ -1,24 +1,24 @@
-"""Class regularization: channels that speak for the class predicted so far are made louder.
+"""Class regularization: channels are re-weighted by the class predicted from them.
 
 Class Regularization (Stergiou, Poppe and Veltkamp, 2020). At the end of a stage with activations a
 in [B, C, T, H, W], and W_fc [K, C_fc] the classifier's weight:
 
     W_i = conv1x1x1(detach(W_fc))  [K, C]           the only thing here that trains
     Z   = W_i . mean of a over T, H, W              a score for each class
-    c*  = argmax Z                                  in training and in test alike
+    c*  = argmax Z                                  in training and in test
     m   = row c* of W_i, min-max scaled to [0, 1]
     a  <- a * (2 A m + (1 - A))                     factors from 1 - A to 1 + A
 
-Ours: the last line, since the printed Eq. 3 has factors from 0 to A (1 - A), which ends the signal
-at A = 0 and at A = 1; this reading is the identity at A = 0 and scales both up and down, as the
-text says. Of a classifier by cosines to P vectors a class, W_fc has a class's mean of unit vectors
-less that of all classes: what classes share moves no softmax, and would outweigh what tells them
-apart in m. The 1x1x1 convolution has no bias: one would add the same to every class. It starts
-normal, of variance 1 / C_fc, or where `align` puts it: nothing teaches c*, for no gradient passes
-the argmax, and from a random start it was seen to stay at chance. m = (w - min + e / 2) /
-(max - min + e) with e = 1e-6, so that a row which prefers no channel, such as one that has learned
-nothing, is the identity. On ViT tokens the mean is over the patches, and the factors hold for every
-token, the class token too, which is what later stages read.
+Ours: the last line, since the printed Eq. 3 has factors from 0 to A (1 - A), which is no signal at
+A = 0 and at A = 1; this reading is the identity at A = 0 and scales both up and down, as the
+paper's text states. For a classifier by cosines to P vectors per class, W_fc is the mean of a
+class's unit vectors minus the mean over all classes: a part that all classes share changes no
+softmax, and would dominate m. The 1x1x1 convolution has no bias: it would add the same number to
+every class. It starts normal, of variance 1 / C_fc, or as set by `align`: c* is not trained, since
+no gradient passes the argmax, and from a random start it was seen to stay at chance.
+m = (w - min + e / 2) / (max - min + e) with e = 1e-6, so that a row without preference, such as an
+untrained one, is the identity. On ViT tokens the mean is over the patches, and the factors apply to
+every token, also to the class token, which later stages read.
 
 Shapes: N = B * T frames, C channels, K classes, F = C_fc; L tokens with P prefix tokens first.
 """
@@ -36,22 +36,22 @@ RIDGE = 1e-3
 
 
 class ClassRegularization(nn.Module):
-    """`inner`, and a factor for each channel of a clip: maps [N, C, H, W] or tokens [N, L, C].
+    """Graft with a factor for each channel of a clip: maps [N, C, H, W] or tokens [N, L, C].
 
-    The classifier is held and read, never trained from here: its weight is detached, its mode left
-    alone. Whatever classes it has at a forward count; new ones need no word, and before the first
-    one there is nothing to do. Several blocks may share one classifier.
+    The classifier is read, never trained from here: its weight is detached, and its mode is not
+    changed. Each forward uses the classes that it has by then; without classes the graft is the
+    identity. Several blocks may share one classifier.
 
     Args:
-        inner: The stage's module.
-        classifier: A module with a `weight` [K, F], a row a class, or [K, P, F], P vectors a class;
-            K may change, F may not.
-        channels: C of the stage's output.
-        frames: T; the class is predicted for a clip as a whole.
+        inner: Module of the stage.
+        classifier: Module with a `weight` [K, F], a row per class, or [K, P, F], P vectors per
+            class; K may change, F may not.
+        channels: Channels C of the stage's output.
+        frames: Number T of frames per clip; one class is predicted for the whole clip.
         strength: A, from 0 (the identity) to 1. The paper's text leaves it open; we use 0.1, 0.2,
             0.3, 0.4 by depth.
-        prefix: P. Class and register tokens; 0 on maps.
-        seed: The projection W_fc -> W_i is drawn from it.
+        prefix: Number P of class and register tokens; 0 on maps.
+        seed: Seed of the projection from W_fc to W_i.
     """
 
     code = "class_regularization/1"
@@ -63,7 +63,7 @@ class ClassRegularization(nn.Module):
         classifier: Any,
         channels: int,
         frames: int,
-        strength: float,
+        strength: float = 0.3,
         prefix: int = 0,
         seed: int = 0,
     ) -> None:
@@ -72,8 +72,8 @@ class ClassRegularization(nn.Module):
         if not isinstance(weight, Tensor) or weight.ndim not in (2, 3):
             raise ValueError(
                 f"a classifier {type(classifier).__name__} without a weight [classes, width] or "
-                "[classes, proxies, width]: give the module that the classes are told apart by, "
-                "such as nn.Linear"
+                "[classes, proxies, width]: give the module that distinguishes the classes, such "
+                "as nn.Linear"
             )
         if not 0 <= strength <= 1:
             raise ValueError(f"{strength=}: give a number from 0, the identity, to 1")
@@ -104,28 +104,28 @@ class ClassRegularization(nn.Module):
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """c* of each clip, int64 [B]: the row of the classifier that the channels are scaled by.
+        """Return c* of each clip, int64 [B]: the row of the classifier that scales the channels.
 
-        The classifier must have one at least.
+        The classifier must have at least one class.
 
         Args:
-            x: The stage's input, as for `forward`.
+            x: Input of the stage, as for `forward`.
         """
         rows_KC = self._rows()
         return self._best(self.inner(x).to(rows_KC.dtype), rows_KC)
 
     @torch.no_grad()
     def align(self, means_BC: Tensor, vectors_BF: Tensor, alike: bool = False) -> None:
-        """Start the projection where W_i . mean of a is W_fc . f(x), as nearly as can be.
+        """Fit the projection so that W_i . mean of a approximates W_fc . f(x).
 
-        The least squares between clips' means of activations and what the classifier takes of them,
-        by a ridge of `RIDGE` times a channel's sum of squares. What these clips do not span is left
-        at zero, and classes to come may lie there; where channels are `alike`, at the identity.
+        This is ridge regression from the clips' mean activations to the classifier's input, with
+        `RIDGE` times the mean sum of squares of a channel. Directions that these clips do not span,
+        where later classes may lie, are zero; with `alike`, the identity.
 
         Args:
-            means_BC: As `means` gives them, of clips that were not scaled here.
-            vectors_BF: What the classifier takes of the same clips.
-            alike: The vectors are of these very channels, F being C.
+            means_BC: Results of `means`, of clips that were not scaled here.
+            vectors_BF: Input of the classifier for the same clips.
+            alike: Whether the vectors have these same channels, with F = C.
         """
         x_BC, y_BF = means_BC.double().cpu(), vectors_BF.double().cpu()
         unit_CC = torch.eye(x_BC.shape[1], dtype=torch.float64)
@@ -139,7 +139,7 @@ class ClassRegularization(nn.Module):
 
     @torch.no_grad()
     def means(self, out: Tensor) -> Tensor:
-        """What a class is predicted by, [B, C]: means over places and frames of outputs."""
+        """Return the mean activations that predict a class, over positions and frames, [B, C]."""
         if out.ndim == 4 and out.shape[1] == self.channels and not self.prefix:
             pooled_NC = out.mean((2, 3))
         elif out.ndim == 3 and out.shape[2] == self.channels and out.shape[1] > self.prefix:
@@ -154,9 +154,9 @@ class ClassRegularization(nn.Module):
 
     @torch.no_grad()
     def excitations(self) -> Tensor:
-        """m of every class, [K, C] in [0, 1]: how much each channel here speaks for it.
+        """Return m of every class, [K, C] in [0, 1]: the weight of each channel for that class.
 
-        With `predict`, what a picture of the channels or places that a class excites is made of.
+        With `predict` it serves to draw the channels or positions that a class excites.
         """
         return _scaled(self._rows())
 
@@ -167,7 +167,7 @@ class ClassRegularization(nn.Module):
         return self
 
     def _rows(self) -> Tensor:
-        """W_i [K, C], in the projection's type."""
+        """Return W_i [K, C], in the projection's type."""
         weight: Tensor = self.classifier.weight.detach().to(self.projection)
         if weight.ndim == 3:
             weight = normalize(weight, dim=2).mean(dim=1)
@@ -177,15 +177,15 @@ class ClassRegularization(nn.Module):
     @torch.no_grad()
     def _best(self, wide: Tensor, rows_KC: Tensor) -> Tensor:
         pooled_BC = self.means(wide)
-        # Not a matrix product: with so few rows, the bits of one were seen to follow a clip's place
-        # in the batch, and no near tie may fall by that.
+        # Not a matrix product: with so few rows, its bits were seen to depend on a clip's row in
+        # the batch, which must not decide a near tie.
         scores_BK = (pooled_BC[:, None] * rows_KC).sum(2)
         classes_B: Tensor = scores_BK.argmax(dim=1)
         return classes_B
 
 
 def _scaled(rows_C: Tensor) -> Tensor:
-    """Each row from its least number to its greatest, as 0 to 1; one without a range is 1/2."""
+    """Return each row min-max scaled to [0, 1]; a constant row is 1/2."""
     low, high = rows_C.aminmax(dim=1, keepdim=True)
     return (rows_C - low + EPS / 2) / (high - low + EPS)
 

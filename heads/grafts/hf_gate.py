@@ -1,20 +1,20 @@
-"""HF-Net's gate: frames hand part of what they hold to the frame before, and nothing is lost.
+"""Gate of HF-Net: each frame passes part of its features to the frame before it.
 
-HF-Net, after a block that gives F in [B, T, C, H, W]; a shift is by one frame, with zeros:
+HF-Net, after a block with output F in [B, T, C, H, W]; a shift is by one frame, with zeros:
 
     F-  = F shifted left                                    (frame t sees frame t + 1)
-    G-  = tanh(Conv3d(C -> 1, kernel 2x3x3)[F, F-])         one number a place, for all channels
+    G-  = tanh(Conv3d(C -> 1, kernel 2x3x3)[F, F-])         a number per position, for all channels
     G+  = G- shifted right
     out = G- * F- + (1 - G+) * F
 
-What frame t takes of frame t + 1, G-[t] * F[t + 1], is what frame t + 1 gives away: the sum over
-the frames of a clip stays what it was. 18 C + 1 parameters.
+Frame t + 1 loses exactly the part G-[t] * F[t + 1] that is added to frame t: the sum over the
+frames of a clip is unchanged. There are 18 C + 1 parameters.
 
 Ours, where the paper is silent: kernel and bias start at zero, the identity; on ViT tokens the
-patches are gated as a square grid and the prefix tokens are left as they are (so behind the last
-block, where only the class token is read on, a gate has no effect); the non-conservative form
-makes G+ by a second convolution of the same pair, shifted right too, so that it differs from the
-conservative one in nothing but the two gates' being independent.
+patches are gated as a square grid and the prefix tokens are unchanged (so after the last block,
+where only the class token is read, a gate has no effect); the non-conservative form computes G+ by
+a second convolution of the same pair, shifted right too, so that it differs from the conservative
+one only in that the two gates are independent.
 
 Shapes: N = B * T frames, C channels, H x W a grid, L tokens with P prefix tokens first, G gates.
 """
@@ -30,15 +30,15 @@ from varve.heads.grafts._clips import frames_of, shift_left, shift_right
 
 
 class HFGate(nn.Module):
-    """`inner`, and the gate on what it gives: maps [N, C, H, W] or tokens [N, L, C].
+    """Graft that gates the output of a stage: maps [N, C, H, W] or tokens [N, L, C].
 
     Args:
-        inner: The stage's module.
-        channels: C of its output.
-        frames: T.
-        conservative: False for two independent gates, twice the parameters.
-        prefix: P. Class and register tokens; 0 on maps.
-        seed: As for every graft. Nothing is drawn: all starts at zero.
+        inner: Module of the stage.
+        channels: Channels C of its output.
+        frames: Number T of frames per clip.
+        conservative: False for two independent gates, with twice the parameters.
+        prefix: Number P of class and register tokens; 0 on maps.
+        seed: Unused, since all parameters start at zero; every graft has it.
     """
 
     code = "hf_gate/1"
@@ -67,27 +67,27 @@ class HFGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.inner(x)
         wide = out.to(self.weight.dtype)
-        taken, given = self._gates(wide)
+        minus, plus = self._gates(wide)
         # The maps first in each product: it then has their memory format.
-        kept = wide * (1 - shift_right(given, self.frames))
-        return (shift_left(wide, self.frames) * taken + kept).to(out.dtype)
+        kept = wide * (1 - shift_right(plus, self.frames))
+        return (shift_left(wide, self.frames) * minus + kept).to(out.dtype)
 
     @torch.no_grad()
     def gates(self, x: Tensor) -> Tensor:
-        """G- of every place, [N, H, W] in (-1, 1): how much of the next frame is taken.
+        """Return G- of every position, [N, H, W] in (-1, 1): the share taken from the next frame.
 
-        A clip's last frame has none after it: its gate moves nothing and is told as 0.
+        The last frame of a clip has no next frame: its gate has no effect and is returned as 0.
 
         Args:
-            x: The stage's input, as for `forward`.
+            x: Input of the stage, as for `forward`.
         """
         wide = self.inner(x).to(self.weight.dtype)
-        taken, _ = self._gates(wide)
-        taken[self.frames - 1 :: self.frames] = 0
+        minus, _ = self._gates(wide)
+        minus[self.frames - 1 :: self.frames] = 0
         if wide.ndim == 4:
-            return taken[:, 0]
+            return minus[:, 0]
         side = math.isqrt(wide.shape[1] - self.prefix)
-        return taken[:, self.prefix :, 0].reshape(-1, side, side)
+        return minus[:, self.prefix :, 0].reshape(-1, side, side)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; an inner without trainable parameters stays in eval."""
@@ -96,17 +96,17 @@ class HFGate(nn.Module):
         return self
 
     def _gates(self, wide: Tensor) -> tuple[Tensor, Tensor]:
-        """G-, and G+ before its shift: [N, 1, H, W] or [N, L, 1]."""
+        """Return G-, and G+ before its shift: [N, 1, H, W] or [N, L, 1]."""
         map_NCHW = self._map(wide)
-        # A kernel over two frames is two kernels over one, the sums of the second moved left: one
-        # convolution of the frames as they lie, and no pairs of them in memory.
+        # A kernel over two frames is two kernels over one frame, with the sums of the second
+        # shifted left: one convolution of the frames, and no pairs of them in memory.
         kernels = self.weight.transpose(1, 2).flatten(0, 1)
         sums = functional.conv2d(map_NCHW, kernels, padding=1)
-        own, following = sums[:, 0::2], sums[:, 1::2]
-        gates = torch.tanh(own + shift_left(following, self.frames) + self.bias[:, None, None])
+        current, following = sums[:, 0::2], sums[:, 1::2]
+        gates = torch.tanh(current + shift_left(following, self.frames) + self.bias[:, None, None])
         if wide.ndim == 4:
             return gates[:, :1], gates[:, -1:]
-        # A prefix token's gate is zero: it takes nothing and gives nothing away.
+        # The gate of a prefix token is zero: the token is unchanged.
         gates = functional.pad(gates.flatten(2).transpose(1, 2), (0, 0, self.prefix, 0))
         return gates[..., :1], gates[..., -1:]
 

@@ -1,15 +1,15 @@
-"""TSM: some channels of each frame come from its neighbours in time, before a residual block.
+"""Temporal shift (TSM): some channels of each frame come from its neighbours in time.
 
-Temporal Shift Module (Lin, Gan and Han, ICCV 2019), section 4, its residual form: the shift stands
-before conv1 inside the block's branch, and the identity path is left as it is. Per clip, with
+Temporal Shift Module (Lin, Gan and Han, ICCV 2019), section 4, its residual form: the shift is
+before conv1 inside the block's branch, and the identity path is unchanged. For each clip, with
 F = C // fold, as in the authors' code:
 
     x[t, 0:F]    <- x[t + 1, 0:F]       the first fold comes from the next frame (left in time)
     x[t, F:2F]   <- x[t - 1, F:2F]      the second one from the frame before (right in time)
-    x[t, 2F:]    as it is
+    x[t, 2F:]    unchanged
 
-Frames that would come from outside of the clip are zeros. Ours: fold = 0 moves nothing, the frozen
-block bit for bit. (The authors' ResNet-101 and deeper shift every second block: graft those.)
+Frames outside of the clip are zeros. Ours: fold = 0 shifts nothing and is the frozen block, bit for
+bit. (The authors shift every second block in ResNet-101 and deeper: graft those.)
 
 Shapes: N = B * T frames, C channels, H x W a grid.
 """
@@ -23,7 +23,7 @@ from varve.heads.grafts._clips import by_clip, frames_of
 
 
 class Shift(nn.Module):
-    """`inner` behind a shift of 1/fold of the channels forward and as many backward in time."""
+    """Module after a shift of 1/fold of the channels forward and as many backward in time."""
 
     def __init__(self, inner: nn.Module, frames: int, fold: int) -> None:
         super().__init__()
@@ -47,18 +47,19 @@ class Shift(nn.Module):
 
 
 class TemporalShift(nn.Module):
-    """A residual block whose conv1 sees shifted channels. It has no parameters of its own.
+    """Graft of a residual block whose conv1 reads shifted channels. It adds no parameters.
 
     To gate or to regularise a shifted block, shift first and put the other graft around it.
 
     Args:
-        inner: A residual block with a convolution `conv1` (torchvision's BasicBlock, Bottleneck).
-        frames: T.
-        fold: 1/fold of the channels come from the next frame and 1/fold from the one before; at
-            least 2, or 0 for no shift.
+        inner: Residual block with a convolution `conv1` (torchvision's BasicBlock, Bottleneck).
+        frames: Number T of frames per clip.
+        fold: Divisor: 1/fold of the channels come from the next frame and 1/fold from the one
+            before; at least 2, or 0 for no shift.
     """
 
     code = "temporal_shift/1"
+    forms = ("map",)
     token_wise = False
 
     def __init__(self, inner: nn.Module, frames: int, fold: int = 8) -> None:
@@ -81,13 +82,13 @@ class TemporalShift(nn.Module):
         self.fold = fold
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        # The block's forward, with another conv1, in a twin that lives for this call: it holds
-        # the block's parts themselves, and the block is left as it is. The twin needs a table of
-        # parts of its own, which a shallow copy would share; it takes tens of microseconds.
-        twin = copy.copy(self.inner)
-        vars(twin)["_modules"] = dict(self.inner._modules)
-        twin.conv1 = Shift(self.inner.get_submodule("conv1"), self.frames, self.fold)
-        out: Tensor = twin(x_NCHW)
+        # The block's forward with another conv1, in a shallow copy for this call alone: it shares
+        # the block's parts, and the block is unchanged. The copy needs a separate table of parts.
+        # It takes tens of microseconds.
+        block = copy.copy(self.inner)
+        vars(block)["_modules"] = dict(self.inner._modules)
+        block.conv1 = Shift(self.inner.get_submodule("conv1"), self.frames, self.fold)
+        out: Tensor = block(x_NCHW)
         return out
 
     def train(self, mode: bool = True) -> Self:

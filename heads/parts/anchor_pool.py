@@ -1,19 +1,23 @@
-"""The anchor pool: whose anchors is a clip near? StPR's TD-MoE router, on FAISS.
+"""Anchor pool: the anchors of all experts, compared with queries by exact cosine, on FAISS.
 
-Each task's expert k has an anchor a class, the mean temporal residual of the class's clips, and
-expert k's residual of a clip is compared with the anchors of its own classes alone:
-r_k = max over c of cos(V^tem_k, anchor_c).
+This is the router of StPR's TD-MoE. Expert k of task k has one anchor for each class of the task:
+the mean temporal residual of the class's clips. The residual of a clip by expert k is compared with
+the anchors of expert k alone:
 
-For FAISS that is an inverted file whose lists are the experts: the residuals of all clips and all
-experts are one search in which each is told its list. That search is exact, on the CPU. Over the
-anchors of all experts together `nearest` searches as `neighbours.py` says, exactly or not.
+    r_k = max over c of cos(V^tem_k, anchor_c)
 
-Ours, where StPR is silent: the tie rule. A similarity is the cosine, as float32; of equal ones the
-class that was added first comes first, and of equal experts the earlier. A vector of zeros is at 0
-from everything.
+Search is exact at every size. Among 100,000 anchors of width 128 a batch of 16 queries takes tens
+of milliseconds on two cores, and a pool has one anchor for each class: approximate indexes would
+save nothing beside the experts' own cost.
 
-Shapes: B queries, K experts in the pool, S experts asked or returned, C anchors of one expert,
-D width.
+One rule decides ties. A similarity is the cosine computed in float64 and rounded to float32. Of
+equal similarities the anchor that was added first wins: the earlier expert, and within an expert
+the class that comes first in its list. FAISS sums in float32, in an order that depends on the size
+of the batch. So it only proposes candidates, with more of them wherever float32 cannot tell which
+ones belong. The cosine of a vector of zeros is 0.
+
+Shapes: B queries, K experts in the pool, S experts or anchors returned, C anchors of one expert,
+N anchors in all, D width, R rows, F candidates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,18 +29,18 @@ import torch
 from torch import Tensor
 
 from varve.heads import Routing
-from varve.heads.parts.neighbours import Neighbours, cosines, ordered, queries, slack, threads, unit
 
-ROOM = 64  # experts before the lists are first moved
+CHUNK = 1 << 22  # float64 numbers compared at a time
+GPU_RESULTS = 2048  # the most results per query that FAISS returns from a GPU
 
 
 class Nearest(NamedTuple):
-    """The nearest anchors of all experts, by descending similarity.
+    """Nearest anchors over all experts, by descending similarity.
 
     Attributes:
-        experts: int64 [B, S], whose they are.
-        classes: int64 [B, S].
-        similarities: float32 [B, S], cosines.
+        experts: Experts of the anchors, int64 [B, S].
+        classes: Classes of the anchors, int64 [B, S].
+        similarities: Cosines, float32 [B, S].
     """
 
     experts: Tensor
@@ -45,59 +49,55 @@ class Nearest(NamedTuple):
 
 
 class AnchorPool:
-    """The anchors of all experts, each with the key of the column that it was made from.
+    """Anchors of all experts, each with the key of the feature column that it was made from.
 
     Args:
-        width: D.
-        lineage: The pool is of one run whose network moved between its tasks: a query may come from
-            the newest column, and is compared with older anchors too, as published. Without it all
-            anchors asked must be of the query's own column.
-        approximate, above, probes, gpu_above: Of `nearest`; see `Neighbours`.
+        width: Width D of every anchor.
+        lineage: Whether the pool belongs to one run whose network was trained between tasks. A
+            query from the newest column is then compared with older anchors too, as published.
+            Otherwise all anchors that a query is compared with must be of its own column.
+        gpu_above: Number of anchors from which `nearest` uses the first GPU, if FAISS finds one;
+            None for never. The CPU answers from a few thousand anchors before they reach a GPU.
 
     Attributes:
-        classes: Of each expert, in the order of its anchors.
-        keys: Of each expert.
+        classes: Classes of each expert, in the order of its anchors.
+        keys: Column key of each expert.
     """
 
-    def __init__(
-        self,
-        width: int,
-        lineage: bool = False,
-        approximate: str = "",
-        above: int = 100_000,
-        probes: int = 16,
-        gpu_above: int | None = 10_000,
-    ) -> None:
-        self.width, self.lineage = width, lineage
+    def __init__(self, width: int, lineage: bool = False, gpu_above: int | None = 10_000) -> None:
+        if width < 1:
+            raise ValueError(f"{width=}: give at least 1")
+        self.width, self.lineage, self.gpu_above = width, lineage, gpu_above
         self.classes: list[list[int]] = []
         self.keys: list[str] = []
-        self._search = (approximate, above, probes, gpu_above)
-        self._all = Neighbours(width, *self._search)
-        self._starts = np.zeros(1, np.int64)  # where each expert's anchors begin among all
-        self._labels = np.zeros(0, np.int64)  # of all anchors
-        self._lists = self._made(ROOM)
+        self._anchors_ND = np.empty((0, width), np.float32)  # as they were added
+        self._unit_ND = self._anchors_ND
+        self._index: Any = faiss.IndexFlatIP(width)  # of the unit vectors
+        self._on_gpu: Any = None  # a copy of the index
+        self._starts = np.zeros(1, np.int64)  # first anchor of each expert, and N
+        self._labels = np.zeros(0, np.int64)  # class of each anchor
 
     def __len__(self) -> int:
-        """How many experts there are."""
+        """Return the number of experts."""
         return len(self.classes)
 
     def anchors(self, expert: int) -> Tensor:
-        """Of one expert, as they were added: float32 [C, D]."""
+        """Return a copy of the anchors of one expert, float32 [C, D]."""
         first, end = self._starts[expert : expert + 2].tolist()
-        return torch.from_numpy(self._all.vectors_ND[first:end].copy())
+        return torch.from_numpy(self._anchors_ND[first:end].copy())
 
     def add(self, expert: int, classes: Sequence[int], anchors_CD: Tensor, key: str = "") -> None:
-        """Add the anchors of the next expert; the others stay where they are.
+        """Add the anchors of the next expert. Those of other experts keep their indices.
 
         Args:
-            expert: Its number, the number of those there are.
-            classes: C of them, each once.
-            anchors_CD: Of any length; only their direction counts.
-            key: Of the column that they were made from.
+            expert: Number of the expert: the number of experts in the pool so far.
+            classes: C classes, each one once.
+            anchors_CD: Anchors of any length; only their direction counts.
+            key: Key of the feature column that they were made from.
 
         Raises:
             ValueError: Another expert is next, classes and anchors do not fit each other or the
-                pool, or a number is not finite. The pool stays as it was.
+                pool, or a number is not finite. The pool is unchanged.
         """
         if expert != len(self):
             raise ValueError(
@@ -114,16 +114,12 @@ class AnchorPool:
                 f"anchors are {list(anchors_CD.shape)} for {len(classes)} classes of expert "
                 f"{expert}: give one of width {self.width} to each"
             )
-        queries(anchors_CD, self.width, f"anchors of expert {expert}")
-        rows_CD = anchors_CD.detach().to("cpu", torch.float32).contiguous().numpy()
-        if expert == self._lists.nlist:
-            self._lists = self._made(2 * expert, self._lists)
-        codes_CD, ids_C = unit(rows_CD), np.arange(len(rows_CD))
-        self._lists.invlists.add_entries(
-            expert, len(ids_C), faiss.swig_ptr(ids_C), faiss.swig_ptr(codes_CD.view(np.uint8))
-        )
-        self._all.add(rows_CD)
-        self._starts = np.append(self._starts, len(self._all))
+        rows_CD = _rows(anchors_CD, self.width, f"anchors of expert {expert}")
+        self._anchors_ND = np.concatenate([self._anchors_ND, rows_CD])
+        self._unit_ND = np.concatenate([self._unit_ND, _unit(rows_CD)])
+        self._index.add(self._unit_ND[-len(rows_CD) :])
+        self._on_gpu = None
+        self._starts = np.append(self._starts, len(self._anchors_ND))
         self._labels = np.append(self._labels, np.array(classes, np.int64))
         self.classes.append(list(map(int, classes)))
         self.keys.append(key)
@@ -135,44 +131,33 @@ class AnchorPool:
         key: str = "",
         experts: Tensor | None = None,
     ) -> Routing:
-        """Weigh experts by how near their residuals are to their own anchors: r_k.
+        """Weigh experts by r_k, the cosine of their residuals to their own nearest anchors.
 
         Args:
-            residuals_BSD: Of any length; residual s of a clip is of expert s, or of
+            residuals_BSD: Residuals of any length; residual s of a clip is by expert s, or by
                 `experts[b, s]`.
-            top_k: How many experts to return; None, or more than were asked, for all.
-            key: Of the column that the residuals were made from.
-            experts: int64 [S] or [B, S], where not all were run; see `shortlist.py`.
-
-        Returns:
-            With the similarities as weights; `shortlist.weights` knows others, in the same order.
+            top_k: Number of experts to return; None for all.
+            key: Key of the feature column that the residuals were made from.
+            experts: Experts that ran, int64 [S] or [B, S], where not all did; see `shortlist.py`.
 
         Raises:
-            ValueError: As `compare`, or `top_k` is none.
+            ValueError: As for `compare`, or `top_k` is below 1.
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"{top_k=}: ask for one expert at least")
-        asked_BS = self._numbers(residuals_BSD, experts, key)
-        rows_RD, norms_R = queries(residuals_BSD, self.width, "residuals")
-        near_BS, places_BS = self._compared(rows_RD, norms_R, asked_BS)
-
-        def exact(b: np.ndarray, s: np.ndarray) -> np.ndarray:
-            anchors = self._starts[asked_BS[b, s]] + places_BS[b, s]
-            return cosines(rows_RD, b * asked_BS.shape[1] + s, self._all.vectors_ND, anchors)
-
-        order_BS = ordered(near_BS, asked_BS, exact, slack(self.width))
-        asked_BS, near_BS, places_BS = (
-            np.take_along_axis(x, order_BS, axis=1) for x in (asked_BS, near_BS, places_BS)
+        experts_BS = self._experts(residuals_BSD, experts, key)
+        similarities_BS, anchors_BS = self._own(residuals_BSD, experts_BS)
+        order_BS = np.lexsort((experts_BS, -similarities_BS), axis=1)[:, :top_k]
+        experts_BS, similarities_BS, classes_BS = (
+            torch.from_numpy(np.take_along_axis(x, order_BS, axis=1)).to(residuals_BSD.device)
+            for x in (experts_BS, similarities_BS, self._labels[anchors_BS])
         )
-        similarities_BS = torch.from_numpy(near_BS)
-        classes_BS = torch.from_numpy(self._labels[self._starts[asked_BS] + places_BS])
-        parts = (torch.from_numpy(asked_BS), similarities_BS, classes_BS, similarities_BS)
-        return Routing(*(x[:, :top_k].to(residuals_BSD.device) for x in parts))
+        return Routing(experts_BS, similarities_BS, classes_BS, similarities_BS)
 
     def compare(
         self, residuals_BSD: Tensor, key: str = "", experts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`route`, in the order in which the experts were asked.
+        """Compare residuals as `route` does, and keep the order in which experts are given.
 
         Returns:
             The cosine to each expert's nearest anchor, float32 [B, S], and that anchor's class,
@@ -182,124 +167,180 @@ class AnchorPool:
             ValueError: The pool has no expert, its anchors are of another column, or the residuals
                 do not fit it or are not finite.
         """
-        asked_BS = self._numbers(residuals_BSD, experts, key)
-        rows_RD, norms_R = queries(residuals_BSD, self.width, "residuals")
-        near_BS, places_BS = self._compared(rows_RD, norms_R, asked_BS)
-        classes_BS = self._labels[self._starts[asked_BS] + places_BS]
+        experts_BS = self._experts(residuals_BSD, experts, key)
+        similarities_BS, anchors_BS = self._own(residuals_BSD, experts_BS)
         device = residuals_BSD.device
-        return torch.from_numpy(near_BS).to(device), torch.from_numpy(classes_BS).to(device)
+        classes_BS = torch.from_numpy(self._labels[anchors_BS])
+        return torch.from_numpy(similarities_BS).to(device), classes_BS.to(device)
 
     def nearest(self, queries_BD: Tensor, top_k: int, key: str = "") -> Nearest:
-        """The nearest anchors, whoever's they are; all where there are fewer.
+        """Find the nearest anchors of all experts together; all anchors if there are fewer.
 
         Raises:
-            ValueError: As `compare`, or `top_k` is none.
+            ValueError: As for `compare`, or `top_k` is below 1.
         """
         if top_k < 1 or queries_BD.ndim != 2:
             raise ValueError(
                 f"{top_k=} for queries of {list(queries_BD.shape)}: give [clips, {self.width}], "
                 "and ask for one anchor at least"
             )
-        self._filled()
-        self._allow(key, range(len(self)))
-        rows_BD, norms_B = queries(queries_BD, self.width, "queries")
-        similarities_BS, places_BS = self._all.search(rows_BD, norms_B, top_k)
-        experts_BS = np.searchsorted(self._starts, places_BS, side="right") - 1
-        parts = (experts_BS, self._labels[places_BS], similarities_BS)
+        self._check_not_empty()
+        self._check_key(key, range(len(self)))
+        rows_BD = _rows(queries_BD, self.width, "queries")
+        similarities_BS, anchors_BS = self._best(rows_BD, 0, len(self._anchors_ND), top_k)
+        experts_BS = np.searchsorted(self._starts, anchors_BS, side="right") - 1
+        parts = (experts_BS, self._labels[anchors_BS], similarities_BS)
         return Nearest(*(torch.from_numpy(x).to(queries_BD.device) for x in parts))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Of each expert its anchors as given, its classes, and its key as UTF-8; and IVF's cells.
-
-        The lists and the graph are made anew from these.
-        """
+        """Return the anchors, classes and key (as UTF-8) of each expert, as tensors of its own."""
         state = {}
         for k, (classes, key) in enumerate(zip(self.classes, self.keys, strict=True)):
             state[f"expert.{k}.anchors"] = self.anchors(k)
             state[f"expert.{k}.classes"] = torch.tensor(classes)
             state[f"expert.{k}.key"] = torch.tensor(list(key.encode()), dtype=torch.uint8)
-        if self._all.centroids is not None:
-            state["centroids"] = torch.from_numpy(self._all.centroids.copy())
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the place of the pool whose `state_dict` this was."""
-        new = AnchorPool(self.width, self.lineage, *self._search)
+        """Replace the content by that of the pool whose `state_dict` this is."""
+        new = AnchorPool(self.width, self.lineage, self.gpu_above)
         while f"expert.{len(new)}.anchors" in state:
             name = f"expert.{len(new)}."
             key = bytes(state[name + "key"].tolist()).decode()
             new.add(len(new), state[name + "classes"].tolist(), state[name + "anchors"], key)
-        if "centroids" in state:
-            new._all.centroids = state["centroids"].numpy().copy()
         vars(self).update(vars(new))
 
-    def _made(self, room: int, old: Any = None) -> Any:
-        """A FAISS index with a list for each of so many experts, and what the old lists have."""
-        coarse = faiss.IndexFlatIP(self.width)  # never asked: each residual is told its list
-        lists: Any = faiss.IndexIVFFlat(coarse, self.width, room, faiss.METRIC_INNER_PRODUCT)
-        lists.is_trained = True
-        for k in range(0 if old is None else old.nlist):
-            size = old.invlists.list_size(k)
-            ids, codes = old.invlists.get_ids(k), old.invlists.get_codes(k)
-            lists.invlists.add_entries(k, size, ids, codes)
-        return lists
-
-    def _numbers(self, residuals_BSD: Tensor, experts: Tensor | None, key: str) -> np.ndarray:
-        """Of the experts asked, int64 [B, S]."""
-        self._filled()
-        asked = torch.arange(len(self)) if experts is None else experts.cpu()
+    def _experts(self, residuals_BSD: Tensor, experts: Tensor | None, key: str) -> np.ndarray:
+        """Return the checked numbers of the experts of residuals, int64 [B, S]."""
+        self._check_not_empty()
+        numbers = torch.arange(len(self)) if experts is None else experts.cpu()
         shape = residuals_BSD.shape[:2]
-        fits = residuals_BSD.ndim == 3 and asked.shape in (shape, shape[1:])
-        if not fits:
+        if residuals_BSD.ndim != 3 or numbers.shape not in (shape, shape[1:]):
             raise ValueError(
-                f"residuals are {list(residuals_BSD.shape)} for {list(asked.shape)} experts: give "
-                f"[clips, experts, {self.width}], in the order of the tasks, or say which they are"
+                f"residuals are {list(residuals_BSD.shape)} for {list(numbers.shape)} experts: "
+                f"give [clips, experts, {self.width}], in the order of the tasks, or say which "
+                "they are"
             )
-        asked_BS = np.array(asked.expand(shape).numpy(), np.int64)
-        numbers = np.unique(asked_BS).tolist()
-        strange = set(numbers) - set(range(len(self)))
-        if strange:
-            raise ValueError(f"no expert {min(strange)} in a pool of {len(self)}: count from 0")
-        self._allow(key, numbers)
-        return asked_BS
+        experts_BS = np.array(numbers.expand(shape).numpy(), np.int64)
+        known = np.unique(experts_BS).tolist()
+        unknown = set(known) - set(range(len(self)))
+        if unknown:
+            raise ValueError(f"no expert {min(unknown)} in a pool of {len(self)}: count from 0")
+        self._check_key(key, known)
+        return experts_BS
 
-    def _filled(self) -> None:
+    def _check_not_empty(self) -> None:
         if not len(self):
             raise ValueError("the pool has no anchors yet, so there is nothing to ask: learn first")
 
-    def _allow(self, key: str, experts: Sequence[int]) -> None:
-        """Refuse a query from a column that these experts' anchors are not of."""
-        made = {self.keys[-1]} if self.lineage else {self.keys[k] for k in experts}
-        if made - {key}:
+    def _check_key(self, key: str, experts: Sequence[int]) -> None:
+        """Refuse a query from a column that the anchors of these experts were not made from."""
+        expected = {self.keys[-1]} if self.lineage else {self.keys[k] for k in experts}
+        if expected - {key}:
             others = [k for k in experts if self.keys[k] != key]
-            found = sorted({self.keys[k] for k in others} | set(self.keys[-1:]) - {key})
+            keys = sorted({self.keys[k] for k in others} | set(self.keys[-1:]) - {key})
             raise ValueError(
                 f"a query from column {key!r}; anchors of experts {others[:9]} were made from "
-                f"{', '.join(map(repr, found[:9]))}: ask with the feature that they were made of, "
+                f"{', '.join(map(repr, keys[:9]))}: ask with the feature that they were made of, "
                 "with the newest one (and lineage=True) where a run's own network moved in between"
             )
 
-    def _compared(
-        self, rows_RD: np.ndarray, norms_R: np.ndarray, asked_BS: np.ndarray
+    def _own(self, residuals_BSD: Tensor, experts_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the similarity and index of the nearest own anchor of each expert, [B, S]."""
+        rows = _rows(residuals_BSD, self.width, "residuals").reshape(residuals_BSD.shape)
+        similarities_BS = np.empty(experts_BS.shape, np.float32)
+        anchors_BS = np.empty(experts_BS.shape, np.int64)
+        for k in np.unique(experts_BS).tolist():
+            mask_BS = experts_BS == k
+            best_R1, index_R1 = self._best(rows[mask_BS], *self._starts[k : k + 2].tolist(), 1)
+            similarities_BS[mask_BS], anchors_BS[mask_BS] = best_R1[:, 0], index_R1[:, 0]
+        return similarities_BS, anchors_BS
+
+    def _best(
+        self, rows_RD: np.ndarray, first: int, end: int, count: int, candidates: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The similarity to each residual's nearest anchor and its place in its expert, [B, S]."""
-        lists_R1 = asked_BS.reshape(-1, 1)
-        ignored_R1 = np.zeros(lists_R1.shape, np.float32)
-        compared = np.diff(self._starts)[asked_BS].sum()
-        with threads(int(compared) * self.width):
-            found_R2, places_R2 = self._lists.search_preassigned(rows_RD, 2, lists_R1, ignored_R1)
-        some_R = norms_R > 0
-        near_R = np.divide(found_R2[:, 0], norms_R, out=np.zeros_like(norms_R), where=some_R)
-        places_R = np.where(some_R, places_R2[:, 0], 0)
-        # Of an expert with one class the second is FAISS's least number.
-        gaps_R = found_R2[:, 0] - found_R2[:, 1]
-        close_R = some_R & (gaps_R <= slack(self.width) * norms_R)
-        for k in np.unique(lists_R1[close_R]).tolist():
-            close = np.flatnonzero(close_R & (lists_R1[:, 0] == k))
-            own_C = np.arange(*self._starts[k : k + 2])
-            pairs = np.repeat(close, len(own_C)), np.tile(own_C, len(close))
-            exact_RC = cosines(rows_RD, pairs[0], self._all.vectors_ND, pairs[1])
-            exact_RC = exact_RC.reshape(len(close), len(own_C))
-            # Of equal ones argmax gives the first.
-            places_R[close], near_R[close] = exact_RC.argmax(axis=1), exact_RC.max(axis=1)
-        return near_R.reshape(asked_BS.shape), places_R.reshape(asked_BS.shape)
+        """Return similarities and indices [R, S] of the nearest anchors from `first` to `end`."""
+        count = min(count, end - first)
+        candidates = min(max(candidates, count + 1), end - first)
+        approximate_RF, index_RF = self._search(_unit(rows_RD), first, end, candidates)
+        similarities_RF = self._cosines(rows_RD, index_RF)
+        order_RS = np.lexsort((index_RF, -similarities_RF), axis=1)[:, :count]
+        best_RS, index_RS = (
+            np.take_along_axis(x, order_RS, axis=1) for x in (similarities_RF, index_RF)
+        )
+        if candidates < end - first:
+            # In float32 the last candidate may be as near as the last result: so may others.
+            gap_R = approximate_RF[:, count - 1] - approximate_RF[:, -1]
+            unsure_R = gap_R <= _rounding(self.width)
+            if unsure_R.any():
+                best_RS[unsure_R], index_RS[unsure_R] = self._best(
+                    rows_RD[unsure_R], first, end, count, 4 * candidates
+                )
+        return best_RS, index_RS
+
+    def _search(
+        self, unit_RD: np.ndarray, first: int, end: int, candidates: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return float32 inner products and indices of anchors [R, F], as FAISS finds them."""
+        metric = faiss.METRIC_INNER_PRODUCT
+        if end - first < len(self._anchors_ND):
+            near_RF, index_RF = faiss.knn(unit_RD, self._unit_ND[first:end], candidates, metric)
+            return near_RF, index_RF + first
+        index = self._index
+        on_gpu = self.gpu_above is not None and end >= self.gpu_above and faiss.get_num_gpus()
+        if on_gpu and candidates <= GPU_RESULTS:
+            if self._on_gpu is None:
+                resources = faiss.StandardGpuResources()
+                self._on_gpu = resources, faiss.index_cpu_to_gpu(resources, 0, index)
+            index = self._on_gpu[1]
+        near_RF, index_RF = index.search(unit_RD, candidates)
+        return near_RF, index_RF
+
+    def _cosines(self, rows_RD: np.ndarray, index_RF: np.ndarray) -> np.ndarray:
+        """Return the cosines of rows and anchors by float64, float32 [R, F]; 0 with zeros."""
+        out_RF = np.zeros(index_RF.shape, np.float32)
+        step = max(1, CHUNK // (index_RF.shape[1] * self.width))
+        for start in range(0, len(rows_RD), step):
+            part = slice(start, start + step)
+            a_RD = rows_RD[part].astype(np.float64)
+            b_RFD = self._anchors_ND[index_RF[part]].astype(np.float64)
+            # Not a matrix product: BLAS sums in another order by where a row stands in the batch.
+            ab_RF = np.einsum("rd,rfd->rf", a_RD, b_RFD)
+            aa_R1 = np.einsum("rd,rd->r", a_RD, a_RD)[:, None]
+            norms_RF = np.sqrt(aa_R1) * np.sqrt(np.einsum("rfd,rfd->rf", b_RFD, b_RFD))
+            out_RF[part] = np.divide(ab_RF, norms_RF, out=np.zeros_like(ab_RF), where=norms_RF > 0)
+        return out_RF
+
+
+def _rows(x: Tensor, width: int, name: str) -> np.ndarray:
+    """Return vectors as finite float32 rows in CPU memory, [R, D].
+
+    Raises:
+        ValueError: The vectors, called `name`, have another width, or a number is not finite.
+    """
+    if x.ndim < 1 or x.shape[-1] != width:
+        raise ValueError(
+            f"{name} are {list(x.shape)}, where the pool has vectors of {width}: use the feature "
+            "and the number of frames that the pool was made of"
+        )
+    rows_RD: np.ndarray = x.detach().to("cpu", torch.float32).reshape(-1, width).numpy()
+    if not np.isfinite(rows_RD).all():
+        raise ValueError(
+            f"{name} are not finite: leave out the clips that the store has not marked as done"
+        )
+    return rows_RD
+
+
+def _unit(x_RD: np.ndarray) -> np.ndarray:
+    """Return unit vectors, float32 [R, D]; zeros stay zeros."""
+    wide_RD = x_RD.astype(np.float64)
+    norms_R1 = np.linalg.norm(wide_RD, axis=1, keepdims=True)
+    return (wide_RD / np.where(norms_R1 > 0, norms_R1, 1)).astype(np.float32)
+
+
+def _rounding(width: int) -> float:
+    """Return the gap above which float32 inner products of unit vectors are in the right order.
+
+    This is a worst case: D + 8 roundings of 2^-24 for each of two products, and for their norms.
+    """
+    return float(3 * (width + 8) * 2.0**-24)

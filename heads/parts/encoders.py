@@ -2,7 +2,7 @@
 
     mean    their mean. It cannot tell a motion from its reverse. Nothing to train.
     order   one after the other. Nothing to train.
-    trn     relations between them, in order (`varve.heads.parts.relation`), trained.
+    trn     relations between them, in order (`varve.heads.parts.temporal_relation`), trained.
     expert  unit(mean of unit V_i) + unit(E(unit V_1 ... unit V_T)), with E one spatiotemporal
             expert of `varve.heads.parts.expert`, trained: the representation itself moves, and
             what is distilled between an old model and a new one has something to hold.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from varve.heads.parts.expert import Expert
-from varve.heads.parts.relation import WIDTH, Relation
+from varve.heads.parts.temporal_relation import WIDTH, Relation
 
 ENCODERS = ("mean", "order", "trn", "expert")
 TRAINED = ("trn", "expert")

@@ -29,6 +29,7 @@ from torch import Tensor, autocast, nn
 from torch.nn.functional import cross_entropy
 
 from varve.heads import Network, Task
+from varve.heads.grafts import fill_options
 from varve.heads.parts import classifiers, models, training
 from varve.heads.parts.classifiers import Classifier
 from varve.heads.parts.clips import Batch, Clips
@@ -95,6 +96,9 @@ class FineTunedHead:
         milestones: Epochs after which the rate is a tenth; with schedule="step".
         clip_norm: Of the gradients of the blocks and encoder together, of those of the classifier,
             and of those of what a method adds; None leaves them.
+        graft: Name of a registered graft behind each of the blocks that train, "" for none; around
+            the method's own graft, if there is one.
+        graft_options: Options of that graft; see `varve.heads.grafts.fill_options`.
         precision: Of the products of the blocks in training (`bfloat16` is two to four times as
             fast on CPUs that have it); parameters, losses and scores are float32.
     """
@@ -123,9 +127,13 @@ class FineTunedHead:
         schedule: str = "cosine",
         milestones: Sequence[int] = (),
         clip_norm: float | None = None,
+        graft: str = "",
+        graft_options: Mapping[str, Any] | None = None,
         precision: str = "float32",
         seed: int = 0,
     ) -> None:
+        if graft_options and not graft:
+            raise ValueError(f"{graft_options=} without a graft: give graft=NAME")
         if blocks < 1 or not 0 <= drop < 1:
             raise ValueError(f"{blocks=}, {drop=}: train a block at least, and drop less than all")
         if precision not in PRECISIONS:
@@ -155,6 +163,7 @@ class FineTunedHead:
             training.check(epochs=count, **self._recipe)
         if not classifier_rate > 0 or not self._tune_lr > 0:
             raise ValueError(f"{classifier_rate=}, {tune_lr=}: give numbers above 0, or leave out")
+        self._graft, self._graft_options = graft, graft_options or {}
         self._network: Network | None = None
         self._trunk: TrainableSuffix | None = None
         self._model: models.Model[Classifier] | None = None
@@ -205,6 +214,8 @@ class FineTunedHead:
 
     def attach(self, network: Network) -> None:
         self._network = network
+        if self._graft:
+            network.graft(self._graft)  # refuses an unknown name, before anything is computed
 
     @property
     def trainable(self) -> int:
@@ -372,8 +383,29 @@ class FineTunedHead:
 
     def _fresh(self, model: models.Model[Classifier]) -> TrainableSuffix:
         network = self._attached()
-        changes = self.changed(network, model.classifier)
+        changes = dict(self.changed(network, model.classifier))
+        for stage in (network.find(f"blocks.-{n}") for n in range(1, self._blocks + 1)):
+            if self._graft:
+                changes[stage] = self._with_graft(network, stage, model.classifier, changes)
         return TrainableSuffix(network, self.reads[0], changes, self._batch_norm)
+
+    def _with_graft(
+        self, network: Network, stage: str, classifier: Classifier, changes: Mapping[str, Change]
+    ) -> Change:
+        """Return what puts the option's graft around a stage, or around its graft in `changes`."""
+        build = network.graft(self._graft)
+        channels, prefix = grid(network.shape(stage))
+        known = {
+            "channels": channels,
+            "width": channels,
+            "frames": network.frames,
+            "prefix": prefix,
+            "classifier": classifier,
+            "seed": self._seed,
+        }
+        options = fill_options(build, known, self._graft_options)
+        method = changes.get(stage, lambda module: module)
+        return lambda module: build(method(module), **options)
 
     def _attached(self) -> Network:
         if self._network is None:

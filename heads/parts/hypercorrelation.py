@@ -1,16 +1,19 @@
-"""Hypercorrelations: how the maps of a network agree with those of the network before it, in 4D.
+"""Hypercorrelations: 4D correlations between the maps of a network and those of its teacher.
 
-HCE, Eq. 1, for the blocks l of one spatial size, place p of the new map and q of the old one:
+The teacher is the network after the previous task. HCE, Eq. 1, for the blocks l of one spatial
+size, position p of the network's map and position q of the teacher's:
 
-    C_l[p, q] = relu(<e_l[p], e'_l[q]>),   e, e': channels at a place, made unit (eps 1e-5)
+    C_l[p, q] = relu(<e_l[p], e'_l[q]>),   e, e': channels at a position, made unit (eps 1e-5)
 
-All pairs of places: the printed product, place by place, could not have the printed shape.
+All pairs of positions count: the printed element-wise product could not have the printed shape.
 
-Convolutions over both pairs of places are center-pivot ones: of a dense 4D kernel only the weights
-stay that are in the middle of one pair, so that it is two 2D convolutions, over the new places at
-fixed old ones and over the old places at fixed new ones. Only the old places are strided.
+Convolutions over both grids are center-pivot ones: of a dense 4D kernel only the weights at the
+centre of one of the grids remain. This is the sum of two 2D convolutions, over the network's grid
+at fixed teacher positions and over the teacher's grid at fixed network positions. Only the
+teacher's grid is strided.
 
-Shapes: N frames (of all clips), L blocks, C channels, H, W places of the new map, U, V of the old.
+Shapes: N frames (of all clips), L blocks, C channels, H, W grid of the network, U, V grid of the
+teacher.
 """
 
 from collections.abc import Sequence
@@ -21,27 +24,31 @@ from torch.nn import functional
 
 
 def correlation(new: Sequence[Tensor], old: Sequence[Tensor], eps: float = 1e-5) -> Tensor:
-    """C, [N, L, H, W, U, V].
+    """Return hypercorrelations, [N, L, H, W, U, V].
 
     Args:
-        new, old: Maps [N, C, H, W] and [N, C, U, V] of each of L blocks; C may differ by block.
+        new: Maps of the network, [N, C, H, W] for each of L blocks; C may differ by block.
+        old: Maps of the teacher, [N, C, U, V] for the same blocks.
+        eps: Added to the norms.
     """
     pairs = []
     for x_NCHW, y_NCUV in zip(new, old, strict=True):
         x, y = (m / (m.norm(dim=1, keepdim=True) + eps) for m in (x_NCHW, y_NCUV))
-        places = x.flatten(2).mT @ y.flatten(2)
-        pairs.append(places.relu().unflatten(2, y.shape[2:]).unflatten(1, x.shape[2:]))
+        products = x.flatten(2).mT @ y.flatten(2)
+        pairs.append(products.relu().unflatten(2, y.shape[2:]).unflatten(1, x.shape[2:]))
     return torch.stack(pairs, dim=1)
 
 
 class CenterPivot4d(nn.Module):
-    """[N, C, H, W, U, V] to [N, D, H, W, ceil(U / stride), ceil(V / stride)].
+    """Center-pivot 4D convolution, with input [N, C, H, W, U, V].
+
+    The output is [N, D, H, W, ceil(U / stride), ceil(V / stride)].
 
     Args:
-        width: C.
-        out: D.
-        kernel: Odd, of both pairs.
-        stride: Of the old places.
+        width: Input channels C.
+        out: Output channels D.
+        kernel: Kernel size in both grids, odd.
+        stride: Stride in the teacher's grid.
     """
 
     def __init__(self, width: int, out: int, kernel: int = 3, stride: int = 1) -> None:
@@ -61,13 +68,14 @@ class CenterPivot4d(nn.Module):
 
 
 def block(width: int, out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """Return a center-pivot convolution with normalisation and ReLU."""
     return nn.Sequential(
         CenterPivot4d(width, out, kernel, stride), nn.GroupNorm(4, out), nn.ReLU(inplace=True)
     )
 
 
 def enlarged(x: Tensor, size: Sequence[int]) -> Tensor:
-    """The new places brought to another size, bilinear with corners on corners."""
+    """Return the input with the network's grid resized, bilinearly with aligned corners."""
     N, C, H, W, U, V = x.shape
     flat = x.permute(0, 4, 5, 1, 2, 3).reshape(-1, C, H, W)
     flat = functional.interpolate(flat, tuple(size), mode="bilinear", align_corners=True)
@@ -75,9 +83,9 @@ def enlarged(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def pooled(x: Tensor, size: Sequence[int]) -> Tensor:
-    """The old places averaged to another size; as they are where it is theirs.
+    """Return the input with the teacher's grid averaged to another size, if it differs.
 
-    At 224 pixels all maps end at the same few; those of spectrograms may not.
+    At 224 pixels the grids of all groups have the same size; those of spectrograms may not.
     """
     U, V = size
     if tuple(x.shape[4:]) == (U, V):

@@ -1,23 +1,23 @@
-"""The shortlist: few of many experts run on a clip, and what the others would say is assumed.
+"""Shortlist: only a few of many experts run on a clip, and the residuals of the others are assumed.
 
-TD-MoE runs all K experts on every clip, and its sum V = Vbar^s + sum_k r_k V^st_k has them all: an
-expert has seen nothing but its own task's clips, yet gives r_k = 0.6 to 0.9 to any other. So none
-can be left out unnoticed. Ours, where StPR has no such stage:
+TD-MoE runs all K experts on every clip, and its sum V = Vbar^s + sum_k r_k V^st_k includes all of
+them: an expert was trained on the clips of its own task alone, yet has r_k = 0.6 to 0.9 for any
+other clip. So leaving one out changes the result. Ours, where StPR has no such stage:
 
-1. Every learned class has a mean clip, the mean of its clips' frame vectors, frame by frame, and
-   every expert is run on it once, at the end of a task. Its temporal residual V^tem_k is kept.
-2. A clip's frames, one after the other, are a descriptor that needs no expert. By it the nearest
-   mean clip is found (FAISS, `neighbours.py`), and an expert that does not run is assumed to have
-   the temporal residual that it had there: V^st_k = Vbar^s + V^tem_k of the mean clip.
-3. The S experts whose assumed residuals are nearest to their anchors run. By how much they differ
-   from what was assumed, on average, is added to what is assumed of the others, as far as they
-   agree about it (James and Stein's estimate of a mean).
+1. Every learned class has a mean clip, the mean of its clips' frame vectors, frame by frame. At the
+   end of a task every expert runs on it once, and its temporal residual V^tem_k is kept.
+2. The frames of a clip, concatenated, are a descriptor that needs no expert. It finds the nearest
+   mean clip, by cosine. An expert that does not run is assumed to have the temporal residual that
+   it had there: V^st_k = Vbar^s + V^tem_k of the mean clip.
+3. The S experts whose assumed residuals are nearest to their anchors run. Their mean error is added
+   to the assumed residuals of the others, shrunk by how much the S errors differ (the James-Stein
+   estimate of a mean).
 
 Under the published sum the two best classes are often nearer to each other than 92 of 100 assumed
-terms are right. So where they are near, StPR lets all experts run after all (its option `doubt`).
-With 100 experts and S = 8, on features where the router prefers a clip's own expert for 89 % of the
-clips, 98.6 % of the predictions are then those of the full routing without that, and all of them
-with it, at 20 experts a clip; see benchmarks/bench_routing.py, for harder features too.
+terms are accurate. Where they are near, StPR therefore runs all experts (its option `doubt`). With
+100 experts and S = 8, on features where the router prefers a clip's own expert for 89 % of the
+clips, 98.6 % of the predictions equal those of the full routing without that option, and all of
+them with it, at 20 experts a clip; see benchmarks/bench_routing.py, for harder features too.
 
 Shapes: N, B clips, T frames, D width, C classes learned, K experts, S experts that run.
 """
@@ -26,18 +26,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from varve.heads.parts.neighbours import Neighbours, queries
+from varve.heads.parts.anchor_pool import AnchorPool
 
 # From an expert's number and clips [n, T, D] to its unit vectors V^st, [n, D].
 Encode = Callable[[int, Tensor], Tensor]
 
 
 class Shortlist:
-    """What each expert said of the mean clip of each class.
+    """Temporal residuals of every expert on the mean clip of every class.
 
-    With adapters, mean clips stay what the network made of them in their own task, as anchors do.
+    With adapters, mean clips stay as the network of their own task computed them, as anchors do.
 
     Attributes:
         residuals_CKD: V^tem of expert k on the mean clip of class c, float32.
@@ -45,24 +44,24 @@ class Shortlist:
 
     def __init__(self) -> None:
         self.residuals_CKD = torch.zeros(0, 0, 0)
-        self._clips: list[Tensor] = []  # of each task, its classes' mean clips
-        self._near: Neighbours | None = None
+        self._clips: list[Tensor] = []  # mean clips [C, T, D] of the classes of each task
+        self._descriptors: AnchorPool | None = None  # the same, flat; class c has number c
 
     def __len__(self) -> int:
-        """How many experts there are."""
+        """Return the number of experts."""
         return len(self._clips)
 
     def add(
         self, spatial_NTD: Tensor, labels_N: Tensor, classes: Sequence[int], encode: Encode
     ) -> None:
-        """Take up a task's classes and its expert, whose number is the next one.
+        """Add a task's classes and its expert, whose number is the next one.
 
         Args:
-            encode: Knows the new expert too.
+            encode: Runs an expert; it knows the new expert too.
 
         Raises:
-            ValueError: The clips have another shape than those before, or are not finite. Nothing
-                is taken up.
+            ValueError: The clips have another shape than those before, or are not finite. The
+                shortlist is unchanged.
         """
         means = [spatial_NTD[(labels_N == c).to(spatial_NTD.device)].mean(dim=0) for c in classes]
         clips_CTD = torch.stack(means)
@@ -71,19 +70,17 @@ class Shortlist:
                 f"clips of {list(clips_CTD.shape[1:])}, where mean clips are "
                 f"{list(self._clips[0].shape[1:])}: use the same feature and number of frames"
             )
-        described_CW = descriptor(clips_CTD)
-        described, _ = queries(described_CW, described_CW.shape[1], "mean clips")
+        if not clips_CTD.isfinite().all():
+            raise ValueError(
+                "mean clips are not finite: leave out the clips that the store has not marked as "
+                "done"
+            )
         new = len(self)
-        told = [torch.stack([_residuals(encode, k, clips_CTD) for k in range(new + 1)], dim=1)]
+        rows_CKD = torch.stack([_residuals(encode, k, clips_CTD) for k in range(new + 1)], dim=1)
+        column_CD = torch.zeros(0, clips_CTD.shape[2])
         if self._clips:
-            old_CTD = torch.cat(self._clips).to(clips_CTD)
-            column_C1D = _residuals(encode, new, old_CTD)[:, None].cpu()
-            told = [torch.cat([self.residuals_CKD, column_C1D], dim=1), *told]
-        self.residuals_CKD = torch.cat([rows.cpu() for rows in told])
-        self._clips = [*self._clips, clips_CTD.cpu()]
-        if self._near is None:
-            self._near = Neighbours(described.shape[1])
-        self._near.add(described)
+            column_CD = _residuals(encode, new, torch.cat(self._clips).to(clips_CTD))
+        self._append(clips_CTD.cpu(), rows_CKD.cpu(), column_CD.cpu())
 
     def encoded(
         self,
@@ -92,10 +89,10 @@ class Shortlist:
         encode: Encode,
         similar: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """V^st of every expert, of which few run.
+        """Return V^st of every expert, of which few run.
 
         Args:
-            size: S, how many.
+            size: Number S of experts that run.
             similar: The router: from V^st of all experts, [B, K, D], to the cosine to each one's
                 nearest anchor, [B, K].
 
@@ -103,26 +100,24 @@ class Shortlist:
             V^st, [B, K, D], and the experts that ran, int64 [B, S].
 
         Raises:
-            ValueError: The clips are not of the mean clips' shape, or not finite; there is none.
+            ValueError: The clips are not of the mean clips' shape, or not finite; or there is no
+                expert to run.
         """
-        if self._near is None or size < 1:
+        if self._descriptors is None or size < 1:
             raise ValueError(f"{size} of {len(self)} experts are to run: let one run at least")
-        asked_BW, norms_B = queries(
-            descriptor(spatial_BTD), self._near.vectors_ND.shape[1], "clips"
-        )
-        _, places_B1 = self._near.search(asked_BW, norms_B, 1)
-        told_BKD = self.residuals_CKD[torch.from_numpy(places_B1[:, 0])].to(spatial_BTD)
-        assumed_BKD = told_BKD + spatial_BTD.mean(dim=1, keepdim=True)
-        # Stable, so that of equal ones the earlier runs.
+        index_B = self._descriptors.nearest(spatial_BTD.flatten(1), 1).classes[:, 0].cpu()
+        assumed_BKD = self.residuals_CKD[index_B].to(spatial_BTD)
+        assumed_BKD = assumed_BKD + spatial_BTD.mean(dim=1, keepdim=True)
+        # Stable, so that of equal experts the earlier one runs.
         order_BK = similar(assumed_BKD).argsort(dim=1, descending=True, stable=True)
         experts_BS = order_BK[:, :size]
         ran_BSD = run(encode, spatial_BTD, experts_BS)
-        where_BSD = experts_BS[..., None].expand_as(ran_BSD)
-        assumed_BKD += shared(ran_BSD - assumed_BKD.gather(1, where_BSD))
-        return assumed_BKD.scatter_(1, where_BSD, ran_BSD), experts_BS
+        index_BSD = experts_BS[..., None].expand_as(ran_BSD)
+        assumed_BKD += common_error(ran_BSD - assumed_BKD.gather(1, index_BSD))
+        return assumed_BKD.scatter_(1, index_BSD, ran_BSD), experts_BS
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Of each task its mean clips, and what was added to `residuals_CKD`: rows and a column."""
+        """Return mean clips of each task, and the rows and column it added to `residuals_CKD`."""
         state, first = {}, 0
         for t, clips_CTD in enumerate(self._clips):
             end = first + len(clips_CTD)
@@ -133,29 +128,28 @@ class Shortlist:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the place of the shortlist whose `state_dict` this was."""
+        """Replace the content by that of the shortlist whose `state_dict` this is."""
         vars(self).update(vars(Shortlist()))
         while f"clips.{len(self)}" in state:
-            t = len(self)
-            column_C1D = state[f"column.{t}"][:, None]
-            rows_CKD = state[f"rows.{t}"].clone()
-            if t:
-                rows_CKD = torch.cat([torch.cat([self.residuals_CKD, column_C1D], dim=1), rows_CKD])
-            self.residuals_CKD = rows_CKD
-            self._clips.append(state[f"clips.{t}"].clone())
-            described_CW = descriptor(self._clips[-1])
-            if self._near is None:
-                self._near = Neighbours(described_CW.shape[1])
-            self._near.add(described_CW.numpy())
+            parts = [state[f"{name}.{len(self)}"].clone() for name in ("clips", "rows", "column")]
+            self._append(*parts)
 
-
-def descriptor(spatial_BTD: Tensor) -> Tensor:
-    """The frames one after the other, [B, T * D]: what is seen, and in which order."""
-    return normalize(spatial_BTD.flatten(1), dim=1)
+    def _append(self, clips_CTD: Tensor, rows_CKD: Tensor, column_CD: Tensor) -> None:
+        """Add a task: residuals of all experts on its classes, and of its expert on old ones."""
+        if self._descriptors is None:
+            self._descriptors = AnchorPool(clips_CTD[0].numel())
+        first = len(self.residuals_CKD)
+        numbers = range(first, first + len(clips_CTD))
+        self._descriptors.add(len(self), numbers, clips_CTD.flatten(1))
+        if first:
+            old_CKD = torch.cat([self.residuals_CKD, column_CD[:, None]], dim=1)
+            rows_CKD = torch.cat([old_CKD, rows_CKD])
+        self.residuals_CKD = rows_CKD
+        self._clips = [*self._clips, clips_CTD]
 
 
 def run(encode: Encode, spatial_BTD: Tensor, experts_BS: Tensor) -> Tensor:
-    """What its own experts make of each clip, [B, S, D]. An expert runs where it is asked alone."""
+    """Return V^st of each clip by its own experts, [B, S, D]. An expert sees its clips alone."""
     encoded_BSD = spatial_BTD.new_empty((*experts_BS.shape, spatial_BTD.shape[2]))
     for k in torch.unique(experts_BS).tolist():  # type: ignore[no-untyped-call]
         rows, columns = (experts_BS == k).nonzero(as_tuple=True)
@@ -163,11 +157,11 @@ def run(encode: Encode, spatial_BTD: Tensor, experts_BS: Tensor) -> Tensor:
     return encoded_BSD
 
 
-def shared(errors_BSD: Tensor) -> Tensor:
-    """What S errors have in common, [B, 1, D]: their mean, shrunk by how far they scatter.
+def common_error(errors_BSD: Tensor) -> Tensor:
+    """Return what S errors have in common, [B, 1, D]: their mean, shrunk by how far they scatter.
 
-    mean * max(0, 1 - scatter / |mean|^2), the scatter being the estimated squared error of the mean
-    itself (James and Stein, positive part). 0 for a single one.
+    mean * max(0, 1 - scatter / |mean|^2), where scatter is the estimated squared error of the mean
+    itself (James-Stein, positive part). 0 for a single error.
     """
     size = errors_BSD.shape[1]
     mean_B1D = errors_BSD.mean(dim=1, keepdim=True)
@@ -180,16 +174,16 @@ def shared(errors_BSD: Tensor) -> Tensor:
 
 
 def weights(similarities_BK: Tensor, softmax: float | None = None, keep: int = 0) -> Tensor:
-    """r_k, as they enter the sum over experts.
+    """Return r_k, the weights of the experts in the sum, [B, K].
 
     Args:
-        similarities_BK: The cosine to each expert's nearest anchor: r_k itself, as published.
-        softmax: Temperature, over the experts that are kept. None for no softmax.
-        keep: How many experts enter, those of the greatest similarities (of equal ones the first);
-            the weights of others are 0. 0 for all, as published.
+        similarities_BK: Cosine to each expert's nearest anchor: r_k itself, as published.
+        softmax: Temperature of a softmax over the experts that are kept. None for no softmax.
+        keep: Number of experts in the sum, those of the greatest similarities (of equal ones the
+            first); the weights of the others are 0. 0 for all, as published.
 
     Raises:
-        ValueError: `keep` or `softmax` is none.
+        ValueError: `keep` is negative, or `softmax` is not above 0.
     """
     if keep < 0 or (softmax is not None and not softmax > 0):
         raise ValueError(f"{keep=}, {softmax=}: give a number of experts and a temperature above 0")

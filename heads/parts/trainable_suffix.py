@@ -1,4 +1,4 @@
-"""Trunks: the last blocks of a network, to be trained from a cached feature on.
+"""Trainable suffix: the last blocks of a network, trained on a cached feature.
 
 Shapes: B clips, T frames, D feature width.
 """
@@ -18,11 +18,12 @@ BATCH_NORM = ("frozen", "trained")
 
 
 class Passed(NamedTuple):
-    """A stage that trains, and N = B * T frames at it, clip by clip.
+    """Activations of N = B * T frames, clip by clip, at a stage that trains.
 
     Attributes:
-        module: With the graft, if any.
-        taken, given: What went in and what came out, [N, ...].
+        module: Module of the stage, with its graft, if any.
+        taken: Input of the stage, [N, ...].
+        given: Output of the stage, [N, ...].
     """
 
     module: nn.Module
@@ -31,14 +32,16 @@ class Passed(NamedTuple):
 
 
 class TrainableSuffix(nn.Module):
-    """The network after a cached feature, with copies of its own of the stages that give places.
+    """Network after a cached feature, with trainable copies of the stages of maps and tokens.
 
     Args:
-        changes: By stage, what makes a module of the stage's own copy; see `varve.heads.grafts`.
-        batch_norm: `frozen`, its statistics stay those of the network, or `trained`.
+        network: The frozen network.
+        after: Cached feature that the suffix starts from.
+        changes: Functions by stage, from the stage's copy to its graft; see `varve.heads.grafts`.
+        batch_norm: `frozen`, where statistics remain those of the network, or `trained`.
 
     Attributes:
-        trained: The stages that it has copies of.
+        trained: Names of the stages that are copies.
     """
 
     def __init__(
@@ -60,10 +63,10 @@ class TrainableSuffix(nn.Module):
         self.learns = batch_norm == "trained"
 
     def forward(self, batch: Batch) -> tuple[Batch, list[Tensor]]:
-        """The last vectors, [B, T, D], by name, and the outputs of the trained stages.
+        """Return the last vectors, [B, T, D], by name, and the outputs of the trained stages.
 
         Raises:
-            ValueError: The feature is not the network's, or not finite.
+            ValueError: The feature is of another network, or not finite.
         """
         x = batch[self.after]
         if tuple(x.shape[2:]) != tuple(self.shape) or not x.isfinite().all():
@@ -75,15 +78,16 @@ class TrainableSuffix(nn.Module):
         return {VECTOR: outputs[self.last].float()}, [outputs[name] for name in self.trained]
 
     def traced(self, batch: Batch) -> tuple[Batch, dict[str, Passed]]:
-        """As `forward`, but of the trained stages the tensors that the vectors were made of.
+        """Return the last vectors by name, and the activations of the trained stages.
 
-        `forward` gives reshaped ones, to which no gradient of the vectors leads.
+        These are the tensors that the vectors were computed from. `forward` returns reshaped
+        outputs, which the gradients of the vectors do not reach.
         """
         passed: dict[str, Passed] = {}
 
         def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-            def hook(module: nn.Module, taken: Any, given: Tensor) -> None:
-                passed[name] = Passed(module, taken[0], given)
+            def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+                passed[name] = Passed(module, inputs[0], output)
 
             return hook
 
@@ -94,28 +98,28 @@ class TrainableSuffix(nn.Module):
         return vectors, passed
 
     def stages(self) -> list[tuple[str, nn.Module]]:
-        """Those that train, with their grafts, by name."""
+        """Return names and modules of the stages that train, with their grafts."""
         modules: Any = self.suffix.stages
         named = zip(self._names, modules, strict=False)
         return [(name, module) for name, module in named if name in self.trained]
 
     def own(self) -> dict[str, nn.Parameter]:
-        """What trains. A classifier that a graft looks at is trained by who has it."""
+        """Return the trained parameters, without those of a classifier that a graft reads."""
         named = self.suffix.named_parameters()
         return {n: p for n, p in named if p.requires_grad and not _of_classifier(n)}
 
     @property
     def looks(self) -> bool:
-        """Whether a graft looks at the classifier, so that the vectors are others with another."""
+        """True if a graft reads the classifier, so that the vectors depend on it."""
         return any(_of_classifier(name) for name, _ in self.suffix.named_parameters())
 
     def state(self) -> dict[str, Tensor]:
-        """What training has changed: `own`, and statistics where they are trained."""
+        """Return all that training changes: `own`, and batch-norm statistics if they train."""
         statistics = self.suffix.named_buffers() if self.learns else ()
         return {**self.own(), **dict(statistics)}
 
     def take(self, values: Mapping[str, Tensor]) -> None:
-        """Take over the values of another's state."""
+        """Set parameters and statistics to those of another suffix's `state`."""
         with torch.no_grad():
             for name, tensor in self.state().items():
                 tensor.copy_(values[name])

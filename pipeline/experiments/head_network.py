@@ -9,6 +9,8 @@ from torch import nn
 
 from varve.pipeline.backbones import Backbone, canonical_reduction
 from varve.pipeline.experiments.head_inputs import resolve_name
+from varve.pipeline.registry import source_digest, variant
+from varve.stores.digests import digest
 
 
 class HeadNetwork:
@@ -29,6 +31,7 @@ class HeadNetwork:
     ) -> None:
         self.frames = frames
         self.calls: Counter[str] = Counter()
+        self._graft_sources: dict[str, str] = {}  # SHA-256 of the user's file; "" for Varve's own
         self._frozen, self._load = backbone, load
         self._backbone_of: WeakKeyDictionary[nn.Module, Backbone] = WeakKeyDictionary()
 
@@ -38,8 +41,10 @@ class HeadNetwork:
         return self._frozen.stage_names
 
     def identity(self) -> str:
-        """Return the key of the frozen network: the code and parameters of every stage."""
-        return self._frozen.keys("")[self.stages[-1]]
+        """Return the key of the frozen network, and of the user's grafts that its head uses."""
+        key = self._frozen.keys("")[self.stages[-1]]
+        sources = {name: source for name, source in self._graft_sources.items() if source}
+        return digest({"network": key, "grafts": sources}) if sources else key
 
     def find(self, name: str) -> str:
         """Return the stage or feature that a name of `Head.reads` means."""
@@ -54,6 +59,13 @@ class HeadNetwork:
     def module(self, stage: str) -> nn.Module:
         """Return the frozen module of a stage."""
         return self._frozen.stage(self.find(stage)).module
+
+    def graft(self, name: str) -> Callable[..., nn.Module]:
+        """Return the builder of a registered graft; its source then decides the identity."""
+        graft = variant("grafts", name)
+        self._graft_sources[name] = source_digest("grafts", name)
+        build: Callable[..., nn.Module] = getattr(graft, "build", graft)
+        return build
 
     def suffix(
         self,

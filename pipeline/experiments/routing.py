@@ -218,13 +218,18 @@ def restored(
     """
     spec = run.spec
     source = head_source.restore_source(run.folder, spec["head"], spec["head_source"])
-    head, _, features = run_spec.build_head(store, source, spec["options"], spec["backbone"])
+    head, network, features = run_spec.build_head(store, source, spec["options"], spec["backbone"])
     keys = spec["features"]
     moved = [name for name, column in features.items() if column.fingerprint != keys[name]]
     if moved:
         raise SpecMismatch(
             f"{store.location} has another {', '.join(moved)} of {spec['backbone']} than "
             f"{run.folder} was made on"
+        )
+    if network is not None and network.identity() != spec["network"]:
+        raise SpecMismatch(
+            f"the network of {store.place}, or the source of a graft, is another than "
+            f"{run.folder} was made with: load that source, or run it again"
         )
     last = len(spec["tasks"]) - 1
     number = last if task is None else task

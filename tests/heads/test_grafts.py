@@ -247,7 +247,7 @@ def test_grafts_on_one_stage_look_at_the_same_clips():
 
 
 def gate(weight, bias, F):
-    """tanh(Conv3d) of the pair [F, F-] by loops: [B, T, H, W]."""
+    """Return tanh(Conv3d) of the pair [F, F-] by loops, [B, T, H, W]."""
     B, T, C, H, W = F.shape
     after = np.concatenate([F[:, 1:], np.zeros_like(F[:, :1])], axis=1)
     out = np.full((B, T, H, W), bias, dtype=np.float64)
@@ -330,7 +330,7 @@ def test_what_is_no_map_and_no_square_of_patches_is_not_gated(prefix, shape):
 
 
 def regularization(a, rows, strength):
-    """The equations over a [B, T, C, P], P places: the factors' class and the new activations."""
+    """Return the class of the factors and the new activations of a, [B, T, C, P positions]."""
     classes, out = [], np.zeros_like(a)
     for b in range(len(a)):
         pooled = a[b].mean(axis=(0, 2))

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from varve.heads.had import HAD, HAM, HDM
-from varve.heads.parts.hybrid import Hybrid
+from varve.heads.parts.hybrid_attention import Hybrid
 
 SMALL = {"width": 8, "heads": 2, "ffn": 12, "batch_size": 64}
 
@@ -53,7 +53,7 @@ def test_the_attention_is_its_equations():
     state = {name: x.detach().numpy() for name, x in model.state_dict().items()}
     rng = np.random.default_rng(0)
     features = [3 + 2 * rng.normal(size=(2, 4, width)) for width in (5, 3)]
-    model.settle([torch.from_numpy(x) for x in features])
+    model.standardize([torch.from_numpy(x) for x in features])
     with torch.no_grad():
         found = model([torch.from_numpy(x) for x in features]).numpy()
     for b in range(2):

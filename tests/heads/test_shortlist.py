@@ -1,4 +1,4 @@
-"""The shortlist against loops in float64: what is told, what is assumed, who runs, the weights."""
+"""The shortlist against loops in float64: residuals kept and assumed, experts run, weights."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from safetensors.torch import load, save
 from torch.nn.functional import normalize
 
 from varve.heads.parts.anchor_pool import AnchorPool
-from varve.heads.parts.shortlist import Shortlist, run, shared, weights
+from varve.heads.parts.shortlist import Shortlist, common_error, run, weights
 
 T, D = 3, 6
 
@@ -33,7 +33,7 @@ class Experts:
 
 
 def drawn(seed, sizes, clips=5):
-    """Of each task: unit frames [N, T, D], their labels, its classes."""
+    """Return unit frames [N, T, D], labels and classes of each task."""
     rng = np.random.default_rng(seed)
     out, label = [], 0
     for size in sizes:
@@ -63,7 +63,7 @@ def pooled(tasks, experts):
 
 
 def mean_clips(tasks):
-    """Of all classes, in the order in which they were learned."""
+    """Return the mean clips of all classes, in the order in which they were learned."""
     return [
         sum(np.float64(x) for x in clips[labels == c].numpy()) / int((labels == c).sum())
         for clips, labels, classes in tasks
@@ -72,7 +72,7 @@ def mean_clips(tasks):
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2, 3, 1, 2)])
-def test_every_expert_is_heard_on_every_mean_clip(sizes):
+def test_every_expert_runs_once_on_every_mean_clip(sizes):
     tasks, experts = drawn(0, sizes), Experts(len(sizes))
     shortlist = learned(tasks, experts)
     assert len(shortlist) == len(sizes)
@@ -138,15 +138,15 @@ def test_what_errors_share_is_their_mean_as_far_as_they_agree():
     rng = np.random.default_rng(0)
     one = torch.from_numpy(rng.normal(size=(4, 1, 50)))
     noise = torch.from_numpy(rng.normal(size=(4, 8, 50)))
-    torch.testing.assert_close(shared(one.expand(-1, 8, -1)), one)
-    assert torch.equal(shared(noise[:, :1]), torch.zeros(4, 1, 50, dtype=torch.float64))
-    assert torch.equal(shared(torch.zeros(4, 8, 50)), torch.zeros(4, 1, 50))
+    torch.testing.assert_close(common_error(one.expand(-1, 8, -1)), one)
+    assert torch.equal(common_error(noise[:, :1]), torch.zeros(4, 1, 50, dtype=torch.float64))
+    assert torch.equal(common_error(torch.zeros(4, 8, 50)), torch.zeros(4, 1, 50))
     # Scattered errors share less than their mean, and nearer to what they share in truth.
-    found, plain = shared(one + 5 * noise), (one + 5 * noise).mean(dim=1, keepdim=True)
+    found, plain = common_error(one + 5 * noise), (one + 5 * noise).mean(dim=1, keepdim=True)
     assert ((found - one).norm(dim=2) < (plain - one).norm(dim=2)).all()
 
 
-def test_a_shortlist_goes_on_from_its_state():
+def test_a_shortlist_resumes_from_its_state():
     tasks, experts = drawn(0, (2, 3, 1, 2)), Experts(4)
     whole, first = learned(tasks, experts), learned(tasks[:3], experts)
     saved = first.state_dict()

@@ -10,8 +10,8 @@ import torch
 from varve.heads import FineTunesBackbone, Routes, Task
 from varve.heads.grafts.hf_gate import HFGate
 from varve.heads.parts import losses
+from varve.heads.parts.class_text import Codes, code
 from varve.heads.parts.clips import Clips
-from varve.heads.parts.text import Codes, code
 from varve.heads.stpr import StPR, build
 
 SMALL = {"layers": 2, "ffn": 32}

@@ -1,4 +1,6 @@
-"""Two modalities that attend to themselves and to each other, and become one vector a clip.
+"""Hybrid attention (HAD): two modalities attend to themselves and to each other.
+
+The result is one vector for each clip.
 
 For each modality m, over the S segments of a clip (o is the other one):
 
@@ -7,9 +9,9 @@ For each modality m, over the S segments of a clip (o is the other one):
     s_m = LN(h_m + FFN(h_m))                                 snippets
     v   = W [mean s_1, mean s_2]                             the high level
 
-Ours: mean and deviation of each dimension are those of the first task (`settle`), since vectors of
-one network are alike and of any length; one linear map of both means as the fusion; positions,
-where they are asked for.
+Ours: mean and deviation of each dimension are those of the first task (`standardize`), since the
+vectors of one network are similar to each other and of any length; the fusion is one linear map of
+both means; positions are optional.
 
 Shapes: B clips, S segments, D width of a feature, W width of the model.
 """
@@ -20,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 Pair = Sequence[Tensor]
-AS_SEGMENTS = 0.5  # deviation of z at the start: smaller positions are hardly learned
+POSITION_STD = 0.5  # that of z at the start: smaller positions are hardly learned
 SMALL, TINY = 1e-2, 1e-6  # of the mean variance, and of a deviation
 
 
 class HybridAttention(nn.Module):
-    """One layer of one modality: [B, S, W] of its own and of the other to [B, S, W]."""
+    """Layer of one modality, from its own [B, S, W] and those of the other to [B, S, W]."""
 
     def __init__(self, width: int, heads: int, ffn: int) -> None:
         super().__init__()
@@ -44,13 +46,16 @@ class HybridAttention(nn.Module):
 
 
 class Hybrid(nn.Module):
-    """From a feature of each modality to a clip's vector, a step at a time.
+    """Model from a feature of each modality to the vector of a clip, step by step.
 
     Args:
-        widths: D of each modality.
-        segments: S, for `position="learned"`; None has no positions, and then a clip is the set of
-            its segments.
-        seed: Draws the parameters; the global generators are left alone.
+        widths: Width D of each modality.
+        segments: Number S of segments.
+        width: Width W of the model.
+        heads: Number of attention heads.
+        ffn: Width of the feed-forward networks.
+        position: `learned`, or None for no positions: a clip is then the set of its segments.
+        seed: Seed of the parameters; the global generators are not used.
     """
 
     def __init__(
@@ -71,13 +76,13 @@ class Hybrid(nn.Module):
             self.fuse = nn.Linear(len(widths) * width, width)
             self.position = None
             if position is not None:
-                self.position = nn.Parameter(AS_SEGMENTS * torch.randn(segments, width))
+                self.position = nn.Parameter(POSITION_STD * torch.randn(segments, width))
         for number, D in enumerate(widths):
             self.register_buffer(f"mean_{number}", torch.zeros(D))
             self.register_buffer(f"deviation_{number}", torch.ones(D))
 
-    def settle(self, features: Pair) -> None:
-        """Take mean and deviation of [N, S, D] each. Dimensions that stay still stay small."""
+    def standardize(self, features: Pair) -> None:
+        """Set mean and deviation from [N, S, D] each. Constant dimensions remain small."""
         for number, x_NSD in enumerate(features):
             flat = x_NSD.flatten(0, 1).double()
             variance_D = flat.var(dim=0, correction=0)
@@ -86,25 +91,26 @@ class Hybrid(nn.Module):
             self.get_buffer(f"deviation_{number}").copy_(deviation_D)
 
     def segments(self, features: Pair) -> list[Tensor]:
-        """Of float32 [B, S, D] each, [B, S, W] each."""
-        found = []
+        """Return segments z [B, S, W] of each modality, from float32 [B, S, D] each."""
+        segments = []
         for number, (project, x_BSD) in enumerate(zip(self.project, features, strict=True)):
             mean_D, deviation_D = (
                 self.get_buffer(f"{name}_{number}") for name in ("mean", "deviation")
             )
             z_BSW = project((x_BSD - mean_D) / deviation_D)
-            found.append(z_BSW if self.position is None else z_BSW + self.position)
-        return found
+            segments.append(z_BSW if self.position is None else z_BSW + self.position)
+        return segments
 
     def snippets(self, segments: Pair) -> list[Tensor]:
-        """Of segments, [B, S, W] each."""
+        """Return snippets s [B, S, W] of each modality, from its segments."""
         first, second = segments
         return [self.attend[0](first, second), self.attend[1](second, first)]
 
     def fused(self, snippets: Pair) -> Tensor:
-        """Of snippets, [B, W]."""
+        """Return the vectors of clips [B, W], from the snippets of both modalities."""
         out_BW: Tensor = self.fuse(torch.cat([x_BSW.mean(dim=1) for x_BSW in snippets], dim=1))
         return out_BW
 
     def forward(self, features: Pair) -> Tensor:
+        """Return the vectors of clips [B, W], from float32 [B, S, D] of each modality."""
         return self.fused(self.snippets(self.segments(features)))

@@ -1,22 +1,24 @@
-"""HAS: which channels of which block matter for what the network had learned. HCE, section 3.
+"""Hierarchical aggregation (HAS of HCE, section 3): the importance H of each channel of each block.
 
-From the hypercorrelations of each group of blocks (those of one spatial size), coarse to fine:
+H weighs the channels by what the network had learned before. It is computed from the
+hypercorrelations of each group of blocks (those of one spatial size), coarse to fine:
 
-    squeeze   each group to 128 channels by three 4D convolutions that shrink the old places
-    mix       `cascade`: the coarsest, enlarged, is added to the next, three 4D convolutions; and so
-              on to the finest. `sum`: all enlarged to the finest and added, three 4D convolutions
-    Z         mean over the old places, [N, 128, H, W] of the finest group
-    decode    two 2D convolutions; for each group one more, a mean over places and a linear map:
+    squeeze   each group to 128 channels, by three 4D convolutions that shrink the teacher's grid
+    mix       `cascade`: the coarsest group, enlarged, is added to the next, then three 4D
+              convolutions; and so on to the finest. `sum`: all groups are enlarged to the finest
+              and added, then three 4D convolutions
+    Z         mean over the teacher's grid, [N, 128, H, W] of the finest group
+    decode    two 2D convolutions; for each group one more, a mean over positions and a linear map:
               H, [N, C] for each of its blocks
 
-Ours, where HCE is silent: the decoder's sizes and the bounds of H. Without bounds zero or less is
-the least of the loss that H is trained on, and a softmax gathers on channels that agree already:
-`h="bounded"` is 0.5 + sigmoid, made 1 on average over the channels.
+Ours, where HCE is silent: the sizes of the decoder and the bounds of H. Without bounds the loss
+that H is trained on is least at zero or below, and a softmax concentrates on channels that agree
+already: `h="bounded"` is 0.5 + sigmoid, scaled to a mean of 1 over the channels.
 
-No frame looks at another, so frames may come in parts: `frames` of them at a time, computed again
-on the way back in place of being kept. Numbers and gradients are the same.
+Frames are independent of each other and may be processed in parts: `frames` of them at a time, with
+activations recomputed in the backward pass. Values and gradients are the same.
 
-Shapes: N frames (of all clips), C channels of a block, H, W places.
+Shapes: N frames (of all clips), C channels of a block, H, W positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,16 +33,16 @@ from varve.heads.parts.hypercorrelation import block, correlation, enlarged, poo
 WIDTH = 128
 MIXES = ("cascade", "sum")
 BOUNDS = ("bounded", "softmax")
-# By the size of the map: kernels and strides of the three convolutions. As published for maps of
-# 28, 14 and 7 on a side.
+# Least size of the map, kernels and strides of the three convolutions; published for maps of 28, 14
+# and 7 on a side.
 SQUEEZE = ((21, (5, 5, 3), (4, 4, 2)), (11, (5, 3, 3), (4, 2, 2)), (0, (3, 3, 3), (2, 2, 2)))
 
 
 def check(mix: str, h: str, last_stride: int, frames: int | None) -> None:
-    """Refuse what `HAS` cannot be made with.
+    """Check the options of `HAS`.
 
     Raises:
-        ValueError: No such choice.
+        ValueError: There is no such choice.
     """
     none = frames is not None and frames < 1
     if mix not in MIXES or h not in BOUNDS or last_stride not in (1, 2) or none:
@@ -51,18 +53,19 @@ def check(mix: str, h: str, last_stride: int, frames: int | None) -> None:
 
 
 class HAS(nn.Module):
-    """From maps of the new and the old network to H of every block.
+    """Network from the maps of the model and its teacher to H of every block.
 
     Args:
         groups: Shapes (C, H, W) of the blocks by name, in order; those of one H x W are a group.
         mix: `cascade` or `sum`.
-        h: `bounded` or `softmax` (times C, so that it is 1 on average too).
-        last_stride: Of the last squeezing convolution: 2 as published leaves a single old place at
-            224 pixels, so that most weights of the mixing see nothing; 1 leaves four.
-        frames: How many at a time in training; None for all.
+        h: `bounded` or `softmax` (times C, so that its mean is 1 too).
+        last_stride: Stride of the last squeezing convolution: 2, as published, leaves a single
+            teacher position at 224 pixels, so that most weights of the mixing see zeros; 1 leaves
+            four.
+        frames: Number of frames processed at a time in training; None for all.
 
     Raises:
-        ValueError: No such choice, or no block.
+        ValueError: There is no such choice, or no block.
     """
 
     def __init__(
@@ -104,26 +107,26 @@ class HAS(nn.Module):
             self.linear.append(nn.Linear(width, len(names) * width))
 
     def forward(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """H [N, C] of every block, from its maps [N, C, H, W]."""
+        """Return H [N, C] of every block, from its maps [N, C, H, W]."""
         z = self.agreement(new, old)
         z = self.decoder(z)
-        found = {}
+        importances = {}
         for names, shared, linear in zip(self.names, self.shared, self.linear, strict=True):
             raw = linear(shared(z).mean(dim=(2, 3))).unflatten(1, (len(names), -1))
-            for place, name in enumerate(names):
-                found[name] = self._bounded(raw[:, place])
-        return found
+            for index, name in enumerate(names):
+                importances[name] = self._bounded(raw[:, index])
+        return importances
 
     def agreement(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Tensor:
-        """Z, [N, 128, H, W]."""
+        """Return Z, [N, 128, H, W] of the finest group."""
         flat = [[maps[n] for names in self.names for n in names] for maps in (new, old)]
         count = len(flat[0][0])
         if self.frames is None or not torch.is_grad_enabled():
             return self._agreement(*flat[0], *flat[1])
         parts = []
         for first in range(0, count, self.frames):
-            own = [x[first : first + self.frames] for maps in flat for x in maps]
-            parts.append(checkpoint(self._agreement, *own, use_reentrant=False))
+            chunk = [x[first : first + self.frames] for maps in flat for x in maps]
+            parts.append(checkpoint(self._agreement, *chunk, use_reentrant=False))
         return torch.cat(parts)
 
     def _agreement(self, *maps: Tensor) -> Tensor:
@@ -131,18 +134,18 @@ class HAS(nn.Module):
         new, old = list(maps[:half]), list(maps[half:])
         squeezed = []
         for names, squeeze in zip(self.names, self.squeezes, strict=True):
-            own = [(new.pop(0), old.pop(0)) for _ in names]
-            squeezed.append(squeeze(correlation([x for x, _ in own], [y for _, y in own])))
+            pairs = [(new.pop(0), old.pop(0)) for _ in names]
+            squeezed.append(squeeze(correlation([x for x, _ in pairs], [y for _, y in pairs])))
         finest = squeezed[-1].shape[2:4]
-        least = [min(one.shape[dim] for one in squeezed) for dim in (4, 5)]
-        squeezed = [pooled(one, least) for one in squeezed]
+        least = [min(group.shape[dim] for group in squeezed) for dim in (4, 5)]
+        squeezed = [pooled(group, least) for group in squeezed]
         if self.mix == "sum":
-            summed = torch.stack([enlarged(one, finest) for one in squeezed]).sum(dim=0)
+            summed = torch.stack([enlarged(group, finest) for group in squeezed]).sum(dim=0)
             mixed: Tensor = self.mixers[0](summed)
             return mixed.mean(dim=(4, 5))
         mixed, *finer = squeezed
-        for one, mixer in zip(finer, self.mixers, strict=True):
-            mixed = mixer(enlarged(mixed, one.shape[2:4]) + one)
+        for group, mixer in zip(finer, self.mixers, strict=True):
+            mixed = mixer(enlarged(mixed, group.shape[2:4]) + group)
         return mixed.mean(dim=(4, 5))
 
     def _bounded(self, raw_NC: Tensor) -> Tensor:
@@ -153,7 +156,10 @@ class HAS(nn.Module):
 
 
 def effective(h_NC: Tensor) -> Tensor:
-    """The share of channels that H speaks of, exp(entropy) / C, mean over frames; 1 if alike."""
+    """Return the effective share of channels in H, exp(entropy) / C, averaged over frames.
+
+    It is 1 if all channels are equally important.
+    """
     p_NC = h_NC / h_NC.sum(dim=1, keepdim=True)
     entropy_N = -torch.special.xlogy(p_NC, p_NC).sum(dim=1)
     share: Tensor = entropy_N.exp().mean() / h_NC.shape[1]
@@ -161,12 +167,12 @@ def effective(h_NC: Tensor) -> Tensor:
 
 
 def drift(h: Mapping[str, Tensor], new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Tensor:
-    """L_hc: by how much each channel has moved, times H; summed over the blocks, a scalar.
+    """Return L_hc, the importance-weighted feature distillation loss, a scalar.
 
         L_hc = sum_l mean_{n,c} H_l[n, c] |e_l[n, c] - e'_l[n, c]|^2
 
-    with maps that are unit over channels and places, frame by frame. Ours: the mean over frames and
-    channels, where the paper sums, and what is made unit.
+    with each frame's map L2-normalised over channels and positions. Ours: this normalisation, and
+    the mean over frames and channels, where the paper sums.
     """
     parts = []
     for name, h_NC in h.items():

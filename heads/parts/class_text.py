@@ -1,14 +1,14 @@
-"""What stands for a class on the text side: the features of its prompts, or a code of its own.
+"""Text vectors of classes: the features of their prompts, or a random code for each class.
 
-`Given` keeps what comes with the tasks, as from CLIP's text tower. `Codes` is for networks without
-one: each class has a fixed random unit vector, told by its number and a seed alone, and a matrix W
-is trained with the clips and takes it to where they are. Ours: codes are orthogonal, as long as
-there are no more classes than channels, and W starts as the identity. Then what W learns of a
-task's classes leaves the others where they are, and it can go on with every task (`always`). A W
-that is frozen after the first task (`first`) has nothing to say of later classes: by the mean frame
-alone, not one of their clips was told from the first task's classes.
+`Given` stores the text features of the tasks, such as those of CLIP's text tower. `Codes` is for
+networks without a text tower: each class has a fixed random unit vector, drawn from its number and
+a seed alone, and a matrix W, trained with the clips, maps it into their space. Ours: codes are
+orthogonal, as long as there are no more classes than channels, and W starts as the identity.
+Training W on the classes of a task then leaves those of others unchanged, so W can train with every
+task (`always`). A W that is frozen after the first task (`first`) does not fit later classes: by
+the mean frame alone, none of their clips was distinguished from the first task's classes.
 
-Neither is changed by a task: `grown` gives another, to be dropped if the training fails.
+Training changes neither: `grown` returns another object, to be dropped if the training fails.
 
 Shapes: C classes, D feature width.
 """
@@ -26,24 +26,25 @@ TRAINED = ("always", "first")
 
 
 class Text(Protocol):
-    """A unit vector a class."""
+    """Contract of text vectors: one unit vector for each class."""
 
     def grown(self, classes: Sequence[int], text_CD: Tensor | None, like: Tensor) -> Self:
-        """With a task's classes too.
+        """Return a copy that has a task's classes too.
 
         Args:
-            text_CD: `Task.text`.
-            like: [..., D], the clips that the vectors are compared with, for width and device.
+            classes: Classes of the task.
+            text_CD: Their text features, `Task.text`.
+            like: Clips that the vectors are compared with, [..., D], for width and device.
 
         Raises:
             ValueError: No text where it is needed, another width, or numbers that are not finite.
         """
 
     def parameters(self) -> list[nn.Parameter]:
-        """What was trained so far; it trains on where it asks for gradients."""
+        """Return the trained parameters; those that require gradients train further."""
 
     def rows(self, classes: Sequence[int]) -> Tensor:
-        """[C, D], L2-normalised. Gradients reach the parameters that train."""
+        """Return vectors [C, D], L2-normalised. Gradients reach the parameters that train."""
 
     def state_dict(self, classes: Sequence[int]) -> dict[str, Tensor]: ...
 
@@ -51,7 +52,7 @@ class Text(Protocol):
 
 
 class Given:
-    """The text features of the tasks; the newest of a class that came more than once."""
+    """Text features of the tasks; the newest ones of a class that came more than once."""
 
     def __init__(self) -> None:
         self._rows: dict[int, Tensor] = {}
@@ -89,11 +90,11 @@ class Given:
 
 
 class Codes:
-    """W times the code of a class, made unit.
+    """Vectors W times the code of a class, L2-normalised.
 
     Args:
-        seed: The codes are drawn from it and the class's number, whatever the order of classes.
-        trained: With which tasks, `always` or the `first` alone.
+        seed: Seed of the codes, with the number of the class, whatever the order of classes.
+        trained: Tasks in which W trains, `always` or the `first` alone.
     """
 
     def __init__(self, seed: int = 0, trained: str = "always") -> None:
@@ -132,7 +133,7 @@ class Codes:
 
 
 def code(label: int, width: int, seed: int = 0) -> Tensor:
-    """The unit vector [D] of a class. Those of classes aD to aD + D - 1 are orthogonal."""
+    """Return the unit vector [D] of a class. Those of classes aD to aD + D - 1 are orthogonal."""
     return _basis(label // width, width, seed)[label % width]
 
 

@@ -1,9 +1,9 @@
-"""StPR's spatial features V^s: a frame's vector, as it is cached or from an adapted network.
+"""Spatial features V^s of StPR: the vectors of frames, cached or from an adapted network.
 
-K adapters stand beside the MLPs of the last K blocks, and around them whatever else a method puts
-there. What a clip has at the first of these MLPs never changes, so it is read from the store and
-only what follows is run: with K = 1 on the class token alone, since behind the last attention each
-token is for itself.
+K adapters are beside the MLPs of the last K blocks, with a method's own grafts around them. The
+input of the first of these MLPs never changes, so it is read from the store and only the stages
+after it run: with K = 1 on the class token alone, since after the last attention tokens are
+independent.
 
 Shapes: N clips, B clips a batch, T frames, D width of V^s.
 """
@@ -20,17 +20,19 @@ from varve.heads import Network
 from varve.heads.grafts.adapter import Adapter
 from varve.heads.parts.clips import Batch, Clips, frames
 
-READ = 64  # clips at a time, where nothing trains
+READ = 64  # clips per batch, without training
 
 
 class Spatial:
-    """From a batch to V^s, L2-normalised, [B, T, D].
+    """Encoder from a batch to V^s, L2-normalised, [B, T, D].
 
     Args:
-        adapters: How many blocks from the end have one; 0 for the cached vectors, or "all".
-        feature: What is cached where there are no adapters; with them it is the network's vector.
-        form, bottleneck, scale: Of `Adapter`.
-        around: Makes what stands in a stage's place of the network, the stage and the adapter.
+        adapters: Number of blocks from the end that have an adapter; 0 for the cached vectors, or
+            "all".
+        feature: Cached feature that is read without adapters; with them it is "vector".
+        form: Option of `Adapter`, as are `bottleneck` and `scale`.
+        seed: Seed of the adapters.
+        around: Function from the network, a stage and its adapter to the graft of that stage.
     """
 
     def __init__(
@@ -41,7 +43,9 @@ class Spatial:
         bottleneck: int = 64,
         scale: float = 0.1,
         seed: int = 0,
-        around: Callable[[Network, str, nn.Module], nn.Module] = lambda network, stage, one: one,
+        around: Callable[[Network, str, nn.Module], nn.Module] = lambda network, stage, adapter: (
+            adapter
+        ),
     ) -> None:
         if isinstance(adapters, str) and adapters != "all":
             raise ValueError(f"no {adapters=}; give a number of blocks from the end, or 'all'")
@@ -66,10 +70,10 @@ class Spatial:
         self._grafts: dict[int, nn.Module] = {}
 
     def attach(self, network: Network) -> None:
-        """Put the adapters in.
+        """Put the adapters into the network.
 
         Raises:
-            ValueError: The network has no such blocks.
+            ValueError: The network has fewer blocks with an MLP.
         """
         if not self.adapters:
             return
@@ -90,17 +94,18 @@ class Spatial:
                 inner, self._shape[-1], self.bottleneck, self.scale, self.form, seed=draw
             )
             self._grafts[number] = self._around(network, stage, adapter)
-            where = next(inner.parameters()).device
-            for parameter in _own(self._grafts[number]).values():
-                parameter.data = parameter.to(where)
-        changes = {f"blocks.-{number}.mlp": one for number, one in self._grafts.items()}
+            device = next(inner.parameters()).device
+            for parameter in _trained(self._grafts[number]).values():
+                parameter.data = parameter.to(device)
+        changes = {f"blocks.-{number}.mlp": graft for number, graft in self._grafts.items()}
         self._suffix = network.suffix(changes, after=self.read)
 
     def __call__(self, batch: Batch, width: int | None = None) -> Tensor:
-        """V^s of some clips; gradients reach the adapters, and what is around them.
+        """Return V^s of a batch; gradients reach the adapters and the grafts around them.
 
         Args:
-            width: D of what was learned before.
+            batch: Features of the clips.
+            width: Expected width D; None for any.
 
         Raises:
             ValueError: The feature has another shape, or is not finite.
@@ -120,29 +125,31 @@ class Spatial:
 
     @torch.no_grad()
     def whole(self, clips: Clips, width: int | None = None) -> Tensor:
-        """V^s of all clips by the adapters as they are, [N, T, D]."""
+        """Return V^s of all clips by the present adapters, without gradients, [N, T, D]."""
         return torch.cat([self(batch, width) for _, batch in clips.batches(READ)])
 
     def parameters(self) -> list[nn.Parameter]:
-        return [weight for one in self._grafts.values() for weight in _own(one).values()]
+        """Return the parameters that train."""
+        return [weight for graft in self._grafts.values() for weight in _trained(graft).values()]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`adapter.N.down` and `.up` of the N-th block from the end, or what stands there."""
+        """Return the trained parameters; `adapter.N.down` is of the N-th block from the end."""
         return {
             f"adapter.{number}.{name}": weight.detach().to("cpu", copy=True)
-            for number, one in self._grafts.items()
-            for name, weight in _own(one).items()
+            for number, graft in self._grafts.items()
+            for name, weight in _trained(graft).items()
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Set the trained parameters to those of a `state_dict`."""
         if self.adapters and self._suffix is None:
             raise ValueError(f"adapters={self.adapters!r} without a network: attach one first")
-        for number, one in self._grafts.items():
-            for name, weight in _own(one).items():
+        for number, graft in self._grafts.items():
+            for name, weight in _trained(graft).items():
                 weight.copy_(state[f"adapter.{number}.{name}"])
 
 
-def _own(graft: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains, by name."""
+def _trained(graft: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that train, by name."""
     return {name: p for name, p in graft.named_parameters() if p.requires_grad}
