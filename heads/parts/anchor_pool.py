@@ -148,11 +148,11 @@ class AnchorPool:
         experts_BS = self._experts(residuals_BSD, experts, key)
         similarities_BS, anchors_BS = self._own(residuals_BSD, experts_BS)
         order_BS = np.lexsort((experts_BS, -similarities_BS), axis=1)[:, :top_k]
-        experts_BS, similarities_BS, classes_BS = (
+        experts, similarities, classes = (
             torch.from_numpy(np.take_along_axis(x, order_BS, axis=1)).to(residuals_BSD.device)
             for x in (experts_BS, similarities_BS, self._labels[anchors_BS])
         )
-        return Routing(experts_BS, similarities_BS, classes_BS, similarities_BS)
+        return Routing(experts, similarities, classes, similarities)
 
     def compare(
         self, residuals_BSD: Tensor, key: str = "", experts: Tensor | None = None
@@ -252,7 +252,8 @@ class AnchorPool:
         anchors_BS = np.empty(experts_BS.shape, np.int64)
         for k in np.unique(experts_BS).tolist():
             mask_BS = experts_BS == k
-            best_R1, index_R1 = self._best(rows[mask_BS], *self._starts[k : k + 2].tolist(), 1)
+            first, end = self._starts[k : k + 2].tolist()
+            best_R1, index_R1 = self._best(rows[mask_BS], first, end, 1)
             similarities_BS[mask_BS], anchors_BS[mask_BS] = best_R1[:, 0], index_R1[:, 0]
         return similarities_BS, anchors_BS
 

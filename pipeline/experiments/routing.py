@@ -228,7 +228,7 @@ def restored(
         )
     if network is not None and network.identity() != spec["network"]:
         raise SpecMismatch(
-            f"the network of {store.place}, or the source of a graft, is another than "
+            f"the network of {store.location}, or the source of a graft, is another than "
             f"{run.folder} was made with: load that source, or run it again"
         )
     last = len(spec["tasks"]) - 1
