@@ -87,10 +87,11 @@ def _decoding(plan: Plan, job: Job) -> float:
     files = [file for block in plan.blocks for file in block.files]
     if not files:
         return 0.0
-    chosen = [files[i] for i in np.linspace(0, len(files) - 1, FILES).round().astype(int)]
+    indices = np.unique(np.linspace(0, len(files) - 1, FILES).round().astype(int))
+    chosen = [files[i] for i in indices]
     decode(job, Block(0, tuple(chosen[:1])))  # starts the children
     seconds = clips = 0.0
-    for file in dict.fromkeys(chosen):
+    for file in chosen:
         began = time.perf_counter()
         decode(job, Block(0, (file,)))
         seconds += time.perf_counter() - began

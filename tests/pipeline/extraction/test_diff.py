@@ -231,7 +231,7 @@ def test_a_stage_that_one_network_has_not_is_told(store, spec, weights, tmp_path
     update(mine, whole, ("fc",), rows=[0], spec=replace(spec, views=1, flip=False))
     (found,) = (one for one in diff(mine, backbone=bare) if one.feature == "fc")
     assert (found.verdict, found.elements) == ("differs", [("fc", "present", "absent")])
-    assert found.why.startswith("the request's network has no fc: what comes before it still")
+    assert found.why.startswith("the request's network has no fc: columns before it are still")
     assert told(mine, backbone=bare)["pool"].verdict == "current"
 
 
@@ -306,7 +306,7 @@ def test_a_live_network_is_compared_as_it_is(store, grafted, options, element, s
     assert said in changed.why
     for one in (now["pool"], found["pool"]):
         assert one.elements[0] == ("layer4.1 code", "resnet_block/1", "graft")
-        assert one.why.startswith("a method has changed layer4.1 since: what comes before")
+        assert one.why.startswith("a method has changed layer4.1 since: columns before")
 
 
 def test_a_trained_stage_differs_by_its_parameters_alone(store, weights):
