@@ -1,50 +1,42 @@
-"""Heads: methods that learn classes task by task, from cached features.
+"""Heads: methods that learn classes task by task from cached features.
 
-This file is the contract; every other module here is one head, found by its file name, with
-`build(**options) -> Head`, whose options have defaults and are JSON values. A head sees tensors
-only: it imports torch, numpy and faiss, and nothing of `stores` or `pipeline`. What several heads
-share is in `heads/parts`, what is put into a network in `heads/grafts`. A head that keeps
-exemplars, changes the network or routes among experts has what the second group of protocols asks.
+This file is the contract. Every other module here is one head, found by its file name. It ends with
+`build = CLASS`; the options of the class have defaults that are JSON values, or are option groups
+(see `options_of`). A head sees tensors only: it imports torch, numpy and faiss, and nothing of
+`varve.stores` or `varve.pipeline`. `heads/parts` holds what several heads share, `heads/grafts`
+what is put into a network. The second group of protocols is for heads that replay exemplars, train
+a part of the network, or route among experts.
 
-Shapes: N clips, B clips of a batch, T frames a clip, D feature width, C classes learned so far,
+Shapes: N clips, B clips of a batch, T frames per clip, D feature width, C classes learned so far,
 K experts.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor, nn
 
 from varve.heads.parts.clips import Batch, Clips
 
 
-def options_of(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The options of a head by name; `**more` of a class stands for those of its base class."""
-    found = {**inspect.signature(build).parameters}
-    for name in [n for n, one in found.items() if one.kind is inspect.Parameter.VAR_KEYWORD]:
-        del found[name]
-        base = build.__base__ if isinstance(build, type) else None
-        found |= {n: one for n, one in options_of(base or object).items() if n not in found}
-    return found
-
-
 @dataclass(frozen=True)
 class Task:
-    """What a head learns from at one time.
+    """The clips of the classes that arrive together.
 
     Attributes:
-        clips: The task's own. Those of earlier tasks are gone.
-        number: 0 for the first. What is drawn in `learn` depends on a head's `seed` and on this
-            alone, so that learning can go on from a state with the same numbers.
-        text: float32 [len(classes), W], the text features of `classes`, made unit; None where the
-            network has no text tower.
-        memory: The clips that `Rehearses.exemplars` asked for; None for other heads.
-        on_epoch_end: Told of every finished epoch: how many are done, of how many, and the mean
-        loss.
-        key: Of the columns that the clips come from. What is kept to be compared with clips later,
-            such as anchors, can say with it what it is of.
+        clips: Clips of the task. Those of earlier tasks are gone.
+        number: Number of the task, from 0. All random draws of `learn` depend on a head's `seed`
+            and on this number alone, so that training resumed from a state gives the same numbers.
+        text: float32 [len(classes), W], unit text features of `classes`; None where the network
+            has no text tower.
+        memory: The exemplars that `ReplaysExemplars.exemplars` names; None for other heads.
+        on_epoch_end: Callback after every epoch: number of epochs done, number of all epochs, and
+            mean loss.
+        key: Cache key of the columns that the clips come from. A head stores it with what it will
+            compare with clips later, such as anchors.
     """
 
     clips: Clips
@@ -56,26 +48,34 @@ class Task:
 
     @property
     def classes(self) -> list[int]:
-        """Of the task's clips, ascending."""
+        """Classes of the task's clips, ascending."""
         return sorted(set(self.clips.labels.tolist()))
+
+    def classes_after(self, known: Sequence[int]) -> list[int]:
+        """Return the classes that are known after the task: new ones are appended."""
+        return [*known, *(label for label in self.classes if label not in known)]
+
+    def rng(self, seed: int) -> np.random.Generator:
+        """Return the random generator of a head with a seed, for this task."""
+        return np.random.default_rng([seed, self.number])
 
 
 class Head(Protocol):
-    """A classifier whose set of classes may grow on every `learn`.
+    """A classifier whose set of classes may grow with every `learn`.
 
     Column j of `scores` is always `classes[j]`: columns are appended, in ascending order of label
     within one `learn`, and never moved. Equal calls give equal numbers, whatever the state of any
     global random generator.
 
     Attributes:
-        classes: Learned so far.
-        reads: The features that it needs of a clip: a stage, or stage:reduction. "vector" is the
-            network's own last vector, before a classifier of its own; "blocks.-1" is the last
-            block of whatever network there is, with one number more than it has blocks the stage
-            before them; "blocks.-2.attn" the state after the attention of the last but one.
-            "sound" is the last vector of the store's network that listens, and NETWORK/FEATURE
-            another network's.
-        trainable: How many numbers gradient descent has trained so far; 0 for closed forms.
+        classes: Classes learned so far.
+        reads: Names of the features that it needs of a clip: a stage, or stage:reduction. "vector"
+            is the network's last vector before its own classifier. "blocks.-1" is the last block
+            of any network; with a number that is one more than the number of blocks, the stage
+            before them. "blocks.-2.attn" is the state after the attention of the last block but
+            one. "sound" is the last vector of the store's audio backbone, and NETWORK/FEATURE a
+            feature of another network.
+        trainable: Number of values that gradient descent has trained so far; 0 for closed forms.
     """
 
     classes: list[int]
@@ -87,52 +87,52 @@ class Head(Protocol):
     def trainable(self) -> int: ...
 
     def learn(self, task: Task) -> None:
-        """Absorb one task's clips; classes known already are updated.
+        """Learn the classes of a task; known classes are updated.
 
-        Nothing of the task is kept but what `state_dict` gives, and nothing of it is modified.
+        The head keeps nothing of the task but what `state_dict` returns, and modifies nothing.
 
         Raises:
-            ValueError: The task does not fit what was learned before, a feature is not finite, or
-                the training ended in numbers that are not. What was learned before stays.
+            ValueError: The task does not match what was learned before, a feature is not finite,
+                or the training diverged. What was learned before stays.
         """
 
     def scores(self, batch: Batch) -> Tensor:
         """Return float32 [B, C], higher is likelier. Row b depends on clip b alone.
 
         Raises:
-            ValueError: Nothing was learned yet, or the shape is another than was learned.
+            ValueError: Nothing was learned yet, or the shape differs from what was learned.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that was learned, as tensors of its own. Options are not part of it."""
+        """Return copies of everything that was learned. Options are not part of it."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the place of a head built with the same options, whose `state_dict` this was."""
+        """Replace the state by the `state_dict` of a head with the same options."""
 
 
 @runtime_checkable
 class ReplaysExemplars(Protocol):
-    """A head that keeps clips of earlier tasks: their rows in the table of clips.
+    """A head that keeps clips of earlier tasks, as rows of the table of clips.
 
     Attributes:
-        exemplars: int64 [M]. The next task's `memory` has exactly these. Where there are none
-            after a task, there is no NME.
+        exemplars: int64 [M]. The next task's `memory` has exactly these clips. Without exemplars
+            there is no NME.
     """
 
     @property
     def exemplars(self) -> Tensor: ...
 
     def nearest(self, batch: Batch) -> Tensor:
-        """As `scores`, by the nearest mean of exemplars (NME)."""
+        """Return float32 [B, C], similarities to the class means of the exemplars (NME)."""
 
 
 @runtime_checkable
 class HasInferenceOptions(Protocol):
-    """A head with options that decide its scores and nothing of what it learns.
+    """A head with options that decide its scores alone, and nothing that it learns.
 
     Attributes:
-        answering: Their names. Heads that differ in these alone learn the same state, and each can
-            go on from another's.
+        inference_options: Names of these options. Heads that differ in these alone learn the same
+            state, and each can resume from another's.
     """
 
     @property
@@ -141,10 +141,10 @@ class HasInferenceOptions(Protocol):
 
 @runtime_checkable
 class ReportsDiagnostics(Protocol):
-    """A head with something to say of how it learned its last task.
+    """A head that reports figures about its last training.
 
     Attributes:
-        diagnostics: Figures by name. They are no part of its state.
+        diagnostics: Figures by name. They are not part of the state.
     """
 
     @property
@@ -152,10 +152,10 @@ class ReportsDiagnostics(Protocol):
 
 
 class Network(Protocol):
-    """A frozen network, as who changes it sees it.
+    """A frozen network, as a head that changes it sees it.
 
     Attributes:
-        stages: Names in order.
+        stages: Names of the stages, in order.
         frames: T.
     """
 
@@ -165,13 +165,13 @@ class Network(Protocol):
     def stages(self) -> Sequence[str]: ...
 
     def find(self, name: str) -> str:
-        """The stage or feature that a name of `Head.reads` means here."""
+        """Return the stage or feature that a name of `Head.reads` means in this network."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a feature, one frame's."""
+        """Return the shape of a feature, for one frame."""
 
     def module(self, stage: str) -> nn.Module:
-        """The frozen module itself, to put a graft around; see `varve.heads.grafts`."""
+        """Return the frozen module of a stage, to put a graft around; see `varve.heads.grafts`."""
 
     def graft(self, name: str) -> Callable[..., nn.Module]:
         """Return `build(inner, **options)` of the registered graft of a name.
@@ -187,17 +187,17 @@ class Network(Protocol):
         keep: Sequence[str] = (),
         unfreeze: Sequence[str] = (),
     ) -> nn.Module:
-        """The network after a feature, with modules of one's own in place of stages.
+        """Return the part of the network after a feature, with changed stages.
 
         Args:
-            changes: By stage: a module, or what makes one of the stage's own, of the copy to be
-                trained where it is unfrozen.
-            after: The feature that the module takes, [B, T, ...].
-            keep: Stages whose outputs it gives, as a dict; by default the last one's alone.
-            unfreeze: Stages to be trained themselves; the module has copies of them.
+            changes: By stage: a module to put in its place, or a function that makes one from the
+                stage's module (from the trainable copy, where the stage is unfrozen).
+            after: The feature that the returned module takes, [B, T, ...].
+            keep: Stages whose outputs it returns, as a dict; by default the last one's alone.
+            unfreeze: Stages to train; the returned module has copies of them.
 
         Returns:
-            The module; its `stages` are those after the feature, in order.
+            The module. Its `stages` are those after the feature, in order.
         """
 
 
@@ -206,28 +206,28 @@ class FineTunesBackbone(Protocol):
     """A head that trains a part of the network.
 
     Attributes:
-        fine_tunes: Whether it does, with the options that it was built with. If not, there is no
-        need
-            to attach it.
+        fine_tunes: Whether it does, with the options that it was built with. If not, it needs no
+            `attach`.
     """
 
     @property
     def fine_tunes(self) -> bool: ...
 
     def attach(self, network: Network) -> None:
-        """Told of the network before anything else is called."""
+        """Receive the network, before any other call."""
 
 
 @runtime_checkable
 class UsesTeacher(Protocol):
-    """A head that learns with what the network, as the task before left it, makes of the clips.
+    """A head that distills from the network as the previous task left it (the teacher).
 
-    From the second task on the clips of a task and of its memory have these outputs as features
-    "old STAGE": computed once, kept with the store's features, and read in every epoch.
+    From the second task on, the clips of a task and of its memory have the teacher's outputs as
+    features "teacher STAGE". They are computed once, stored with the store's features, and read in
+    every epoch.
 
     Attributes:
-        remembers: Names of stages, as `Network.find` knows them.
-        suffix: The network as it is now: a module that `Network.suffix` gave, trained since.
+        teacher_stages: Names of stages, as `Network.find` knows them.
+        suffix: The network as trained so far: a module that `Network.suffix` returned.
     """
 
     @property
@@ -238,12 +238,12 @@ class UsesTeacher(Protocol):
 
 
 class Routing(NamedTuple):
-    """How clips were routed. Experts are in the order of their tasks.
+    """The experts that clips were routed to. Experts are numbered in the order of their tasks.
 
     Attributes:
-        experts: int64 [B, S], the experts that were asked, by descending weight.
+        experts: int64 [B, S], the selected experts by descending weight.
         weights: float32 [B, S], each expert's share in the prediction.
-        nearest: int64 [B, S], the class of the expert's whose anchor is nearest.
+        nearest: int64 [B, S], the expert's class whose anchor is nearest.
         similarities: float32 [B, S], the cosine to that anchor.
     """
 
@@ -258,10 +258,85 @@ class Routes(Protocol):
     """A head that weighs experts by a clip's nearest anchors.
 
     Attributes:
-        experts: How many it has so far; 0 where it was built without.
+        experts: Number of experts so far; 0 where it was built without.
     """
 
     @property
     def experts(self) -> int: ...
 
-    def routing(self, batch: Batch) -> Routing: ...
+    def routing(self, batch: Batch) -> Routing:
+        """Return the experts of each clip, with their weights."""
+
+
+def options_of(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the options of a head by their flat names, with defaults and types.
+
+    A parameter whose default is a frozen dataclass is an option group, such as
+    `varve.heads.parts.training.OptimConfig`; it stands for its fields, and a head overrides a
+    default of the group by its own instance. `**options` of a class stands for the options of its
+    base class.
+    """
+    options: dict[str, inspect.Parameter] = {}
+    for parameter in _parameters(build).values():
+        if not _is_group(parameter):
+            options[parameter.name] = parameter
+            continue
+        for field in fields(parameter.default):
+            options[field.name] = inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=getattr(parameter.default, field.name),
+                annotation=field.type,
+            )
+    return options
+
+
+def check_options(build: Callable[..., Any], options: Mapping[str, Any], name: str = "") -> None:
+    """Check that a head has all these options.
+
+    Raises:
+        ValueError: It lacks one; the message lists those it has.
+    """
+    known = options_of(build)
+    if unknown := sorted(set(options) - set(known)):
+        listed = ", ".join(f"{option}={known[option].default!r}" for option in known)
+        name = name or getattr(build, "__name__", "head")
+        raise ValueError(f"{name} has no option {', '.join(unknown)}; it has {listed or 'none'}")
+
+
+def build_head(build: Callable[..., Head], options: Mapping[str, Any] = {}, name: str = "") -> Head:
+    """Build a head from flat options, such as {"lr": 0.005}.
+
+    Args:
+        build: A class or function that returns a head.
+        options: Values by the names of `options_of`.
+        name: Name of the head for messages.
+
+    Raises:
+        ValueError: There is no such option, or a value is refused.
+    """
+    check_options(build, options, name)
+    arguments: dict[str, Any] = {}
+    for parameter in _parameters(build).values():
+        if _is_group(parameter):
+            names = {field.name for field in fields(parameter.default)} & set(options)
+            if names:
+                values = {option: options[option] for option in names}
+                arguments[parameter.name] = replace(parameter.default, **values)
+        elif parameter.name in options:
+            arguments[parameter.name] = options[parameter.name]
+    return build(**arguments)
+
+
+def _parameters(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a class or function, and of base classes behind `**options`."""
+    parameters = {**inspect.signature(build).parameters}
+    for name in [n for n, p in parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]:
+        del parameters[name]
+        base = build.__base__ if isinstance(build, type) else None
+        parameters = _parameters(base or object) | parameters
+    return parameters
+
+
+def _is_group(parameter: inspect.Parameter) -> bool:
+    return is_dataclass(parameter.default) and not isinstance(parameter.default, type)

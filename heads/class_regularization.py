@@ -1,15 +1,13 @@
-"""Class Regularization: channels that speak for the class predicted so far are made louder.
+"""Class Regularization: channel re-weighting by the class predicted at each stage.
 
-The graft is `heads/grafts/class_regularization.py`, which has the equations; here one block stands
-at the end of each stage of the trained part, all of them look at the one classifier, and classes
-come task by task with exemplars: a new class enters the blocks as it enters the classifier.
+The graft is `heads/grafts/class_regularization.py`, which has the equations. One block stands at
+the end of each stage of the trained part, and all of them read the one classifier. A new class
+enters the blocks as it enters the classifier. Tuning the classifier changes the blocks with it.
 
-Tuning the classifier, by the vectors that there were before it, moves the blocks with it.
-
-It is no incremental method. Ours: rehearsal and CE with the recipe of `varve.heads.linear`; only
+It is no incremental method. Ours: rehearsal and cross entropy with the optimiser of all heads; only
 the last `blocks` train, from a cached feature on; A of a stage follows its depth in the network;
-projections may start fitted. Published were all blocks, 170 epochs from scratch or 100 of
-fine-tuning; the rate is not given.
+projections may start fitted. The paper trains all blocks, for 170 epochs from scratch or 100 of
+fine-tuning; the learning rate is not given.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +22,8 @@ from varve.heads import Network
 from varve.heads.grafts.class_regularization import ClassRegularization
 from varve.heads.parts import models
 from varve.heads.parts.classifiers import Classifier
-from varve.heads.parts.clips import Clips
-from varve.heads.parts.fine_tuned_head import READ, Change, FineTunedHead, grid
+from varve.heads.parts.fine_tuned_head import FineTunedHead, Graft, grid
+from varve.heads.parts.models import BATCH, TaskTraining
 from varve.heads.parts.trainable_suffix import VECTOR, TrainableSuffix
 
 STRENGTHS = (0.1, 0.2, 0.3, 0.4)
@@ -33,18 +31,19 @@ STARTS = ("drawn", "fitted")
 
 
 class Regularized(FineTunedHead):
-    """See the module, and `varve.heads.parts.fine_tuned_head` for the other options.
+    """Fine-tune blocks with class regularization; see the module.
 
     Args:
-        blocks: How many of the network's last blocks train.
-        strengths: A, from the first stage of the network to its last; stages are where the maps
-            change their size (a ResNet has four), or quarters of a transformer's blocks; of fewer
-            stages the deeper ones. 0 is none.
-        start: Of the projections: `drawn` from a normal distribution, or `fitted` to the first
-            task's clips, so that each stage predicts what the classifier would, as nearly as its
-            channels' means can tell (of classes to come less than of the first task's). As drawn,
-            c* stays at chance and the blocks change little; fitted, less is forgotten and less
-            learned in a few epochs (REPRODUCIBILITY.md).
+        blocks: Number of the network's last blocks that train.
+        strengths: A, from the first stage of the network to its last. A stage ends where the maps
+            change their size (a ResNet has four), or with a quarter of a transformer's blocks. With
+            fewer stages, the last values are used. 0 disables a block.
+        start: Initialisation of the projections: `drawn` from a normal distribution, or `fitted`
+            to the first task's clips, so that each stage predicts the classifier's class as well
+            as the means of its channels allow (later classes less well). When drawn, c* stays at
+            chance and the blocks change little; when fitted, less is forgotten and less is learned
+            in a few epochs (REPRODUCIBILITY.md).
+        options: Options of `varve.heads.parts.fine_tuned_head.FineTunedHead`.
     """
 
     def __init__(
@@ -52,39 +51,40 @@ class Regularized(FineTunedHead):
         blocks: int = 2,
         strengths: Sequence[float] = STRENGTHS,
         start: str = "drawn",
-        **tuned: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(blocks, **tuned)
+        super().__init__(blocks, **options)
         if start not in STARTS:
             raise ValueError(f"no {start=}; choose from {', '.join(STARTS)}")
         self._strengths, self._start = [float(a) for a in strengths], start
 
-    def changed(self, network: Network, classifier: Classifier) -> Mapping[str, Change]:
+    def grafts(self, network: Network, classifier: Classifier) -> Mapping[str, Graft]:
         return {
             stage: partial(self._block, network, classifier, stage, strength)
             for stage, strength in self._ends(network).items()
         }
 
-    def begins(self, clips: Clips, trunk: TrainableSuffix, model: models.Model[Classifier]) -> None:
+    def before_first_task(self, training: TaskTraining) -> None:
         if self._start == "drawn" or not any(self._strengths):
             return
-        blocks = _blocks(trunk)
+        clips, suffix = training.clips, training.suffix
+        blocks = _blocks(suffix)
         means: dict[str, list[Tensor]] = {name: [] for name in blocks}
         encoded = []
         with torch.no_grad():
-            for places in torch.split(torch.arange(len(clips)), READ):
-                vectors, outputs = trunk(clips[places])
-                encoded.append(model.vectors(vectors))
-                for name, out in zip(trunk.trained, outputs, strict=True):
+            for indices in torch.split(torch.arange(len(clips)), BATCH):
+                vectors, outputs = suffix(clips[indices])
+                encoded.append(training.model.vectors(vectors))
+                for name, out in zip(suffix.trained, outputs, strict=True):
                     if name in blocks:
                         means[name].append(blocks[name].means(out.flatten(0, 1)))
         for name, block in blocks.items():
-            width, vector = encoded[0].shape[1], self._attached().shape(VECTOR)[-1]
+            width, vector = encoded[0].shape[1], self.network.shape(VECTOR)[-1]
             alike = block.channels == vector == width
             block.align(torch.cat(means[name]), torch.cat(encoded), alike)
 
     def excitations(self) -> dict[str, Tensor]:
-        """m, how much each channel speaks for each class, at the end of each stage that trains.
+        """Return m, the importance of each channel for each class, at each trained stage's end.
 
         Returns:
             Float32 [classes, channels] by stage, from 0 to 1; a row a class, in the order of
@@ -94,8 +94,8 @@ class Regularized(FineTunedHead):
             ValueError: Nothing was learned yet.
         """
         models.learned(self._model)
-        assert self._trunk is not None
-        return {name: block.excitations() for name, block in _blocks(self._trunk).items()}
+        assert self._suffix is not None
+        return {name: block.excitations() for name, block in _blocks(self._suffix).items()}
 
     def _block(
         self,
@@ -113,7 +113,7 @@ class Regularized(FineTunedHead):
         )
 
     def _ends(self, network: Network) -> dict[str, float]:
-        """The last block of each stage that trains, and its A."""
+        """Return the last block of each stage that trains, with its A."""
         maps = [name for name in network.stages if len(network.shape(name)) == 3]
         sizes = [network.shape(name) for name in maps]
         last = [here != after for here, after in zip(sizes, [*sizes, ()][1:], strict=True)]
@@ -121,20 +121,20 @@ class Regularized(FineTunedHead):
         if not maps:
             blocks = [name for name in network.stages if name.endswith(".mlp")]
             quarters = [-(-len(blocks) * quarter // 4) - 1 for quarter in range(1, 5)]
-            ends = [blocks[place] for place in dict.fromkeys(quarters)]
+            ends = [blocks[index] for index in dict.fromkeys(quarters)]
         if len(ends) > len(self._strengths):
             raise ValueError(
                 f"strengths={self._strengths} for the {len(ends)} stages of the network, which end "
                 f"with {', '.join(ends)}: give one for each"
             )
         begin = network.stages.index(network.find(self.reads[0]))
-        found = zip(ends, self._strengths[-len(ends) :], strict=True)
-        return {name: a for name, a in found if network.stages.index(name) > begin}
+        strengths = zip(ends, self._strengths[-len(ends) :], strict=True)
+        return {name: a for name, a in strengths if network.stages.index(name) > begin}
 
 
-def _blocks(trunk: TrainableSuffix) -> dict[str, ClassRegularization]:
-    """By the stages that they stand behind."""
-    return {name: s for name, s in trunk.stages() if isinstance(s, ClassRegularization)}
+def _blocks(suffix: TrainableSuffix) -> dict[str, ClassRegularization]:
+    """Return the blocks by the stages that they stand behind."""
+    return {name: s for name, s in suffix.stages() if isinstance(s, ClassRegularization)}
 
 
 build = Regularized

@@ -1,11 +1,11 @@
-"""HAD: audio and video together, held by augmentation and distillation at several levels.
+"""HAD: audio and video with augmentation and distillation at several levels.
 
 "Hierarchical Augmentation and Distillation for Class Incremental Audio-Visual Video Recognition",
-2024. Its public abstract names the parts; the equations below are OUR RECONSTRUCTION of them, not
-the paper's. Features are cached, of S segments of a clip by two networks, and nothing recomputes.
-`parts/hybrid_attention.py` makes segments z, snippets s and a vector v of them; a cosine classifier
-follows.
-With f the part of the model behind a level, f* the old model, and e standard normal:
+2024. Its public abstract names the parts. The equations below are OUR RECONSTRUCTION of them, not
+the paper's. The features of S segments of a clip by two networks are cached, and nothing is
+recomputed. `parts/hybrid_attention.py` computes segments z, snippets s and a vector v of them; a cosine
+classifier follows. f is the part of the model behind a level, f* the previous model, e standard
+normal:
 
     HAM   low           CE(f(z + alpha sigma e), y), z of exemplars
           high          CE(f(v + alpha sigma e), y), v of exemplars
@@ -14,11 +14,11 @@ With f the part of the model behind a level, f* the old model, and e standard no
           snippet       mean over modalities of |C(s) - C(s*)|^2 / n^2, over the snippets of a batch
           correlative   |C(v) - C(v*)|^2 / n^2, over the clips of a batch
 
-C(x) is the matrix of cosines between n vectors. Each part of the model sees noise made at its own
-level only: z and v carry no gradient back, and what is noisy at the low level trains the attention
-and the fusion but not the classifier, which the high level trains. sigma is the deviation of each
-dimension over the exemplars of a batch. Gaussians are those of the task that brought the class.
-A class that comes again is taught by labels: the logical part is over the others.
+C(x) is the matrix of cosines between n vectors. Each part of the model is trained on noise of its
+own level only: z and v are detached. Noise at the low level trains the attention and the fusion but
+not the classifier, which the high level trains. sigma is the deviation of each dimension over the
+exemplars of a batch. The Gaussian of a class is estimated in the last task that had clips of it. A
+class that is learned again learns from labels: the logical part is over the other classes.
 
 Loss = CE + the HAM terms + logical (video + distribution) + correlative (snippet + correlative).
 
@@ -38,19 +38,20 @@ from torch.nn.functional import cross_entropy
 from varve.heads import Task
 from varve.heads.parts.classifiers import Cosine, columns
 from varve.heads.parts.clips import Batch, Clips, frames
-from varve.heads.parts.distillation import relations, softened
-from varve.heads.parts.exemplars import Exemplars
+from varve.heads.parts.exemplars import ExemplarConfig, Exemplars
 from varve.heads.parts.hybrid_attention import Hybrid, Pair
-from varve.heads.parts.training import check, fit
+from varve.heads.parts.losses import relations, softened
+from varve.heads.parts.training import OptimConfig, fit
 
 HAM = ("low", "high")
 HDM = ("video", "distribution", "snippet", "correlative")
 PARTS = "+".join((*HAM, *HDM))
-READ = 256
+BATCH = 256
+QUICK = {"width": 64, "heads": 2, "ffn": 64}  # for the contract suite
 
 
 class Model(nn.Module):
-    """From two features of `segments` segments to scores."""
+    """Map two features of `segments` segments to scores, [B, C]."""
 
     def __init__(self, hybrid: Hybrid, segments: int, width: int) -> None:
         super().__init__()
@@ -59,29 +60,35 @@ class Model(nn.Module):
     def forward(self, features: Pair) -> Tensor:
         return self.logits(self.hybrid(features))
 
-    def logits(self, fused_BW: Tensor, held: bool = False) -> Tensor:
-        """Of clips' vectors, [B, C]. Held, the classifier gets no gradient."""
-        own = {n: p.detach() if held else p for n, p in self.classifier.named_parameters()}
-        cosines_BC: Tensor = functional_call(self.classifier, own, fused_BW)
-        return own["scale"] * cosines_BC
+    def logits(self, fused_BW: Tensor, frozen: bool = False) -> Tensor:
+        """Return the logits of clips' vectors, [B, C]; the classifier may be frozen."""
+        named = self.classifier.named_parameters()
+        parameters = {name: p.detach() if frozen else p for name, p in named}
+        cosines_BC: Tensor = functional_call(self.classifier, parameters, fused_BW)
+        return parameters["scale"] * cosines_BC
 
 
 class HAD:
-    """See the module.
+    """Fuse audio and video with hierarchical distillation; see the module.
 
     Args:
-        visual, audio: One vector a segment each.
-        parts: What cross entropy is joined by, "+" between them: low, high, video, distribution,
-            snippet, correlative. "" for rehearsal alone.
-        alpha: Of the noise.
+        visual: Name of a feature of one vector per segment.
+        audio: Name of another, of the audio backbone.
+        parts: Terms beside cross entropy, joined by "+": low, high, video, distribution, snippet,
+            correlative. "" for rehearsal alone.
+        alpha: Scale of the noise.
         temperature: T of the logical distillation.
-        logical, correlative: Weights of the two kinds of distillation.
-        within: Cosines of snippets are taken within a clip alone.
-        width, heads, ffn, position: Of the attention; see `parts/hybrid_attention.py`.
-        budget, shared, choice: Of the exemplars; see `varve.heads.parts.exemplars`. With 0 of
-        them, and
-            without parts, it is fine-tuning, and there is no NME.
-        first_epochs: Of the first task; `epochs` of every other.
+        logical: Weight of the logical distillation.
+        correlative: Weight of the correlative distillation.
+        within: Whether cosines of snippets are taken within a clip alone.
+        width: Width of the attention; see `varve.heads.parts.hybrid_attention`.
+        heads: Number of its attention heads, a divisor of the width.
+        ffn: Hidden width of its FFN.
+        position: "learned" for a position embedding of the segments, or None.
+        exemplars: Options of the exemplars; 100 in all by default. With budget=0, and without low
+            and high, it is fine-tuning, and there is no NME.
+        optim: Options of gradient descent; Adam by default, as our reconstruction has it.
+        seed: Seed of everything that is drawn.
     """
 
     def __init__(
@@ -98,15 +105,10 @@ class HAD:
         heads: int = 8,
         ffn: int = 1024,
         position: str | None = None,
-        budget: int = 100,
-        shared: bool = True,
-        choice: str = "herding",
-        first_epochs: int = 60,
-        epochs: int = 30,
-        batch_size: int = 256,
-        lr: float = 1e-3,
-        weight_decay: float = 1e-4,
-        schedule: str = "cosine",
+        exemplars: ExemplarConfig = ExemplarConfig(budget=100, shared=True),
+        optim: OptimConfig = OptimConfig(
+            batch_size=256, lr=1e-3, weight_decay=1e-4, optimizer="adam"
+        ),
         seed: int = 0,
     ) -> None:
         self.parts = set(parts.split("+")) if parts else set()
@@ -126,25 +128,16 @@ class HAD:
         self.classes: list[int] = []
         self.alpha, self.temperature, self.within = alpha, temperature, within
         self._weights = logical, correlative
-        self._form: dict[str, Any] = {
+        self._attention: dict[str, Any] = {
             "width": width,
             "heads": heads,
             "ffn": ffn,
             "position": position,
         }
-        self._epochs, self._seed = (first_epochs, epochs), seed
-        self._recipe: dict[str, Any] = {
-            "batch_size": batch_size,
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "schedule": schedule,
-            "optimizer": "adam",
-        }
-        for count in self._epochs:
-            check(epochs=count, **self._recipe)
+        self._optim, self._seed = optim, seed
         self._model: Model | None = None
-        self._exemplars = Exemplars(budget, shared, choice, least=0)
-        if budget == 0 and self.parts & set(HAM):
+        self._exemplars = Exemplars(exemplars, least=0)
+        if exemplars.budget == 0 and self.parts & set(HAM):
             raise ValueError(
                 f"budget=0, {parts=}: exemplars are what low and high augment; give parts without "
                 "them"
@@ -160,57 +153,47 @@ class HAD:
         return self._exemplars.rows
 
     def learn(self, task: Task) -> None:
-        rng = np.random.default_rng([self._seed, task.number])
+        rng, classes = task.rng(self._seed), task.classes_after(self.classes)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         known = len(self.classes)
-        classes = self.classes + [c for c in task.classes if c not in self.classes]
         self._exemplars.quota(len(classes))
         first = self._features(task.clips[torch.arange(1)])
         device = first[0].device
-        old = None if self._model is None else self._model.to(device)
-        model = copy.deepcopy(old) if old else self._empty(first, rng).to(device)
+        teacher = None if self._model is None else self._model.to(device)
+        model = copy.deepcopy(teacher) if teacher else self._new_model(first, rng).to(device)
         self._check(model, first)
-        if not old:
+        if not teacher:
             model.hybrid.standardize([task.clips.whole(name) for name in self.reads])
         clips = self._exemplars.rehearsal(task)
         columns_N = columns(classes, clips.labels)
-        kept_N = torch.arange(len(clips)) >= len(task.clips)
-        held = [column for column in range(known) if classes[column] not in task.classes]
+        is_exemplar_N = torch.arange(len(clips)) >= len(task.clips)
+        distilled = [column for column in range(known) if classes[column] not in task.classes]
         model.classifier.grow(len(classes), rng)
-        vectors_NW = self._vectors(model, clips)
-        for column in range(known, len(classes)):
-            of = vectors_NW[(columns_N == column).to(device)]
-            model.classifier.imprint(column, of, torch.arange(known), rng)
+        model.classifier.imprint_new(known, self._vectors(model, clips), columns_N, rng)
 
-        def step(places: Tensor, batch: Batch) -> Tensor:
-            features, columns_B = self._features(batch), columns_N[places].to(device)
+        def step(indices: Tensor, batch: Batch) -> Tensor:
+            features, columns_B = self._features(batch), columns_N[indices].to(device)
             segments = model.hybrid.segments(features)
             snippets = model.hybrid.snippets(segments)
             fused_BW = model.hybrid.fused(snippets)
             logits_BC = model.logits(fused_BW)
             loss = cross_entropy(logits_BC, columns_B)
-            mine_B = kept_N[places].to(device)
-            if mine_B.any():
+            mask_B = is_exemplar_N[indices].to(device)
+            if mask_B.any():
                 loss = loss + self._augmented(
-                    model, [z[mine_B] for z in segments], fused_BW[mine_B], columns_B[mine_B],
+                    model, [z[mask_B] for z in segments], fused_BW[mask_B], columns_B[mask_B],
                     generator,
                 )  # fmt: skip
-            if old:
-                loss = loss + self._held(model, old, held, features, snippets, fused_BW, logits_BC,
-                                         generator)  # fmt: skip
+            if teacher:
+                loss = loss + self._distilled(model, teacher, distilled, features, snippets,
+                                              fused_BW, logits_BC, generator)  # fmt: skip
             return loss
 
-        fit(
-            step,
-            model.parameters(),
-            clips,
-            epochs=self._epochs[bool(known)],
-            rng=rng,
-            on_epoch_end=task.on_epoch_end,
-            **self._recipe,
-        )
+        epochs = self._optim.epochs_of(first_task=not known)
+        fit(step, model.parameters(), clips, self._optim, epochs=epochs, rng=rng,
+            on_epoch_end=task.on_epoch_end)  # fmt: skip
         vectors_NW = self._vectors(model, clips)
-        self._exemplars, _ = self._exemplars.chosen(vectors_NW, clips, task.classes, classes, rng)
+        self._exemplars, _ = self._exemplars.select(vectors_NW, clips, task.classes, classes, rng)
         self._means_CW, self._deviations_CW = self._gaussians(
             vectors_NW.cpu(), columns_N, [classes.index(c) for c in task.classes], len(classes)
         )
@@ -224,12 +207,12 @@ class HAD:
         columns_B: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """HAM, of exemplars."""
+        """Return the HAM terms of exemplars, a scalar."""
         loss = torch.zeros((), device=fused_BW.device)
         if "low" in self.parts:
             noisy = [self._noisy(z_BSW, generator) for z_BSW in segments]
             vectors_BW = model.hybrid.fused(model.hybrid.snippets(noisy))
-            loss = loss + cross_entropy(model.logits(vectors_BW, held=True), columns_B)
+            loss = loss + cross_entropy(model.logits(vectors_BW, frozen=True), columns_B)
         if "high" in self.parts:
             noisy_BW = self._noisy(fused_BW, generator)
             loss = loss + cross_entropy(model.logits(noisy_BW), columns_B)
@@ -241,55 +224,56 @@ class HAD:
         noise = torch.randn(z.shape, generator=generator).to(z.device)
         return z + self.alpha * sigma_W * noise
 
-    def _held(
+    def _distilled(
         self,
         model: Model,
-        old: Model,
-        held: Sequence[int],
+        teacher: Model,
+        columns: Sequence[int],
         features: Pair,
         snippets: Pair,
         fused_BW: Tensor,
         logits_BC: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """HDM; `held` are the columns that the task does not teach."""
+        """Return the HDM terms, a scalar; `columns` are those of classes without new labels."""
         with torch.no_grad():
-            old_snippets = old.hybrid.snippets(old.hybrid.segments(features))
-            old_fused_BW = old.hybrid.fused(old_snippets)
+            teacher_snippets = teacher.hybrid.snippets(teacher.hybrid.segments(features))
+            teacher_BW = teacher.hybrid.fused(teacher_snippets)
         logical = correlative = torch.zeros((), device=fused_BW.device)
-        if "video" in self.parts and held:
-            old_BK = old.logits(old_fused_BW).detach()[:, held]
-            logical = logical + softened(logits_BC[:, held], old_BK, self.temperature)
-        if "distribution" in self.parts and held:
-            of_B = torch.tensor(held)[
-                torch.randint(len(held), (len(fused_BW),), generator=generator)
+        if "video" in self.parts and columns:
+            teacher_BK = teacher.logits(teacher_BW).detach()[:, columns]
+            logical = logical + softened(logits_BC[:, columns], teacher_BK, self.temperature)
+        if "distribution" in self.parts and columns:
+            of_B = torch.tensor(columns)[
+                torch.randint(len(columns), (len(fused_BW),), generator=generator)
             ]
             noise_BW = torch.randn(fused_BW.shape, generator=generator)
             drawn_BW = self._means_CW[of_B] + self._deviations_CW[of_B] * noise_BW
             drawn_BW = drawn_BW.to(fused_BW.device)
-            old_BK = old.logits(drawn_BW).detach()[:, held]
-            new_BK = model.logits(drawn_BW)[:, held]
-            logical = logical + softened(new_BK, old_BK, self.temperature)
+            teacher_BK = teacher.logits(drawn_BW).detach()[:, columns]
+            new_BK = model.logits(drawn_BW)[:, columns]
+            logical = logical + softened(new_BK, teacher_BK, self.temperature)
         if "snippet" in self.parts:
-            for new, before in zip(snippets, old_snippets, strict=True):
+            for new, before in zip(snippets, teacher_snippets, strict=True):
                 pair = (new, before) if self.within else (new.flatten(0, 1), before.flatten(0, 1))
                 correlative = correlative + relations(*pair) / len(snippets)
         if "correlative" in self.parts:
-            correlative = correlative + relations(fused_BW, old_fused_BW)
+            correlative = correlative + relations(fused_BW, teacher_BW)
         return self._weights[0] * logical + self._weights[1] * correlative
 
     def _gaussians(
-        self, vectors_NW: Tensor, columns_N: Tensor, taught: Sequence[int], classes: int
+        self, vectors_NW: Tensor, columns_N: Tensor, task_columns: Sequence[int], classes: int
     ) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of every class; of those not taught what they were."""
-        more = (classes - len(self._means_CW), vectors_NW.shape[1])
+        """Return mean and deviation of every class, updated for the columns of the task."""
+        added = (classes - len(self._means_CW), vectors_NW.shape[1])
         means_CW, deviations_CW = (
-            torch.cat([x_CW, x_CW.new_zeros(more)])
+            torch.cat([x_CW, x_CW.new_zeros(added)])
             for x_CW in (self._means_CW, self._deviations_CW)
         )
-        for column in taught:
-            of = vectors_NW[columns_N == column]
-            means_CW[column], deviations_CW[column] = of.mean(dim=0), of.std(dim=0, correction=0)
+        for column in task_columns:
+            of_class = vectors_NW[columns_N == column]
+            means_CW[column] = of_class.mean(dim=0)
+            deviations_CW[column] = of_class.std(dim=0, correction=0)
         return means_CW, deviations_CW
 
     def scores(self, batch: Batch) -> Tensor:
@@ -312,8 +296,8 @@ class HAD:
             "deviations": self._deviations_CW.clone(),
         }
         if self._model is not None:
-            own = self._model.state_dict().items()
-            state |= {f"model.{name}": x.detach().to("cpu", copy=True) for name, x in own}
+            tensors = self._model.state_dict().items()
+            state |= {f"model.{name}": x.detach().to("cpu", copy=True) for name, x in tensors}
             state["segments"] = torch.tensor(self._model.segments)
         return state | self._exemplars.state()
 
@@ -324,38 +308,39 @@ class HAD:
         self._exemplars.load(state)
         self._model = None
         start = "model."
-        own = {n.removeprefix(start): x for n, x in state.items() if n.startswith(start)}
-        if own:
+        tensors = {n.removeprefix(start): x for n, x in state.items() if n.startswith(start)}
+        if tensors:
             segments = int(state["segments"])
             like = [
-                torch.zeros(1, segments, own[f"hybrid.project.{m}.weight"].shape[1])
+                torch.zeros(1, segments, tensors[f"hybrid.project.{m}.weight"].shape[1])
                 for m in range(len(self.reads))
             ]
-            self._model = self._empty(like, np.random.default_rng(0))
+            self._model = self._new_model(like, np.random.default_rng(0))
             self._model.classifier.grow(len(self.classes), np.random.default_rng(0))
-            self._model.load_state_dict(own)
+            self._model.load_state_dict(tensors)
 
     def _features(self, batch: Batch) -> list[Tensor]:
         return [frames(batch, name) for name in self.reads]
 
-    def _empty(self, features: Pair, rng: np.random.Generator) -> Model:
+    def _new_model(self, features: Pair, rng: np.random.Generator) -> Model:
         seed = int(rng.integers(2**31))
         widths, segments = [x.shape[2] for x in features], features[0].shape[1]
-        hybrid = Hybrid(widths, segments, **self._form, seed=seed)
+        hybrid = Hybrid(widths, segments, **self._attention, seed=seed)
         return Model(hybrid, segments, self._means_CW.shape[1])
 
     def _check(self, model: Model, features: Pair) -> None:
-        """
+        """Check the shape of features.
+
         Raises:
-            ValueError: The features have another form than was learned.
+            ValueError: It differs from what was learned.
         """
         widths = [project.in_features for project in model.hybrid.project]
-        found = [list(x.shape[1:]) for x in features]
-        wanted = [[model.segments, width] for width in widths]
-        if found != wanted:
+        shapes = [list(x.shape[1:]) for x in features]
+        learned = [[model.segments, width] for width in widths]
+        if shapes != learned:
             raise ValueError(
-                f"features {', '.join(self.reads)} are {found} a clip; learned before were "
-                f"{wanted}: use the same features and number of segments throughout"
+                f"features {', '.join(self.reads)} are {shapes} a clip; learned before were "
+                f"{learned}: use the same features and number of segments throughout"
             )
 
     def _learned(self, features: Pair) -> Model:
@@ -365,9 +350,9 @@ class HAD:
         return self._model.to(features[0].device)
 
     def _vectors(self, model: Model, clips: Clips) -> Tensor:
-        """Of clips, [N, W]."""
+        """Return the vectors of clips, [N, W]."""
         with torch.no_grad():
-            parts = [model.hybrid(self._features(batch)) for _, batch in clips.batches(READ)]
+            parts = [model.hybrid(self._features(batch)) for _, batch in clips.batches(BATCH)]
         return torch.cat(parts)
 
 

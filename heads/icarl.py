@@ -1,23 +1,21 @@
-"""iCaRL: exemplars by herding, and the class whose mean of exemplars is nearest.
+"""iCaRL: exemplars by herding, and classification by the nearest mean of exemplars.
 
-Rebuffi et al., CVPR 2017. A clip's class is argmax_c cos(phi(x), mean of c's exemplars) (Alg. 1;
-`varve.heads.parts.exemplars` has herding and the means). Where something trains, phi and a sigmoid
-classifier learn on the task's clips and the exemplars together (Alg. 3): columns of the task by
-labels, the others by what the old model answers, see `varve.heads.lwf`, whose loss it is.
+Rebuffi et al., CVPR 2017. The class of a clip is argmax_c cos(phi(x), mean of c's exemplars)
+(Alg. 1; `varve.heads.parts.exemplars` has herding and the means). Where something trains, phi and a
+sigmoid classifier are trained on the task's clips and the exemplars together (Alg. 3): columns of
+the task's classes learn from labels, the others from the outputs of the previous model. The loss is
+that of `varve.heads.lwf`.
 
-With a fixed encoder (`mean`, `order`) and `predict="nme"` nothing trains, and this is herding and
-NME alone. Ours: the shared recipe of `varve.heads.linear`; 5 exemplars a class (TCD's, on video),
-where
-the paper has 2000 for all classes (`budget=2000, shared=True`); a class that comes again is taught
-by labels, and its exemplars are chosen anew among the old and the new.
+With an encoder without parameters (`mean`, `order`) and `predict="nme"` nothing trains, and the
+method is herding and NME alone.
 
-Shapes: B clips, C classes, K known before.
+Ours: the optimiser of all heads; 5 exemplars per class (TCD's, on video), where the paper has 2000
+for all classes (`budget=2000, shared=True`); a class that is learned again learns from labels, and
+its exemplars are selected anew among the old and the new.
+
+Shapes: B clips, C classes, K classes known before.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,120 +23,73 @@ from varve.heads import Task
 from varve.heads.parts import models
 from varve.heads.parts.classifiers import Linear, columns
 from varve.heads.parts.clips import Batch
-from varve.heads.parts.distillation import sigmoid_distillation
-from varve.heads.parts.encoders import TRAINED
-from varve.heads.parts.exemplars import Exemplars
-from varve.heads.parts.training import fit
+from varve.heads.parts.encoders import EncoderConfig
+from varve.heads.parts.exemplars import ExemplarConfig
+from varve.heads.parts.losses import sigmoid_distillation
+from varve.heads.parts.training import OptimConfig, fit
 
 PREDICTIONS = ("nme", "classifier")
 
 
-class ICaRL:
-    """See the module.
+class ICaRL(models.ReplayModelHead[Linear]):
+    """Classify by the nearest mean of herded exemplars; see the module.
 
     Args:
-        feature: One vector a frame.
-        encoder: How T frames become one vector: `mean`, `order`, `trn`, `expert`; see
-            `varve.heads.parts.encoders`.
-        expert: Options of the expert: `layers`, `heads`, `ffn`, `position`.
-        predict: What `scores` are: `nme`, the method, or `classifier` (the paper's hybrid).
-        budget: Exemplars of each class.
-        shared: The budget is that of all classes together.
-        choice: `herding` or `random`.
-        first_epochs: Of the first task.
-        epochs: Of every other.
+        feature: Name of a feature of one vector per frame.
+        predict: Classifier of `scores`: `nme`, the method, or `classifier` (the paper's hybrid).
+        encoder: Options of the temporal encoder.
+        exemplars: Options of the exemplars.
+        optim: Options of gradient descent.
+        seed: Seed of the order of clips, of the encoder and of random exemplars.
     """
 
     def __init__(
         self,
         feature: str = "vector",
-        encoder: str = "mean",
-        expert: Mapping[str, Any] | None = None,
         predict: str = "nme",
-        budget: int = 5,
-        shared: bool = False,
-        choice: str = "herding",
-        first_epochs: int = 60,
-        epochs: int = 30,
-        batch_size: int = 40,
-        lr: float = 0.01,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
+        encoder: EncoderConfig = EncoderConfig(),
+        exemplars: ExemplarConfig = ExemplarConfig(),
+        optim: OptimConfig = OptimConfig(),
         seed: int = 0,
     ) -> None:
         if predict not in PREDICTIONS:
             raise ValueError(f"no {predict=}; choose from {', '.join(PREDICTIONS)}")
-        self.reads = (feature,)
-        self.classes: list[int] = []
-        self._form = models.Form(feature, encoder, expert, Linear)
-        self._predict, self._seed = predict, seed
-        self._trains = encoder in TRAINED or predict == "classifier"
-        self._epochs = (first_epochs, epochs)
-        self._sgd: dict[str, Any] = {
-            "batch_size": batch_size,
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-        }
-        self._model: models.Model[Linear] | None = None
-        self._exemplars = Exemplars(budget, shared, choice)
+        super().__init__(exemplars, feature, encoder, Linear, optim, seed)
+        self._predict = predict
+        self._trains = encoder.trains or predict == "classifier"
 
     @property
     def trainable(self) -> int:
-        return models.trainable(self._model) if self._trains else 0
-
-    @property
-    def exemplars(self) -> Tensor:
-        return self._exemplars.rows
+        return super().trainable if self._trains else 0
 
     def learn(self, task: Task) -> None:
-        rng = np.random.default_rng([self._seed, task.number])
-        classes = self.classes + [c for c in task.classes if c not in self.classes]
+        rng, classes = task.rng(self._seed), task.classes_after(self.classes)
         self._exemplars.quota(len(classes))
         first = task.clips[torch.arange(1)]
-        old = self._model and self._model.on(first)
-        model = self._form.begun(old, first, rng)
+        teacher = self._model and self._model.on(first)
+        model = self._config.trainable_copy(teacher, first, rng)
         if self._trains:
             model.classifier.grow(len(classes))
-        clips = model.ready(self._exemplars.rehearsal(task))
+        clips = model.prepare(self._exemplars.rehearsal(task))
         columns_N = columns(classes, clips.labels)
-        taught_C = torch.tensor([label in task.classes for label in classes])
+        labelled_C = torch.tensor([label in task.classes for label in classes])
 
-        def step(places: Tensor, batch: Batch) -> Tensor:
+        def step(indices: Tensor, batch: Batch) -> Tensor:
             logits_BC = model(batch)
-            old_BK = models.scores(old, batch) if old else logits_BC[:, :0]
-            device = logits_BC.device
-            return sigmoid_distillation(
-                logits_BC, columns_N[places].to(device), old_BK, taught_C.to(device)
-            )
+            teacher_BK = models.scores(teacher, batch) if teacher else logits_BC[:, :0]
+            columns_B, labelled = (x.to(logits_BC.device) for x in (columns_N[indices], labelled_C))
+            return sigmoid_distillation(logits_BC, columns_B, teacher_BK, labelled)
 
         if self._trains:
-            fit(
-                step,
-                model.parameters(),
-                clips,
-                epochs=self._epochs[bool(self.classes)],
-                rng=rng,
-                on_epoch_end=task.on_epoch_end,
-                **self._sgd,
-            )
-        vectors_NW = model.encoded(clips).whole(models.ENCODED)
-        self._exemplars, _ = self._exemplars.chosen(vectors_NW, clips, task.classes, classes, rng)
+            epochs = self._optim.epochs_of(first_task=not self.classes)
+            fit(step, model.parameters(), clips, self._optim, epochs=epochs, rng=rng,
+                on_epoch_end=task.on_epoch_end)  # fmt: skip
+        vectors_NW = model.encode(clips).whole(models.ENCODED)
+        self._exemplars, _ = self._exemplars.select(vectors_NW, clips, task.classes, classes, rng)
         self.classes, self._model = classes, model
 
     def scores(self, batch: Batch) -> Tensor:
-        return self.nearest(batch) if self._predict == "nme" else models.scores(self._model, batch)
-
-    def nearest(self, batch: Batch) -> Tensor:
-        return self._exemplars.nearest(models.vectors(self._model, batch))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return models.state_of(self._model, self.classes) | self._exemplars.state()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._model = self._form.loaded(state)
-        self._exemplars.load(state)
-        self.classes = state["classes"].tolist()
+        return self.nearest(batch) if self._predict == "nme" else super().scores(batch)
 
 
 build = ICaRL

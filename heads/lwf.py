@@ -1,24 +1,21 @@
-"""LwF-MC: learning without forgetting, for classes that add up, without exemplars.
+"""LwF-MC: learning without forgetting, class-incremental and without exemplars.
 
 Li and Hoiem, ECCV 2016, in the form in which iCaRL (Rebuffi et al., CVPR 2017, Sec. 4) compares
-with it and TCD and FrameMaker report it. A sigmoid each column; columns of the task are taught by
-its labels, the others by what the old model answers on the task's own clips:
+with it, and TCD and FrameMaker report it. Each column has a sigmoid. Columns of the task's classes
+learn from its labels, the others from the outputs of the previous model on the task's clips:
 
     L = - sum_(c of the task) [y = c] log g_c + [y != c] log(1 - g_c)
-        - sum_(other c) q_c log g_c + (1 - q_c) log(1 - g_c),   q = the old model's g
+        - sum_(other c) q_c log g_c + (1 - q_c) log(1 - g_c),   q = the previous model's g
 
-summed over columns, mean over clips. With a fixed encoder (`mean`, `order`) old columns then stay
-as they are, since the old model's answers are theirs: what is lost is lost to new columns, which
-are never taught on old classes. Ours: the shared recipe of `varve.heads.linear`; a class that
-comes again is taught by labels.
+summed over columns, mean over clips. With an encoder without parameters (`mean`, `order`) old
+columns stay as they are, since the previous model's outputs are theirs. New columns are never
+trained on clips of old classes, which is what is lost.
 
-Shapes: B clips, C classes, K known before.
+Ours: the optimiser of all heads; a class that is learned again learns from labels.
+
+Shapes: B clips, C classes, K classes known before.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,94 +23,56 @@ from varve.heads import Task
 from varve.heads.parts import models
 from varve.heads.parts.classifiers import Linear, columns
 from varve.heads.parts.clips import Batch
-from varve.heads.parts.distillation import sigmoid_distillation
-from varve.heads.parts.training import fit
+from varve.heads.parts.encoders import EncoderConfig
+from varve.heads.parts.losses import sigmoid_distillation
+from varve.heads.parts.training import OptimConfig, fit
+
+# Independent sigmoids need more steps than a softmax on the few clips of the contract suite.
+QUICK = {"lr": 0.03}
 
 
-class LwF:
-    """See the module.
+class LwF(models.ModelHead[Linear]):
+    """Distill the previous model's sigmoid outputs; see the module.
 
     Args:
-        feature: One vector a frame.
-        encoder: How T frames become one vector: `mean`, `order`, `trn`, `expert`; see
-            `varve.heads.parts.encoders`.
-        expert: Options of the expert: `layers`, `heads`, `ffn`, `position`.
-        weight: Of the old model's answers; 1 in the paper.
-        first_epochs: Of the first task.
-        epochs: Of every other.
+        feature: Name of a feature of one vector per frame.
+        weight: Weight of the distillation; 1 in the paper.
+        encoder: Options of the temporal encoder.
+        optim: Options of gradient descent.
+        seed: Seed of the order of clips and of the encoder.
     """
 
     def __init__(
         self,
         feature: str = "vector",
-        encoder: str = "mean",
-        expert: Mapping[str, Any] | None = None,
         weight: float = 1.0,
-        first_epochs: int = 60,
-        epochs: int = 30,
-        batch_size: int = 40,
-        lr: float = 0.01,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
+        encoder: EncoderConfig = EncoderConfig(),
+        optim: OptimConfig = OptimConfig(),
         seed: int = 0,
     ) -> None:
-        self.reads = (feature,)
-        self.classes: list[int] = []
-        self._form = models.Form(feature, encoder, expert, Linear)
-        self._weight, self._seed = weight, seed
-        self._epochs = (first_epochs, epochs)
-        self._sgd: dict[str, Any] = {
-            "batch_size": batch_size,
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-        }
-        self._model: models.Model[Linear] | None = None
-
-    @property
-    def trainable(self) -> int:
-        return models.trainable(self._model)
+        super().__init__(feature, encoder, Linear, optim, seed)
+        self._weight = weight
 
     def learn(self, task: Task) -> None:
-        rng = np.random.default_rng([self._seed, task.number])
-        classes = self.classes + [c for c in task.classes if c not in self.classes]
+        rng, classes = task.rng(self._seed), task.classes_after(self.classes)
         first = task.clips[torch.arange(1)]
-        old = self._model and self._model.on(first)
-        model = self._form.begun(old, first, rng)
+        teacher = self._model and self._model.on(first)
+        model = self._config.trainable_copy(teacher, first, rng)
         model.classifier.grow(len(classes))
-        clips = model.ready(task.clips)
+        clips = model.prepare(task.clips)
         columns_N = columns(classes, clips.labels)
-        taught_C = torch.tensor([label in task.classes for label in classes])
+        labelled_C = torch.tensor([label in task.classes for label in classes])
 
-        def step(places: Tensor, batch: Batch) -> Tensor:
+        def step(indices: Tensor, batch: Batch) -> Tensor:
             logits_BC = model(batch)
-            old_BK = models.scores(old, batch) if old else logits_BC[:, :0]
-            device = logits_BC.device
-            return sigmoid_distillation(
-                logits_BC, columns_N[places].to(device), old_BK, taught_C.to(device), self._weight
-            )
+            teacher_BK = models.scores(teacher, batch) if teacher else logits_BC[:, :0]
+            columns_B, labelled = (x.to(logits_BC.device) for x in (columns_N[indices], labelled_C))
+            return sigmoid_distillation(logits_BC, columns_B, teacher_BK, labelled, self._weight)
 
-        epochs = self._epochs[bool(self.classes)]
-        fit(
-            step,
-            model.parameters(),
-            clips,
-            epochs=epochs,
-            rng=rng,
-            on_epoch_end=task.on_epoch_end,
-            **self._sgd,
-        )
+        epochs = self._optim.epochs_of(first_task=not self.classes)
+        fit(step, model.parameters(), clips, self._optim, epochs=epochs, rng=rng,
+            on_epoch_end=task.on_epoch_end)  # fmt: skip
         self.classes, self._model = classes, model
-
-    def scores(self, batch: Batch) -> Tensor:
-        return models.scores(self._model, batch)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return models.state_of(self._model, self.classes)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._model = self._form.loaded(state)
-        self.classes = state["classes"].tolist()
 
 
 build = LwF

@@ -1,20 +1,19 @@
-"""PODNet: the last blocks of the network train, held by their pooled outputs.
+"""PODNet: the last blocks of the network train, with distillation of their pooled outputs.
 
-Douillard et al., ECCV 2020. The classifier has P proxies a class (local similarity classifier) and
-the NCA loss with a margin; from the second task on, over its clips and the exemplars:
+Douillard et al., ECCV 2020. The classifier has P proxies per class (local similarity classifier)
+and the NCA loss with a margin. From the second task on, over its clips and the exemplars:
 
     L = NCA(x) + (POD-flat + 3 POD-spatial) sqrt(classes so far / classes of the task)
     POD-flat = 1 - cos(f*(x), f(x)),   POD-spatial: pooled outputs of each trained stage
 
-f* is the old model; `varve.heads.parts.distillation` has the equations. Then the classifier alone
-is
-tuned on the exemplars, as many of each class. As in the published code new proxies start about the
-mean of their clips (imprinting), and old ones are held until the tuning.
+f* is the previous model; `varve.heads.parts.losses` has the equations. Then the classifier
+alone is tuned on equally many exemplars of each class. As in the published code new proxies start
+around the mean of their clips (imprinting), and old ones are frozen until the tuning.
 
-Ours, on video: the network trains from a cached feature on, so `blocks` says how many of its last
-blocks; outputs are pooled frame by frame; f(x) is the encoder of the last vectors of T frames. The
-shared recipe of `varve.heads.linear` without decay of proxies; eta starts from 20, and proxies are
-imprinted in the first task too (see `varve.heads.lucir`); 5 exemplars a class (TCD's).
+Ours, on video: only the last `blocks` of the network train, from a cached feature on; outputs are
+pooled frame by frame; f(x) is the temporal encoder of the last vectors of T frames. The optimiser
+is that of all heads, without decay of proxies; eta starts from 20, and proxies are imprinted in the
+first task too (see `varve.heads.lucir`); 5 exemplars per class (TCD's).
 
 Shapes: B clips, T frames, L tokens, C classes, W width of a clip's vector.
 """
@@ -22,27 +21,27 @@ Shapes: B clips, T frames, L tokens, C classes, W width of a clip's vector.
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from varve.heads import Task
 from varve.heads.parts import models
 from varve.heads.parts.classifiers import Classifier, Cosine
-from varve.heads.parts.clips import Batch, Clips
-from varve.heads.parts.distillation import less_forget, nca, pooled
+from varve.heads.parts.clips import Batch
 from varve.heads.parts.fine_tuned_head import FineTunedHead, TaskLoss
+from varve.heads.parts.losses import less_forget, nca, pooled
+from varve.heads.parts.models import TaskTraining
 from varve.heads.parts.trainable_suffix import TrainableSuffix
 
 
 class PODNet(FineTunedHead):
-    """See the module, and `varve.heads.parts.fine_tuned_head` for the other options.
+    """Fine-tune blocks with pooled outputs distillation; see the module.
 
     Args:
-        blocks: How many of the network's last blocks train.
-        margin: Of the NCA loss.
+        blocks: Number of the network's last blocks that train.
+        margin: Margin of the NCA loss.
         flat: Weight of POD-flat.
         spatial: Weight of POD-spatial.
+        options: Options of `varve.heads.parts.fine_tuned_head.FineTunedHead`.
     """
 
     def __init__(
@@ -51,53 +50,53 @@ class PODNet(FineTunedHead):
         margin: float = 0.6,
         flat: float = 1.0,
         spatial: float = 3.0,
-        **tuned: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(blocks, **tuned)
+        super().__init__(blocks, **options)
         if not self._proxies:
             raise ValueError("classifier='linear': PODNet's loss is one of cosines; leave it out")
         self.margin, self.flat, self.spatial = margin, flat, spatial
 
-    def classified(
+    def classification_loss(
         self, classifier: Classifier, vectors_BW: Tensor, columns_B: Tensor, offsets_C: Tensor
     ) -> Tensor:
         assert isinstance(classifier, Cosine)
         return nca(classifier(vectors_BW), columns_B, classifier.scale, self.margin)
 
-    def more(
+    def task_loss(self, training: TaskTraining) -> TaskLoss:
+        if not self.classes:
+            return TaskLoss()
+        assert self._suffix is not None
+        return PooledDistillation(self, training, self._suffix, models.learned(self._model))
+
+
+class PooledDistillation(TaskLoss):
+    """POD-flat and POD-spatial, from a teacher: the suffix and model of the previous task."""
+
+    def __init__(
         self,
-        task: Task,
-        clips: Clips,
-        trunk: TrainableSuffix,
-        model: models.Model[Classifier],
-        rng: np.random.Generator,
-    ) -> TaskLoss:
-        return Pooled(self, task, model.classifier) if self.classes else TaskLoss()
-
-
-class Pooled(TaskLoss):
-    """What holds a task's network to the old one."""
-
-    def __init__(self, head: PODNet, task: Task, classifier: Classifier) -> None:
-        assert isinstance(classifier, Cosine)
-        self._head, device = head, classifier.weight.device
-        new = [label for label in task.classes if label not in head.classes]
-        taught = [label in task.classes for label in [*head.classes, *new]]
-        classifier.held = ~torch.tensor(taught, device=device)
-        assert head._trunk is not None
-        self._old_trunk, self._old = head._trunk.to(device), models.learned(head._model).to(device)
-        self._weight = (len(taught) / len(task.classes)) ** 0.5
+        head: PODNet,
+        training: TaskTraining,
+        teacher_suffix: TrainableSuffix,
+        teacher: models.Model[Classifier],
+    ) -> None:
+        assert isinstance(training.classifier, Cosine)
+        device, classes = training.classifier.weight.device, training.classes
+        in_task_C = torch.tensor([label in training.task.classes for label in classes])
+        training.classifier.frozen = ~in_task_C.to(device)
+        self._teacher_suffix, self._teacher = teacher_suffix.to(device), teacher.to(device)
+        weight = (len(classes) / len(training.task.classes)) ** 0.5
+        self._flat, self._spatial = weight * head.flat, weight * head.spatial
 
     def loss(
-        self, places: Tensor, batch: Batch, vectors: Batch, outputs: Sequence[Tensor]
+        self, indices: Tensor, batch: Batch, vectors: Batch, outputs: Sequence[Tensor]
     ) -> Tensor:
         with torch.no_grad():
-            old_vectors, old_outputs = self._old_trunk(batch)
-            old_BW = self._old.vectors(old_vectors)
-        flat, spatial = self._weight * self._head.flat, self._weight * self._head.spatial
-        gap: Tensor = flat * less_forget(vectors[models.ENCODED], old_BW)
-        gap += spatial * pooled(outputs, old_outputs)
-        return gap
+            teacher_vectors, teacher_outputs = self._teacher_suffix(batch)
+            teacher_BW = self._teacher.vectors(teacher_vectors)
+        loss: Tensor = self._flat * less_forget(vectors[models.ENCODED], teacher_BW)
+        loss += self._spatial * pooled(outputs, teacher_outputs)
+        return loss
 
 
 build = PODNet

@@ -1,10 +1,10 @@
 """StPR: spatiotemporal experts, routed by temporal residuals, on a frozen or adapted CLIP.
 
 "StPR: Spatiotemporal Preservation and Routing for Exemplar-Free Video Class-Incremental Learning",
-2025. It keeps no exemplars. Each task k trains an expert of its own, and goes on with the adapters
-that all tasks share, where there are any (`parts/losses.py` writes out the losses):
+2025. It keeps no exemplars. Each task k trains its own expert, and continues to train the adapters
+that all tasks share, where there are any (`parts/losses.py` has the losses):
 
-    V^s_i   = unit vector of frame i, by the network with its adapters    (parts/spatial_encoder.py)
+    V^s_i   = unit vector of frame i, by the network with its adapters      (parts/spatial_encoder.py)
     Vbar^s  = mean_i V^s_i
     V^st_k  = unit vector of the clip, by expert k on V^s_1 .. V^s_T        (parts/expert.py)
     V^tem_k = V^st_k - Vbar^s, the temporal residual
@@ -13,21 +13,20 @@ that all tasks share, where there are any (`parts/losses.py` writes out the loss
     V       = Vbar^s + sum_k r_k V^st_k,    score of class c = cos(V, text_c)
     loss    = L_cont(V^st_k, text) + L_cont(Vbar^s, text) + weight * L_FSSD (parts/losses.py)
 
-The defaults are not the paper's whole method, which is adapters="all", clip_norm=None: without
+The defaults are not the paper's whole method, which is adapters="all", clip_norm=None. Without
 adapters everything is served from the cache (the paper's row "TD-MoE only") and FSSD is zero. With
 routing="none" there are no experts (its row "adapters + FSSD"): V = Vbar^s, and the loss has no
 term of an expert.
 
-Ours, where StPR is silent: what is made unit, and see `parts` for the rest. A class that comes
-again gets an anchor with the new expert too; its text and importance are then the newest. For many
-experts a shortlist (parts/shortlist.py), by which only a few of them run on a clip.
+Ours, where StPR is silent: which vectors are normalised; see `parts` for the rest. A class that is
+learned again gets an anchor with the new expert too, and its text and importance are replaced. For
+many experts there is a shortlist (parts/shortlist.py), with which only a few of them run on a clip.
 
 Shapes: N clips, B clips a batch, T frames, D width, C classes, K experts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -35,58 +34,48 @@ from torch.nn.functional import normalize
 from varve.heads import Network, Routing, Task
 from varve.heads.parts import losses
 from varve.heads.parts.anchor_pool import AnchorPool
+from varve.heads.parts.classifiers import columns
+from varve.heads.parts.clips import Batch, Clips
+from varve.heads.parts.expert import PRECISIONS, Expert, ExpertConfig
+from varve.heads.parts.losses import DistillationConfig
+from varve.heads.parts.routed_experts import RoutedExperts, RoutingConfig
+from varve.heads.parts.spatial_encoder import Spatial
 from varve.heads.parts.class_text import TRAINED, Codes, Given, Text
-from varve.heads.parts.clips import Batch, Clips, frames
-from varve.heads.parts.expert import PRECISIONS, STARTS, Expert
-from varve.heads.parts.shortlist import Shortlist, weights
-from varve.heads.parts.spatial_encoder import READ, Spatial
-from varve.heads.parts.training import SCHEDULES, fit
+from varve.heads.parts.training import OptimConfig, fit
 
 TAU = {"given": 0.01, "codes": 0.1}
-CHOICES = {
-    "position": (None, "learned"),
-    "routing": ("td", "average", "clip", "adapter", "none"),
-    "distillation": losses.DISTILLATIONS,
-    "text": ("given", "codes"),
-    "codes": TRAINED,
-    "start": STARTS,
-    "schedule": SCHEDULES,
-    "precision": tuple(PRECISIONS),
-}
 
 
 class StPR:
-    """One expert a task; each weighs in by how near a clip is to what it was trained on.
+    """Train one expert per task and weigh them by a clip's nearest anchors; see the module.
 
     Args:
-        adapters: 0, or in how many blocks from the end, or "all".
-        feature: One vector a frame; for `adapters=0`.
-        form, bottleneck, scale: Of the adapters; see `varve.heads.grafts.adapter`.
-        layers, heads, ffn, position, start: Of the experts; see `parts/expert.py`. Without a
-            position ("learned"), as published, a motion and its reverse are one.
-        routing: `td` as above; `average` has r_k = 1 / K; `clip` compares the frozen network's
-            Vbar^s with anchors that are means of it, `adapter` the adapted network's; `none` has
-            no experts.
-        softmax: Temperature of a softmax over the r_k. None for none, as published.
-        keep: How many experts, those of the greatest r_k, enter the sum. 0 for all, as published.
-        shortlist: How many experts run on a clip; what the others would say is assumed. 0 for all,
-            as published.
-        doubt: With a shortlist: where the two best classes differ by less, in cosine, all run.
-        distillation, weight: `fssd`, `uniform` or `none`, and lambda. Adapters only.
-        eps: Added to the variances in the importance of a channel.
+        adapters: Number of blocks with an adapter, from the end; 0, or "all".
+        feature: Name of a feature of one vector per frame, for `adapters=0`.
+        form: Option of the adapters, as are `bottleneck` and `scale`; see
+            `varve.heads.grafts.adapter`.
+        expert: Options of the experts.
+        routing: Options of the routing.
+        distillation: Options of FSSD, with adapters.
+        text: `given` with the tasks, or `codes`, for networks without a text tower; see
+            `varve.heads.parts.class_text`.
+        codes: Tasks in which the projection of codes trains, `always` or the `first` alone.
         tau: Temperature of the contrast. None for 0.01, CLIP's own, with text that is given, and
             for 0.1 with codes.
-        text: `given` with the tasks, or `codes`, for networks without a text tower; see
-            `parts/class_text.py`.
-        codes: With which tasks their projection trains, `always` or the `first` alone.
-        first_epochs: Of the first task; `epochs` of every later one.
-        clip_norm: Of the gradients of the expert, and of the adapters. Ours: with tau = 0.01 they
-            are a hundred times a cosine's, and some steps overshoot; None, as published.
-        precision: Of the experts' matrix products in training; scores are float32.
+        optim: Options of gradient descent. Ours: `clip_norm`, for the gradients of the expert and
+            of the adapters. With tau = 0.01 they are a hundred times those of a cosine, and some
+            steps overshoot; None, as published, does not clip.
+        precision: `float32` or `bfloat16`, for the matrix products of experts in training; scores
+            are float32.
+        seed: Seed of everything that is drawn.
 
     Attributes:
-        answering: Options that decide scores, and nothing of what is learned.
+        optim: Options of gradient descent.
+        routed: The experts with their anchors.
         importance_CD: I of each learned class and channel, unclamped.
+
+    Raises:
+        ValueError: An option is out of range, or is not one of the choices.
     """
 
     def __init__(
@@ -96,73 +85,40 @@ class StPR:
         form: str = "parallel",
         bottleneck: int = 64,
         scale: float = 0.1,
-        layers: int = 3,
-        heads: int = 2,
-        ffn: int = 2048,
-        position: str | None = None,
-        start: str = "frames",
-        routing: str = "td",
-        softmax: float | None = None,
-        keep: int = 0,
-        shortlist: int = 0,
-        doubt: float = 0.01,
-        distillation: str = "fssd",
-        weight: float = 1e4,
-        eps: float = 1e-6,
-        tau: float | None = None,
+        expert: ExpertConfig = ExpertConfig(),
+        routing: RoutingConfig = RoutingConfig(),
+        distillation: DistillationConfig = DistillationConfig(),
         text: str = "given",
         codes: str = "always",
-        first_epochs: int = 60,
-        epochs: int = 30,
-        batch_size: int = 40,
-        lr: float = 0.01,
-        momentum: float = 0.9,
-        schedule: str = "cosine",
-        clip_norm: float | None = 1.0,
+        tau: float | None = None,
+        optim: OptimConfig = OptimConfig(weight_decay=0.0, clip_norm=1.0),
         precision: str = "float32",
         seed: int = 0,
     ) -> None:
-        given = locals()
-        for name, choices in CHOICES.items():
-            if given[name] not in choices:
-                known = ", ".join(map(str, choices))
-                raise ValueError(f"no {name}={given[name]!r}; choose from {known}")
-        counts = {"first_epochs": first_epochs, "epochs": epochs, "batch_size": batch_size}
-        if min(first_epochs, epochs) < 0 or batch_size < 1:
-            raise ValueError(f"{counts}: give 0 epochs at least, and a clip a batch")
-        if keep < 0 or shortlist < 0 or (shortlist and routing not in ("td", "average")):
+        if text not in TAU or codes not in TRAINED or precision not in PRECISIONS:
             raise ValueError(
-                f"{keep=}, {shortlist=} under {routing=}: give 0 or more, and a shortlist where "
-                "experts are compared by their residuals alone"
+                f"no {text=}, {codes=}, {precision=}; choose from {', '.join(TAU)}; "
+                f"{', '.join(TRAINED)}; {', '.join(PRECISIONS)}"
             )
-        numbers = {"softmax": softmax, "tau": tau, "eps": eps}
-        if any(x is not None and not x > 0 for x in numbers.values()) or not doubt >= 0:
-            raise ValueError(f"{numbers}, {doubt=}: give numbers above 0, and no doubt below it")
-        self.position, self.routing_by, self.softmax = position, routing, softmax
-        self.keep, self.shortlist, self.doubt = keep, shortlist, doubt
-        self.distillation, self.weight, self.eps = distillation, weight, eps
-        self.tau = TAU[text] if tau is None else tau
-        self.layers, self.heads, self.ffn, self.start = layers, heads, ffn, start
-        self.first_epochs, self.epochs, self.batch_size = first_epochs, epochs, batch_size
-        self.lr, self.momentum, self.schedule = lr, momentum, schedule
-        self.clip_norm, self.precision, self.seed = clip_norm, precision, seed
+        if tau is not None and not tau > 0:
+            raise ValueError(f"{tau=}: give a temperature above 0")
+        self.optim = optim
         self.classes: list[int] = []
         self.importance_CD = torch.zeros(0, 0)
-        self._experts: list[Expert] = []
-        # Of every way to route that the features allow, so that each is there to be asked for.
-        clip = ("clip",) if adapters and routing == "clip" else ()
-        self._ways = () if routing == "none" else ("td", "adapter", *clip)
-        self._pools: dict[str, AnchorPool] = {}
-        self._listed = Shortlist()
+        self._distillation = distillation
+        self._tau = TAU[text] if tau is None else tau
+        self._precision, self._seed = precision, seed
+        self.routed = RoutedExperts(routing, expert, adapted=bool(adapters))
         self._spatial = Spatial(adapters, feature, form, bottleneck, scale, seed, self.grafted)
         self._text: Text = Given() if text == "given" else Codes(seed, codes)
 
     @property
     def inference_options(self) -> Sequence[str]:
         names = ["softmax", "keep", "doubt"]
-        if self.shortlist:
+        if self.routed.config.shortlist:
             names.append("shortlist")
-        if self.routing_by != "none" and not (self.fine_tunes and self.routing_by == "clip"):
+        way = self.routed.config.routing
+        if way != "none" and not (self.fine_tunes and way == "clip"):
             names.append("routing")
         if not self.fine_tunes:
             names += ["form", "bottleneck", "scale", "distillation", "weight"]
@@ -170,24 +126,17 @@ class StPR:
 
     @property
     def pool(self) -> AnchorPool:
-        """The anchors that it routes by: of V^tem, under `clip` and `adapter` of Vbar^s.
-
-        Raises:
-            ValueError: There are no experts, or none yet.
-        """
-        if not self._pools:
-            raise ValueError(f"no anchors under routing={self.routing_by!r}, or none learned yet")
-        way = {"average": "td"}.get(self.routing_by, self.routing_by)
-        return self._pools[way if way in self._ways else "adapter"]
+        """Anchors of the routing; see `RoutedExperts.pool`."""
+        return self.routed.pool
 
     @property
     def experts(self) -> int:
-        return len(self._experts)
+        return len(self.routed)
 
     @property
     def reads(self) -> Sequence[str]:
-        # Routing by what CLIP says needs the frozen vector beside the adapted one.
-        frozen = self._spatial.adapters and self.routing_by == "clip"
+        # Routing by the frozen network needs its vector beside the adapted one.
+        frozen = self._spatial.adapters and self.routed.config.routing == "clip"
         return (self._spatial.read, "vector") if frozen else (self._spatial.read,)
 
     @property
@@ -196,7 +145,7 @@ class StPR:
             return 0
         trained = [*self._spatial.parameters(), *self._text.parameters()]
         return sum(p.numel() for p in trained) + sum(
-            p.numel() for expert in self._experts for p in expert.parameters()
+            p.numel() for expert in self.routed.experts for p in expert.parameters()
         )
 
     @property
@@ -204,9 +153,9 @@ class StPR:
         return bool(self._spatial.adapters)
 
     def grafted(self, network: Network, stage: str, adapter: nn.Module) -> nn.Module:
-        """What stands in the place of a block's MLP: the adapter, or a graft around it.
+        """Return what replaces a block's MLP: the adapter, or a graft around it.
 
-        Its parameters train, are held and are kept as the adapter's are.
+        Its parameters are trained, restored and saved with the adapter's.
         """
         return adapter
 
@@ -222,247 +171,163 @@ class StPR:
             raise
 
     def _learn(self, task: Task) -> None:
-        width = self._width
-        if self._pools and self.pool.keys[-1] != task.key:
-            raise ValueError(
-                f"a task from columns {task.key!r}; learned before were tasks from "
-                f"{self.pool.keys[-1]!r}: use the same features throughout"
-            )
-        clips, labels_N = task.clips, task.clips.labels
-        old_ND: Tensor | None = None
-        if not self._spatial.adapters:
-            # T vectors a clip are small: read once, and not in every epoch.
-            clips = Clips({"spatial": self._spatial.whole(clips, width)}, labels_N)
-            first_BTD = clips.features["spatial"][torch.tensor([0])]
-        else:
-            first_BTD = self._spatial(clips[torch.tensor([0])], width)
-            if self.classes and self.distillation != "none":
-                old_ND = self._spatial.whole(clips, width).mean(dim=1)
-        if self._experts:
-            self._experts[0].check(first_BTD)
-
-        rng = np.random.default_rng([self.seed, task.number])
+        clips, first_BTD, teacher_ND = self._clips(task)
+        self.routed.check(task, first_BTD)
+        rng = task.rng(self._seed)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        expert = self._expert(first_BTD, generator) if self._ways else None
+        expert = self.routed.new_expert(first_BTD, generator) if self.routed.ways else None
         text = self._text.grown(task.classes, task.text, first_BTD)
-        columns_N = torch.tensor([task.classes.index(label) for label in labels_N.tolist()])
-        weights_D = losses.weights(self.importance_CD.to(first_BTD), self.distillation)
-        dtype = PRECISIONS[self.precision]
-
-        def step(places: Tensor, batch: Batch) -> Tensor:
-            spatial_BTD = batch["spatial"] if "spatial" in batch else self._spatial(batch)
-            mean_BD = spatial_BTD.mean(dim=1)
-            text_BD = text.rows(task.classes)[columns_N[places]]
-            loss = losses.contrastive(mean_BD, text_BD, labels_N[places], self.tau)
-            if expert is not None:
-                encoded_BD = expert(spatial_BTD, dtype)
-                loss = loss + losses.contrastive(encoded_BD, text_BD, labels_N[places], self.tau)
-            if old_ND is not None:
-                loss = loss + self.weight * losses.fssd(old_ND[places], mean_BD, weights_D)
-            return loss
-
         # Groups, since the gradients of an expert would use up the norm that the adapters may have.
-        own = [] if expert is None else [*expert.parameters()]
+        expert_parameters = [] if expert is None else [*expert.parameters()]
         groups = [
             [p for p in group if p.requires_grad]
-            for group in ([*own, *text.parameters()], self._spatial.parameters())
+            for group in ([*expert_parameters, *text.parameters()], self._spatial.parameters())
         ]
         if any(groups):
             fit(
-                step,
+                self._step(task, expert, text, teacher_ND),
                 [{"params": group} for group in groups if group],
                 clips,
-                epochs=self.epochs if self.classes else self.first_epochs,
-                batch_size=self.batch_size,
-                lr=self.lr,
+                self.optim,
+                epochs=self.optim.epochs_of(first_task=not self.classes),
                 rng=rng,
-                momentum=self.momentum,
-                schedule=self.schedule,
-                clip_norm=self.clip_norm,
                 on_epoch_end=task.on_epoch_end,
             )
-        self._absorb(task, expert, text)
+        self._keep(task, expert, text)
+
+    def _clips(self, task: Task) -> tuple[Clips, Tensor, Tensor | None]:
+        """Return clips to train on, V^s of the first, and the teacher's Vbar^s [N, D] or None."""
+        clips, first = task.clips, torch.tensor([0])
+        if not self._spatial.adapters:
+            # T vectors a clip are small: read once, and not in every epoch.
+            clips = Clips({"spatial": self._spatial.whole(clips, self._width)}, clips.labels)
+            return clips, clips.features["spatial"][first], None
+        first_BTD = self._spatial(clips[first], self._width)
+        if not self.classes or self._distillation.distillation == "none":
+            return clips, first_BTD, None
+        return clips, first_BTD, self._spatial.whole(clips, self._width).mean(dim=1)
+
+    def _step(
+        self, task: Task, expert: Expert | None, text: Text, teacher_ND: Tensor | None
+    ) -> Callable[[Tensor, Batch], Tensor]:
+        """Return the loss of a batch."""
+        labels_N = task.clips.labels
+        columns_N = columns(task.classes, labels_N)
+        weights_D = losses.weights(self.importance_CD, self._distillation.distillation)
+        dtype, tau, weight = PRECISIONS[self._precision], self._tau, self._distillation.weight
+
+        def step(indices: Tensor, batch: Batch) -> Tensor:
+            spatial_BTD = batch["spatial"] if "spatial" in batch else self._spatial(batch)
+            mean_BD = spatial_BTD.mean(dim=1)
+            text_BD = text.rows(task.classes)[columns_N[indices]]
+            loss = losses.contrastive(mean_BD, text_BD, labels_N[indices], tau)
+            if expert is not None:
+                encoded_BD = expert(spatial_BTD, dtype)
+                loss = loss + losses.contrastive(encoded_BD, text_BD, labels_N[indices], tau)
+            if teacher_ND is not None:
+                fssd = losses.fssd(teacher_ND[indices], mean_BD, weights_D.to(mean_BD))
+                loss = loss + weight * fssd
+            return loss
+
+        return step
 
     @torch.no_grad()
-    def _absorb(self, task: Task, expert: Expert | None, text: Text) -> None:
-        """Take over what was trained."""
-        spatial: list[Tensor] = []
-        compared: dict[str, list[Tensor]] = {way: [] for way in self._ways}
-        for _, batch in task.clips.batches(READ):
-            spatial.append(self._spatial(batch))
-            if expert is None:
-                continue
-            encoded_B1D = normalize(expert(spatial[-1]), dim=1)[:, None]
-            for way, parts in compared.items():
-                parts.append(self._compared(way, batch, spatial[-1], encoded_B1D)[:, 0])
-        spatial_NTD, labels_N = torch.cat(spatial), task.clips.labels
+    def _keep(self, task: Task, expert: Expert | None, text: Text) -> None:
+        """Store what was trained: the expert, anchors, importance and text of the task."""
+        spatial_NTD = self._spatial.whole(task.clips)
         importance_CD = losses.importance(
-            spatial_NTD, labels_N, task.classes, text.rows(task.classes), self.eps
-        )
+            spatial_NTD, task.clips.labels, task.classes, text.rows(task.classes),
+            self._distillation.eps,
+        )  # fmt: skip
         rows = dict(zip(self.classes, self.importance_CD.to(importance_CD), strict=True))
         rows |= dict(zip(task.classes, importance_CD, strict=True))
-        experts = [*self._experts, *([] if expert is None else [expert.requires_grad_(False)])]
-        if self.shortlist:
-            self._listed.add(
-                spatial_NTD, labels_N, task.classes, lambda k, x: _encoded(experts[k], x)
-            )
-        for way, parts in compared.items():
-            all_ND = torch.cat(parts).double()
-            means = [all_ND[labels_N == label].mean(dim=0) for label in task.classes]
-            pool = self._pools.setdefault(way, self._pool(importance_CD.shape[1]))
-            pool.add(len(pool), task.classes, torch.stack(means).float(), task.key)
-        self._experts = experts
-        self.classes = self.classes + [c for c in task.classes if c not in self.classes]
+        if expert is not None:
+            self.routed.add(task, expert, spatial_NTD)
+        self.classes = task.classes_after(self.classes)
         self.importance_CD = torch.stack([rows[label] for label in self.classes])
         self._text = text
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
-        return self._scored(batch, *self._encoded(batch))
+        spatial_BTD = self._learned_spatial(batch)
+        encoded_BKD = self._encoded(batch, spatial_BTD) if self.routed.ways else None
+        return self._scored(batch, spatial_BTD, encoded_BKD)
 
-    def _scored(self, batch: Batch, spatial_BTD: Tensor, encoded_BKD: Tensor) -> Tensor:
+    def _scored(self, batch: Batch, spatial_BTD: Tensor, encoded_BKD: Tensor | None) -> Tensor:
         video_BD = spatial_BTD.mean(dim=1)
-        if self._ways:
-            similarities_BK, _ = self._similar(batch, spatial_BTD, encoded_BKD)
-            video_BD = video_BD + (self._weights(similarities_BK)[..., None] * encoded_BKD).sum(1)
+        if encoded_BKD is not None:
+            similarities_BK, _ = self.routed.similarities(batch, spatial_BTD, encoded_BKD)
+            weights_BK1 = self.routed.weights(similarities_BK)[..., None]
+            video_BD = video_BD + (weights_BK1 * encoded_BKD).sum(dim=1)
         return normalize(video_BD, dim=1) @ self._text.rows(self.classes).to(video_BD).T
+
+    def _encoded(self, batch: Batch, spatial_BTD: Tensor) -> Tensor:
+        """Return V^st of all experts [B, K, D], estimated for some of them with a shortlist."""
+        return self.routed.encode_listed(
+            batch, spatial_BTD, lambda encoded_BKD: self._scored(batch, spatial_BTD, encoded_BKD)
+        )
 
     @torch.no_grad()
     def routing(self, batch: Batch) -> Routing:
-        """Of all experts. Under `average` the weights are equal, and the rest is what `td` sees.
+        """Return the routing among all experts.
+
+        Under `average` the weights are equal, and classes and similarities are those of `td`.
 
         Raises:
-            ValueError: As `scores`, or there are no experts.
+            ValueError: See `scores`; or there are no experts.
         """
-        if not self._ways:
+        if not self.routed.ways:
             raise ValueError("routing='none' has no experts, so there is nothing to route")
-        spatial_BTD, encoded_BKD = self._encoded(batch)
-        similarities_BK, nearest_BK = self._similar(batch, spatial_BTD, encoded_BKD)
-        weights_BK = self._weights(similarities_BK)
+        spatial_BTD = self._learned_spatial(batch)
+        encoded_BKD = self._encoded(batch, spatial_BTD)
+        similarities_BK, nearest_BK = self.routed.similarities(batch, spatial_BTD, encoded_BKD)
+        weights_BK = self.routed.weights(similarities_BK)
         order_BK = weights_BK.argsort(dim=1, descending=True, stable=True)
         ordered = [x.gather(1, order_BK) for x in (weights_BK, nearest_BK, similarities_BK)]
         return Routing(order_BK, *ordered)
 
     @torch.no_grad()
     def residuals(self, batch: Batch, experts: Sequence[int] | None = None) -> Tensor:
-        """What is compared with the anchors of each expert, [B, K, D].
+        """Return the vectors that are compared with the anchors of each expert, [B, K, D].
 
-        V^tem_k; under `clip` and `adapter` Vbar^s, for each expert the same. All experts that are
-        asked run, with a shortlist too.
+        They are V^tem_k, or Vbar^s for every expert under `clip` and `adapter`. All experts given
+        run, with a shortlist too.
 
         Args:
-            experts: Which, and in which order; None for all.
-        """
-        spatial_BTD = self._seen(batch)
-        asked = range(len(self._experts)) if experts is None else experts
-        if not len(asked):
-            raise ValueError(f"residuals of {len(asked)} of {len(self._experts)} experts: ask one")
-        encoded_BKD = torch.stack([self._encode(k, spatial_BTD) for k in asked], dim=1)
-        return self._compared(self.routing_by, batch, spatial_BTD, encoded_BKD)
+            batch: Features of the clips.
+            experts: Numbers of experts, in the order of the result; None for all.
 
-    def _seen(self, batch: Batch) -> Tensor:
+        Raises:
+            ValueError: See `scores`; or no expert is given.
+        """
+        spatial_BTD = self._learned_spatial(batch)
+        if not (self.experts if experts is None else len(experts)):
+            raise ValueError(f"residuals of 0 of {self.experts} experts: give one at least")
+        encoded_BKD = self.routed.encode_all(spatial_BTD, experts)
+        return self.routed.compared(self.routed.config.routing, batch, spatial_BTD, encoded_BKD)
+
+    def _learned_spatial(self, batch: Batch) -> Tensor:
+        """Return V^s of clips, [B, T, D], if something was learned."""
         if not self.classes:
             raise ValueError("nothing was learned yet, so there is nothing to score: learn first")
         return self._spatial(batch, self._width)
-
-    def _encode(self, k: int, spatial_BTD: Tensor) -> Tensor:
-        return _encoded(self._experts[k], spatial_BTD)
-
-    def _encoded(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """V^s [B, T, D], and V^st of all experts [B, K, D], or of the others what is assumed."""
-        spatial_BTD = self._seen(batch)
-        if not self._ways:
-            return spatial_BTD, spatial_BTD[:, :0]
-
-        def every(x_BTD: Tensor) -> Tensor:
-            return torch.stack([self._encode(k, x_BTD) for k in range(self.experts)], dim=1)
-
-        if not 0 < self.shortlist < self.experts:
-            return spatial_BTD, every(spatial_BTD)
-
-        def similar(encoded_BKD: Tensor) -> Tensor:
-            return self._similar(batch, spatial_BTD, encoded_BKD)[0]
-
-        encoded_BKD, _ = self._listed.encoded(spatial_BTD, self.shortlist, self._encode, similar)
-        if self.doubt and len(self.classes) > 1:
-            best_B2 = self._scored(batch, spatial_BTD, encoded_BKD).topk(2, dim=1).values
-            doubted_B = best_B2[:, 0] - best_B2[:, 1] < self.doubt
-            if doubted_B.any():
-                encoded_BKD[doubted_B] = every(spatial_BTD[doubted_B])
-        return spatial_BTD, encoded_BKD
-
-    def _compared(self, way: str, batch: Batch, spatial_BTD: Tensor, encoded_BKD: Tensor) -> Tensor:
-        """What anchors are made of, and compared with: [B, K, D]."""
-        if way in ("td", "average"):
-            return encoded_BKD - spatial_BTD.mean(dim=1)[:, None]
-        if way == "clip" and self._spatial.adapters:
-            spatial_BTD = normalize(frames(batch, "vector"), dim=2)
-        return spatial_BTD.mean(dim=1)[:, None].expand_as(encoded_BKD)
-
-    def _similar(
-        self, batch: Batch, spatial_BTD: Tensor, encoded_BKD: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """r_k, the cosine to the nearest anchor of each expert, and that anchor's class; [B, K]."""
-        compared_BKD = self._compared(self.routing_by, batch, spatial_BTD, encoded_BKD)
-        return self.pool.compare(compared_BKD, self.pool.keys[-1])
-
-    def _weights(self, similarities_BK: Tensor) -> Tensor:
-        if self.routing_by == "average":
-            return torch.full_like(similarities_BK, 1 / similarities_BK.shape[1])
-        return weights(similarities_BK, self.softmax, self.keep)
 
     @property
     def _width(self) -> int | None:
         return self.importance_CD.shape[1] or None
 
-    def _expert(self, like_BTD: Tensor, generator: torch.Generator | None = None) -> Expert:
-        """One that has learned nothing, for such clips."""
-        _, T, D = like_BTD.shape
-        positions = T if self.position else None
-        made = Expert(D, self.layers, self.heads, self.ffn, positions, self.start, generator)
-        return made.to(like_BTD.device)
-
-    def _pool(self, width: int) -> AnchorPool:
-        return AnchorPool(width, lineage=self.fine_tunes)
-
     def state_dict(self) -> dict[str, Tensor]:
         state = {"classes": torch.tensor(self.classes, dtype=torch.int64)}
         state |= self._spatial.state_dict() | self._text.state_dict(self.classes)
         state["importance"] = self.importance_CD.to("cpu", copy=True)
-        parts = {f"anchors.{way}": pool.state_dict() for way, pool in self._pools.items()}
-        parts["shortlist"] = self._listed.state_dict()
-        for k, expert in enumerate(self._experts):
-            own = expert.state_dict()
-            parts[f"expert.{k}"] = {name: x.to("cpu", copy=True) for name, x in own.items()}
-        return state | {f"{part}.{n}": x for part, own in parts.items() for n, x in own.items()}
+        return state | self.routed.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.classes = state["classes"].tolist()
         self._spatial.load_state_dict(state)
         self._text.load_state_dict(state, self.classes)
         self.importance_CD = state["importance"].clone()
-        self._pools = {}
-        for way in self._ways if self.classes else ():
-            self._pools[way] = self._pool(self.importance_CD.shape[1])
-            self._pools[way].load_state_dict(_part(state, f"anchors.{way}"))
-        self._listed.load_state_dict(_part(state, "shortlist"))
-        self._experts = []
-        while own := _part(state, f"expert.{len(self._experts)}"):
-            like_1TD = torch.empty(1, len(own.get("position", ())), len(own["cls"]))
-            expert = self._expert(like_1TD)
-            expert.load_state_dict(own)
-            self._experts.append(expert.requires_grad_(False))
-
-
-def _encoded(expert: Expert, spatial_BTD: Tensor) -> Tensor:
-    """V^st_k, [B, D]."""
-    return normalize(expert.to(spatial_BTD.device)(spatial_BTD), dim=1)
-
-
-def _part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """What `state` has under a name."""
-    start = f"{name}."
-    return {key.removeprefix(start): x for key, x in state.items() if key.startswith(start)}
+        self.routed.load_state_dict(state)
 
 
 build = StPR

@@ -1,4 +1,4 @@
-"""Classifiers whose columns are appended, one or more to a class.
+"""Classifiers whose columns are appended, one or more vectors per class.
 
 Shapes: B clips, W width of a clip's vector, C classes, P proxies a class.
 """
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-# Of a clip's vector before a linear classifier. Ours: networks give vectors of lengths from 1 to
-# 50, and one learning rate cannot serve them all. Gradient descent on softmax regression is stable
-# up to lr * length**2 / 2 = 2 * (1 + momentum): at lr = 0.01 and momentum = 0.9, up to a length of
-# 27.
+# Length of a vector before a linear classifier. Ours: networks give vectors of lengths from 1
+# to 50, and one learning rate cannot serve them all. Gradient descent on softmax regression is
+# stable up to lr * length**2 / 2 = 2 * (1 + momentum): at lr = 0.01 and momentum = 0.9, up to a
+# length of 27.
 LENGTH = 16.0
-# How far proxies of a class of one clip are drawn from it: without, they were one proxy for good.
+# Deviation of the proxies of a class with a single clip: without it they stay equal for ever.
 APART = 0.1
 
 
 class Linear(nn.Module):
-    """w_c x + b_c, x made `LENGTH` long.
+    """Compute w_c x + b_c, with x normalised to the length `LENGTH`.
 
-    New columns start at zero: the problem is convex, and needs no draw.
+    New columns start from zero: the problem is convex, and needs no random initialisation.
     """
 
     decays = True
@@ -31,61 +31,70 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(0))
 
     def grow(self, classes: int, rng: np.random.Generator | None = None) -> None:
-        """Append columns, up to so many. Nothing is drawn."""
+        """Append columns up to this number of classes. Nothing is drawn."""
         with torch.no_grad():
-            more = classes - len(self.weight)
+            added = classes - len(self.weight)
             self.weight = nn.Parameter(
-                torch.cat([self.weight, self.weight.new_zeros(more, self.weight.shape[1])])
+                torch.cat([self.weight, self.weight.new_zeros(added, self.weight.shape[1])])
             )
-            self.bias = nn.Parameter(torch.cat([self.bias, self.bias.new_zeros(more)]))
+            self.bias = nn.Parameter(torch.cat([self.bias, self.bias.new_zeros(added)]))
 
     def forward(self, x_BW: Tensor) -> Tensor:
         return linear(LENGTH * normalize(x_BW, dim=1), self.weight, self.bias)
 
     def logits(self, x_BW: Tensor) -> Tensor:
+        """Return the inputs of cross entropy, [B, C]."""
         return self.forward(x_BW)
 
 
 class Cosine(nn.Module):
-    """cos(theta_c, x), or a weighted mean over P proxies of a class: [B, C] in [-1, 1].
+    """Compute cos(theta_c, x), or a weighted mean over P proxies per class: [B, C] in [-1, 1].
 
-    With P > 1 PODNet's local similarity classifier (Douillard et al., ECCV 2020):
+    With P > 1 it is PODNet's local similarity classifier (Douillard et al., ECCV 2020):
 
         y_c = sum_p s_cp <theta_cp, x>,   s_cp = softmax_p <theta_cp, x>,   both of unit length
 
-    The learned `scale` is eta, by which a loss multiplies; it is no part of the cosines.
+    The learned `scale` is eta. A loss multiplies by it; the returned cosines do not contain it.
 
     Args:
+        width: W.
         proxies: P.
-        scale: Of eta at the start. Ours: 20, where the papers start from 1, at ten times the rate
-            and for many more steps. All vectors of one network are alike, so that cosines hardly
-            differ: on ResNet-18 features of 24 hand shapes, 12 and then 3 at a time, LUCIR ends at
-            44, 69, 88 and 89 % from 1, 10, 20 and 30.
+        scale: Initial value of eta. Ours: 20, where the papers start from 1, at ten times the
+            learning rate and for many more steps. All vectors of one network are similar, so that
+            cosines hardly differ: on ResNet-18 features of 24 hand shapes, 12 and then 3 at a
+            time, LUCIR ends at 44, 69, 88 and 89 % from 1, 10, 20 and 30.
+
+    Attributes:
+        frozen: Bool [C], the columns that get no gradient; None for no column.
     """
 
-    decays = False  # a cosine ignores the length, and held columns stay as they are
+    decays = False  # a cosine ignores the length, and frozen columns must not change
 
     def __init__(self, width: int, proxies: int = 1, scale: float = 20.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(0, proxies, width))
         self.scale = nn.Parameter(torch.tensor(scale))
-        self.held: Tensor | None = None
+        self.frozen: Tensor | None = None
 
     def grow(self, classes: int, rng: np.random.Generator) -> None:
-        """Append columns, up to so many, drawn uniformly in +-1 / sqrt(W)."""
+        """Append columns up to this number of classes, drawn uniformly in +-1 / sqrt(W)."""
         _, P, W = self.weight.shape
         drawn = rng.uniform(-1, 1, (classes - len(self.weight), P, W)) / W**0.5
-        more = torch.from_numpy(drawn).to(self.weight)
-        self.weight = nn.Parameter(torch.cat([self.weight.detach(), more]))
+        added = torch.from_numpy(drawn).to(self.weight)
+        self.weight = nn.Parameter(torch.cat([self.weight.detach(), added]))
 
     def imprint(self, column: int, x_NW: Tensor, others: Tensor, rng: np.random.Generator) -> None:
-        """Start a column from the clips of its class.
+        """Initialise a column from the clips of its class.
 
-        LUCIR's code: the unit mean of unit vectors, at the mean length of other columns. With
-        proxies PODNet's code: drawn about that mean with the vectors' own deviation.
+        As in LUCIR's code it is the unit mean of unit vectors, at the mean length of other columns.
+        With proxies, as in PODNet's code, it is drawn about that mean with the deviation of the
+        vectors.
 
         Args:
-            others: Int64, the columns whose mean length it takes; with none it takes 1.
+            column: Index of the column.
+            x_NW: Vectors of the clips.
+            others: Int64, the columns that give the mean length; without any it is 1.
+            rng: Draws the proxies.
         """
         with torch.no_grad():
             unit_NW = normalize(x_NW.to(self.weight), dim=1)
@@ -99,11 +108,19 @@ class Cosine(nn.Module):
             length = self.weight[others].norm(dim=2).mean() if len(others) else 1.0
             self.weight[column] = length * theta_PW
 
+    def imprint_new(
+        self, known: int, x_NW: Tensor, columns_N: Tensor, rng: np.random.Generator
+    ) -> None:
+        """Imprint all columns from index `known` on, from the vectors of all clips."""
+        for column in range(known, len(self.weight)):
+            of_class = x_NW[(columns_N == column).to(x_NW.device)]
+            self.imprint(column, of_class, torch.arange(known), rng)
+
     def forward(self, x_BW: Tensor) -> Tensor:
         weight_CPW: Tensor = self.weight
-        if self.held is not None:
-            # Held columns get no gradient, and without weight decay stay as they are to the bit.
-            weight_CPW = torch.where(self.held[:, None, None], weight_CPW.detach(), weight_CPW)
+        if self.frozen is not None:
+            # Without gradient and weight decay, frozen columns do not change by a bit.
+            weight_CPW = torch.where(self.frozen[:, None, None], weight_CPW.detach(), weight_CPW)
         C, P, W = weight_CPW.shape
         theta_CPW = normalize(weight_CPW, dim=2)
         cosines_BCP = linear(normalize(x_BW, dim=1), theta_CPW.reshape(-1, W)).view(-1, C, P)
@@ -112,7 +129,7 @@ class Cosine(nn.Module):
         return (cosines_BCP.softmax(dim=2) * cosines_BCP).sum(dim=2)
 
     def logits(self, x_BW: Tensor) -> Tensor:
-        """What cross entropy takes: eta times the cosines."""
+        """Return the inputs of cross entropy, eta times the cosines, [B, C]."""
         return self.scale * self.forward(x_BW)
 
 
@@ -120,6 +137,6 @@ Classifier = Linear | Cosine
 
 
 def columns(classes: list[int], labels: Tensor) -> Tensor:
-    """The labels' columns, int64 [N] on the CPU."""
+    """Return the column of each label, int64 [N] on the CPU."""
     number = {label: column for column, label in enumerate(classes)}
     return torch.tensor([number[label] for label in labels.tolist()], dtype=torch.int64)

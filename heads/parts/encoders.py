@@ -1,19 +1,20 @@
-"""Encoders: how the T vectors of a clip become one.
+"""Temporal encoders: they map the T frame vectors of a clip to one vector.
 
-    mean    their mean. It cannot tell a motion from its reverse. Nothing to train.
-    order   one after the other. Nothing to train.
-    trn     relations between them, in order (`varve.heads.parts.temporal_relation`), trained.
-    expert  unit(mean of unit V_i) + unit(E(unit V_1 ... unit V_T)), with E one spatiotemporal
-            expert of `varve.heads.parts.expert`, trained: the representation itself moves, and
-            what is distilled between an old model and a new one has something to hold.
+    mean    the mean. It cannot tell a motion from its reverse. It has no parameters.
+    order   the concatenation in order. It has no parameters.
+    trn     relations between frames, in order (`varve.heads.parts.temporal_relation`). It is trained.
+    expert  unit(mean of unit V_i) + unit(E(unit V_1 ... unit V_T)), with one spatiotemporal expert
+            E of `varve.heads.parts.expert`. It is trained: the representation changes from task
+            to task, so that distillation from the previous model has an effect.
 
-Ours: the sum of the `expert`, which is StPR's video feature with one expert of weight 1, so that a
-baseline has what one of its experts has, and starts from what the mean knows.
+Ours: the sum of `expert` is StPR's video feature with one expert of weight 1. A baseline then has
+what one of StPR's experts has, and starts from the mean.
 
 Shapes: B clips a batch, T frames, D feature width, W width of a clip's vector.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from varve.heads.parts.expert import Expert
+from varve.heads.parts.expert import Expert, ExpertConfig
 from varve.heads.parts.temporal_relation import WIDTH, Relation
 
 ENCODERS = ("mean", "order", "trn", "expert")
@@ -29,15 +30,50 @@ TRAINED = ("trn", "expert")
 EXPERT = ("layers", "heads", "ffn", "position")
 
 
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Options of a temporal encoder.
+
+    Attributes:
+        encoder: `mean`, `order`, `trn` or `expert`; see the module.
+        expert: Options of the expert, of `layers`, `heads`, `ffn` and `position`; see
+            `varve.heads.parts.expert.ExpertConfig`. None for its defaults.
+
+    Raises:
+        ValueError: There is no such encoder, or the expert has no such options.
+    """
+
+    encoder: str = "mean"
+    expert: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.encoder not in ENCODERS:
+            raise ValueError(f"no encoder={self.encoder!r}; choose from {', '.join(ENCODERS)}")
+        options = dict(self.expert or {})
+        if options and self.encoder != "expert":
+            raise ValueError(
+                f"expert={options} with encoder={self.encoder!r}, which has none: give 'expert'"
+            )
+        if options.keys() - set(EXPERT) or options.get("position") not in (None, "learned"):
+            raise ValueError(
+                f"expert={options}: its options are {', '.join(EXPERT)}, and position is 'learned' "
+                "or None"
+            )
+
+    @property
+    def trains(self) -> bool:
+        """Whether the encoder has parameters."""
+        return self.encoder in TRAINED
+
+
 class Encoder(nn.Module):
-    """From float32 [B, T, D] to [B, W].
+    """Map frame vectors, float32 [B, T, D], to clip vectors, [B, W].
 
     Args:
-        how: One of `ENCODERS`.
-        frames: T. Only `order` and `trn` hold to it, and an expert with positions.
+        config: Options of the encoder.
+        frames: T. `order`, `trn` and an expert with positions accept no other number.
         width: D.
-        expert: Options of `Expert`: `layers`, `heads`, `ffn`, and `position`, "learned" or None.
-        rng: Draws the start of what trains.
+        rng: Draws the initial parameters.
 
     Attributes:
         vector: W.
@@ -45,25 +81,22 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        how: str,
+        config: EncoderConfig,
         frames: int,
         width: int,
-        expert: Mapping[str, Any] | None = None,
         rng: np.random.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.how, self.frames, self.width = check(how, expert), frames, width
-        self.vector = {"order": frames * width, "trn": WIDTH}.get(how, width)
-        if how == "trn":
+        self.how, self.frames, self.width = config.encoder, frames, width
+        self.vector = {"order": frames * width, "trn": WIDTH}.get(self.how, width)
+        if config.trains:
             seed = int((rng or np.random.default_rng(0)).integers(2**31))
+        if self.how == "trn":
             self.relation = Relation(frames, width, seed)
-        if how == "expert":
-            options = dict(expert or {})
-            if options.pop("position", None) is not None:
-                options["frames"] = frames
-            seed = int((rng or np.random.default_rng(0)).integers(2**31))
+        if self.how == "expert":
             generator = torch.Generator().manual_seed(seed)
-            self.expert = Expert(width, **options, generator=generator)
+            options = ExpertConfig(**config.expert or {})
+            self.expert = Expert(width, options, frames, generator)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if self.how == "mean":
@@ -71,20 +104,20 @@ class Encoder(nn.Module):
         if self.how == "order":
             return x_BTD.flatten(1)
         if self.how == "trn":
-            related_BW: Tensor = self.relation(x_BTD)
-            return related_BW
+            relations_BW: Tensor = self.relation(x_BTD)
+            return relations_BW
         x_BTD = normalize(x_BTD, dim=2)
         moved_BD: Tensor = self.expert(x_BTD)
         return normalize(x_BTD.mean(dim=1), dim=1) + normalize(moved_BD, dim=1)
 
-    def fits(self, x_BTD: Tensor, name: str) -> Tensor:
-        """What was given, where its form is the one that was learned.
+    def check(self, x_BTD: Tensor, name: str) -> Tensor:
+        """Return the features, if their shape is the one that was learned.
 
         Raises:
-            ValueError: Another width, or another T where T counts.
+            ValueError: The width differs, or T where the encoder depends on it.
         """
-        placed = self.how == "expert" and self.expert.position is not None
-        fixed = self.how in ("order", "trn") or placed
+        has_positions = self.how == "expert" and self.expert.position is not None
+        fixed = self.how in ("order", "trn") or has_positions
         if x_BTD.shape[2] != self.width or (fixed and x_BTD.shape[1] != self.frames):
             raise ValueError(
                 f"features {name!r} are {list(x_BTD.shape)}; learned before were clips of "
@@ -92,23 +125,3 @@ class Encoder(nn.Module):
                 "feature and number of frames throughout"
             )
         return x_BTD
-
-
-def check(how: str, expert: Mapping[str, Any] | None = None) -> str:
-    """`how`, where there is such an encoder.
-
-    Raises:
-        ValueError: There is none, or the options of an expert are none, or are given for another.
-    """
-    if how not in ENCODERS:
-        raise ValueError(f"no encoder={how!r}; choose from {', '.join(ENCODERS)}")
-    options = dict(expert or {})
-    if options and how != "expert":
-        raise ValueError(f"expert={options} with encoder={how!r}, which has none: give 'expert'")
-    odd = sorted(options.keys() - EXPERT)
-    if odd or options.get("position") not in (None, "learned"):
-        raise ValueError(
-            f"expert={options}: its options are {', '.join(EXPERT)}, and position is 'learned' or "
-            "None"
-        )
-    return how

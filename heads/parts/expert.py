@@ -1,24 +1,27 @@
-"""The spatiotemporal expert: T frame vectors become one, by a small transformer and its CLS token.
+"""StPR's spatiotemporal expert: a small transformer with a CLS token over the T frames of a clip.
 
-StPR's expert: pre-norm layers over [cls; V_1 .. V_T], x <- x + MHSA(LN x), x <- x + FFN(LN x), and
-the CLS row is what comes out. Without a position embedding, as published, the order of the frames
-makes no difference; a learned one ends that.
+The layers are pre-norm over [cls; V_1 .. V_T]: x <- x + MHSA(LN x), x <- x + FFN(LN x). The output
+is the CLS row. Without a position embedding, as published, the order of the frames makes no
+difference. A learned position embedding makes it count.
 
-Ours, where StPR is silent: all tokens are taken times sqrt(D), since the channels of unit vectors
-would be lost beside those that a layer adds; ReLU in the FFN, no dropout, a last LayerNorm; and the
-start. CLS and positions are drawn from N(0, 0.02), the rest as torch's own encoder layers draw it,
-except that with `start="frames"` W_v and W_out are the identity and what the FFN adds is zero. The
-CLS row is then at first a mean of the frames, which can be compared with any text that CLIP knows,
-those of classes too that the expert is never trained on. `start="random"` is torch's throughout.
+Ours, where StPR is silent:
+- All tokens are multiplied by sqrt(D). The channels of unit vectors would otherwise be lost beside
+  those that a layer adds.
+- ReLU in the FFN, no dropout, a last LayerNorm.
+- The initialisation. CLS and positions are drawn from N(0, 0.02), the rest as torch's own encoder
+  layers draw it. With `start="frames"`, W_v and W_out are the identity and the FFN adds zero. The
+  CLS row is then a mean of the frames, which can be compared with the text of any class, also of
+  classes that the expert is never trained on. `start="random"` is torch's initialisation.
 
-Only the CLS row of the last layer is read, so the last layer computes that alone. One query looks
-at all tokens there, hence keys and values need not be computed a token either: with
-q . (W_k x_t + b_k) = (W_k' q) . x_t + a constant, and sum a_t (W_v x_t + b_v) = W_v (sum a_t x_t)
-+ b_v, every product of the last layer has one row a clip. Same numbers, three tenths fewer
-multiply-adds.
+The last layer computes the CLS row alone. It has one query, so keys and values need not be
+computed per token: q . (W_k x_t + b_k) = (W_k' q) . x_t + a constant, and sum a_t (W_v x_t + b_v)
+= W_v (sum a_t x_t) + b_v. Every product of the last layer then has one row per clip: the same
+numbers with three tenths fewer multiply-adds.
 
 Shapes: B clips, T frames, L = T + 1 tokens, D width, H attention heads, E = D / H, F hidden width.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +31,43 @@ STARTS = ("frames", "random")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+@dataclass(frozen=True)
+class ExpertConfig:
+    """Options of a spatiotemporal expert. The defaults are StPR's, but for `start`.
+
+    Attributes:
+        layers: Number of transformer layers.
+        heads: Number of attention heads, a divisor of the feature width.
+        ffn: Hidden width of the FFN.
+        position: "learned" for a position embedding; None, as published, for none: a motion and
+            its reverse are then the same to the expert.
+        start: Initialisation, `frames` or `random`; see the module.
+
+    Raises:
+        ValueError: A number is below 1, or a value is not one of the choices.
+    """
+
+    layers: int = 3
+    heads: int = 2
+    ffn: int = 2048
+    position: str | None = None
+    start: str = "frames"
+
+    def __post_init__(self) -> None:
+        if self.start not in STARTS or self.position not in (None, "learned"):
+            raise ValueError(
+                f"no start={self.start!r}, position={self.position!r}; choose the start from "
+                f"{', '.join(STARTS)}, and the position from None, learned"
+            )
+        if min(self.layers, self.heads, self.ffn) < 1:
+            raise ValueError(
+                f"an expert of layers={self.layers}, heads={self.heads}, ffn={self.ffn}: give at "
+                "least 1 of each, and as many heads as divide the width"
+            )
+
+
 class Layer(nn.Module):
-    """One pre-norm layer: what `nn.TransformerEncoderLayer(norm_first=True)` computes."""
+    """A pre-norm layer that computes `nn.TransformerEncoderLayer(norm_first=True)`."""
 
     def __init__(
         self, width: int, heads: int, ffn: int, start: str, generator: torch.Generator
@@ -68,14 +106,14 @@ class Layer(nn.Module):
         return self._ffn(x, dtype).view(B, L, D)
 
     def first(self, x_BLD: Tensor, dtype: torch.dtype) -> Tensor:
-        """The first row of `forward`, [B, D], and no more."""
+        """Compute the first row of `forward` alone, [B, D]."""
         D, H = x_BLD.shape[2], self.heads
         h_BLD = self.norm1(x_BLD)
         q_HED, k_HED, v_HED = self.qkv.weight.to(dtype).view(3, H, -1, D).unbind(0)
         q_HE, _, v_HE = self.qkv.bias.view(3, H, -1).unbind(0)  # the keys' shifts all logits alike
         query_BHE = torch.einsum("bd,hed->bhe", h_BLD[:, 0].to(dtype), q_HED) + q_HE
-        asked_BHD = torch.einsum("bhe,hed->bhd", query_BHE.to(dtype), k_HED).to(h_BLD.dtype)
-        weights_BHL = torch.softmax(asked_BHD @ h_BLD.mT * (D // H) ** -0.5, dim=-1)
+        keyed_BHD = torch.einsum("bhe,hed->bhd", query_BHE.to(dtype), k_HED).to(h_BLD.dtype)
+        weights_BHL = torch.softmax(keyed_BHD @ h_BLD.mT * (D // H) ** -0.5, dim=-1)
         mixed_BHE = torch.einsum("bhd,hed->bhe", (weights_BHL @ h_BLD).to(dtype), v_HED) + v_HE
         mixed_BD = mixed_BHE.flatten(1)
         x_BD = x_BLD[:, 0] + _linear(mixed_BD, self.out.weight, self.out.bias, dtype)
@@ -87,58 +125,51 @@ class Layer(nn.Module):
 
 
 class Expert(nn.Module):
-    """Unit vectors [B, T, D] to [B, D], whose length says nothing.
+    """Map the unit vectors of frames, [B, T, D], to clips, [B, D]. Lengths carry no information.
 
     Args:
         width: D.
-        layers: At least 1.
-        heads: H, a divisor of D.
-        ffn: F.
-        frames: T, for a learned position embedding; None for no positions and any T.
-        start: `frames` or `random`; see above.
-        generator: What the parameters are drawn from, on the CPU.
+        config: Options of the transformer.
+        frames: T, for the position embedding; without one, any T is accepted.
+        generator: Draws the parameters, on the CPU.
 
     Raises:
-        ValueError: No layer, or heads that do not divide the width.
+        ValueError: The attention heads do not divide the width.
     """
 
     def __init__(
         self,
         width: int,
-        layers: int = 3,
-        heads: int = 2,
-        ffn: int = 2048,
-        frames: int | None = None,
-        start: str = "frames",
+        config: ExpertConfig = ExpertConfig(),
+        frames: int = 0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if start not in STARTS:
-            raise ValueError(f"no {start=}; choose from {', '.join(STARTS)}")
-        if layers < 1 or heads < 1 or ffn < 1 or width % heads:
+        if width % config.heads:
             raise ValueError(
-                f"an expert of {width=}, {layers=}, {heads=}, {ffn=}: give at least 1 of each, and "
-                "as many heads as divide the width"
+                f"an expert of {width=}, heads={config.heads}: give as many heads as divide the "
+                "width"
             )
         generator = generator or torch.Generator().manual_seed(0)
         self.cls = nn.Parameter(0.02 * torch.randn(width, generator=generator))
         self.layers = nn.ModuleList(
-            Layer(width, heads, ffn, start, generator) for _ in range(layers)
+            Layer(width, config.heads, config.ffn, config.start, generator)
+            for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(width)
         self.position: nn.Parameter | None = None
-        if frames is not None:
+        if config.position is not None:
             self.position = nn.Parameter(0.02 * torch.randn(frames, width, generator=generator))
 
     def forward(self, x_BTD: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Encode clips.
 
         Args:
-            dtype: What matrix products compute in. Norms, softmax and sums are float32 always, and
-                so is the result. bfloat16 is for training.
+            dtype: Data type of matrix products; bfloat16 is for training. Norms, softmax, sums and
+                the result are always float32.
 
         Raises:
-            ValueError: As `check`.
+            ValueError: See `check`.
         """
         self.check(x_BTD)
         if self.position is not None:
@@ -152,10 +183,10 @@ class Expert(nn.Module):
         return out_BD
 
     def check(self, x_BTD: Tensor) -> None:
-        """Look at clips before they are encoded.
+        """Check the shape of clips before they are encoded.
 
         Raises:
-            ValueError: Another width than was built, or, with positions, another number of frames.
+            ValueError: The width differs, or, with positions, the number of frames.
         """
         if x_BTD.ndim != 3 or x_BTD.shape[2] != len(self.cls):
             raise ValueError(
@@ -175,7 +206,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tens
 
 
 def _empty(width: int, out: int) -> nn.Linear:
-    """Not drawn yet: nn.Linear itself would draw from the global generator."""
+    """Return a linear layer without values; nn.Linear would draw from the global generator."""
     linear: nn.Linear = nn.utils.skip_init(nn.Linear, width, out)  # type: ignore[no-untyped-call]
     return linear
 

@@ -1,4 +1,4 @@
-"""Models: what heads of gradient descent train, an encoder of clips and a classifier over it.
+"""Models that gradient descent trains: a temporal encoder of clips and a classifier.
 
 Shapes: N clips, B clips a batch, T frames, D feature width, W width of a clip's vector, C classes.
 """
@@ -12,14 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from varve.heads import Task
+from varve.heads.parts.classifiers import Classifier, columns
 from varve.heads.parts.clips import Batch, Clips, frames
-from varve.heads.parts.encoders import Encoder, check
+from varve.heads.parts.encoders import Encoder, EncoderConfig
+from varve.heads.parts.exemplars import ExemplarConfig, Exemplars
+from varve.heads.parts.trainable_suffix import TrainableSuffix
+from varve.heads.parts.training import OptimConfig
 
 ENCODED = "encoded"
+BATCH = 40  # clips at a time through a part of the network, where nothing is trained
 
 
 class Model[K: nn.Module](nn.Module):
-    """From a batch to the classifier's output, [B, C]."""
+    """Map a batch to the outputs of the classifier, [B, C]."""
 
     def __init__(self, feature: str, encoder: Encoder, classifier: K) -> None:
         super().__init__()
@@ -31,96 +37,90 @@ class Model[K: nn.Module](nn.Module):
         return out
 
     def vectors(self, batch: Batch) -> Tensor:
-        """Of the clips, float32 [B, W].
+        """Return the vectors of the clips, float32 [B, W].
 
         Raises:
-            ValueError: The features have another form than was learned, or are not finite.
+            ValueError: The features have another shape than was learned, or are not finite.
         """
         if ENCODED in batch:
             return batch[ENCODED]
-        out: Tensor = self.encoder(self.encoder.fits(frames(batch, self.feature), self.feature))
+        out: Tensor = self.encoder(self.encoder.check(frames(batch, self.feature), self.feature))
         return out
 
-    def encoded(self, clips: Clips) -> Clips:
-        """Clips whose vectors are made: now and once, in place of at every use."""
+    def encode(self, clips: Clips) -> Clips:
+        """Return clips whose vectors are computed once, in the place of their features."""
         with torch.no_grad():
             parts = [self.vectors(batch) for _, batch in clips.batches(256)]
         return Clips({ENCODED: torch.cat(parts)}, clips.labels, clips.rows)
 
-    def ready(self, clips: Clips) -> Clips:
-        """Clips to train on: `encoded` where nothing in the encoder trains."""
-        return clips if [*self.encoder.parameters()] else self.encoded(clips)
+    def prepare(self, clips: Clips) -> Clips:
+        """Return clips to train on, encoded where the encoder has no parameters."""
+        return clips if [*self.encoder.parameters()] else self.encode(clips)
 
     def on(self, batch: Batch) -> Self:
-        """The model, on the device of a batch."""
+        """Move the model to the device of a batch."""
         return self.to(next(iter(batch.values())).device)
 
 
 @dataclass(frozen=True)
-class Form[K: nn.Module]:
-    """What the options of a head say about its model.
+class ModelConfig[K: nn.Module]:
+    """Everything that decides the architecture of a model.
 
     Attributes:
-        feature: One vector a frame.
-        encoder: One of `varve.heads.parts.encoders.ENCODERS`.
-        expert: Options of the expert, or None.
-        classifier: From W to a classifier without columns.
-
-    Raises:
-        ValueError: There is no such encoder, or it has no such options.
+        feature: Name of a feature of one vector per frame.
+        encoder: Options of the temporal encoder.
+        classifier: Makes a classifier without columns from W.
     """
 
     feature: str
-    encoder: str
-    expert: Mapping[str, Any] | None
+    encoder: EncoderConfig
     classifier: Callable[[int], K]
 
-    def __post_init__(self) -> None:
-        check(self.encoder, self.expert)
-
-    def begun(self, model: Model[K] | None, first: Batch, rng: np.random.Generator) -> Model[K]:
-        """A copy to train of a model, or one of the form of a first clip, on its device.
+    def trainable_copy(
+        self, model: Model[K] | None, first: Batch, rng: np.random.Generator
+    ) -> Model[K]:
+        """Return a copy of a model, or a new one for the shape of a first clip, on its device.
 
         Raises:
-            ValueError: As `Model.vectors`.
+            ValueError: See `Model.vectors`.
         """
         x_BTD = frames(first, self.feature)
         if model is None:
             _, T, D = x_BTD.shape
-            model = self._empty(T, D, rng)
-        model.encoder.fits(x_BTD, self.feature)
+            model = self._new(T, D, rng)
+        model.encoder.check(x_BTD, self.feature)
         return copy.deepcopy(model).on(first)
 
-    def loaded(self, state: Mapping[str, Tensor]) -> Model[K] | None:
-        """The model of a state that `state_of` gave."""
+    def load(self, state: Mapping[str, Tensor]) -> Model[K] | None:
+        """Return the model whose `state_of` this was."""
         if "form" not in state:
             return None
         T, D = state["form"].tolist()
-        model = self._empty(T, D, np.random.default_rng(0))
-        for name, old in list(model.classifier.named_parameters()):
-            new = state[f"classifier.{name}"]
-            if new.shape != old.shape:
-                setattr(model.classifier, name, nn.Parameter(torch.empty_like(new)))
+        model = self._new(T, D, np.random.default_rng(0))
+        for name, empty in list(model.classifier.named_parameters()):
+            loaded = state[f"classifier.{name}"]
+            if loaded.shape != empty.shape:
+                setattr(model.classifier, name, nn.Parameter(torch.empty_like(loaded)))
         model.load_state_dict({name: state[name] for name in model.state_dict()})
         return model
 
-    def _empty(self, frames: int, width: int, rng: np.random.Generator) -> Model[K]:
-        encoder = Encoder(self.encoder, frames, width, self.expert, rng)
+    def _new(self, frames: int, width: int, rng: np.random.Generator) -> Model[K]:
+        encoder = Encoder(self.encoder, frames, width, rng)
         return Model(self.feature, encoder, self.classifier(encoder.vector))
 
 
 def state_of[K: nn.Module](model: Model[K] | None, classes: list[int]) -> dict[str, Tensor]:
-    """Classes and all of a model, as tensors of their own."""
+    """Return copies of the classes and of all parameters and buffers of a model."""
     state = {"classes": torch.tensor(classes, dtype=torch.int64)}
     if model is None:
         return state
     state["form"] = torch.tensor([model.encoder.frames, model.encoder.width])
-    own = model.state_dict().items()
-    return state | {name: tensor.detach().to("cpu", copy=True) for name, tensor in own}
+    tensors = model.state_dict().items()
+    return state | {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}
 
 
 def learned[K: nn.Module](model: Model[K] | None) -> Model[K]:
-    """The model, where there is one.
+    """Return the model, if there is one.
 
     Raises:
         ValueError: Nothing was learned yet.
@@ -131,18 +131,125 @@ def learned[K: nn.Module](model: Model[K] | None) -> Model[K]:
 
 
 def scores[K: nn.Module](model: Model[K] | None, batch: Batch) -> Tensor:
-    """`Head.scores`."""
+    """Return the outputs of the classifier without gradient, [B, C]."""
     with torch.no_grad():
         out: Tensor = learned(model).on(batch)(batch)
     return out
 
 
 def trainable[K: nn.Module](model: Model[K] | None) -> int:
-    """How many numbers a model trains."""
+    """Return the number of values that a model trains."""
     return 0 if model is None else sum(p.numel() for p in model.parameters())
 
 
 def vectors[K: nn.Module](model: Model[K] | None, batch: Batch) -> Tensor:
-    """Of a batch's clips, [B, W], without gradient."""
+    """Return the vectors of a batch's clips without gradient, [B, W]."""
     with torch.no_grad():
         return learned(model).on(batch).vectors(batch)
+
+
+@dataclass
+class TaskTraining:
+    """The training of one task by a head that trains a part of the network.
+
+    Attributes:
+        task: The task.
+        classes: All classes that are known after it, in the order of the columns.
+        clips: Clips to learn from: the task's, followed by the exemplars.
+        suffix: The part of the network that trains.
+        model: Encoder and classifier.
+        rng: Draws parameters, the order of clips, and exemplars.
+    """
+
+    task: Task
+    classes: list[int]
+    clips: Clips
+    suffix: TrainableSuffix
+    model: Model[Classifier]
+    rng: np.random.Generator
+
+    @property
+    def classifier(self) -> Classifier:
+        return self.model.classifier
+
+    @property
+    def columns_N(self) -> Tensor:
+        """Column of each clip's class, int64 [N] on the CPU."""
+        return columns(self.classes, self.clips.labels)
+
+    def vectors(self, indices: Tensor | None = None) -> Tensor:
+        """Return the vectors of all clips, [N, W], or of those at some indices."""
+        indices = torch.arange(len(self.clips)) if indices is None else indices
+        with torch.no_grad():
+            parts = [
+                self.model.vectors(self.suffix(self.clips[some])[0])
+                for some in torch.split(indices, BATCH)
+            ]
+        return torch.cat(parts)
+
+
+class ModelHead[K: nn.Module]:
+    """Common part of heads that train a model of cached vectors: state, scores and counts.
+
+    Args:
+        feature: Name of a feature of one vector per frame.
+        encoder: Options of the temporal encoder.
+        classifier: Makes a classifier without columns from W.
+        optim: Options of gradient descent.
+        seed: Seed of everything that is drawn.
+    """
+
+    def __init__(
+        self,
+        feature: str,
+        encoder: EncoderConfig,
+        classifier: Callable[[int], K],
+        optim: OptimConfig,
+        seed: int,
+    ) -> None:
+        self.reads = (feature,)
+        self.classes: list[int] = []
+        self._config = ModelConfig(feature, encoder, classifier)
+        self._optim, self._seed = optim, seed
+        self._model: Model[K] | None = None
+
+    @property
+    def trainable(self) -> int:
+        return trainable(self._model)
+
+    def scores(self, batch: Batch) -> Tensor:
+        return scores(self._model, batch)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return state_of(self._model, self.classes)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._model = self._config.load(state)
+        self.classes = state["classes"].tolist()
+
+
+class ReplayModelHead[K: nn.Module](ModelHead[K]):
+    """A `ModelHead` that replays exemplars.
+
+    Args:
+        exemplars: Options of the exemplars; None keeps every clip.
+        model: Arguments of `ModelHead`.
+    """
+
+    def __init__(self, exemplars: ExemplarConfig | None, *model: Any) -> None:
+        super().__init__(*model)
+        self._exemplars = Exemplars(exemplars)
+
+    @property
+    def exemplars(self) -> Tensor:
+        return self._exemplars.rows
+
+    def nearest(self, batch: Batch) -> Tensor:
+        return self._exemplars.nearest(vectors(self._model, batch))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return super().state_dict() | self._exemplars.state()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self._exemplars.load(state)

@@ -111,7 +111,7 @@ class HeadSource:
         Raises:
             ValueError: What a user's file builds is no head.
         """
-        head = self.build(**options)
+        head = heads.build_head(self.build, options, self.name)
         if lacking := [name for name in MEMBERS if not hasattr(head, name)]:
             raise ValueError(
                 f"{self.path}: its build gives {type(head).__name__!r} without "

@@ -163,12 +163,7 @@ def build_head(
         ValueError: No such option, or what is built is no head.
         SpecMismatch: The store lacks a feature, or was built with another network than is loaded.
     """
-    defaults = option_defaults(source.build)
-    if unknown := sorted(set(options) - set(defaults)):
-        raise ValueError(
-            f"{source.name} has no option {', '.join(unknown)}; it has "
-            + (", ".join(f"{name}={value!r}" for name, value in defaults.items()) or "none")
-        )
+    heads.check_options(source.build, options, source.name)
     _check_types(source, options)
     head = source.build_head(options)
     fine_tunes = isinstance(head, FineTunesBackbone) and head.fine_tunes
@@ -214,7 +209,7 @@ def _check_types(source: HeadSource, options: Mapping[str, Any]) -> None:
 
 def training_digest(spec: Mapping[str, Any], source: HeadSource) -> str:
     """Digest of a specification without inference-only options: runs that share it train alike."""
-    head = source.build(**spec["options"])
+    head = source.build_head(spec["options"])
     inference = head.inference_options if isinstance(head, HasInferenceOptions) else ()
     options = {name: value for name, value in spec["options"].items() if name not in inference}
     return digest(dict(spec) | {"options": options})

@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from varve.heads import FineTunesBackbone, ReplaysExemplars, Task, UsesTeacher, options_of
+from varve.heads import (
+    FineTunesBackbone,
+    ReplaysExemplars,
+    Task,
+    UsesTeacher,
+    build_head,
+    options_of,
+)
 from varve.heads.parts.clips import Clips
 
 T, L, D = 4, 5, 16
@@ -140,7 +147,7 @@ class Runner:
     def __init__(self, build, **options):
         known = options_of(build)
         quick = {name: 25 for name in ("epochs", "first_epochs") if name in known}
-        self.head = build(**quick | options)
+        self.head = build_head(build, quick | options)
         self.network = TinyNetwork()
         if isinstance(self.head, FineTunesBackbone):
             self.head.attach(self.network)
@@ -176,18 +183,18 @@ class Runner:
             self.next_row += len(labels)
         for row, cell, label in zip(rows.tolist(), tokens, labels.tolist(), strict=True):
             self.seen[row] = (cell, label)
-        cells = self.batch(tokens) | self.old(tokens)
+        cells = self.batch(tokens) | self.teacher_features(tokens)
         features = {name: Counted(each, rows, self.reads) for name, each in cells.items()}
         return Clips(features, labels, rows)
 
-    def old(self, tokens):
+    def teacher_features(self, tokens):
         """What the network of the task before makes of clips, for heads that ask for it."""
         if not isinstance(self.head, UsesTeacher) or not self.head.classes:
             return {}
         with torch.no_grad():
             outputs = self.head.suffix(self.batch(tokens)[self.head.reads[0]])
         return {
-            f"old {name}": outputs[self.network.find(name)] for name in self.head.teacher_stages
+            f"teacher {name}": outputs[self.network.find(name)] for name in self.head.teacher_stages
         }
 
     def text(self, classes):

@@ -95,7 +95,7 @@ def test_proxies_of_a_single_clip_are_drawn_apart():
 def test_held_columns_get_no_gradient():
     head = Cosine(4)
     head.grow(3, np.random.default_rng(0))
-    head.held = torch.tensor([True, False, True])
+    head.frozen = torch.tensor([True, False, True])
     head(torch.from_numpy(draw(5, 4)).float()).sum().backward()
     moved = head.weight.grad.abs().sum(dim=(1, 2)) > 0
     assert moved.tolist() == [False, True, False]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from varve.heads.parts.distillation import (
+from varve.heads.parts.losses import (
     less_forget,
     margin_ranking,
     nca,

@@ -6,7 +6,7 @@ import torch
 
 from varve.heads import Task, options_of
 from varve.heads.parts.clips import Clips
-from varve.heads.parts.encoders import Encoder
+from varve.heads.parts.encoders import Encoder, EncoderConfig
 from varve.pipeline.registry import available, variant
 
 SMALL = {"layers": 1, "heads": 2, "ffn": 16}
@@ -22,7 +22,7 @@ def draw(*shape, seed=0):
 
 def test_mean_and_order_are_what_they_say_and_have_nothing_to_train():
     x = draw(2, 3, 4)
-    mean, order = Encoder("mean", 3, 4), Encoder("order", 3, 4)
+    mean, order = Encoder(EncoderConfig("mean"), 3, 4), Encoder(EncoderConfig("order"), 3, 4)
     torch.testing.assert_close(mean(x), (x[:, 0] + x[:, 1] + x[:, 2]) / 3)
     assert torch.equal(order(x)[1], torch.cat([x[1, 0], x[1, 1], x[1, 2]]))
     assert (mean.vector, order.vector) == (4, 12)
@@ -31,19 +31,21 @@ def test_mean_and_order_are_what_they_say_and_have_nothing_to_train():
 
 def test_expert_is_the_unit_mean_and_the_experts_unit_output():
     x = 9 * draw(5, 3, 4)
-    encoder = Encoder("expert", 3, 4, SMALL, np.random.default_rng(0))
+    encoder = Encoder(EncoderConfig("expert", SMALL), 3, 4, np.random.default_rng(0))
     unit = x / x.norm(dim=2, keepdim=True)
     mean, moved = unit.mean(dim=1), encoder.expert(unit)
     expected = mean / mean.norm(dim=1, keepdim=True) + moved / moved.norm(dim=1, keepdim=True)
     torch.testing.assert_close(encoder(x), expected)
-    same, other = (Encoder("expert", 3, 4, SMALL, np.random.default_rng(s)) for s in (0, 1))
+    same, other = (
+        Encoder(EncoderConfig("expert", SMALL), 3, 4, np.random.default_rng(s)) for s in (0, 1)
+    )
     assert torch.equal(same(x), encoder(x))
     assert not torch.equal(other(x), encoder(x))
 
 
 def test_relations_are_of_ordered_tuples_of_every_length():
     x = draw(2, 4, 3)
-    encoder = Encoder("trn", 4, 3, None, np.random.default_rng(0))
+    encoder = Encoder(EncoderConfig("trn"), 4, 3, np.random.default_rng(0))
     chosen = {2: [(0, 1), (1, 2), (2, 3)], 3: [(0, 1, 2), (0, 2, 3), (1, 2, 3)], 4: [(0, 1, 2, 3)]}
     found = [[tuple(one) for one in tuples.tolist()] for tuples in encoder.relation.tuples]
     assert found == [*chosen.values()]
@@ -59,10 +61,11 @@ def test_relations_are_of_ordered_tuples_of_every_length():
     assert encoder.vector == 256
     assert not torch.allclose(encoder(x), encoder(x.flip(1)))
     with pytest.raises(ValueError, match="same feature and number of frames"):
-        encoder.fits(x[:, :3], "vector")
+        encoder.check(x[:, :3], "vector")
     with pytest.raises(ValueError, match="2 at least"):
-        Encoder("trn", 1, 3)
-    many = Encoder("trn", 40, 1).relation.tuples  # of which there are 137,846,528,820 of 20 frames
+        Encoder(EncoderConfig("trn"), 1, 3)
+    # There are 137,846,528,820 tuples of 20 frames.
+    many = Encoder(EncoderConfig("trn"), 40, 1).relation.tuples
     assert many[18][0].tolist() == [*range(20)]
     assert many[18][-1].tolist() == [*range(20, 40)]
     assert all((tuples.diff(dim=1) > 0).all() for tuples in many)
@@ -71,19 +74,19 @@ def test_relations_are_of_ordered_tuples_of_every_length():
 @pytest.mark.parametrize("position", [None, "learned"])
 def test_only_positions_tell_an_expert_the_order(position):
     x = draw(5, 3, 4)
-    encoder = Encoder("expert", 3, 4, SMALL | {"position": position})
+    encoder = Encoder(EncoderConfig("expert", SMALL | {"position": position}), 3, 4)
     assert torch.allclose(encoder(x), encoder(x.flip(1)), atol=1e-5) == (position is None)
 
 
 def test_an_encoder_that_is_none_is_refused():
     with pytest.raises(ValueError, match="choose from mean, order, trn, expert"):
-        Encoder("max", 3, 4)
+        Encoder(EncoderConfig("max"), 3, 4)
     with pytest.raises(ValueError, match="which has none: give 'expert'"):
-        Encoder("mean", 3, 4, SMALL)
+        Encoder(EncoderConfig("mean", SMALL), 3, 4)
     with pytest.raises(ValueError, match="its options are layers, heads, ffn, position"):
-        Encoder("expert", 3, 4, {"depth": 2})
+        EncoderConfig("expert", {"depth": 2})
     with pytest.raises(ValueError, match="position is 'learned' or None"):
-        Encoder("expert", 3, 4, {"position": "sine"})
+        EncoderConfig("expert", {"position": "sine"})
 
 
 @pytest.mark.parametrize("name", ENCODED)

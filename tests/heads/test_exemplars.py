@@ -6,7 +6,7 @@ import torch
 
 from varve.heads import Task
 from varve.heads.parts.clips import Clips
-from varve.heads.parts.exemplars import Exemplars, herd
+from varve.heads.parts.exemplars import ExemplarConfig, Exemplars, herd
 
 
 def unit(x):
@@ -68,7 +68,7 @@ def learn(exemplars, labels, classes, rows, seed, memory=None):
     whole = exemplars.rehearsal(task)
     vectors = torch.stack([vector_of(row) for row in whole.rows.tolist()])
     rng = np.random.default_rng(seed)
-    return exemplars.chosen(vectors, whole, task.classes, classes, rng)
+    return exemplars.select(vectors, whole, task.classes, classes, rng)
 
 
 def vector_of(row):
@@ -81,7 +81,9 @@ def memory_of(exemplars):
 
 
 def test_a_shared_budget_shrinks_to_the_first_of_each_order():
-    first, places = learn(Exemplars(9, shared=True), [4] * 8 + [2] * 8, [2, 4], range(16), 0)
+    first, places = learn(
+        Exemplars(ExemplarConfig(9, shared=True)), [4] * 8 + [2] * 8, [2, 4], range(16), 0
+    )
     assert first.labels.tolist() == [2] * 4 + [4] * 4
     assert torch.equal(first.rows, torch.arange(16)[places])
     vectors = np.stack([vector_of(row) for row in range(16)])
@@ -100,7 +102,7 @@ def test_a_shared_budget_shrinks_to_the_first_of_each_order():
 
 
 def test_a_class_that_comes_again_is_chosen_anew_from_old_and_new_clips():
-    first, _ = learn(Exemplars(3), [0] * 6 + [1] * 6, [0, 1], range(12), 0)
+    first, _ = learn(Exemplars(ExemplarConfig(3)), [0] * 6 + [1] * 6, [0, 1], range(12), 0)
     second, _ = learn(first, [1] * 6, [0, 1], range(12, 18), 1, memory_of(first))
     assert torch.equal(second.rows[:3], first.rows[:3])
     candidates = [*range(12, 18), *first.rows[3:].tolist()]
@@ -110,14 +112,16 @@ def test_a_class_that_comes_again_is_chosen_anew_from_old_and_new_clips():
 
 
 def test_a_clip_that_is_both_new_and_kept_counts_once():
-    first, _ = learn(Exemplars(4), [0] * 4, [0], range(4), 0)
+    first, _ = learn(Exemplars(ExemplarConfig(4)), [0] * 4, [0], range(4), 0)
     second, _ = learn(first, [0] * 4, [0], range(4), 1, memory_of(first))
     assert sorted(second.rows.tolist()) == [0, 1, 2, 3]
 
 
 def test_a_random_choice_is_a_draw_without_replacement_from_the_generator_given():
     found = [
-        learn(Exemplars(6, choice="random"), [0] * 20, [0], range(20), seed)[0].rows.tolist()
+        learn(Exemplars(ExemplarConfig(6, choice="random")), [0] * 20, [0], range(20), seed)[
+            0
+        ].rows.tolist()
         for seed in (0, 0, 1)
     ]
     assert found[0] == found[1] != found[2]
@@ -130,7 +134,7 @@ def test_no_budget_keeps_every_clip():
 
 
 def test_nearest_is_the_cosine_to_the_renormalised_mean_of_unit_exemplars():
-    exemplars, _ = learn(Exemplars(3), [5] * 7 + [3] * 2, [3, 5], range(9), 0)
+    exemplars, _ = learn(Exemplars(ExemplarConfig(3)), [5] * 7 + [3] * 2, [3, 5], range(9), 0)
     asked = np.random.default_rng(1).normal(size=(4, 5))
     expected = np.zeros((4, 2))
     for column, label in enumerate([3, 5]):
@@ -145,20 +149,23 @@ def test_nearest_is_the_cosine_to_the_renormalised_mean_of_unit_exemplars():
 
 def test_what_cannot_be_kept_or_was_not_given_back_is_refused():
     with pytest.raises(ValueError, match="give at least 1"):
-        Exemplars(0)
+        Exemplars(ExemplarConfig(0))
     with pytest.raises(ValueError, match="herding, random"):
-        Exemplars(5, choice="best")
+        Exemplars(ExemplarConfig(5, choice="best"))
     with pytest.raises(ValueError, match="shared by 3 classes leave some without: give at least 3"):
-        Exemplars(2, shared=True).quota(3)
-    first, _ = learn(Exemplars(2), [0] * 4, [0], range(4), 0)
-    for memory in (None, memory_of(learn(Exemplars(2), [0] * 4, [0], range(5, 9), 0)[0])):
+        Exemplars(ExemplarConfig(2, shared=True)).quota(3)
+    first, _ = learn(Exemplars(ExemplarConfig(2)), [0] * 4, [0], range(4), 0)
+    for memory in (
+        None,
+        memory_of(learn(Exemplars(ExemplarConfig(2)), [0] * 4, [0], range(5, 9), 0)[0]),
+    ):
         with pytest.raises(ValueError, match="give `memory` the clips of the rows in `exemplars`"):
             learn(first, [1] * 3, [0, 1], range(10, 13), 1, memory)
 
 
 def test_a_state_brings_back_rows_labels_and_means():
-    first, _ = learn(Exemplars(3), [5] * 7 + [3] * 2, [3, 5], range(9), 0)
-    again = Exemplars(3)
+    first, _ = learn(Exemplars(ExemplarConfig(3)), [5] * 7 + [3] * 2, [3, 5], range(9), 0)
+    again = Exemplars(ExemplarConfig(3))
     state = first.state()
     again.load(state)
     for tensor in state.values():

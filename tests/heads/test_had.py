@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from varve.heads import build_head
 from varve.heads.had import HAD, HAM, HDM
 from varve.heads.parts.hybrid_attention import Hybrid
 
@@ -183,7 +184,7 @@ def test_gaussians_are_of_the_task_that_brought_the_class(runner):
 )  # fmt: skip
 def test_options_that_are_none_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        HAD(**options)
+        build_head(HAD, options)
 
 
 def test_another_number_of_segments_is_refused(runner):

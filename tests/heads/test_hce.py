@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from varve.heads import Task
+from varve.heads import Task, build_head
 from varve.heads.hce import HCE
 from varve.heads.parts.clips import Clips
 
@@ -24,7 +24,7 @@ def second(runner, **options):
     for clips in (task.clips, task.memory):
         features = {name: cells.cells for name, cells in clips.features.items()}
         for name, cells in features.items():
-            if name.startswith("old "):
+            if name.startswith("teacher "):
                 noise = torch.from_numpy(rng.normal(size=cells.shape)).float()
                 features[name] = cells + 0.3 * noise
         parts.append(Clips(features, clips.labels, clips.rows))
@@ -42,16 +42,17 @@ def passed(head, parts):
     """Of all clips: their features, vectors, logits, the maps by block, new and old, and H."""
     cells = {name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features}
     with torch.no_grad():
-        vectors, outputs = head._trunk({head.reads[0]: cells[head.reads[0]]})
+        vectors, outputs = head._suffix({head.reads[0]: cells[head.reads[0]]})
         logits = head._model(vectors)
-    maps = [name for name in head._trunk.trained if f"old {name}" in cells]
+    maps = [name for name in head._suffix.trained if f"teacher {name}" in cells]
     maps = maps[-1:] if head.importance == "single" else maps
     pairs = {}
     for name in maps:
-        made = outputs[head._trunk.trained.index(name)]
+        made = outputs[head._suffix.trained.index(name)]
         # The four patches of a frame are a map of 2 x 2, behind the class token.
         pairs[name] = [
-            x.flatten(0, 1)[:, 1:].mT.reshape(-1, 16, 2, 2) for x in (made, cells[f"old {name}"])
+            x.flatten(0, 1)[:, 1:].mT.reshape(-1, 16, 2, 2)
+            for x in (made, cells[f"teacher {name}"])
         ]
     h = {}
     if head._has is not None:
@@ -71,8 +72,8 @@ def by_hand(head, parts):
     ]
     new = vectors["vector"].double().numpy().reshape(-1, 16)
     kd = hc = 0.0
-    if "old vector" in cells:
-        old = cells["old vector"].double().numpy().reshape(-1, 16)
+    if "teacher vector" in cells:
+        old = cells["teacher vector"].double().numpy().reshape(-1, 16)
         kd = np.mean([((unit(a) - unit(b)) ** 2).sum() for a, b in zip(new, old, strict=True)])
     for name, (a, b) in pairs.items():
         total = 0.0
@@ -194,11 +195,11 @@ def test_clips_without_old_maps_are_refused(runner):
     run = runner(HCE, blocks=1, epochs=1, first_epochs=1)
     run.learn([4, 2])
     task = run.task([7], seed=1)
-    bare = {n: c for n, c in task.clips.features.items() if not n.startswith("old ")}
+    bare = {n: c for n, c in task.clips.features.items() if not n.startswith("teacher ")}
     bare = Clips(bare, task.clips.labels, task.clips.rows)
-    memory = {n: c for n, c in task.memory.features.items() if not n.startswith("old ")}
+    memory = {n: c for n, c in task.memory.features.items() if not n.startswith("teacher ")}
     memory = Clips(memory, task.memory.labels, task.memory.rows)
-    with pytest.raises(ValueError, match=r"clips without old 'blocks.2.*old 'vector'"):
+    with pytest.raises(ValueError, match=r"clips without .teacher blocks.2.*teacher vector."):
         run.head.learn(Task(bare, 1, None, memory))
 
 
@@ -209,7 +210,7 @@ def test_clips_without_old_maps_are_refused(runner):
 )  # fmt: skip
 def test_parts_that_do_not_go_together_are_refused(options):
     with pytest.raises(ValueError, match="parts="):
-        HCE(**options)
+        build_head(HCE, options)
 
 
 @pytest.mark.parametrize(
@@ -220,4 +221,4 @@ def test_parts_that_do_not_go_together_are_refused(options):
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_is_learned(options):
     with pytest.raises(ValueError, match=next(iter(options)).removeprefix("tune_")):
-        HCE(**options)
+        build_head(HCE, options)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from varve.heads import Task
+from varve.heads import Task, build_head
 from varve.heads.icarl import ICaRL
 from varve.heads.parts.clips import Clips
 
@@ -48,7 +48,7 @@ def vectors(feats, encoder="mean"):
 @pytest.mark.parametrize("encoder", ["mean", "order"])
 def test_a_clip_goes_to_the_nearest_mean_of_herded_exemplars(encoder):
     first, second = clips([4, 2] * 8, range(16), 0), clips([7, 3] * 8, range(16, 32), 1)
-    head = ICaRL(encoder=encoder, budget=3)
+    head = build_head(ICaRL, dict(encoder=encoder, budget=3))
     head.learn(Task(first))
     head.learn(Task(second, 1, memory=memory_of(head, first)))
     assert head.classes == [2, 4, 3, 7]
@@ -71,7 +71,7 @@ def test_a_clip_goes_to_the_nearest_mean_of_herded_exemplars(encoder):
 def test_the_loss_is_of_new_clips_and_exemplars_with_the_old_models_answers():
     told = []
     options = {"predict": "classifier", "budget": 2, "weight_decay": 0, "batch_size": 99}
-    head = ICaRL(first_epochs=20, epochs=1, **options)
+    head = build_head(ICaRL, dict(first_epochs=20, epochs=1, **options))
     first, second = clips([4, 2] * 8, range(16), 0), clips([7] * 6, range(16, 22), 1)
     head.learn(Task(first))
     state = head.state_dict()
@@ -131,4 +131,4 @@ def test_the_papers_hybrid_scores_by_its_classifier(runner):
     nearest = torch.tensor(run.head.classes)[run.head.nearest(run.batch(tokens)).argmax(dim=1)]
     assert (nearest == labels).float().mean() > 0.95
     with pytest.raises(ValueError, match="nme, classifier"):
-        ICaRL(predict="best")
+        build_head(ICaRL, dict(predict="best"))

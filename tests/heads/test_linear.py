@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from varve.heads import Task
+from varve.heads import Task, build_head
 from varve.heads.linear import Linear
 from varve.heads.nearest_mean import NearestMean
 from varve.heads.parts.clips import Clips
@@ -36,7 +36,7 @@ def parameters(head):
 
 def test_the_loss_is_the_cross_entropy_over_all_columns_so_far():
     told = []
-    head = Linear(first_epochs=3, epochs=2, weight_decay=0)
+    head = build_head(Linear, dict(first_epochs=3, epochs=2, weight_decay=0))
     feats, first = task([4, 2] * 6, told=told)
     head.learn(first)
     # New columns start at zero, so the first loss is that of chance.
@@ -50,10 +50,10 @@ def test_the_loss_is_the_cross_entropy_over_all_columns_so_far():
 
 
 def test_one_step_is_a_gradient_of_that_loss_with_decay():
-    head = Linear(first_epochs=1, lr=0.02, weight_decay=0.1)
+    head = build_head(Linear, dict(first_epochs=1, lr=0.02, weight_decay=0.1))
     feats, first = task([1, 0, 2] * 4)
     head.learn(first)
-    head = Linear(first_epochs=1, epochs=1, lr=0.02, weight_decay=0.1)
+    head = build_head(Linear, dict(first_epochs=1, epochs=1, lr=0.02, weight_decay=0.1))
     head.learn(first)
     weight, bias = parameters(head)
     head.learn(task([1, 0, 2] * 4, 1)[1])
@@ -91,7 +91,7 @@ def test_the_seed_draws_the_order_of_clips_and_nothing_else():
     scores = {}
     for size in (8, 48):
         for seed in (0, 1):
-            head = Linear(seed=seed, first_epochs=3, batch_size=size)
+            head = build_head(Linear, dict(seed=seed, first_epochs=3, batch_size=size))
             head.learn(first)
             scores[size, seed] = head.scores(asked)
     # All clips in one batch are the same sum in any order.
@@ -100,11 +100,11 @@ def test_the_seed_draws_the_order_of_clips_and_nothing_else():
 
 
 def test_a_rate_that_diverges_is_refused_and_leaves_no_trace():
-    head = Linear(first_epochs=2)
+    head = build_head(Linear, dict(first_epochs=2))
     _, first = task([0, 1] * 6)
     head.learn(first)
     before = head.state_dict()
-    wild = Linear(epochs=200, lr=1e30)
+    wild = build_head(Linear, dict(epochs=200, lr=1e30))
     wild.load_state_dict(before)
     with pytest.raises(ValueError, match="diverged"):
         wild.learn(task([2, 3] * 6, 1)[1])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from varve.heads import Task
+from varve.heads import Task, build_head
 from varve.heads.lucir import LUCIR
 from varve.heads.parts.clips import Clips
 
@@ -37,7 +37,9 @@ def two_tasks(epochs, **options):
     """A head after two tasks, what it was after the first, the clips and losses of the second."""
     told = []
     options = {"budget": 2, "batch_size": 99, "weight_decay": 0, "seed": 3, "momentum": 0} | options
-    head, old = (LUCIR(first_epochs=15, epochs=epochs, **options) for _ in range(2))
+    head, old = (
+        build_head(LUCIR, dict(first_epochs=15, epochs=epochs, **options)) for _ in range(2)
+    )
     first, second = clips([4, 2] * 8, range(16), 0), clips([7, 9, 8] * 4, range(16, 28), 1)
     head.learn(Task(first))
     old.load_state_dict(head.state_dict())

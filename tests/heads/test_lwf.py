@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from varve.heads import Task
+from varve.heads import Task, build_head
 from varve.heads.linear import Linear
 from varve.heads.lwf import LwF
 from varve.heads.parts.clips import Clips
@@ -38,12 +38,14 @@ def loss_by_loops(new, old, columns, taught, weight):
 def test_the_loss_is_taught_by_labels_and_by_the_old_model(weight):
     told = []
     # Without decay and at one step an epoch, the loss told first is that of the start.
-    head = LwF(first_epochs=4, epochs=2, weight=weight, lr=0.05, weight_decay=0, momentum=0)
+    head = build_head(
+        LwF, dict(first_epochs=4, epochs=2, weight=weight, lr=0.05, weight_decay=0, momentum=0)
+    )
     head.learn(task([4, 2] * 6, 0, told)[1])
     assert told[0] == pytest.approx(2 * np.log(2), rel=1e-6)
     old = [head.state_dict()[f"classifier.{name}"].double().numpy() for name in ("weight", "bias")]
     # A twin of one epoch has the parameters after the first step: both steps are at the full rate.
-    twin = LwF(epochs=1, weight=weight, lr=0.05, weight_decay=0, momentum=0)
+    twin = build_head(LwF, dict(epochs=1, weight=weight, lr=0.05, weight_decay=0, momentum=0))
     twin.load_state_dict(head.state_dict())
     told.clear()
     feats, second = task([7, 2, 9] * 4, 1, told)
@@ -64,7 +66,9 @@ def test_a_moving_representation_is_held_to_what_the_old_model_answered():
     expert = {"encoder": "expert", "expert": {"layers": 1, "heads": 1, "ffn": 16}}
     options = expert | {"lr": 0.05, "weight_decay": 0, "momentum": 0}
     told = []
-    old, one, two = (LwF(first_epochs=15, epochs=epochs, **options) for epochs in (0, 1, 2))
+    old, one, two = (
+        build_head(LwF, dict(first_epochs=15, epochs=epochs, **options)) for epochs in (0, 1, 2)
+    )
     old.learn(task([4, 2] * 6, 0, [])[1])
     for head, losses in ((one, []), (two, told)):
         head.load_state_dict(old.state_dict())
@@ -94,7 +98,7 @@ def test_what_fine_tuning_loses_is_held_better(runner):
 
 def test_without_the_old_models_answers_old_columns_do_not_move():
     """They have no labels either: with weight 0 nothing teaches them."""
-    head = LwF(first_epochs=5, epochs=5, weight=0, weight_decay=0)
+    head = build_head(LwF, dict(first_epochs=5, epochs=5, weight=0, weight_decay=0))
     head.learn(task([4, 2] * 6, 0, [])[1])
     before = head.state_dict()["classifier.weight"]
     head.learn(task([7] * 6, 1, [])[1])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from varve.heads import Task
+from varve.heads import Task, build_head
 from varve.heads.podnet import PODNet
 
 
@@ -37,7 +37,7 @@ def second(run, told=None):
 def outputs(head, feats):
     """Vectors of the clips [N, W], and the trained stages' tokens, by the head's own modules."""
     with torch.no_grad():
-        vectors, tokens = head._trunk({head.reads[0]: feats})
+        vectors, tokens = head._suffix({head.reads[0]: feats})
         return (
             head._model.vectors(vectors).double().numpy(),
             [one.double().numpy() for one in tokens],
@@ -190,9 +190,9 @@ def test_without_a_network_or_with_another_ones_features_it_refuses(runner):
     run = runner(PODNet)
     task = run.task([0, 1])
     with pytest.raises(ValueError, match="no network was attached"):
-        PODNet().learn(task)
+        build_head(PODNet).learn(task)
     with pytest.raises(ValueError, match="train a block at least"):
-        PODNet(blocks=0)
+        build_head(PODNet, dict(blocks=0))
     run.head.learn(task)
     with pytest.raises(ValueError, match="use the store of the network attached"):
         run.head.scores({run.head.reads[0]: torch.zeros(1, 4, 6, 16)})

@@ -3,11 +3,13 @@
 Shapes: B clips, T frames, L tokens, D width, K experts, C classes.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from varve.heads import FineTunesBackbone, Routes, Task
+from varve.heads import FineTunesBackbone, Routes, Task, build_head
 from varve.heads.grafts.hf_gate import HFGate
 from varve.heads.parts import losses
 from varve.heads.parts.class_text import Codes, code
@@ -95,7 +97,7 @@ def test_frames_are_those_of_the_network_with_its_adapters(learned, adapters, co
     ],
 )
 def test_what_is_read_is_what_comes_before_the_first_adapter(options, reads):
-    head = build(**options)
+    head = build_head(build, options)
     assert tuple(head.reads) == reads
     assert head.fine_tunes is bool(options.get("adapters"))
     assert isinstance(head, FineTunesBackbone)
@@ -120,7 +122,7 @@ def by_hand(run, tokens, routing, softmax, count, keep=0):
         encoded = []
         for k in range(K):
             with torch.no_grad():
-                own = head._experts[k](torch.from_numpy(spatial[b : b + 1]).float())[0]
+                own = head.routed.experts[k](torch.from_numpy(spatial[b : b + 1]).float())[0]
             encoded.append(unit(numpy(own)))
             if routing in ("td", "average"):
                 asked[b, k] = encoded[k] - mean
@@ -199,10 +201,10 @@ def test_what_decides_scores_alone_changes_nothing_of_what_is_learned(learned, a
         assert all(torch.equal(state[name], states[0][name]) for name in state)
     for way, run in zip(ways, runs, strict=True):
         assert set(way) <= set(run.head.inference_options)
-    assert "routing" not in build(adapters=1, routing="clip").inference_options
-    assert "routing" not in build(routing="none").inference_options
-    assert "weight" in build().inference_options
-    assert "weight" not in build(adapters=1).inference_options
+    assert "routing" not in build_head(build, dict(adapters=1, routing="clip")).inference_options
+    assert "routing" not in build_head(build, dict(routing="none")).inference_options
+    assert "weight" in build_head(build).inference_options
+    assert "weight" not in build_head(build, dict(adapters=1)).inference_options
 
 
 def test_with_a_shortlist_of_all_experts_all_run(learned):
@@ -216,13 +218,13 @@ def test_with_a_shortlist_few_experts_run_and_the_rest_is_assumed(learned):
     tokens, _ = run.tokens([0, 3, 5], clips=2, seed=9)
     batch, head = run.batch(tokens), run.head
     ran = []
-    for k, expert in enumerate(head._experts):
+    for k, expert in enumerate(head.routed.experts):
         expert.register_forward_hook(lambda module, given, out, k=k: ran.append((k, len(out))))
     scores = head.scores(batch)
     assert sum(count for _, count in ran) == len(tokens)
     spatial = head._spatial(batch)
     similar = lambda encoded: head.pool.compare(encoded - spatial.mean(1)[:, None])[0]  # noqa: E731
-    encoded, _ = head._listed.encoded(spatial, 1, head._encode, similar)
+    encoded, _ = head.routed.shortlist.encoded(spatial, 1, head.routed.encode, similar)
     weights = similar(encoded)
     video = spatial.mean(dim=1) + (weights[..., None] * encoded).sum(dim=1)
     texts = head.state_dict()["text"]
@@ -237,8 +239,8 @@ def test_where_two_classes_are_near_all_experts_run_after_all(learned):
     assert not torch.allclose(short, full)
     best = short.topk(2, dim=1).values
     gaps = best[:, 0] - best[:, 1]
-    few.head.doubt = float(gaps.median())
-    doubted = gaps < few.head.doubt
+    few.head.routed.config = replace(few.head.routed.config, doubt=float(gaps.median()))
+    doubted = gaps < gaps.median()
     assert 0 < doubted.sum() < len(tokens)
     found = few.scores(tokens)
     torch.testing.assert_close(found[doubted], full[doubted])
@@ -248,7 +250,7 @@ def test_where_two_classes_are_near_all_experts_run_after_all(learned):
 @pytest.mark.parametrize("options", [{"shortlist": 1, "routing": "clip"}, {"keep": -1}])
 def test_a_shortlist_that_cannot_be_is_refused(options):
     with pytest.raises(ValueError, match="give 0 or more"):
-        build(**options)
+        build_head(build, options)
 
 
 def test_residuals_may_be_asked_of_some_experts(learned):
@@ -324,7 +326,7 @@ def test_trainable_counts_every_number_once(learned, options, more):
     assert run.head.trainable == 3 * (2 * layer + 16 + 2 * 16) + more
     names = [n for n in run.head.state_dict() if n.startswith(("expert", "adapter", "text.w"))]
     assert run.head.trainable == sum(run.head.state_dict()[name].numel() for name in names)
-    assert build(**SMALL).trainable == 0
+    assert build_head(build, SMALL).trainable == 0
 
 
 def test_the_loss_is_two_contrasts_at_the_start(learned):
@@ -336,7 +338,7 @@ def test_the_loss_is_two_contrasts_at_the_start(learned):
     )
     clips = task.clips
     spatial = run.head._spatial.whole(clips)
-    encoded = run.head._experts[0](spatial)
+    encoded = run.head.routed.experts[0](spatial)
     text = task.text[(clips.labels == 7).long()]
     expected = sum(
         losses.contrastive(side, text, clips.labels) for side in (encoded, spatial.mean(dim=1))
@@ -431,7 +433,7 @@ def motions(seed, clips=20):
 
 @pytest.mark.parametrize(("position", "apart"), [(None, False), ("learned", True)])
 def test_a_motion_and_its_reverse_are_told_apart_only_with_positions(position, apart):
-    head = build(**SMALL, position=position, text="codes")
+    head = build_head(build, dict(**SMALL, position=position, text="codes"))
     feats, labels = motions(0)
     head.learn(Task(Clips({"vector": feats}, labels)))
     feats, labels = motions(1)
@@ -492,7 +494,7 @@ def test_codes_need_no_text_and_given_text_is_asked_for(runner):
     task = run.task([3, 7])
     run.head.learn(Task(task.clips))
     assert run.head.classes == [3, 7]
-    head = build(**SMALL)
+    head = build_head(build, SMALL)
     with pytest.raises(ValueError, match=r"no text features.*text='codes'"):
         head.learn(Task(task.clips))
     for text in (task.text[:, :-1], task.text[:1], task.text / 0):
@@ -504,7 +506,7 @@ def test_codes_need_no_text_and_given_text_is_asked_for(runner):
 def test_text_of_any_length_is_made_unit(learned, runner):
     run = runner(build, **SMALL)
     task = run.task([3, 7])
-    other = build(**SMALL, first_epochs=25)
+    other = build_head(build, dict(**SMALL, first_epochs=25))
     run.head.learn(task)
     other.learn(Task(task.clips, text=task.text * 40))
     asked = run.batch(run.tokens([3, 7], seed=1)[0])
@@ -531,7 +533,7 @@ def test_training_in_bfloat16_learns_and_scores_in_float32(learned):
 def test_a_training_that_diverges_leaves_adapters_and_experts_as_they_were(learned, lr):
     run = learned(adapters=2, labels=((3, 7),))
     before = run.head.state_dict()
-    run.head.lr, run.head.clip_norm = lr, None
+    run.head.optim = replace(run.head.optim, lr=lr, clip_norm=None)
     with pytest.raises(ValueError, match=r"diverged|finite"):
         run.head.learn(run.task([1, 5], seed=1))
     after = run.head.state_dict()
@@ -550,11 +552,11 @@ def test_a_training_that_diverges_leaves_adapters_and_experts_as_they_were(learn
 )  # fmt: skip
 def test_unknown_options_are_refused(option):
     with pytest.raises(ValueError, match=r"choose from|give a number|leave feature"):
-        StPR(**option)
+        build_head(StPR, option)
 
 
 def test_adapters_need_a_network_that_has_as_many_blocks(runner):
-    head = build(adapters=1)
+    head = build_head(build, dict(adapters=1))
     with pytest.raises(ValueError, match="attach"):
         head.learn(Task(Clips({"blocks.-1.attn:cls": torch.ones(2, 4, 16)}, torch.arange(2))))
     with pytest.raises(ValueError, match="network of 3 blocks"):
@@ -564,14 +566,16 @@ def test_adapters_need_a_network_that_has_as_many_blocks(runner):
         stages = ("stem", "layer1.0", "pool")
 
     with pytest.raises(ValueError, match="network of 0 blocks"):
-        build(adapters="all").attach(Convolutions())
-    build().attach(Convolutions())
+        build_head(build, dict(adapters="all")).attach(Convolutions())
+    build_head(build).attach(Convolutions())
 
 
 def test_another_number_of_frames_is_refused_where_positions_were_learned(runner):
     feats, labels = motions(0)
     for position in (None, "learned"):
-        head = build(**SMALL, position=position, text="codes", first_epochs=1, epochs=1)
+        head = build_head(
+            build, dict(**SMALL, position=position, text="codes", first_epochs=1, epochs=1)
+        )
         head.learn(Task(Clips({"vector": feats}, labels)))
         shorter = Task(Clips({"vector": feats[:, :3]}, labels + 2), 1)
         if position is None:

@@ -1,6 +1,7 @@
 """The loop of gradient descent against the same steps by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from torch import nn
 
 from varve.heads.parts.clips import Clips
-from varve.heads.parts.training import fit
+from varve.heads.parts.training import OptimConfig, fit
 
 N, D = 7, 3
+PLAIN = OptimConfig(batch_size=N, lr=0.1, weight_decay=0.0)
 
 
 def draw(seed=0):
@@ -27,10 +29,11 @@ def trained(clips, start=0.1, seed=3, parameters=None, **options):
     def step(places, batch):
         return (batch["x"][:, 0] @ weight - clips.labels[places]).square().mean()
 
-    settings = {"epochs": 4, "batch_size": 3, "lr": 0.05} | options
+    optim = OptimConfig(**{"epochs": 4, "batch_size": 3, "lr": 0.05, "weight_decay": 0.0} | options)
     groups = [weight] if parameters is None else parameters(weight)
     rng = np.random.default_rng(seed)
-    fit(step, groups, clips, rng=rng, on_epoch_end=lambda *epoch: told.append(epoch), **settings)
+    fit(step, groups, clips, optim, epochs=optim.epochs, rng=rng,
+        on_epoch_end=lambda *epoch: told.append(epoch))  # fmt: skip
     return weight, told
 
 
@@ -66,8 +69,8 @@ def halving(epoch, epochs):
         ({"schedule": "constant", "weight_decay": 0.3}, {"decay": 0.3}),
         ({"schedule": "constant", "clip_norm": 0.2}, {"clip": 0.2}),
         (
-            {"schedule": "step", "milestones": [1, 3], "gamma": 0.5},
-            {"factor": lambda epoch, epochs: [1.0, 0.5, 0.5, 0.25][epoch]},
+            {"schedule": "step", "milestones": [1, 3]},
+            {"factor": lambda epoch, epochs: [1.0, 0.1, 0.1, 0.01][epoch]},
         ),
     ],
     ids=["cosine", "constant", "no_momentum", "decay", "clipped", "step"],
@@ -98,7 +101,7 @@ def test_gradients_are_clipped_group_by_group():
 
     groups = [{"params": [weights[0], weights[2]]}, {"params": [weights[1]]}]
     rng = np.random.default_rng(0)
-    fit(step, groups, clips, epochs=1, batch_size=N, lr=1.0, clip_norm=1.0, rng=rng)
+    fit(step, groups, clips, replace(PLAIN, lr=1.0, clip_norm=1.0), epochs=1, rng=rng)
     for weight, slope in zip(weights, (0.6 / 2**0.5, 0.1, 0.8 / 2**0.5), strict=True):
         torch.testing.assert_close(weight.detach(), torch.full((2,), -slope))
 
@@ -119,7 +122,7 @@ def test_every_clip_is_seen_once_an_epoch_and_each_epoch_in_an_order_of_its_own(
         seen.append(places.tolist())
         return (batch["x"] @ weight).mean()
 
-    fit(step, [weight], clips, epochs=2, batch_size=4, lr=0.1, rng=np.random.default_rng(0))
+    fit(step, [weight], clips, replace(PLAIN, batch_size=4), epochs=2, rng=np.random.default_rng(0))
     assert [len(places) for places in seen] == [4, 3, 4, 3]
     first, second = seen[0] + seen[1], seen[2] + seen[3]
     assert sorted(first) == sorted(second) == list(range(N))
@@ -146,7 +149,7 @@ def test_a_loss_that_is_not_finite_is_refused_though_its_gradients_were():
     with pytest.raises(ValueError, match=r"epoch 1 of 1 is inf"):
         fit(
             lambda places, batch: weight.sum() + torch.inf,
-            [weight], clips, epochs=1, batch_size=N, lr=0.1, rng=np.random.default_rng(0),
+            [weight], clips, PLAIN, epochs=1, rng=np.random.default_rng(0),
         )  # fmt: skip
 
 
@@ -157,7 +160,7 @@ def test_a_parameter_that_is_not_finite_is_refused_though_its_loss_was():
         return weight.sum().sqrt()  # 0, with an infinite slope
 
     with pytest.raises(ValueError, match=r"diverged.* epoch 1 of 1 is 0\.0"):
-        fit(step, [weight], clips, epochs=1, batch_size=N, lr=0.1, rng=np.random.default_rng(0))
+        fit(step, [weight], clips, PLAIN, epochs=1, rng=np.random.default_rng(0))
 
 
 def test_training_goes_on_where_gradients_are_switched_off_outside():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from varve.heads import Task, options_of
+from varve.heads import Task, build_head, options_of
 from varve.heads.class_regularization import Regularized
 from varve.heads.grafts.class_regularization import ClassRegularization
 from varve.heads.grafts.hf_gate import HFGate
@@ -27,7 +27,7 @@ def trained(runner, build, tasks=2, **options):
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_a_gate_stands_after_each_block_that_is_asked_for(runner, blocks):
     run = trained(runner, HFNet, blocks=blocks, epochs=2, first_epochs=2)
-    gates = [m for m in run.head._trunk.modules() if isinstance(m, HFGate)]
+    gates = [m for m in run.head._suffix.modules() if isinstance(m, HFGate)]
     assert len(gates) == blocks
     assert all(gate.frames == run.network.frames and gate.prefix == 1 for gate in gates)
     # Behind the last block only the class token is read on, which has no gate.
@@ -44,13 +44,13 @@ def test_a_gate_that_has_learned_nothing_changes_nothing(runner):
     for run in (with_gates, without):
         run.learn([4, 2])
     tokens, _ = with_gates.tokens([4, 2], seed=9)
-    found = [run.head._vectors(run.batch(tokens))[1]["vector"] for run in (with_gates, without)]
+    found = [run.head.frame_vectors(run.batch(tokens))["vector"] for run in (with_gates, without)]
     assert torch.equal(*found)
 
 
 def test_classes_raise_the_channels_that_speak_for_them(runner):
     run = trained(runner, Regularized, blocks=2, **FLAT)
-    blocks = [m for m in run.head._trunk.modules() if isinstance(m, ClassRegularization)]
+    blocks = [m for m in run.head._suffix.modules() if isinstance(m, ClassRegularization)]
     found = run.head.excitations()
     assert len(found) == len(blocks) > 0
     assert all(x.shape == (4, 16) for x in found.values())
@@ -63,7 +63,7 @@ def test_classes_raise_the_channels_that_speak_for_them(runner):
 def test_options_of_the_common_part_are_named_by_the_error_of_another(build):
     assert "blocks" in options_of(build)
     with pytest.raises((TypeError, ValueError)):
-        build(**{"nosuch": 1})
+        build_head(build, {"nosuch": 1})
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_grid_is_told_by_its_shape(shape, expected):
 )
 def test_options_that_cannot_be_are_refused(build, options, said):
     with pytest.raises(ValueError, match=said):
-        build(**options)
+        build_head(build, options)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_the_loss_is_cross_entropy_of_eta_times_the_cosines(runner):
         heads.append(run.head)
     classifier = heads[0]._model.classifier
     batch = {name: task.clips.whole(name) for name in run.head.reads}
-    vectors = normalize(heads[0]._model.vectors(heads[0]._vectors(batch)[1]), dim=1)
+    vectors = normalize(heads[0]._model.vectors(heads[0].frame_vectors(batch)), dim=1)
     of = torch.tensor([[2, 4].index(label) for label in task.clips.labels.tolist()])
     means = normalize(torch.stack([vectors[of == column].mean(0) for column in (0, 1)]), dim=1)
     torch.testing.assert_close(classifier.weight[:, 0].detach(), means)
@@ -166,7 +166,7 @@ def test_training_in_bfloat16_is_near_and_scores_are_float32(runner):
     assert not torch.equal(found, whole)
     torch.testing.assert_close(found, whole, atol=0.1, rtol=0.05)
     with pytest.raises(ValueError, match="precision"):
-        HFNet(precision="float8")
+        build_head(HFNet, dict(precision="float8"))
 
 
 def test_new_classes_start_where_their_clips_are_behind_blocks_that_look_at_them(runner):
@@ -178,7 +178,7 @@ def test_new_classes_start_where_their_clips_are_behind_blocks_that_look_at_them
     columns = torch.tensor([[2, 4].index(label) for label in task.clips.labels.tolist()])
     held, classifier.weight = classifier.weight, torch.nn.Parameter(classifier.weight[:0])
     batch = {name: task.clips.whole(name) for name in run.head.reads}
-    vectors = normalize(run.head._model.vectors(run.head._vectors(batch)[1]), dim=1)
+    vectors = normalize(run.head._model.vectors(run.head.frame_vectors(batch)), dim=1)
     means = torch.stack([vectors[columns == c].mean(dim=0) for c in (0, 1)])
     torch.testing.assert_close(normalize(held[:, 0], dim=1).detach(), normalize(means, dim=1))
 
@@ -195,10 +195,10 @@ def test_blocks_predict_the_classifiers_class_from_the_start(runner):
         found = [stage.module.predict(stage.taken) for stage in passed.values()
                  if isinstance(stage.module, ClassRegularization)]  # fmt: skip
         agree[start] = [(c == scores.argmax(dim=1)).float().mean().item() for c in found]
-        before = [m.projection.clone() for m in run.head._trunk.modules()
+        before = [m.projection.clone() for m in run.head._suffix.modules()
                   if isinstance(m, ClassRegularization)]  # fmt: skip
         run.learn([5, 6], seed=1)
-        after = [m.projection for m in run.head._trunk.modules()
+        after = [m.projection for m in run.head._suffix.modules()
                  if isinstance(m, ClassRegularization)]  # fmt: skip
         assert all(map(torch.equal, before, after))
     assert min(agree["fitted"]) > max(agree["drawn"]) > 0
@@ -206,9 +206,9 @@ def test_blocks_predict_the_classifiers_class_from_the_start(runner):
 
 
 class Upended(Regularized):
-    def _tune(self, classifier, *rest):
+    def _tune(self, training, *rest):
         with torch.no_grad():
-            classifier.weight.neg_()
+            training.classifier.weight.neg_()
 
 
 def test_means_are_those_of_blocks_that_look_at_the_tuned_classifier(runner):
@@ -217,7 +217,7 @@ def test_means_are_those_of_blocks_that_look_at_the_tuned_classifier(runner):
         run = trained(runner, build, budget=2, epochs=2, first_epochs=2, **FLAT)
         kept = [run.seen[row][0] for row in run.head.exemplars.tolist()]
         batch = run.batch(torch.stack(kept))
-        vectors = normalize(run.head._model.vectors(run.head._vectors(batch)[1]).double(), dim=1)
+        vectors = normalize(run.head._model.vectors(run.head.frame_vectors(batch)).double(), dim=1)
         means = torch.stack([vectors[n : n + 2].mean(dim=0) for n in range(0, 8, 2)])
         found.append(run.head.state_dict()["exemplars.means"])
         torch.testing.assert_close(found[-1], means, rtol=1e-5, atol=1e-6)
