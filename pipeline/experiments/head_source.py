@@ -76,8 +76,9 @@ class HeadSource:
                 option whose default is no JSON value.
         """
         if not self.files:
-            shipped: Callable[..., Head] = variant("heads", self.name).build
-            return shipped
+            shipped = variant("heads", self.name)
+            known: Callable[..., Head] = getattr(shipped, "build", shipped)
+            return known
         try:
             module = self._module(self.name)
         except (Exception, SystemExit) as error:

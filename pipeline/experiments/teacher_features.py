@@ -20,7 +20,7 @@ from varve.stores.lock import StoreLocked
 if TYPE_CHECKING:
     from varve.pipeline.experiments.run_spec import PreparedRun
 
-PREFIX = "old "
+PREFIX = "teacher "
 PAUSE_SECONDS = 0.2
 
 
@@ -37,7 +37,7 @@ def compute_teacher_features(
         progress: Where messages go.
 
     Returns:
-        Columns by the names that the head reads: "old " and the stage.
+        Columns by the names that the head reads: "teacher " and the stage.
 
     Raises:
         ValueError: The store is of another precision than what trains.

@@ -16,10 +16,11 @@ SCENARIO = "2+2x2"
 # Deeper ones are written with what stands beside them.
 MINE = """
 from varve.heads.linear import Linear
+from varve.heads.parts.training import OptimConfig
 
 class Mine(Linear):
     def __init__(self, lr: float = 0.05, epochs: int = 2, seed: int = 0) -> None:
-        super().__init__(lr=lr, epochs=epochs, first_epochs=epochs, seed=seed)
+        super().__init__(optim=OptimConfig(lr=lr, epochs=epochs, first_epochs=None), seed=seed)
 
 build = Mine
 """
@@ -171,7 +172,7 @@ def test_a_killed_run_resumes_with_the_code_that_it_started_with(
         with pytest.raises(Stop):
             run(vector_store, mine, SCENARIO, out=tmp_path / "parts", threads=1)
     (begun,) = (tmp_path / "parts").iterdir()
-    mine.write_text(MINE.replace("super().__init__(lr=lr", "super().__init__(lr=9 * lr"))
+    mine.write_text(MINE.replace("lr=lr", "lr=9 * lr"))
     edited = run(vector_store, mine, SCENARIO, out=tmp_path / "parts", threads=1)
     assert edited.folder != begun
     assert not (begun / "metrics.json").exists()

@@ -53,7 +53,7 @@ def test_teacher_features_are_computed_once_a_task_and_read_in_every_epoch(whole
     copy = shutil.copytree(done.spec["store"], tmp_path / "s.zarr")
     assert seen[0] == {}
     for old in seen[1:]:
-        assert set(old) == {"old layer4.1", "old vector"}
+        assert set(old) == {"teacher layer4.1", "teacher vector"}
         assert all(isinstance(cells, FeatureTensors) for cells in old.values())
     for calls in done.cost["stages_recomputed"]:
         assert set(calls) <= {"layer4.1", "pool"}
