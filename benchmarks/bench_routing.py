@@ -198,7 +198,7 @@ def shortlist(width: int) -> list[dict[str, Any]]:
         batches = test.flatten(0, 1).split(250)
 
         ran = [0]
-        for expert in head._experts:
+        for expert in head.routed.experts:
             expert.register_forward_hook(
                 lambda module, given, out, ran=ran: ran.append(ran.pop() + len(out))
             )
@@ -206,16 +206,16 @@ def shortlist(width: int) -> list[dict[str, Any]]:
         def predicted(
             head: StPR, short: int, batches: Any = batches, ran: list[int] = ran
         ) -> tuple[Tensor, float, float]:
-            head.shortlist, ran[0] = short, 0
+            head.routed.config, ran[0] = replace(head.routed.config, shortlist=short), 0
             began = time.perf_counter()
             found = torch.cat([head.scores({"vector": x}).argmax(dim=1) for x in batches])
             return found, time.perf_counter() - began, ran[0] / len(found)
 
-        head.shortlist = 0
+        head.routed.config = replace(head.routed.config, shortlist=0)
         first = torch.cat([head.routing({"vector": x}).experts[:, 0] for x in batches])
         zero = (normalize(test.flatten(0, 1), dim=2).mean(dim=1) @ text.T).argmax(dim=1)
         ways = {}
-        doubt = head.doubt
+        doubt = head.routed.config.doubt
         for way, options in {
             "published": (None, 0, doubt),
             "published, doubt=0": (None, 0, 0.0),
@@ -223,7 +223,10 @@ def shortlist(width: int) -> list[dict[str, Any]]:
             "softmax=0.02, doubt=0": (0.02, 0, 0.0),
             "keep=1, doubt=0": (None, 1, 0.0),
         }.items():
-            head.softmax, head.keep, head.doubt = options
+            softmax, keep, doubts = options
+            head.routed.config = replace(
+                head.routed.config, softmax=softmax, keep=keep, doubt=doubts
+            )
             (every, slow, _), (few, quick, asked) = predicted(head, 0), predicted(head, SHORT)
             ways[way] = {
                 "agreement": float((every == few).float().mean()),

@@ -4,9 +4,9 @@ This file is the contract. Every other module here is one head, found by its fil
 `build = CLASS`; the options of the class have defaults that are JSON values, or are option groups
 (see `options_of`). A head sees tensors only: it imports torch, numpy and faiss, and nothing of
 `varve.stores` or `varve.pipeline`. `heads/parts` holds what several heads share, `heads/grafts`
-what is put into a network. A head may offer `QUICK`, options with which the contract suite trains it
-on a dozen clips in seconds. The second group of protocols is for heads that replay exemplars, train
-a part of the network, or route among experts.
+what is put into a network. A head may offer `QUICK`, options with which the contract suite trains
+it on a dozen clips in seconds. The second group of protocols is for heads that replay exemplars,
+train a part of the network, or route among experts.
 
 Shapes: N clips, B clips of a batch, T frames per clip, D feature width, C classes learned so far,
 K experts.
