@@ -32,6 +32,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -44,8 +45,10 @@ from torch.nn.functional import normalize
 from varve.heads import Task
 from varve.heads.parts.anchor_pool import AnchorPool
 from varve.heads.parts.clips import Clips
-from varve.heads.parts.expert import Expert
+from varve.heads.parts.expert import Expert, ExpertConfig
+from varve.heads.parts.routed_experts import RoutingConfig
 from varve.heads.parts.shortlist import Shortlist
+from varve.heads.parts.training import OptimConfig
 from varve.heads.stpr import StPR
 
 POOLS = (100, 1_000, 10_000, 100_000, 1_000_000)
@@ -190,7 +193,11 @@ def shortlist(width: int) -> list[dict[str, Any]]:
         train, text = moving(noise, width, 20, seed=1)
         test, _ = moving(noise, width, 10, seed=2)
         labels = torch.arange(2 * EXPERTS).repeat_interleave(10)
-        head = StPR(layers=1, ffn=2 * width, position="learned", first_epochs=30, shortlist=SHORT)
+        head = StPR(
+            expert=ExpertConfig(layers=1, ffn=2 * width, position="learned"),
+            routing=RoutingConfig(shortlist=SHORT),
+            optim=OptimConfig(first_epochs=30, weight_decay=0.0, clip_norm=1.0),
+        )
         for k in range(EXPERTS):
             own = torch.tensor([2 * k, 2 * k + 1])
             clips = Clips({"vector": train[own].flatten(0, 1)}, own.repeat_interleave(20))

@@ -3,9 +3,9 @@
 "Hierarchical Augmentation and Distillation for Class Incremental Audio-Visual Video Recognition",
 2024. Its public abstract names the parts. The equations below are OUR RECONSTRUCTION of them, not
 the paper's. The features of S segments of a clip by two networks are cached, and nothing is
-recomputed. `parts/hybrid_attention.py` computes segments z, snippets s and a vector v of them; a cosine
-classifier follows. f is the part of the model behind a level, f* the previous model, e standard
-normal:
+recomputed. `parts/hybrid_attention.py` computes segments z, snippets s and a vector v from them; a
+cosine classifier follows. f is the part of the model behind a level, f* the previous model, e
+standard normal:
 
     HAM   low           CE(f(z + alpha sigma e), y), z of exemplars
           high          CE(f(v + alpha sigma e), y), v of exemplars

@@ -38,9 +38,9 @@ from varve.heads.parts import correlation_refinement
 from varve.heads.parts.classifiers import Classifier
 from varve.heads.parts.clips import Batch
 from varve.heads.parts.exemplars import ExemplarConfig
-from varve.heads.parts.fine_tuned_head import FineTunedHead, Graft, TaskLoss, grid
+from varve.heads.parts.fine_tuned_head import FineTunedHead, Graft, grid
 from varve.heads.parts.hierarchical_aggregation import HAS, check, drift, effective
-from varve.heads.parts.models import TaskTraining
+from varve.heads.parts.models import TaskLoss, TaskTraining
 from varve.heads.parts.trainable_suffix import TrainableSuffix
 
 IMPORTANCES = ("has", "multi", "single")
@@ -65,7 +65,8 @@ class HCE(FineTunedHead):
         levels: Number of map sizes that are distilled, from the coarsest: 3 are layers 2 to 4 of a
             ResNet. Hypercorrelations of layer 1 would take 0.5 GB per clip.
         crm: Source of the offset: the `epoch` before, or the `batch` itself, with gradients.
-        mix: Option of HAS, as are `h`, `last_stride` and `frames`; see `varve.heads.parts.hierarchical_aggregation`.
+        mix: Option of HAS, as are `h`, `last_stride` and `frames`; see
+            `varve.heads.parts.hierarchical_aggregation`.
         has_lr: Learning rate of HAS.
         shift: 1/shift of the channels are shifted in time before each block that trains (TSM); 0
             for none. Blocks of a TSM network are already shifted, and stay as they are.

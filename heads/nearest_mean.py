@@ -1,4 +1,4 @@
-"""Nearest class mean by cosine. Keeps one sum per class; forgets nothing."""
+"""Nearest class mean by cosine. It keeps one sum per class, and forgets nothing."""
 
 from collections.abc import Mapping
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from varve.heads import Task
+from varve.heads.parts.classifiers import columns
 from varve.heads.parts.clips import TIMES, Batch, vectors
 
 BATCH = 256
@@ -16,10 +17,10 @@ class NearestMean:
     """Score a clip by its cosine to each class's mean clip.
 
     Args:
-        feature: One vector a frame.
-        time: How T frames become one vector a clip. `mean` averages them, so that a motion and its
-            reverse are one; `order` puts them one after the other.
-        unit: Put clips on the sphere before averaging, so that a long feature does not outvote
+        feature: Name of a feature of one vector per frame.
+        time: `mean` averages the T frames of a clip, so that a motion and its reverse are equal;
+            `order` concatenates them.
+        unit: Whether clips are normalised before averaging, so that long vectors do not outweigh
             short ones.
     """
 
@@ -35,18 +36,17 @@ class NearestMean:
         self._sums_CW = torch.zeros(0, 0, dtype=torch.float64)  # W: width of a clip's vector
 
     def learn(self, task: Task) -> None:
-        classes = self.classes + [c for c in task.classes if c not in self.classes]
-        column = {label: j for j, label in enumerate(classes)}
+        classes = task.classes_after(self.classes)
+        columns_N = columns(classes, task.clips.labels)
         sums_CW: Tensor | None = None
         # float64: a float32 sum drifts by task order once a class is large.
-        for places, batch in task.clips.batches(BATCH):
+        for indices, batch in task.clips.batches(BATCH):
             vectors_BW = self._vectors(batch).cpu()
             if self.unit:
                 vectors_BW = normalize(vectors_BW, dim=1)
             if sums_CW is None:
                 sums_CW = vectors_BW.new_zeros(len(classes), vectors_BW.shape[1])
-            labels = task.clips.labels[places].tolist()
-            sums_CW.index_add_(0, torch.tensor([column[label] for label in labels]), vectors_BW)
+            sums_CW.index_add_(0, columns_N[indices], vectors_BW)
         assert sums_CW is not None
         if self.classes:
             sums_CW[: len(self.classes)] += self._sums_CW

@@ -27,9 +27,9 @@ from torch import Tensor
 from varve.heads.parts import models
 from varve.heads.parts.classifiers import Classifier, Cosine
 from varve.heads.parts.clips import Batch
-from varve.heads.parts.fine_tuned_head import FineTunedHead, TaskLoss
+from varve.heads.parts.fine_tuned_head import FineTunedHead
 from varve.heads.parts.losses import less_forget, nca, pooled
-from varve.heads.parts.models import TaskTraining
+from varve.heads.parts.models import TaskLoss, TaskTraining
 from varve.heads.parts.trainable_suffix import TrainableSuffix
 
 

@@ -5,13 +5,13 @@ McDonnell et al., NeurIPS 2023:
     h = ReLU(x R), R ~ N(0, 1) [W, M] drawn once;   G = sum h h',   Q = sum h onehot(y)'
     score_c = h' w_c,   W_o = (G + r I)^-1 Q
 
-G and Q are sums, so tasks in any order and cut give the classifier of all clips at once. With
+G and Q are sums, so any order and division of tasks gives the classifier of all clips at once. With
 `projection=0` it is plain ridge regression on x. The paper's adaptation of the network in the first
 task (its PETL phase) is not part of this head.
 
 Ours: M = 2000 by default, where the paper has 10,000, whose G is 800 MB in every checkpoint; r is
-chosen as the published code does, from 1e-8 ... 1e8 by the squared error on a fifth of the clips,
-but in the first task alone, so that old tasks' classes are not regularised by what suits the last.
+chosen as in the published code, from 1e-8 ... 1e8 by the squared error on a fifth of the clips, but
+in the first task alone, so that the last task does not decide the regularisation of older classes.
 
 Shapes: N clips, B clips a batch, W width of a clip's vector, M projected, C classes.
 """
@@ -28,18 +28,19 @@ from varve.heads.parts.classifiers import columns
 from varve.heads.parts.clips import TIMES, Batch, Clips, vectors
 
 BATCH = 256
+QUICK = {"projection": 64}  # for the contract suite
 RIDGES = tuple(10.0**power for power in range(-8, 9))
 
 
 class RanPAC:
-    """See the module.
+    """Ridge regression on a random projection; see the module.
 
     Args:
-        feature: One vector a frame.
-        time: How T frames become one vector a clip: `mean`, or `order`, one after the other.
+        feature: Name of a feature of one vector per frame.
+        time: Vector of a clip: `mean` of its frames, or `order`, their concatenation.
         projection: M; 0 for none.
         ridge: r; None chooses it in the first task.
-        seed: Draws R and the clips held out.
+        seed: Seed of R and of the validation clips.
     """
 
     trainable = 0
@@ -62,7 +63,7 @@ class RanPAC:
         self._state: dict[str, Tensor] = {}
 
     def learn(self, task: Task) -> None:
-        classes = self.classes + [c for c in task.classes if c not in self.classes]
+        classes = task.classes_after(self.classes)
         state = dict(self._state)
         first = task.clips[torch.arange(1)]
         if not state:
@@ -90,29 +91,29 @@ class RanPAC:
         return (h_BM @ self._state["weights"].to(h_BM.device)).float()
 
     def state_dict(self) -> dict[str, Tensor]:
-        own = {name: tensor.clone() for name, tensor in self._state.items()}
-        return {"classes": torch.tensor(self.classes, dtype=torch.int64), **own}
+        tensors = {name: tensor.clone() for name, tensor in self._state.items()}
+        return {"classes": torch.tensor(self.classes, dtype=torch.int64), **tensors}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.classes = state["classes"].tolist()
-        own = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
-        self._state = {name: tensor for name, tensor in own.items() if name != "classes"}
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+        self._state = {name: tensor for name, tensor in tensors.items() if name != "classes"}
 
     def _projected(self, batch: Batch, state: Mapping[str, Tensor]) -> Tensor:
-        """h, float64 [B, M]."""
+        """Return h, float64 [B, M]."""
         x_BW = vectors(batch, self.reads[0], self.time, int(state["form"]))
         if not self.projection:
             return x_BW
-        # In float32, as features are; what is summed is float64.
+        # In float32, as features are; the sums are float64.
         return torch.relu(x_BW.float() @ state["projection"].to(x_BW.device)).double()
 
     def _sums(
-        self, clips: Clips, places: Tensor, classes: list[int], state: Mapping[str, Tensor]
+        self, clips: Clips, indices: Tensor, classes: list[int], state: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """G [M, M] and Q [M, C] of some clips, float64."""
+        """Return G [M, M] and Q [M, C] of some clips, float64."""
         columns_N = columns(classes, clips.labels)
         gram_MM: Tensor | None = None
-        for some in torch.split(places, BATCH):
+        for some in torch.split(indices, BATCH):
             h_BM = self._projected(clips[some], state)
             if gram_MM is None:
                 gram_MM = h_BM.new_zeros(h_BM.shape[1], h_BM.shape[1])
@@ -123,28 +124,28 @@ class RanPAC:
         return gram_MM, targets_MC
 
     def _chosen(self, task: Task, classes: list[int], state: Mapping[str, Tensor]) -> float:
-        """The ridge with the least squared error on clips held out."""
+        """Return the ridge with the least squared error on validation clips."""
         N = len(task.clips)
         if N < 2:
             raise ValueError("one clip cannot choose a ridge: give `ridge`, or more clips")
         order = np.random.default_rng([self.seed, task.number, 1]).permutation(N)
-        held, used = torch.from_numpy(order).tensor_split([-(-N // 5)])
-        gram_MM, targets_MC = self._sums(task.clips, used, classes, state)
-        # Smaller ones are lost in the rounding of G.
+        validation, training = torch.from_numpy(order).tensor_split([-(-N // 5)])
+        gram_MM, targets_MC = self._sums(task.clips, training, classes, state)
+        # Smaller ridges are lost in the rounding of G.
         ridges = [ridge for ridge in RIDGES if ridge > 1e-13 * float(gram_MM.trace())]
         weights = {ridge: solved(gram_MM, targets_MC, ridge) for ridge in ridges}
         errors = dict.fromkeys(ridges, 0.0)
-        wanted_NC = one_hot(columns(classes, task.clips.labels), len(classes)).double()
-        for some in torch.split(held, BATCH):
+        targets_NC = one_hot(columns(classes, task.clips.labels), len(classes)).double()
+        for some in torch.split(validation, BATCH):
             h_BM = self._projected(task.clips[some], state)
-            wanted_BC = wanted_NC[some].to(h_BM.device)
+            targets_BC = targets_NC[some].to(h_BM.device)
             for ridge, weights_MC in weights.items():
-                errors[ridge] += float(((h_BM @ weights_MC - wanted_BC) ** 2).sum())
+                errors[ridge] += float(((h_BM @ weights_MC - targets_BC) ** 2).sum())
         return min(ridges, key=errors.__getitem__)
 
 
 def solved(gram_MM: Tensor, targets_MC: Tensor, ridge: float) -> Tensor:
-    """(G + r I)^-1 Q.
+    """Return (G + r I)^-1 Q.
 
     Raises:
         ValueError: The sum is not positive definite: r is lost in the rounding of G.

@@ -1,16 +1,16 @@
 """Streaming linear discriminant analysis: Deep SLDA (Hayes and Kanan, CVPR workshops 2020).
 
-One mean a class and one covariance for all, moved by every clip; no clip is kept:
+It has one mean per class and one covariance for all, which every clip updates. No clip is kept:
 
     score_c = mu_c' P x - mu_c' P mu_c / 2,   P = [(1 - s) S + s I]^-1,   s = 1e-4
 
 Ours: exactly streaming. A clip of class c moves the scatter by (x - mu_c before)(x - mu_c after)',
-so that after any order and cut into tasks S is the covariance of all clips about their class means,
-divided by N. The paper weighs a clip by all clips seen in place of those of its class, t / (t + 1),
-and its S then depends a little on the order. Ours too: s I is scaled by the mean variance,
-trace(S) / W, so that s means the same on features of any length; `shrinkage=None` takes s by the
-oracle approximating formula (OAS: Chen et al., 2010), which the published code has for its first
-task.
+so that after any order and division into tasks S is the covariance of all clips about their class
+means, divided by N. The paper weighs a clip by all clips seen in place of those of its class,
+t / (t + 1), and its S then depends slightly on the order. Ours too: s I is scaled by the mean
+variance, trace(S) / W, so that s means the same on features of any length; `shrinkage=None` takes s
+by the oracle approximating formula (OAS: Chen et al., 2010), which the published code has for its
+first task.
 
 Shapes: N clips, B clips a batch, W width of a clip's vector, C classes.
 """
@@ -28,12 +28,12 @@ BATCH = 256
 
 
 class StreamingLDA:
-    """See the module.
+    """Linear discriminant analysis of a stream of clips; see the module.
 
     Args:
-        feature: One vector a frame.
-        time: How T frames become one vector a clip: `mean`, or `order`, one after the other.
-        shrinkage: s in [0, 1]; None chooses it anew after every task.
+        feature: Name of a feature of one vector per frame.
+        time: Vector of a clip: `mean` of its frames, or `order`, their concatenation.
+        shrinkage: s in (0, 1]; None chooses it after every task.
     """
 
     trainable = 0
@@ -54,20 +54,20 @@ class StreamingLDA:
         self._precise_CW = self._means_CW  # P mu_c
 
     def learn(self, task: Task) -> None:
-        classes = self.classes + [c for c in task.classes if c not in self.classes]
+        classes = task.classes_after(self.classes)
         columns_N = columns(classes, task.clips.labels)
         means_CW: Tensor | None = None
-        # float64: of differences from means that themselves move.
-        for places, batch in task.clips.batches(BATCH):
+        # float64: sums of differences from means that themselves change.
+        for indices, batch in task.clips.batches(BATCH):
             x_BW = self._vectors(batch)
             if means_CW is None:
                 counts_C, means_CW, scatter_WW = self._copies(len(classes), x_BW)
-            columns_B = columns_N[places].to(x_BW.device)
+            columns_B = columns_N[indices].to(x_BW.device)
             before_BW = x_BW - means_CW[columns_B]
             counts_C.index_add_(0, columns_B, torch.ones_like(before_BW[:, 0]))
             moved_CW = torch.zeros_like(means_CW).index_add_(0, columns_B, before_BW)
             means_CW += moved_CW / counts_C.clamp(min=1)[:, None]
-            # Summed over a class's clips of the batch this is Welford's update, in one product.
+            # Summed over the clips of a class, this is Welford's update in one product.
             scatter_WW.addmm_(before_BW.T, x_BW - means_CW[columns_B])
         assert means_CW is not None
         counts_C, means_CW, scatter_WW = counts_C.cpu(), means_CW.cpu(), scatter_WW.cpu()
@@ -99,20 +99,20 @@ class StreamingLDA:
         self._precise_CW = self._solved(self._counts_C, self._means_CW, self._scatter_WW)
 
     def _solved(self, counts_C: Tensor, means_CW: Tensor, scatter_WW: Tensor) -> Tensor:
-        """P mu_c of each class."""
+        """Return P mu_c of each class, [C, W]."""
         if not len(counts_C):
             return means_CW
         N, W = float(counts_C.sum()), len(scatter_WW)
         covariance_WW = (scatter_WW + scatter_WW.T) / (2 * N)
         variance = float(covariance_WW.trace()) / W
         s = oas(covariance_WW, N) if self.shrinkage is None else self.shrinkage
-        # Classes of one clip each have no spread: then any scale gives the nearest mean.
+        # Classes of one clip each have no variance: then any scale gives the nearest mean.
         shrunk_WW = (1 - s) * covariance_WW + s * (variance or 1.0) * torch.eye(W).double()
         precise_WC: Tensor = torch.linalg.solve(shrunk_WW, means_CW.T)
         return precise_WC.T
 
     def _copies(self, classes: int, x_BW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of counts, means and scatter, with places for so many classes."""
+        """Return copies of counts, means and scatter, enlarged to so many classes."""
         C, W = len(self.classes), x_BW.shape[1]
         counts_C, means_CW = x_BW.new_zeros(classes), x_BW.new_zeros(classes, W)
         scatter_WW = x_BW.new_zeros(W, W)
@@ -127,7 +127,7 @@ class StreamingLDA:
 
 
 def oas(covariance_WW: Tensor, clips: float) -> float:
-    """The share of the identity in [0, 1] by OAS (Chen et al., IEEE TSP 2010, Eq. 23)."""
+    """Return the share of the identity, in [0, 1], by OAS (Chen et al., IEEE TSP 2010, Eq. 23)."""
     W = len(covariance_WW)
     square, whole = float((covariance_WW**2).sum()), float(covariance_WW.trace()) ** 2
     spread = (clips + 1 - 2 / W) * (square - whole / W)

@@ -4,7 +4,7 @@
 2025. It keeps no exemplars. Each task k trains its own expert, and continues to train the adapters
 that all tasks share, where there are any (`parts/losses.py` has the losses):
 
-    V^s_i   = unit vector of frame i, by the network with its adapters      (parts/spatial_encoder.py)
+    V^s_i   = unit vector of frame i, by the network with its adapters    (parts/spatial_encoder.py)
     Vbar^s  = mean_i V^s_i
     V^st_k  = unit vector of the clip, by expert k on V^s_1 .. V^s_T        (parts/expert.py)
     V^tem_k = V^st_k - Vbar^s, the temporal residual
@@ -34,13 +34,13 @@ from torch.nn.functional import normalize
 from varve.heads import Network, Routing, Task
 from varve.heads.parts import losses
 from varve.heads.parts.anchor_pool import AnchorPool
+from varve.heads.parts.class_text import TRAINED, Codes, Given, Text
 from varve.heads.parts.classifiers import columns
 from varve.heads.parts.clips import Batch, Clips
 from varve.heads.parts.expert import PRECISIONS, Expert, ExpertConfig
 from varve.heads.parts.losses import DistillationConfig
 from varve.heads.parts.routed_experts import RoutedExperts, RoutingConfig
 from varve.heads.parts.spatial_encoder import Spatial
-from varve.heads.parts.class_text import TRAINED, Codes, Given, Text
 from varve.heads.parts.training import OptimConfig, fit
 
 TAU = {"given": 0.01, "codes": 0.1}

@@ -1,11 +1,11 @@
 """CLIP's zero-shot classifier: the cosine of a clip's mean frame to the text of each class.
 
-Radford et al., ICML 2021, over frames as StPR's frozen row has it: V_i and the text made unit,
+Radford et al., ICML 2021, applied to frames as in StPR's frozen row, with V_i and text normalised:
 
     score_c = cos(mean_i V_i / |V_i|, t_c)
 
-Learns nothing of the clips: a class is known when its text is. Frames in another order are one
-clip.
+It learns nothing from the clips: a class is known when its text is. The order of frames does not
+matter.
 
 Shapes: B clips, T frames, D width of the joint space, C classes.
 """
@@ -21,10 +21,10 @@ from varve.heads.parts.clips import Batch, frames
 
 
 class ZeroShot:
-    """See the module.
+    """Score a clip by its cosine to the text of each class.
 
     Args:
-        feature: One vector a frame, in the space of the texts.
+        feature: Name of a feature of one vector per frame, in the space of the text.
     """
 
     trainable = 0
@@ -35,10 +35,10 @@ class ZeroShot:
         self._text_CD = torch.zeros(0, 0)
 
     def learn(self, task: Task) -> None:
-        """Take the texts of a task's classes, new or again. One clip is read, to compare widths.
+        """Store the text of a task's classes. One clip is read, to compare widths.
 
         Raises:
-            ValueError: There is no text, or it is not of the frames' width.
+            ValueError: There is no text, or its width is not that of the frames.
         """
         (name,) = self.reads
         if task.text is None:
@@ -54,10 +54,10 @@ class ZeroShot:
                 f"classes {list(task.text.shape)}: take finite ones of one width, both from the "
                 "joint space"
             )
-        classes = self.classes + [c for c in task.classes if c not in self.classes]
-        given = dict(zip(task.classes, normalize(task.text.detach().cpu().float()), strict=True))
-        known = dict(zip(self.classes, self._text_CD, strict=True))
-        text_CD = torch.stack([(known | given)[label] for label in classes])
+        classes = task.classes_after(self.classes)
+        rows = dict(zip(self.classes, self._text_CD, strict=True))
+        rows |= zip(task.classes, normalize(task.text.detach().cpu().float()), strict=True)
+        text_CD = torch.stack([rows[label] for label in classes])
         self.classes, self._text_CD = classes, text_CD
 
     def scores(self, batch: Batch) -> Tensor:

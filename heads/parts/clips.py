@@ -1,7 +1,7 @@
-"""Clips: what a head sees of a task, a memory or a query: features by name, labels, rows.
+"""Clips as a head sees them, in a task, a memory or a query: features by name, labels, rows.
 
-Cells may be a tensor, or anything that reads them when asked (`Cells`), so that a method is written
-once for features in memory and for those that stream.
+Cells are a tensor, or an object that reads them on demand (`Cells`), so that a method is written
+once for features in memory and for streamed ones.
 
 Shapes: N clips, B clips a batch, T frames, D feature width.
 """
@@ -15,30 +15,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A clip's features [B, T, ...], float32, by the names that a head reads.
+# Features of clips, float32 [B, T, ...], by the names that a head reads.
 Batch = Mapping[str, Tensor]
-AHEAD = 2
+AHEAD = 2  # batches that are read in advance
 
 
 class Cells(Protocol):
-    """A feature of N clips; a tensor [N, T, ...] is one."""
+    """A feature of N clips, such as a tensor [N, T, ...]."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, places: Tensor) -> Tensor:
-        """Those of some clips, [B, T, ...]; places int64 [B]."""
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Return the cells of some clips, [B, T, ...], by their indices, int64 [B]."""
 
 
 class Clips:
-    """Some clips of a task, a memory or a test set.
+    """Clips of a task, a memory or a test set.
 
     Attributes:
-        features: By name; of one length and on one device.
+        features: Features by name, of one length and on one device.
         labels: int64 [N], on the CPU.
-        rows: int64 [N], on the CPU, their ids in the table of clips.
+        rows: int64 [N], on the CPU: ids in the table of clips.
 
     Raises:
-        ValueError: Features, labels and rows do not fit each other, or there is no clip.
+        ValueError: Features, labels and rows differ in length, or there is no clip.
     """
 
     def __init__(
@@ -62,33 +62,36 @@ class Clips:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, places: Tensor) -> Batch:
-        """The features of some clips."""
-        return {name: cells[places].float() for name, cells in self.features.items()}
+    def __getitem__(self, indices: Tensor) -> Batch:
+        """Return the features of some clips, float32."""
+        return {name: cells[indices].float() for name, cells in self.features.items()}
 
     def batches(
         self, size: int, generator: np.random.Generator | None = None
     ) -> Iterator[tuple[Tensor, Batch]]:
-        """One pass over the clips: their places, int64 [B] on the CPU, and their features.
+        """Yield the indices of a batch, int64 [B] on the CPU, and its features, for all clips.
 
         Args:
-            size: B; the last batch may have fewer.
-            generator: Draws the order; without one they come as they are.
+            size: B; the last batch may be smaller.
+            generator: Draws the order; without one the order is that of the clips.
+
+        Raises:
+            ValueError: The size is below 1.
         """
         if size < 1:
             raise ValueError(f"{size=}: a batch has at least one clip")
         order = np.arange(len(self)) if generator is None else generator.permutation(len(self))
-        places = [torch.from_numpy(order[a : a + size]) for a in range(0, len(order), size)]
-        waits = any(not getattr(cells, "in_memory", True) for cells in self.features.values())
-        return zip(places, (ahead if waits else map)(self.__getitem__, places), strict=True)
+        batches = [torch.from_numpy(order[a : a + size]) for a in range(0, len(order), size)]
+        streams = any(not getattr(cells, "in_memory", True) for cells in self.features.values())
+        return zip(batches, (ahead if streams else map)(self.__getitem__, batches), strict=True)
 
     def whole(self, name: str, size: int = 256) -> Tensor:
-        """One feature of all the clips, float32 [N, T, ...]."""
+        """Return one feature of all clips, float32 [N, T, ...]."""
         return torch.cat([batch[name] for _, batch in self.batches(size)])
 
 
 def ahead[A, B](read: Callable[[A], B], parts: Sequence[A]) -> Iterator[B]:
-    """`map`, with the next results read by a thread of its own while one is worked on."""
+    """Yield what `map` yields, while a thread reads the next results."""
     with ThreadPoolExecutor(1) as reader:
         waiting: deque[Future[B]] = deque()
         try:
@@ -102,7 +105,7 @@ def ahead[A, B](read: Callable[[A], B], parts: Sequence[A]) -> Iterator[B]:
 
 
 class Joined:
-    """Cells of several, one after the other."""
+    """The concatenation of several cells."""
 
     def __init__(self, parts: Sequence[Cells]) -> None:
         self.parts = parts
@@ -112,35 +115,35 @@ class Joined:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, places: Tensor) -> Tensor:
-        which = torch.from_numpy(np.searchsorted(self._starts, places.numpy(), "right") - 1)
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        which = torch.from_numpy(np.searchsorted(self._starts, indices.numpy(), "right") - 1)
         out: Any = None
         for number, part in enumerate(self.parts):
-            mine = which == number
-            if not mine.any():
+            mask = which == number
+            if not mask.any():
                 continue
-            cells = part[places[mine] - int(self._starts[number])]
+            cells = part[indices[mask] - int(self._starts[number])]
             if out is None:
-                out = cells.new_empty((len(places), *cells.shape[1:]))
-            out[mine.to(out.device)] = cells.to(out.dtype)
-        return part[places[:0]] if out is None else out
+                out = cells.new_empty((len(indices), *cells.shape[1:]))
+            out[mask.to(out.device)] = cells.to(out.dtype)
+        return part[indices[:0]] if out is None else out
 
 
 def joined(*clips: Clips) -> Clips:
-    """Several as one, in order; such as a task's clips and the memory's."""
+    """Return the concatenation of clips, such as those of a task and its memory."""
     names = clips[0].features
     return Clips(
-        {name: Joined([one.features[name] for one in clips]) for name in names},
-        torch.cat([one.labels for one in clips]),
-        torch.cat([one.rows for one in clips]),
+        {name: Joined([part.features[name] for part in clips]) for name in names},
+        torch.cat([part.labels for part in clips]),
+        torch.cat([part.rows for part in clips]),
     )
 
 
 def frames(batch: Batch, name: str, width: int | None = None) -> Tensor:
-    """A feature of one vector a frame, [B, T, D], looked at before it is worked with.
+    """Return a feature of one vector per frame, [B, T, D], after checks.
 
     Raises:
-        ValueError: It has another form or width, or is not finite.
+        ValueError: It has another shape or width, or is not finite.
     """
     x_BTD = batch[name]
     if x_BTD.ndim != 3:
@@ -165,22 +168,24 @@ TIMES = ("mean", "order")
 
 
 def vectors(batch: Batch, name: str, time: str, width: int | None = None) -> Tensor:
-    """One vector a clip, float64 [B, W]: its frames' mean, or its frames one after the other.
+    """Return one vector per clip, float64 [B, W].
 
-    Of a feature of more than a vector a frame all numbers are taken, laid flat.
-
-    The mean cannot tell a motion from its reverse; the order can.
+    A feature of more than one vector per frame is flattened. The mean cannot tell a motion from its
+    reverse; the order can.
 
     Args:
-        width: W of what was learned before.
+        batch: Features of the clips.
+        name: Name of the feature.
+        time: `mean` of the frames, or `order`, their concatenation.
+        width: W that was learned before, if any.
 
     Raises:
-        ValueError: As `frames`, another W, or no such `time`.
+        ValueError: See `frames`; or W differs, or there is no such `time`.
     """
     if time not in TIMES:
         raise ValueError(f"no {time=}; choose from {', '.join(TIMES)}")
-    laid = {name: batch[name].flatten(2)} if batch[name].ndim > 3 else batch
-    wide_BTD = frames(laid, name).double()
+    flat = {name: batch[name].flatten(2)} if batch[name].ndim > 3 else batch
+    wide_BTD = frames(flat, name).double()
     vectors_BW = wide_BTD.mean(dim=1) if time == "mean" else wide_BTD.flatten(1)
     if width is not None and vectors_BW.shape[1] != width:
         raise ValueError(

@@ -2,7 +2,7 @@
 
     mean    the mean. It cannot tell a motion from its reverse. It has no parameters.
     order   the concatenation in order. It has no parameters.
-    trn     relations between frames, in order (`varve.heads.parts.temporal_relation`). It is trained.
+    trn     relations between frames, in order (`varve.heads.parts.temporal_relation`). Trained.
     expert  unit(mean of unit V_i) + unit(E(unit V_1 ... unit V_T)), with one spatiotemporal expert
             E of `varve.heads.parts.expert`. It is trained: the representation changes from task
             to task, so that distillation from the previous model has an effect.

@@ -4,7 +4,7 @@ Shapes: N clips, B clips a batch, T frames, D feature width, W width of a clip's
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -186,6 +186,38 @@ class TaskTraining:
                 for some in torch.split(indices, BATCH)
             ]
         return torch.cat(parts)
+
+
+class TaskLoss:
+    """Terms that a method adds to the loss of one task. This one adds nothing."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return groups of the method's own parameters, as torch's optimizers take them."""
+        return []
+
+    def logit_offsets(self, classes: int) -> Tensor:
+        """Return offsets of the logits in training, [C]. It is called after the batch's `loss`."""
+        return torch.zeros(classes)
+
+    def loss(
+        self, indices: Tensor, batch: Batch, vectors: Batch, outputs: Sequence[Tensor]
+    ) -> Tensor:
+        """Return the terms of a batch, a scalar.
+
+        Args:
+            indices: Indices of the clips, among those of `TaskTraining.clips`.
+            batch: Features of the clips, and "teacher STAGE" for `UsesTeacher`.
+            vectors: "vector", the last vectors of the frames, [B, T, D], and "encoded", the
+                vectors of the clips, [B, W].
+            outputs: Outputs of the trained stages, [B, T, ...].
+        """
+        return torch.zeros((), device=outputs[0].device)
+
+    def on_epoch_end(self) -> None:
+        """Run after every epoch."""
+
+    def on_task_end(self) -> None:
+        """Run once the head has kept what was trained."""
 
 
 class ModelHead[K: nn.Module]:

@@ -19,6 +19,7 @@ from varve.heads import (
     options_of,
 )
 from varve.heads.parts.clips import Clips
+from varve.pipeline.registry import variant
 
 T, L, D = 4, 5, 16
 BLOCKS = 3
@@ -82,6 +83,10 @@ class TinyNetwork:
 
     def module(self, stage):
         return self.modules[self.find(stage)]
+
+    def graft(self, name):
+        graft = variant("grafts", name)
+        return getattr(graft, "build", graft)
 
     def suffix(self, changes, after, keep=(), unfreeze=()):
         modules = dict(self.modules)

@@ -48,7 +48,7 @@ def names(config: pytest.Config, kind: str) -> list[str]:
     chosen: list[str] = []
     for name in config.getoption(f"--{option}"):
         if not name.endswith(".py") or kind == "heads":
-            # A file is itself the variant, where the kind is heads: see `method_of`.
+            # A file is itself the variant, where the kind is heads: see `find_head`.
             if not name.endswith(".py") and name not in registry.available(kind):
                 raise pytest.UsageError(
                     f"--{option} {name}: there are {', '.join(registry.available(kind))}"

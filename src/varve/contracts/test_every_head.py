@@ -262,7 +262,7 @@ def test_a_known_class_that_is_learned_again_is_updated(trained, label):
 class Streaming:
     """Cells in half precision that are read on demand, as from disk."""
 
-    stays = False
+    in_memory = False
 
     def __init__(self, cells):
         self.cells = cells.half()
