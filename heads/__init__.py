@@ -277,18 +277,21 @@ def options_of(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     default of the group by its own instance. `**options` of a class stands for the options of its
     base class.
     """
+    parameters = _parameters(build)
+    plain = {name: p for name, p in parameters.items() if not _is_group(p)}
     options: dict[str, inspect.Parameter] = {}
-    for parameter in _parameters(build).values():
-        if not _is_group(parameter):
+    for parameter in parameters.values():
+        if parameter.name in plain:
             options[parameter.name] = parameter
             continue
         for field in fields(parameter.default):
-            options[field.name] = inspect.Parameter(
+            option = inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=getattr(parameter.default, field.name),
                 annotation=field.type,
             )
+            options[field.name] = plain.get(field.name, option)
     return options
 
 
@@ -317,15 +320,15 @@ def build_head(build: Callable[..., Head], options: Mapping[str, Any] = {}, name
         ValueError: There is no such option, or a value is refused.
     """
     check_options(build, options, name)
-    arguments: dict[str, Any] = {}
-    for parameter in _parameters(build).values():
-        if _is_group(parameter):
-            names = {field.name for field in fields(parameter.default)} & set(options)
+    parameters = _parameters(build)
+    plain = {name for name, parameter in parameters.items() if not _is_group(parameter)}
+    arguments = {name: value for name, value in options.items() if name in plain}
+    for parameter in parameters.values():
+        if parameter.name not in plain:
+            names = {field.name for field in fields(parameter.default)} & set(options) - plain
             if names:
-                values = {option: options[option] for option in names}
+                values = {name: options[name] for name in names}
                 arguments[parameter.name] = replace(parameter.default, **values)
-        elif parameter.name in options:
-            arguments[parameter.name] = options[parameter.name]
     return build(**arguments)
 
 
@@ -335,7 +338,8 @@ def _parameters(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     for name in [n for n, p in parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]:
         del parameters[name]
         base = build.__base__ if isinstance(build, type) else None
-        parameters = _parameters(base or object) | parameters
+        inherited = _parameters(base or object)
+        parameters |= {n: p for n, p in inherited.items() if n not in parameters}
     return parameters
 
 
