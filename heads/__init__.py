@@ -191,7 +191,7 @@ class Network(Protocol):
         """Return the part of the network after a feature, with changed stages.
 
         Args:
-            changes: By stage: a module to put in its place, or a function that makes one from the
+            changes: By stage: a module that replaces it, or a function that makes one from the
                 stage's module (from the trainable copy, where the stage is unfrozen).
             after: The feature that the returned module takes, [B, T, ...].
             keep: Stages whose outputs it returns, as a dict; by default the last one's alone.

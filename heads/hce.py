@@ -13,9 +13,9 @@ The teacher's maps come with the clips: they are computed once per task and read
 trains on from task to task; the first task has none. CNN is the classifier, NME the nearest mean of
 exemplars.
 
-Ours, where HCE is silent: see the parts, and the form of L_kd; the optimiser of all heads in the
-place of SGD at 1e-3 for 50 epochs with x 0.1 after 20 and 30. Only the last `blocks` train, from a
-cached feature on: frozen blocks have a zero L_hc. The paper's network is `tsm_resnet34` (UCF101) or
+Ours, where HCE is silent: see the parts, and the form of L_kd; the optimiser of all heads instead of
+SGD at 1e-3 for 50 epochs with x 0.1 after 20 and 30. Only the last `blocks` train, from a cached
+feature on: frozen blocks have a zero L_hc. The paper's network is `tsm_resnet34` (UCF101) or
 `tsm_resnet50`; in a plain ResNet the blocks that train get a temporal shift. The patches of a
 transformer are a map too, without temporal shift.
 
@@ -182,24 +182,24 @@ class HCE(FineTunedHead):
 
     @property
     def trainable(self) -> int:
-        own = 0 if self._has is None else sum(p.numel() for p in self._has.parameters())
-        return super().trainable + own
+        count = 0 if self._has is None else sum(p.numel() for p in self._has.parameters())
+        return super().trainable + count
 
     def state_dict(self) -> dict[str, Tensor]:
-        own = {} if self._has is None else self._has.state_dict()
+        tensors = {} if self._has is None else self._has.state_dict()
         return super().state_dict() | {
-            f"has.{name}": x.detach().to("cpu", copy=True) for name, x in own.items()
+            f"has.{name}": x.detach().to("cpu", copy=True) for name, x in tensors.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         super().load_state_dict(state)
-        own = {n.removeprefix("has."): x for n, x in state.items() if n.startswith("has.")}
+        tensors = {n.removeprefix("has."): x for n, x in state.items() if n.startswith("has.")}
         self._has = None
-        if own:
+        if tensors:
             assert self._suffix is not None
             self._has = self._trainable_has(np.random.default_rng(0), self._suffix)
             assert self._has is not None
-            self._has.load_state_dict(own)
+            self._has.load_state_dict(tensors)
 
 
 class FeatureDistillation(TaskLoss):

@@ -1,4 +1,4 @@
-"""iCaRL: exemplars by herding, and classification by the nearest mean of exemplars.
+"""Exemplars by herding, and classification by the nearest mean of exemplars (iCaRL).
 
 Rebuffi et al., CVPR 2017. The class of a clip is argmax_c cos(phi(x), mean of c's exemplars)
 (Alg. 1; `varve.heads.parts.exemplars` has herding and the means). Where something trains, phi and a

@@ -62,7 +62,7 @@ class EncoderConfig:
 
     @property
     def trains(self) -> bool:
-        """Whether the encoder has parameters."""
+        """True if the encoder has parameters."""
         return self.encoder in TRAINED
 
 

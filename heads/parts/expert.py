@@ -162,7 +162,7 @@ class Expert(nn.Module):
             self.position = nn.Parameter(0.02 * torch.randn(frames, width, generator=generator))
 
     def forward(self, x_BTD: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Encode clips.
+        """Return the output of the CLS token, float32 [B, D].
 
         Args:
             dtype: Data type of matrix products; bfloat16 is for training. Norms, softmax, sums and

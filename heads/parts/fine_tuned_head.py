@@ -180,8 +180,8 @@ class FineTunedHead:
 
     @property
     def trainable(self) -> int:
-        own = {} if self._suffix is None else self._suffix.own()
-        return models.trainable(self._model) + sum(p.numel() for p in own.values())
+        trained = {} if self._suffix is None else self._suffix.own()
+        return models.trainable(self._model) + sum(p.numel() for p in trained.values())
 
     @property
     def exemplars(self) -> Tensor:
@@ -319,8 +319,8 @@ class FineTunedHead:
         return model(vectors), passed
 
     def state_dict(self) -> dict[str, Tensor]:
-        own = {} if self._suffix is None else self._suffix.state()
-        network = {f"network.{n}": p.detach().to("cpu", copy=True) for n, p in own.items()}
+        trained = {} if self._suffix is None else self._suffix.state()
+        network = {f"network.{n}": p.detach().to("cpu", copy=True) for n, p in trained.items()}
         return models.state_of(self._model, self.classes) | self._exemplars.state() | network
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -329,9 +329,9 @@ class FineTunedHead:
         self.classes = state["classes"].tolist()
         if self._model is not None:
             start = "network."
-            own = {n.removeprefix(start): p for n, p in state.items() if n.startswith(start)}
+            trained = {n.removeprefix(start): p for n, p in state.items() if n.startswith(start)}
             self._suffix = self._new_suffix(self._model)
-            self._suffix.take(own)
+            self._suffix.take(trained)
 
     def _trainable_copies(
         self, rng: np.random.Generator, device: torch.device

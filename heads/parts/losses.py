@@ -127,7 +127,7 @@ def sigmoid_distillation(
     labelled_C: Tensor,
     weight: float = 1.0,
 ) -> Tensor:
-    """Return iCaRL's loss (Rebuffi et al., CVPR 2017, Alg. 3), the mean over clips of
+    """Return iCaRL's loss, the mean over clips (Rebuffi et al., CVPR 2017, Alg. 3).
 
         - sum_(c labelled) [y = c] log g_c + [y != c] log(1 - g_c)
         - sum_(other c) q_c log g_c + (1 - q_c) log(1 - g_c),   g = sigmoid(logits)
@@ -194,7 +194,7 @@ def margin_ranking(
 
 
 def nca(cosines_BC: Tensor, columns_B: Tensor, scale: Tensor, margin: float = 0.6) -> Tensor:
-    """Return PODNet's classification loss (Douillard et al., ECCV 2020), the mean over clips of
+    """Return PODNet's classification loss, the mean over clips (Douillard et al., ECCV 2020).
 
     [ -log exp(eta (y_label - margin)) / sum_(others) exp(eta y_other) ]_+
     """
@@ -204,7 +204,7 @@ def nca(cosines_BC: Tensor, columns_B: Tensor, scale: Tensor, margin: float = 0.
 
 
 def pooled(outputs: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Return PODNet's POD-spatial per frame, the mean over frames and stages of
+    """Return PODNet's POD-spatial, the mean over frames and stages.
 
         || p(h) - p(teacher's h) ||_2,   p(h) = unit [ sum_v h^2 ; sum_u h^2 ]   of h_(c u v)
 

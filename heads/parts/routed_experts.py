@@ -215,15 +215,15 @@ class RoutedExperts:
         for k, expert in enumerate(self.experts):
             tensors = expert.state_dict()
             parts[f"expert.{k}"] = {name: x.to("cpu", copy=True) for name, x in tensors.items()}
-        return {f"{part}.{n}": x for part, own in parts.items() for n, x in own.items()}
+        return {f"{part}.{n}": x for part, tensors in parts.items() for n, x in tensors.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` returned, among other entries."""
         self.experts, self._pools = [], {}
-        while own := _part(state, f"expert.{len(self.experts)}"):
-            like_1TD = torch.empty(1, len(own.get("position", ())), len(own["cls"]))
+        while tensors := _part(state, f"expert.{len(self.experts)}"):
+            like_1TD = torch.empty(1, len(tensors.get("position", ())), len(tensors["cls"]))
             expert = self.new_expert(like_1TD)
-            expert.load_state_dict(own)
+            expert.load_state_dict(tensors)
             self.experts.append(expert.requires_grad_(False))
         for way in self.ways if self.experts else ():
             self._pools[way] = self._new_pool(len(self.experts[0].cls))

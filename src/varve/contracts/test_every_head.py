@@ -33,8 +33,8 @@ def pytest_generate_tests(metafunc):
         chosen = names(metafunc.config, "heads")
         metafunc.parametrize("build", chosen, indirect=True, scope="module")
     if "file" in metafunc.fixturenames:
-        given = [name for name in metafunc.config.getoption("--head") if name.endswith(".py")]
-        files = [*map(Path, given)] or sorted(Path(heads.__file__).parent.rglob("*.py"))
+        chosen = [name for name in metafunc.config.getoption("--head") if name.endswith(".py")]
+        files = [*map(Path, chosen)] or sorted(Path(heads.__file__).parent.rglob("*.py"))
         metafunc.parametrize("file", files, ids=lambda file: file.stem)
 
 
