@@ -13,8 +13,8 @@ The teacher's maps come with the clips: they are computed once per task and read
 trains on from task to task; the first task has none. CNN is the classifier, NME the nearest mean of
 exemplars.
 
-Ours, where HCE is silent: see the parts, and the form of L_kd; the optimiser of all heads instead of
-SGD at 1e-3 for 50 epochs with x 0.1 after 20 and 30. Only the last `blocks` train, from a cached
+Ours, where HCE is silent: see the parts, and the form of L_kd; the optimiser of all heads instead
+of SGD at 1e-3 for 50 epochs with x 0.1 after 20 and 30. Only the last `blocks` train, from a cached
 feature on: frozen blocks have a zero L_hc. The paper's network is `tsm_resnet34` (UCF101) or
 `tsm_resnet50`; in a plain ResNet the blocks that train get a temporal shift. The patches of a
 transformer are a map too, without temporal shift.

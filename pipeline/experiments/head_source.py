@@ -29,7 +29,7 @@ from typing import Any
 from varve import heads
 from varve.heads import Head
 from varve.pipeline.backbones import origin
-from varve.pipeline.registry import available, variant
+from varve.pipeline.registry import available, source_digest, variant
 from varve.stores import atomic
 
 FOLDER = "head_source"
@@ -215,7 +215,9 @@ def code_digest(source: HeadSource) -> str:
     For a user's file it covers the modules beside it and the heads of heads/ that it imports.
     """
     shared = sorted([*(HEADS / "parts").glob("*.py"), *(HEADS / "grafts").glob("*.py")])
-    own = [(HEADS / f"{source.name}.py").read_bytes()] if not source.files else []
+    file, own = HEADS / f"{source.name}.py", []
+    if not source.files:
+        own = [file.read_bytes() if file.is_file() else source_digest("heads", source.name).encode()]
     for name, text in sorted(source.files.items()):
         own += [name.encode(), text]
     own += [file.read_bytes() for file in sorted(imported_heads(source))]
