@@ -21,6 +21,8 @@ is learned again trains.
 Shapes: B clips, C classes, W width of a clip's vector.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -90,7 +92,7 @@ class LUCIR(models.ReplayModelHead[Cosine]):
                     loss = loss + margin_ranking(cosines_BC, columns_B, task_C, 2, self._margin)
             return loss
 
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [*model.encoder.parameters()]},
             {"params": [*classifier.parameters()], "weight_decay": 0.0},
         ]

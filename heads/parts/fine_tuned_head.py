@@ -304,7 +304,7 @@ class FineTunedHead:
         models.learned(self._model)
         assert self._suffix is not None
         with torch.no_grad():
-            vectors, _ = self._suffix.to(batch[self.reads[0]].device)(batch)
+            vectors: Batch = self._suffix.to(batch[self.reads[0]].device)(batch)[0]
         return vectors
 
     def traced(self, batch: Batch) -> tuple[Tensor, dict[str, Passed]]:
@@ -366,8 +366,8 @@ class FineTunedHead:
             "seed": self._seed,
         }
         options = fill_options(build, known, self._graft_options)
-        method = grafts.get(stage, lambda module: module)
-        return lambda module: build(method(module), **options)
+        inner = grafts.get(stage)
+        return lambda module: build(inner(module) if inner else module, **options)
 
 
 def grid(shape: Sequence[int]) -> tuple[int, int]:
