@@ -217,7 +217,9 @@ def code_digest(source: HeadSource) -> str:
     shared = sorted([*(HEADS / "parts").glob("*.py"), *(HEADS / "grafts").glob("*.py")])
     file, own = HEADS / f"{source.name}.py", []
     if not source.files:
-        own = [file.read_bytes() if file.is_file() else source_digest("heads", source.name).encode()]
+        own = [
+            file.read_bytes() if file.is_file() else source_digest("heads", source.name).encode()
+        ]
     for name, text in sorted(source.files.items()):
         own += [name.encode(), text]
     own += [file.read_bytes() for file in sorted(imported_heads(source))]
