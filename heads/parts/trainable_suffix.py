@@ -22,13 +22,13 @@ class Passed(NamedTuple):
 
     Attributes:
         module: Module of the stage, with its graft, if any.
-        taken: Input of the stage, [N, ...].
-        given: Output of the stage, [N, ...].
+        inputs: Input of the stage, [N, ...].
+        outputs: Output of the stage, [N, ...].
     """
 
     module: nn.Module
-    taken: Tensor
-    given: Tensor
+    inputs: Tensor
+    outputs: Tensor
 
 
 class TrainableSuffix(nn.Module):

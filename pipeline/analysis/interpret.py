@@ -125,7 +125,7 @@ def saliency(head: Head, batch: Batch, label: int | None = None) -> dict[str, np
         if label is not None and label not in head.classes:
             raise ValueError(f"class {label} is none of those learned, {head.classes}")
         column = int(scores.argmax()) if label is None else head.classes.index(label)
-        outputs = [stage.given for stage in passed.values()]
+        outputs = [stage.outputs for stage in passed.values()]
         gradients = torch.autograd.grad(scores[0, column], outputs)
     maps = {}
     for name, output, gradient in zip(passed, outputs, gradients, strict=True):
@@ -159,7 +159,7 @@ def hypercorrelations(
         _, student_passed = _traced(head, batch)
         _, teacher_passed = _traced(teacher, batch if teacher_batch is None else teacher_batch)
     student_maps, teacher_maps = (
-        {name: _map(stage.given).float() for name, stage in passed.items()}
+        {name: _map(stage.outputs).float() for name, stage in passed.items()}
         for passed in (student_passed, teacher_passed)
     )
     shapes = [{n: x.shape for n, x in maps.items()} for maps in (student_maps, teacher_maps)]
@@ -202,7 +202,7 @@ def gates(head: Head, batch: Batch) -> dict[str, np.ndarray]:
     """
     with torch.no_grad():
         _, passed = _traced(head, batch)
-    maps = {name: _numpy(stage.module.gates(stage.taken)) for name, stage in passed.items()
+    maps = {name: _numpy(stage.module.gates(stage.inputs)) for name, stage in passed.items()
             if isinstance(stage.module, HFGate)}  # fmt: skip
     if not maps:
         raise ValueError(f"{type(head).__name__} has no gates: give hf_net with gates above 0")

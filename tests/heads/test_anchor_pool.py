@@ -113,7 +113,7 @@ def test_the_first_of_equal_classes_and_of_equal_experts_wins():
 
 
 def test_similarities_that_float32_sums_cannot_order_are_in_the_right_order():
-    # Anchors a few units in the last place apart: sums of 512 products in float32 are further off.
+    # Anchors a few ULPs apart: sums of 512 products in float32 are further off.
     rng = np.random.default_rng(0)
     start = rng.normal(size=512).astype(np.float32)
     steps = 1 + 3e-6 * rng.normal(size=(64, 512))

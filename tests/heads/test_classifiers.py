@@ -1,4 +1,4 @@
-"""Classifiers that grow, against loops: linear, cosine, proxies, imprinting, held columns."""
+"""Classifiers that grow, against loops: linear, cosine, proxies, imprinting, frozen columns."""
 
 import numpy as np
 import pytest

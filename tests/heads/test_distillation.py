@@ -136,7 +136,7 @@ def test_nca_of_a_single_class_is_zero_with_a_finite_gradient():
 
 
 def pool_by_loops(h):
-    """Of one frame's map, [C, H, V]."""
+    """Return p of the map of a frame, [C, H, V]."""
     C, H, V = h.shape
     rows = [sum(h[c, u, v] ** 2 for v in range(V)) for c in range(C) for u in range(H)]
     columns = [sum(h[c, u, v] ** 2 for u in range(H)) for c in range(C) for v in range(V)]

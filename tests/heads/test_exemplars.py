@@ -14,7 +14,7 @@ def unit(x):
 
 
 def herd_by_loops(vectors, count):
-    """iCaRL, Alg. 4."""
+    """Return the order of herding (iCaRL, Alg. 4)."""
     phi = unit(np.asarray(vectors, dtype=np.float64))
     mean = sum(phi) / len(phi)
     order = []
@@ -90,7 +90,7 @@ def test_a_shared_budget_shrinks_to_the_first_of_each_order():
     assert first.rows[4:].tolist() == herd_by_loops(vectors[:8], 4)
     assert first.rows[:4].tolist() == [8 + p for p in herd_by_loops(vectors[8:], 4)]
     memory = memory_of(first)
-    # The memory may come in any order: which are the first is not told by its order.
+    # The memory may come in any order: their ranks do not depend on it.
     back = torch.arange(7, -1, -1)
     memory = Clips(
         {"vector": memory.features["vector"][back]}, memory.labels[back], first.rows[back]

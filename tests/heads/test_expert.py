@@ -18,7 +18,7 @@ def numbers(module):
 
 
 def twin(expert, heads):
-    """torch's encoder with the same parameters, in float64."""
+    """Return torch's encoder with the same parameters, in float64."""
     D, F = len(expert.cls), expert.layers[0].up.out_features
     layer = nn.TransformerEncoderLayer(D, heads, F, 0.0, batch_first=True, norm_first=True)
     encoder = nn.TransformerEncoder(

@@ -1,4 +1,4 @@
-"""HCE's loss by its parts, what goes on from task to task, what is refused."""
+"""HCE's loss by its parts, its state from task to task, and what is refused."""
 
 import math
 
@@ -39,7 +39,7 @@ def unit(x):
 
 
 def passed(head, parts):
-    """Of all clips: their features, vectors, logits, the maps by block, new and old, and H."""
+    """Return features, vectors, logits, maps by block (new and teacher) and H of all clips."""
     cells = {name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features}
     with torch.no_grad():
         vectors, outputs = head._suffix({head.reads[0]: cells[head.reads[0]]})

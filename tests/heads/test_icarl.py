@@ -1,4 +1,4 @@
-"""iCaRL: nearest mean of herded exemplars, and its loss where something trains."""
+"""Tests of iCaRL: nearest mean of herded exemplars, and its loss where something trains."""
 
 import numpy as np
 import pytest

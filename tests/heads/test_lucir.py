@@ -28,7 +28,7 @@ def memory_of(head, one):
 
 
 def encoded(head, feats):
-    """f(x), by the head's own encoder."""
+    """Return f(x), by the encoder of the head."""
     with torch.no_grad():
         return head._model.encoder(feats).double().numpy()
 

@@ -37,7 +37,7 @@ def loss_by_loops(new, old, columns, taught, weight):
 @pytest.mark.parametrize("weight", [1.0, 2.0])
 def test_the_loss_is_taught_by_labels_and_by_the_old_model(weight):
     told = []
-    # Without decay and at one step an epoch, the loss told first is that of the start.
+    # Without decay and at one step an epoch, the first loss is that of the start.
     head = build_head(
         LwF, dict(first_epochs=4, epochs=2, weight=weight, lr=0.05, weight_decay=0, momentum=0)
     )
@@ -97,7 +97,7 @@ def test_what_fine_tuning_loses_is_held_better(runner):
 
 
 def test_without_the_old_models_answers_old_columns_do_not_move():
-    """They have no labels either: with weight 0 nothing teaches them."""
+    """They have no labels either: with weight 0 nothing trains them."""
     head = build_head(LwF, dict(first_epochs=5, epochs=5, weight=0, weight_decay=0))
     head.learn(task([4, 2] * 6, 0, [])[1])
     before = head.state_dict()["classifier.weight"]

@@ -25,7 +25,7 @@ def started(runner, **options):
 
 
 def second(run, told=None):
-    """The task after it, with the losses told; the features and columns of all its clips."""
+    """Learn the next task; return the features and columns of all its clips."""
     task = run.task([7, 9], seed=1)
     on_epoch_end = (lambda *epoch: told.append(epoch)) if told is not None else task.on_epoch_end
     parts = [one.whole(run.head.reads[0]) for one in (task.clips, task.memory)]
@@ -62,7 +62,7 @@ def nca_by_loops(y, eta, columns, margin=0.6):
 
 
 def pool_by_loops(tokens):
-    """Of a frame [1 + 2 * 2, C]: sums of squares over the grid's rows and columns, and the rest."""
+    """Return the sums of squares over rows, over columns, and the rest, of [1 + 2 * 2, C]."""
     squares, grid = tokens**2, (tokens[1:] ** 2).reshape(2, 2, -1)
     parts = [grid[u].sum(axis=0) for u in range(2)] + [grid[:, v].sum(axis=0) for v in range(2)]
     return unit(np.concatenate([*parts, squares[0]]))

@@ -330,7 +330,7 @@ def test_trainable_counts_every_number_once(learned, options, more):
 
 
 def test_the_loss_is_two_contrasts_at_the_start(learned):
-    # A rate of nothing leaves the start, so that the loss told is that of what was "learned".
+    # A rate of nothing leaves the start, so that the loss is that of what was "learned".
     run = learned(labels=(), lr=0.0, batch_size=12)
     task, told = run.task([3, 7]), []
     run.head.learn(

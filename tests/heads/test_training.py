@@ -22,7 +22,7 @@ def draw(seed=0):
 
 
 def trained(clips, start=0.1, seed=3, parameters=None, **options):
-    """What least squares gives, and what was told."""
+    """Return the weight of least squares after training, and the calls of the callback."""
     weight = nn.Parameter(torch.full((D,), start))
     told = []
 

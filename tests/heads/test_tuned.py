@@ -192,7 +192,7 @@ def test_blocks_predict_the_classifiers_class_from_the_start(runner):
         run.head.learn(task)
         batch = {name: task.clips.whole(name) for name in run.head.reads}
         scores, passed = run.head.traced(batch)
-        found = [stage.module.predict(stage.taken) for stage in passed.values()
+        found = [stage.module.predict(stage.inputs) for stage in passed.values()
                  if isinstance(stage.module, ClassRegularization)]  # fmt: skip
         agree[start] = [(c == scores.argmax(dim=1)).float().mean().item() for c in found]
         before = [m.projection.clone() for m in run.head._suffix.modules()

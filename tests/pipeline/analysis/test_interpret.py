@@ -118,7 +118,7 @@ def test_heat_of_a_run_is_that_of_float64_from_each_stage_on(tuned):
     modules = [copy.deepcopy(one).double() for one in head._trunk.suffix.stages]
     weight = head._model.classifier.weight.double()
     for number, name in enumerate(STAGES):
-        given = passed[name].given.detach().double().requires_grad_()
+        given = passed[name].outputs.detach().double().requires_grad_()
         x = given
         for module in modules[number + 1 :]:
             x = module(x)
@@ -164,7 +164,7 @@ def test_a_gate_of_a_known_kernel_equals_a_loop(gated, store):
         gate.weight.copy_(0.01 * torch.randn(gate.weight.shape, generator=generator))
         gate.bias.fill_(-0.1)
     _, passed = head.traced(batch)
-    a_TCHW = gate.inner(passed["layer4.0"].taken).detach().double().numpy()
+    a_TCHW = gate.inner(passed["layer4.0"].inputs).detach().double().numpy()
     padded = np.pad(a_TCHW, ((0, 1), (0, 0), (1, 1), (1, 1)))  # the last frame's next is zeros
     kernel = gate.weight[0].detach().double().numpy()  # C, 2, 3, 3
     found = interpret.gates(head, batch)["layer4.0"]
@@ -196,11 +196,11 @@ def test_hypercorrelations_are_those_of_equation_1(tuned, another):
         _, before = old.traced(two.batch if another else one.batch)
     rng = np.random.default_rng(3)
     for level, c in levels.items():
-        names = [n for n in STAGES if now[n].given.shape[2] == c.shape[2]]
+        names = [n for n in STAGES if now[n].outputs.shape[2] == c.shape[2]]
         for _ in range(10):
             t, block, i, j, u, v = place = tuple(int(rng.integers(n)) for n in c.shape)
             name = names[block]
-            expected = eq1(now[name].given[t, :, i, j], before[name].given[t, :, u, v])
+            expected = eq1(now[name].outputs[t, :, i, j], before[name].outputs[t, :, u, v])
             assert c[place] == pytest.approx(expected, abs=1e-5), (level, place)
     mean = interpret.agreement(levels)["7 x 7"]
     c = levels["7 x 7"]
