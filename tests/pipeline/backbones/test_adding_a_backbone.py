@@ -42,11 +42,11 @@ def run(folder, *arguments, plugins=()):
 
 
 def varve(folder, line):
-    """Run a command of the page, on a store of its own."""
+    """Run a command of the page, on a store of its own and without worker processes."""
     program, *words = shlex.split(line.replace("tiny.zarr", "command.zarr"))
     assert program == "varve"
     plugins = [words.pop(i) for i in range(len(words) - 1, 0, -1) if words[i - 1] == "--plugin"]
-    arguments = ["varve", *(word for word in words if word != "--plugin")]
+    arguments = ["varve", *(word for word in words if word != "--plugin"), "--serial"]
     body = f"import sys\nsys.argv = {arguments}\n"
     body += "from varve.pipeline.cli.store_commands import main as command\ncommand()"
     (folder / "command.py").write_text(script(body))
