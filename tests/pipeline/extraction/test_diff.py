@@ -355,7 +355,7 @@ def test_the_command_compares_with_the_last_build_and_what_is_asked_anew(store, 
         (["--no-flip", "--random-crop"], "[frames.random_crop False, asked True]"),
         (["--dtype=float16"], "[dtype float32, asked float16]"),
         (["--precision=bfloat16"], "[precision float32, asked bfloat16]"),
-        (["--decoder=pyav"], "[frames.decoder auto, asked pyav]"),
+        (["--decoder=decord"], "[frames.decoder auto, asked decord]"),
     ):
         done = varve("diff", store, *options)
         assert done.returncode == 0
