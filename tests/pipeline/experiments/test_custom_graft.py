@@ -43,14 +43,20 @@ BROKEN = GRAFT.replace("scaled", "leaking").replace("(x)", "(x + x.mean(0))").re
 
 
 @pytest.fixture(scope="module")
-def store(dataset, built_once) -> FeatureStore:
+def path(dataset, built_once):
     spec = BuildSpec((NAME,), keep=("layer4.0", "pool"), frames=2, precision="bfloat16")
-    return FeatureStore.open(built_once(dataset(CLASSES, 3), spec))
+    return built_once(dataset(CLASSES, 3), spec)
+
+
+@pytest.fixture(scope="module")
+def store(path) -> FeatureStore:
+    return FeatureStore.open(path)
 
 
 @pytest.fixture
-def register_text(tmp_path):
-    """Return what loads a text as a file of its own, in the place of the one loaded before."""
+def register_text(tmp_path, monkeypatch):
+    """Return a function that loads a text as a plugin file, instead of the one before."""
+    monkeypatch.setenv("VARVE_PLUGINS", "")
     loaded = []
 
     def load(text):
@@ -67,9 +73,8 @@ def register_text(tmp_path):
 
 
 def test_a_registered_graft_trains_behind_each_block_of_a_run(
-    store, register_text, tmp_path, varve, monkeypatch
+    path, store, register_text, tmp_path, varve
 ):
-    monkeypatch.setenv("VARVE_PLUGINS", "")
     register_text(GRAFT)
     options = {**QUICK, "graft": "scaled", "graft_options": {"start": 0.5}}
     done = run(store, "hf_net", "2+1x2", options=options, out=tmp_path / "runs")
@@ -81,7 +86,7 @@ def test_a_registered_graft_trains_behind_each_block_of_a_run(
     words = [f"{name}={value}" for name, value in QUICK.items()]
     words += ["graft=scaled", 'graft_options={"start": 0.5}']
     printed = varve(
-        "run", store.place, "--head", "hf_net", "--scenario", "2+1x2", "--out", tmp_path / "runs",
+        "run", path, "--head", "hf_net", "--scenario", "2+1x2", "--out", tmp_path / "runs",
         *(part for word in words for part in ("--set", word)),
     )  # fmt: skip
     assert printed.returncode == 0, printed.stderr
@@ -100,7 +105,7 @@ def test_a_registered_graft_trains_behind_each_block_of_a_run(
 
 def test_an_unknown_graft_is_refused_before_anything_is_computed(store, tmp_path):
     with pytest.raises(ValueError, match=r"no 'unheard_of' in grafts.*adapter"):
-        run(store, "hf_net", "2+1x2", options={"graft": "unheard_of"}, out=tmp_path)
+        run(store, "hf_net", "2+1x2", options={**QUICK, "graft": "unheard_of"}, out=tmp_path)
     with pytest.raises(ValueError, match="without a graft"):
         run(store, "hf_net", "2+1x2", options={"graft_options": {"start": 1.0}}, out=tmp_path)
     assert list(tmp_path.iterdir()) == []
