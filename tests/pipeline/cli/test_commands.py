@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("loaded_once", "children_kept")
 
 def process(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "varve.pipeline.cli.store_commands", *map(str, arguments)],
+        [sys.executable, "-m", "varve.pipeline.cli", *map(str, arguments)],
         capture_output=True, text=True, timeout=180, cwd=Path(__file__).parents[3],
     )  # fmt: skip
 
@@ -176,7 +176,7 @@ def test_an_interrupt_that_a_callback_swallows_is_told_at_the_end(varve, monkeyp
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("varve.pipeline.cli.store_commands.app", swallowing)
+    monkeypatch.setattr("varve.pipeline.cli.app.app", swallowing)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         said = varve("anything")
@@ -184,5 +184,5 @@ def test_an_interrupt_that_a_callback_swallows_is_told_at_the_end(varve, monkeyp
         signal.signal(signal.SIGINT, before)
     assert said.returncode == 130
     assert "interrupted; what was finished is kept" in said.stderr
-    monkeypatch.setattr("varve.pipeline.cli.store_commands.app", lambda **_: 0)
+    monkeypatch.setattr("varve.pipeline.cli.app.app", lambda **_: 0)
     assert varve("anything").returncode == 0
