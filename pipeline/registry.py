@@ -205,6 +205,12 @@ def names_in(path: str | Path, kind: str) -> list[str]:
     return sorted(name for name, known in _REGISTERED[kind].items() if known.source == source)
 
 
+def plugins() -> dict[str, str]:
+    """Return the plugin files of this process, each with the SHA-256 of its text as loaded."""
+    _load_announced()
+    return dict(_LOADED)
+
+
 def require_files(*kinds: str) -> None:
     """Refuse to start worker processes that cannot find a variant of these kinds.
 
