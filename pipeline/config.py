@@ -276,8 +276,8 @@ class BuildSpec:
     sampling: str = option(
         "tsn", choices="samplings", help="Rule that chooses the frames of a clip."
     )
-    fps: float = option(0.0, help="Frames per second, for --sampling uniform_fps.")
-    stride: int = option(0, help="Step in frames, for --sampling dense.")
+    fps: float = option(0.0, help="Frames per second, for a rule that takes it (uniform_fps).")
+    stride: int = option(0, help="Step in frames, for a rule that takes it (dense).")
     views: int = option(1, help="Number of views of each clip; the first is never varied.")
     flip: bool = option(False, help="Mirror the views after the first with probability 1/2.")
     random_crop: bool = option(False, help="Crop the views after the first at random.")

@@ -16,7 +16,7 @@ PLUGIN = """
 from varve import register
 
 @register("samplings")
-def first(num_frames, frames_per_clip, **options):
+def first(times_N, frames):
     return {result}
 """
 
@@ -72,7 +72,7 @@ def test_a_plugin_is_registered_and_loaded_once(plugin):
     registry.load_plugin(plugin)
     registry.load_plugin(plugin)
     assert "first" in registry.available("samplings")
-    assert registry.variant("samplings", "first")(9, 3) == [0]
+    assert registry.variant("samplings", "first")(range(9), 3) == [0]
 
 
 def test_an_edited_plugin_has_another_digest_and_is_loaded_again(plugin):
@@ -81,7 +81,7 @@ def test_an_edited_plugin_has_another_digest_and_is_loaded_again(plugin):
     plugin.write_text(PLUGIN.replace("{result}", "[1]").replace("first", "second"))
     registry.load_plugin(plugin)
     assert "first" not in registry.available("samplings")
-    assert registry.variant("samplings", "second")(9, 3) == [1]
+    assert registry.variant("samplings", "second")(range(9), 3) == [1]
     assert registry.source_digest("samplings", "second") != before
     assert len(before) == 64
 
@@ -144,7 +144,7 @@ def test_an_entry_point_of_an_installed_package_is_a_variant(tmp_path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     assert "first_of_package" in registry.available(kind)
-    assert registry.variant(kind, "first_of_package")(9, 3) == [0]
+    assert registry.variant(kind, "first_of_package")(range(9), 3) == [0]
     before = registry.source_digest(kind, "first_of_package")
     (tmp_path / "fake_varve_package.py").write_text("# edited")
     assert registry.source_digest(kind, "first_of_package") != before
@@ -163,7 +163,8 @@ def test_child_processes_load_the_plugins_of_their_parent(plugin):
     registry.load_plugin(plugin)
     code = """
 from varve.pipeline import registry
-print(registry.variant("samplings", "first")(9, 3), registry.source_digest("samplings", "first"))
+print(registry.variant("samplings", "first")(range(9), 3))
+print(registry.source_digest("samplings", "first"))
 """
     digest = registry.source_digest("samplings", "first")
     assert child(code).stdout.split() == ["[0]", digest]
@@ -188,7 +189,7 @@ def test_a_variant_of_a_notebook_is_used_here_and_refused_where_processes_start(
         + """
 from varve.pipeline import registry
 from varve.pipeline.main_guard import require_guard
-assert registry.variant("samplings", "first")(9, 3) == [0]
+assert registry.variant("samplings", "first")(range(9), 3) == [0]
 require_guard("decoders")
 require_guard("samplings")
 """

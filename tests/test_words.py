@@ -16,7 +16,6 @@ NOT_YET = (
     "benchmarks/bench_routing.py",
     "docs",
     "notebooks",
-    "README.md",
 )
 
 
