@@ -221,7 +221,7 @@ class FrameSet:
 
 @dataclass(frozen=True)
 class Option:
-    """How an option of a build is shown: on the command line, in `diff` and in messages.
+    """Declaration of an option: the command line, `diff` and messages are made from it.
 
     Attributes:
         help: One sentence for `--help`.
@@ -355,7 +355,7 @@ class BuildSpec:
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a build runs. No option decides a value.
+    """Device, processes and deadlines of a build. No option decides a value.
 
     `varve build --help` prints the options with their documentation.
 

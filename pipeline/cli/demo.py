@@ -87,7 +87,7 @@ next:
 def _train(store: FeatureStore, runs: Path, progress: Progress) -> Run:
     """Train quick heads, print their accuracies, and return the best run, or HAD's with audio."""
     classes = store.attributes["classes"]
-    heard = sorted(set(classes) & set(AUDIO_CLASSES))
+    audible = sorted(set(classes) & set(AUDIO_CLASSES))
     head, scenario = "nearest_mean", "4+4x3" if audible else "demo"
 
     def trained(feature: Feature, time: str) -> Run:

@@ -34,7 +34,7 @@ def takes(
     """
 
     def decorate(command: Command) -> Command:
-        own = inspect.signature(command, eval_str=True).parameters
+        declared_by_hand = inspect.signature(command, eval_str=True).parameters
         added: dict[str, dict[str, inspect.Parameter]] = {}
         for parameter, config in configs.items():
             hints = get_type_hints(config)
@@ -58,7 +58,7 @@ def takes(
             command(**arguments)
 
         parameters: list[inspect.Parameter] = []
-        for name, parameter_ in own.items():
+        for name, parameter_ in declared_by_hand.items():
             parameters += added[name].values() if name in added else [_by_name(parameter_)]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -40,8 +40,8 @@ def test_a_new_field_is_an_option_of_a_command():
         print(spec.backbones, spec.grayscale, spec.border, spec.order, runtime.workers)
 
     words = ("--backbone", "a:b", "--grayscale", "--border", "7", "--order", "desc")
-    assert run(build, *words, "--workers", "2").split() == "('a:b',) True 7 desc 2".split()
-    assert run(build, "--backbone", "a:b").split() == "('a:b',) False 3 asc 0".split()
+    assert run(build, *words, "--workers", "2").split() == ["('a:b',)", "True", "7", "desc", "2"]
+    assert run(build, "--backbone", "a:b").split() == ["('a:b',)", "False", "3", "asc", "0"]
     with pytest.raises(ValueError, match="no order 'x'; choose from asc, desc"):
         run(build, "--backbone", "a:b", "--order", "x")
     help_text = " ".join(run(build, "--help").split())
@@ -56,10 +56,10 @@ def test_a_new_field_changes_a_recorded_request():
         new = recorded.changed(**changes)
         print(new.backbones, new.grayscale, new.border, new.order)
 
-    assert run(diff).split() == "('a:b',) False 5 desc".split()
+    assert run(diff).split() == ["('a:b',)", "False", "5", "desc"]
     words = ("--grayscale", "--border", "9", "--backbone", "c:d")
-    assert run(diff, *words).split() == "('c:d',) True 9 desc".split()
-    assert run(diff, "--no-grayscale").split() == "('a:b',) False 5 desc".split()
+    assert run(diff, *words).split() == ["('c:d',)", "True", "9", "desc"]
+    assert run(diff, "--no-grayscale").split() == ["('a:b',)", "False", "5", "desc"]
     assert "--text" not in run(diff, "--help")  # decides no column's key
 
 
