@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from varve.pipeline import config, registry
 from varve.pipeline.cli.options import takes
 from varve.pipeline.config import BuildSpec, Runtime, option
+from varve.pipeline.experiments.sweep_spec import Sweep
 
 PLUGIN = """
 from varve import register
@@ -104,3 +105,13 @@ def test_a_plugin_that_is_missing_or_broken_is_a_sentence(varve, plugin, tmp_pat
     assert (done.returncode, "cannot be loaded: ZeroDivisionError" in done.stderr) == (2, True)
     done = varve("info", tmp_path, "--plugin")
     assert done.returncode == 2
+
+
+def test_a_sweep_loads_its_plugins_relative_to_its_file(plugin):
+    sweep = plugin.with_name("sweep.toml")
+    sweep.write_text('heads = ["slda"]\nscenario = "demo"\nplugins = ["mine.py"]\n')
+    assert Sweep.read(sweep).heads == ["slda"]
+    assert "first_of_cli" in registry.available("samplings")
+    sweep.write_text('heads = ["slda"]\nscenario = "demo"\nplugins = ["nothing.py"]\n')
+    with pytest.raises(ValueError, match=r"nothing.py: give a Python file that exists"):
+        Sweep.read(sweep)
