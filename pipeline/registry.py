@@ -19,6 +19,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def register(kind: str, name: str = "") -> Callable[[Variant], Variant]:
         new = _Registered(thing, source, shipped, digest)
         before = _REGISTERED[kind].get(label)
         if (before and before.definition != new.definition) or (
-            label in _shipped(kind) and not shipped
+            label in _shipped(kind) | _declared(kind) and not shipped
         ):
             users = before.source if before and shipped else source
             raise ValueError(
@@ -117,14 +118,14 @@ def available(kind: str) -> list[str]:
     True
     """
     _load_announced()
-    if not _shipped(kind):  # the variants of a single module: it registers them
+    if not _path(kind).is_dir():  # one module registers all
         importlib.import_module(KINDS[kind])
     return listed(kind)
 
 
 def listed(kind: str) -> list[str]:
     """Return the names that are known without an import: for option help, which must be quick."""
-    return sorted({*_shipped(kind), *_REGISTERED[kind], *_entry_points(kind)})
+    return sorted({*_shipped(kind), *_declared(kind), *_REGISTERED[kind], *_entry_points(kind)})
 
 
 def variant(kind: str, name: str) -> Any:
@@ -267,9 +268,21 @@ def _load_announced() -> None:
 @cache
 def _shipped(kind: str) -> frozenset[str]:
     """Return the names of the files in a kind's folder; none where the kind is one module."""
-    folder = Path(__file__).parents[1].joinpath(*KINDS[kind].split(".")[1:])
-    files = {file.stem for file in folder.glob("*.py")}
+    files = {file.stem for file in _path(kind).glob("*.py")}
     return frozenset(name for name in files if not name.startswith("_"))
+
+
+@cache
+def _declared(kind: str) -> frozenset[str]:
+    """Return the names that a kind's one module registers, from its text."""
+    file = _path(kind).with_suffix(".py")
+    text = file.read_text("utf-8") if file.is_file() else ""
+    return frozenset(re.findall(rf'^@register\("{kind}", "([^"]+)"\)', text, re.MULTILINE))
+
+
+def _path(kind: str) -> Path:
+    """Return the folder of a kind, or its module without the ending. Nothing is imported."""
+    return Path(__file__).parents[1].joinpath(*KINDS[kind].split(".")[1:])
 
 
 @cache

@@ -11,7 +11,7 @@ import pytest
 
 from varve.pipeline import registry
 
-KINDS_OF_FOLDERS = ("heads", "grafts", "layouts", "decoders", "backbones")
+KINDS = ("heads", "grafts", "layouts", "decoders", "samplings", "backbones", "reductions")
 PLUGIN = """
 from varve import register
 
@@ -56,8 +56,8 @@ def package(folder: Path, name: str, kind: str, entry: str) -> None:
     (info / "entry_points.txt").write_text(f"[varve.{kind}]\n{entry}\n")
 
 
-@pytest.mark.parametrize("kind", KINDS_OF_FOLDERS)
-def test_files_of_the_folder_are_listed_without_an_import(kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_variants_of_varve_are_listed_without_an_import(kind):
     code = f"""
 import sys
 from varve.pipeline import registry
@@ -121,8 +121,9 @@ def test_names_are_registered_once(plugin, tmp_path):
     with pytest.raises(ValueError, match="samplings has 'first' already") as error:
         registry.load_plugin(other)
     assert str(other) in str(error.value)
-    with pytest.raises(ValueError, match="decoders has 'pyav' already"):
-        registry.register("decoders", "pyav")(lambda: 0)
+    for kind, name in (("decoders", "pyav"), ("reductions", "pool")):
+        with pytest.raises(ValueError, match=f"{kind} has '{name}' already"):
+            registry.register(kind, name)(lambda: 0)
 
 
 def test_one_file_cannot_give_one_name_to_two_functions(plugin):
