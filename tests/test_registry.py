@@ -135,7 +135,7 @@ def test_one_file_cannot_give_one_name_to_two_functions(plugin):
 
 
 def test_an_unknown_name_is_refused_with_the_near_ones():
-    with pytest.raises(ValueError, match=r"did you mean pyav.*there are decord, images, pyav"):
+    with pytest.raises(ValueError, match=r"did you mean pyav.*there are decord, pyav"):
         registry.variant("decoders", "pyaw")
 
 
