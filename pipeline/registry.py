@@ -175,11 +175,18 @@ def load_plugin(path: str | Path) -> None:
     Raises:
         ValueError: There is no such file, or it raises an error.
     """
+    _load(path)
+
+
+def _load(path: str | Path, expected: str = "") -> None:
+    """Load a plugin, of an expected digest where one is given."""
     file = Path(path).resolve()
     if file.suffix != ".py" or not file.is_file():
         raise ValueError(f"no plugin {path}: give a Python file that exists, such as mine.py")
     source, text = str(file), file.read_bytes()
     digest = hashlib.sha256(text).hexdigest()
+    if expected and digest != expected:
+        raise ValueError(f"{source} was edited while it is in use: run the command again")
     if _LOADED.get(source) == digest:
         return
     name = f"varve_plugin_{file.stem}_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
@@ -259,10 +266,8 @@ def _load_announced() -> None:
     for source, digest in _announced().items():
         if not source.endswith(".py"):
             importlib.import_module(source)
-        elif source not in _LOADED:
-            load_plugin(source)
-            if digest and _LOADED[source] != digest:
-                raise ValueError(f"{source} was edited while it is in use: run the command again")
+        elif source not in _LOADED or digest not in ("", _LOADED[source]):
+            _load(source, digest)
 
 
 @cache
