@@ -9,13 +9,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Folders and files that are still to be written anew.
 NOT_YET = (
-    "src/varve/contracts",
+    "src/varve/contracts/test_every_scenario.py",
     "heads",
-    "pipeline",
-    "tests",
-    "benchmarks/bench_routing.py",
-    "docs",
-    "notebooks",
+    "pipeline/analysis",
+    "pipeline/experiments",
+    "pipeline/extraction",
+    "tests/heads",
+    "tests/pipeline",
+    "tests/conftest.py",
+    "tests/test_methods_page.py",
+    "docs/METHODS.md",
 )
 
 
