@@ -7,7 +7,7 @@ are made from the declaration. Light to import: the child processes of the decod
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 from varve.pipeline.registry import available, source_digest, variant
@@ -236,9 +236,9 @@ class Option:
     in_key: bool = True
 
 
-def option(default: Any = MISSING, /, **attributes: Any) -> Any:
-    """Declare a field of a configuration with its `Option`."""
-    return field(default=default, metadata={"option": Option(**attributes)})
+def option(default: Any, help: str, **attributes: Any) -> Any:
+    """Declare a field of a configuration: its default, and the attributes of its `Option`."""
+    return field(default=default, metadata={"option": Option(help, **attributes)})
 
 
 def options_of(config: type) -> dict[str, Option]:
@@ -263,8 +263,12 @@ class BuildSpec:
         ValueError: A value is not allowed, or two options contradict each other.
     """
 
-    backbones: tuple[str, ...] = option(
-        flag="backbone", help="NAME:TAG, NAME:/path/weights.safetensors or NAME:random-SEED."
+    backbones: tuple[str, ...] = field(
+        metadata={
+            "option": Option(
+                "NAME:TAG, NAME:/path/weights.safetensors or NAME:random-SEED.", flag="backbone"
+            )
+        }
     )
     keep: tuple[str, ...] = option(
         (),
