@@ -1,16 +1,18 @@
-"""Configuration is identity: what is asked of a build, as frozen values with JSON forms.
+"""Configuration of a build, as frozen values with JSON forms that enter the cache keys.
 
-Light to import: a decoder's child process needs it.
+Each option is declared once, in `BuildSpec` or `Runtime`: the command line, `diff` and the messages
+are made from the declaration. Light to import: the child processes of the decoders need it.
 """
 
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 from varve.pipeline.registry import available, source_digest, variant
 
+DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float16", "float32", "bfloat16")
 INTERPOLATIONS = ("bicubic", "bilinear")
 RESIZE_MODES = ("shortest", "squash")
@@ -218,32 +220,81 @@ class FrameSet:
 
 
 @dataclass(frozen=True)
-class BuildSpec:
-    """What features a store is to hold. Everything here decides values; paths and workers do not.
+class Option:
+    """Declaration of an option: the command line, `diff` and messages are made from it.
 
     Attributes:
-        backbones: NAME:TAG each, such as "ViT-B-16:openai".
-        keep: Features to keep: STAGE or STAGE:REDUCTION, of every backbone that has the stage.
-            Empty: each backbone's last vector.
-        views: How many views of each clip: 0 the plain one, others seeded variations.
-        precision: Of the networks' parameters and activations.
-        dtype: Of the features on disk.
-        text: Also keep text features of the class prompts, for backbones with a text tower.
+        help: One sentence for `--help`.
+        choices: The allowed values, or a kind of the registry whose names are allowed.
+        flag: The name on the command line, where it is not the field's.
+        in_key: Whether the option decides the key of a column, so that `diff` compares it.
     """
 
-    backbones: tuple[str, ...]
-    keep: tuple[str, ...] = ()
-    frames: int = 8
-    sampling: str = "tsn"
-    fps: float = 0.0
-    stride: int = 0
-    views: int = 1
-    flip: bool = False
-    random_crop: bool = False
-    decoder: str = "auto"
-    precision: str = "float32"
-    dtype: str = "float16"
-    text: bool = True
+    help: str
+    choices: tuple[str, ...] | str = ()
+    flag: str = ""
+    in_key: bool = True
+
+
+def option(default: Any, help: str, **attributes: Any) -> Any:
+    """Declare a field of a configuration: its default, and the attributes of its `Option`."""
+    return field(default=default, metadata={"option": Option(help, **attributes)})
+
+
+def options_of(config: type) -> dict[str, Option]:
+    """Return the options that a configuration declares, by the name of the field."""
+    return {f.name: f.metadata["option"] for f in fields(config) if "option" in f.metadata}
+
+
+def _check_choices(config: Any) -> None:
+    for name, declared in options_of(type(config)).items():
+        value, choices = getattr(config, name), declared.choices
+        if isinstance(choices, tuple) and choices and value not in choices:
+            raise ValueError(f"no {name} {value!r}; choose from {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """The features that a build gives a store. Every option decides values; paths do not.
+
+    `varve build --help` prints the options with their documentation.
+
+    Raises:
+        ValueError: A value is not allowed, or two options contradict each other.
+    """
+
+    backbones: tuple[str, ...] = field(
+        metadata={
+            "option": Option(
+                "NAME:TAG, NAME:/path/weights.safetensors or NAME:random-SEED.", flag="backbone"
+            )
+        }
+    )
+    keep: tuple[str, ...] = option(
+        (),
+        choices="reductions",
+        help="STAGE or STAGE:REDUCTION to keep, of every backbone that has the stage. "
+        "Default: the last vector of each backbone.",
+    )
+    frames: int = option(8, help="Number of frames per clip.")
+    sampling: str = option(
+        "tsn", choices="samplings", help="Rule that chooses the frames of a clip."
+    )
+    fps: float = option(0.0, help="Frames per second, for a rule that takes it (uniform_fps).")
+    stride: int = option(0, help="Step in frames, for a rule that takes it (dense).")
+    views: int = option(1, help="Number of views of each clip; the first is never varied.")
+    flip: bool = option(False, help="Mirror the views after the first with probability 1/2.")
+    random_crop: bool = option(False, help="Crop the views after the first at random.")
+    decoder: str = option("auto", choices="decoders", help="Video decoder; auto is PyAV.")
+    precision: str = option(
+        "float32",
+        choices=DTYPES,
+        help="Number format of parameters and activations; bfloat16 is 4 x faster on some CPUs.",
+    )
+    dtype: str = option("float16", choices=DTYPES, help="Number format of features on disk.")
+    text: bool = option(
+        True, in_key=False, help="Also keep text features of the class prompts (CLIP)."
+    )
 
     def __post_init__(self) -> None:
         for name in ("backbones", "keep"):
@@ -251,9 +302,7 @@ class BuildSpec:
                 object.__setattr__(self, name, (getattr(self, name),))
         if not self.backbones:
             raise ValueError("no backbone asked for; name one, such as --backbone ViT-B-16:openai")
-        for name, value in (("precision", self.precision), ("dtype", self.dtype)):
-            if value not in DTYPES:
-                raise ValueError(f"no {name} {value!r}; choose from {', '.join(DTYPES)}")
+        _check_choices(self)
         if self.views < 1:
             raise ValueError(f"views={self.views}: at least the plain view is needed")
         varies = self.flip or self.random_crop or "random" in rule_options(self.sampling)
@@ -266,12 +315,32 @@ class BuildSpec:
             raise ValueError("flip and random_crop vary views 1 and up; ask for --views 2 or more")
         self.frame_sets(Picture())
 
-    def frame_sets(self, picture: Picture | Sound) -> tuple[FrameSet, ...]:
-        """The frame set of each view, as pictures or sounds of one kind. View 0 is never varied.
+    def changed(self, **changes: Any) -> Self:
+        """Return the request with some options replaced; a value of None replaces nothing.
 
-        Sounds are not mirrored or cropped, and whichever decoder gives the frames, PyAV gives them.
+        The numbers of another sampling rule, and the variations of views that are no longer asked
+        for, return to their defaults.
+
+        Raises:
+            ValueError: The options contradict each other.
         """
-        seen = isinstance(picture, Picture)
+        changes = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in changes.items()
+            if value is not None
+        }
+        if changes.get("sampling", self.sampling) != self.sampling:
+            changes = {"fps": 0.0, "stride": 0} | changes
+        if changes.get("views") == 1:
+            changes = {"flip": False, "random_crop": False} | changes
+        return replace(self, **changes)
+
+    def frame_sets(self, picture: Picture | Sound) -> tuple[FrameSet, ...]:
+        """Return the frame set of each view, as pictures or as audio. View 0 is never varied.
+
+        Audio is not mirrored or cropped, and PyAV decodes it whatever decodes the frames.
+        """
+        visual = isinstance(picture, Picture)
         return tuple(
             FrameSet(
                 frames=self.frames,
@@ -279,9 +348,9 @@ class BuildSpec:
                 fps=self.fps,
                 stride=self.stride,
                 view=view,
-                flip=self.flip and view > 0 and seen,
-                random_crop=self.random_crop and view > 0 and seen,
-                decoder=self.decoder if seen else "auto",
+                flip=self.flip and view > 0 and visual,
+                random_crop=self.random_crop and view > 0 and visual,
+                decoder=self.decoder if visual else "auto",
                 picture=picture,
             )
             for view in range(self.views)
@@ -290,27 +359,27 @@ class BuildSpec:
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a build runs. Nothing here decides a value.
+    """Device, processes and deadlines of a build. No option decides a value.
 
-    Attributes:
-        device: `auto`, `cpu` or `cuda`.
-        workers: Worker processes; 0 chooses by cores.
-        scheduler: Address of a running Dask scheduler; "" for a cluster of the build's own.
-        serial: No cluster: one block after the other in this process, for debugging.
-        deadline_seconds: For the decoding of one file.
-        retry: Try quarantined clips again although their bytes have not changed.
+    `varve build --help` prints the options with their documentation.
+
+    Raises:
+        ValueError: A value is not allowed.
     """
 
-    device: str = "auto"
-    workers: int = 0
-    scheduler: str = ""
-    serial: bool = False
-    deadline_seconds: float = 120.0
-    retry: bool = False
+    device: str = option("auto", choices=DEVICES, help="Device of the networks.")
+    workers: int = option(0, help="Number of worker processes; 0 chooses by the number of cores.")
+    scheduler: str = option("", help="tcp://HOST:PORT of a running Dask scheduler.")
+    serial: bool = option(False, help="Run in this process without a cluster, for debugging.")
+    deadline_seconds: float = option(
+        120.0, flag="deadline", help="Seconds that the decoding of one file may take."
+    )
+    retry: bool = option(
+        False, help="Try quarantined clips again although their bytes have not changed."
+    )
 
     def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"no device {self.device!r}; choose from auto, cpu, cuda")
+        _check_choices(self)
         if self.workers < 0 or not self.deadline_seconds > 0:
             raise ValueError(
                 f"workers={self.workers}, deadline_seconds={self.deadline_seconds}: workers must "

@@ -1,4 +1,4 @@
-"""What a person sees while work goes on: bars in a terminal or notebook, lines in a log."""
+"""Progress of a long operation: bars in a terminal or notebook, lines in a log."""
 
 import sys
 import time
@@ -13,25 +13,26 @@ LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Says nothing. What the pipeline reports to; the variants below show it.
+    """Receive progress and show nothing. The subclasses show it.
 
-    A bar has a name ("decode"), a total and a unit ("clips"); `advance` moves it on.
+    A bar has a name ("decode"), a total and a unit ("clips"); `advance` adds to it.
     """
 
     def message(self, line: str) -> None:
-        """One sentence about what is going on."""
+        """Show a sentence about the present step."""
 
     @contextmanager
     def bars(self, began: float | None = None, **totals: tuple[int, str]) -> Iterator[None]:
         """Show a bar for each name while the block runs: `bars(decode=(1494, "clips"))`.
 
         Args:
-            began: When the work did, by `time.monotonic`; by default now.
+            began: Start of the work, by `time.monotonic`, in seconds; by default now.
+            totals: The total and the unit of each bar.
         """
         yield
 
     def advance(self, name: str, count: int, frames: int = 0) -> None:
-        """Move a bar on by `count`; `frames` are counted beside it."""
+        """Add `count` units and a number of frames to a bar."""
 
 
 @dataclass
@@ -54,7 +55,7 @@ class _Bar:
 
 
 class Lines(Progress):
-    """Plain lines, for a log: each bar at most every ten seconds, and when it is full."""
+    """Print plain lines for a log: each bar at most every ten seconds, and when it is full."""
 
     def __init__(self, out: TextIO | None = None, every_seconds: float = LINE_SECONDS) -> None:
         self.out, self.every_seconds = out or sys.stderr, every_seconds
@@ -87,7 +88,7 @@ class Lines(Progress):
 
 
 class Bars(Progress):
-    """Live bars with rates and time left, in a terminal or in Jupyter."""
+    """Show live bars with rates and time left, in a terminal or in Jupyter."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -131,7 +132,7 @@ class Bars(Progress):
 
 
 def default_progress() -> Progress:
-    """Bars where a terminal or a notebook shows them, else lines."""
+    """Return bars where a terminal or a notebook shows them, else lines."""
     from rich.console import Console
 
     console = Console(stderr=True)

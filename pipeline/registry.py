@@ -1,16 +1,15 @@
-"""One registry of variants: a kind (head, layout, decoder, backbone...) and a name give a variant.
+"""Registry of variants: a kind (head, layout, decoder, backbone...) and a name give one variant.
 
-A variant is found in one of three places:
+A variant comes from one of three sources:
 
-- **A file of the kind's folder.** The file name is the variant's name; a leading underscore hides
+- **A file in the kind's folder.** The file name is the variant's name; a leading underscore hides
   a helper. There is no list to edit.
-- **A function or class with the decorator `register`**, in a file of the user's own. The file is
-  loaded with `load_plugin(path)`, on the command line with `--plugin FILE`, and in every process
-  that Varve starts.
+- **A function or class with the decorator `register`**, in a file of the user. `load_plugin(path)`
+  loads the file, on the command line `--plugin FILE`. Worker processes load it as well.
 - **An entry point** of an installed package, in the group `varve.KIND`.
 
-What a user wrote is named by its code too: `source_digest` of a variant enters the cache keys of
-what it computes, so that an edited function is another column and never a stale one.
+`source_digest` identifies a user's code by its text. It enters the cache keys of what the code
+computes, so an edited function is a new column and never a stale one.
 """
 
 import difflib
@@ -18,8 +17,9 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import os
-import pkgutil
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +39,8 @@ KINDS = {
     "scenarios": "varve.pipeline.experiments.scenarios",
     "metrics": "varve.pipeline.experiments.metrics",
 }
-# Plugin files of this process and of those that it starts, separated as in PATH.
+# What worker processes load too: JSON, a plugin file or the name of a module -> the digest of its
+# text, "" for any. Set it by hand for the workers of a cluster that Varve does not start.
 VARIABLE = "VARVE_PLUGINS"
 
 Variant = TypeVar("Variant")
@@ -48,8 +49,13 @@ Variant = TypeVar("Variant")
 @dataclass(frozen=True)
 class _Registered:
     variant: Any
-    source: str  # the file that holds it; "" in a notebook, and for Varve's own
-    digest: str  # of that file's text, or of the function's in a notebook; "" for Varve's own
+    source: str  # the file that defines it; "" in a notebook
+    shipped: bool  # by Varve itself
+    digest: str  # of the file's text, of the function's in a notebook; "" where shipped
+
+    @property
+    def definition(self) -> tuple[str, str]:
+        return self.source, str(getattr(self.variant, "__qualname__", ""))
 
 
 _REGISTERED: dict[str, dict[str, _Registered]] = {kind: {} for kind in KINDS}
@@ -61,10 +67,11 @@ def register(kind: str, name: str = "") -> Callable[[Variant], Variant]:
 
     Args:
         kind: A key of `KINDS`, such as "samplings".
-        name: What it is called by; by default the function's own name.
+        name: The variant's name; by default the name of the function or class.
 
     Raises:
-        ValueError: There is no such kind, or another variant has the name.
+        ValueError: There is no such kind, another variant has the name, or the text of a class
+            in a notebook cannot be read.
 
     >>> @register("samplings", "first")
     ... def first_frames(times_N, frames): ...
@@ -76,15 +83,24 @@ def register(kind: str, name: str = "") -> Callable[[Variant], Variant]:
         raise ValueError(f"no kind {kind!r}; choose from {', '.join(KINDS)}")
 
     def add(thing: Variant) -> Variant:
-        own = name or str(getattr(thing, "__name__", ""))
-        module = sys.modules.get(str(getattr(thing, "__module__", "")))
-        source = str(getattr(module, "__file__", None) or "")
-        shipped = str(getattr(thing, "__module__", "")).startswith("varve.")
-        known = _REGISTERED[kind].get(own)
-        if (own in _shipped(kind) and not shipped) or (known and known.source != source):
-            raise ValueError(f"{kind} has {own!r} already; give yours another name")
+        module_name = str(getattr(thing, "__module__", ""))
+        source = str(getattr(sys.modules.get(module_name), "__file__", None) or "")
+        shipped = module_name.startswith("varve.")
+        label = name or str(getattr(thing, "__name__", ""))
         digest = "" if shipped else _LOADED.get(source) or _digest_of(thing, source)
-        _REGISTERED[kind][own] = _Registered(thing, "" if shipped else source, digest)
+        new = _Registered(thing, source, shipped, digest)
+        before = _REGISTERED[kind].get(label)
+        if (before and before.definition != new.definition) or (
+            label in _shipped(kind) | _declared(kind) and not shipped
+        ):
+            users = before.source if before and shipped else source
+            raise ValueError(
+                f"{kind} has {label!r} already; give the one in {users or 'the notebook'} another "
+                "name"
+            )
+        _REGISTERED[kind][label] = new
+        if source and not shipped and source not in _LOADED and module_name != "__main__":
+            _announce(module_name, "")
         return thing
 
     return add
@@ -96,20 +112,27 @@ def unregister(kind: str, name: str) -> None:
 
 
 def available(kind: str) -> list[str]:
-    """Names of the variants of a kind, sorted.
+    """Return the names of a kind's variants, sorted.
 
     >>> "class_folders" in available("layouts")
     True
     """
-    _load_all(kind)
-    return sorted({*_shipped(kind), *_REGISTERED[kind], *_entry_points(kind)})
+    _load_announced()
+    if not _path(kind).is_dir():  # one module registers all
+        importlib.import_module(KINDS[kind])
+    return listed(kind)
+
+
+def listed(kind: str) -> list[str]:
+    """Return the names that are known without an import: for option help, which must be quick."""
+    return sorted({*_shipped(kind), *_declared(kind), *_REGISTERED[kind], *_entry_points(kind)})
 
 
 def variant(kind: str, name: str) -> Any:
-    """The variant of a kind: a module for a file of the folder, else what was registered.
+    """Return a variant: a module for a file of the kind's folder, else the registered object.
 
     Raises:
-        ValueError: There is none of that name; the message lists those there are.
+        ValueError: No variant has the name; the message lists those that exist.
     """
     names = available(kind)
     if name in _REGISTERED[kind]:
@@ -127,99 +150,154 @@ def variant(kind: str, name: str) -> Any:
 
 
 def source_digest(kind: str, name: str) -> str:
-    """SHA-256 of the text of the user's file that holds a variant; "" for one of Varve's own.
+    """Return the SHA-256 of the text of the file that defines a user's variant.
 
-    Varve's own variants are named by versions in their code instead. For one of an installed
-    package it is the digest of the module's file.
+    It is "" for a variant of Varve, whose code carries a version instead. For a variant of an
+    installed package it is the digest of the module's file.
+
+    Raises:
+        ValueError: No variant has the name.
     """
-    found = variant(kind, name)
+    thing = variant(kind, name)
     if name in _REGISTERED[kind]:
         return _REGISTERED[kind][name].digest
     if name in _shipped(kind):
         return ""
-    module = found if hasattr(found, "__file__") else sys.modules[found.__module__]
-    return _digest_of(found, str(module.__file__))
+    module = thing if inspect.ismodule(thing) else sys.modules[thing.__module__]
+    return _digest_of(thing, str(module.__file__))
 
 
 def load_plugin(path: str | Path) -> None:
-    """Load a file of variants here, and in every process that is started from here on.
+    """Load a file of variants, in this process and in every worker process started later.
+
+    A file that was edited since is loaded again, and its earlier variants are removed.
 
     Raises:
-        ValueError: There is no such file, or it is no Python.
+        ValueError: There is no such file, or it raises an error.
     """
+    _load(path)
+
+
+def _load(path: str | Path, expected: str = "") -> None:
+    """Load a plugin, of an expected digest where one is given."""
     file = Path(path).resolve()
-    if str(file) in _LOADED:
+    if file.suffix != ".py" or not file.is_file():
+        raise ValueError(f"no plugin {path}: give a Python file that exists, such as mine.py")
+    source, text = str(file), file.read_bytes()
+    digest = hashlib.sha256(text).hexdigest()
+    if expected and digest != expected:
+        raise ValueError(f"{source} was edited while it is in use: run the command again")
+    if _LOADED.get(source) == digest:
         return
-    if not file.is_file() or file.suffix != ".py":
-        raise ValueError(f"--plugin {path}: no such Python file")
-    text = file.read_bytes()
-    name = f"varve_plugin_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}_{file.stem}"
+    name = f"varve_plugin_{file.stem}_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
-    assert spec.loader is not None
+    _forget(source)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before it runs: dataclasses and pickle look it up
-    _LOADED[str(file)] = hashlib.sha256(text).hexdigest()
+    _LOADED[source] = digest
     try:
-        exec(compile(text, str(file), "exec"), module.__dict__)
+        exec(compile(text, source, "exec"), module.__dict__)  # these bytes are the digest's
     except BaseException as error:
-        del sys.modules[name], _LOADED[str(file)]
-        for registered in _REGISTERED.values():
-            for own in [n for n, one in registered.items() if one.source == str(file)]:
-                del registered[own]
+        del sys.modules[name]
+        _forget(source)
         if not isinstance(error, Exception):
             raise
         raise ValueError(f"{file} cannot be loaded: {type(error).__name__}: {error}") from error
-    files = [one for one in os.environ.get(VARIABLE, "").split(os.pathsep) if one]
-    if str(file) not in files:
-        os.environ[VARIABLE] = os.pathsep.join([*files, str(file)])
+    _announce(source, digest)
 
 
 def names_in(path: str | Path, kind: str) -> list[str]:
     """Return the names of the variants of a kind that a loaded plugin file registered, sorted."""
     source = str(Path(path).resolve())
-    return sorted(name for name, r in _REGISTERED[kind].items() if r.source == source)
+    return sorted(name for name, known in _REGISTERED[kind].items() if known.source == source)
 
 
 def plugins() -> dict[str, str]:
     """Return the plugin files of this process, each with the SHA-256 of its text as loaded."""
-    _load_environment()
+    _load_announced()
     return dict(_LOADED)
 
 
+def require_files(*kinds: str) -> None:
+    """Refuse to start worker processes that cannot find a variant of these kinds.
+
+    Raises:
+        RuntimeError: A variant was registered in a notebook or an interactive session.
+    """
+    for kind in kinds:
+        for name, registered in _REGISTERED[kind].items():
+            if not registered.source:
+                raise RuntimeError(
+                    f"{name!r} of {kind} is defined in this notebook or session, where worker "
+                    "processes cannot find it. Put it into a file, such as mine.py, and call "
+                    "varve.load_plugin('mine.py')"
+                )
+
+
 def _digest_of(thing: Any, source: str) -> str:
-    text = Path(source).read_bytes() if source else inspect.getsource(thing).encode()
+    try:
+        text = Path(source).read_bytes() if source else inspect.getsource(thing).encode()
+    except (OSError, TypeError) as error:
+        raise ValueError(
+            f"the text of {thing!r} cannot be read, and cache keys need it: put it into a file, "
+            "such as mine.py, and call varve.load_plugin('mine.py')"
+        ) from error
     return hashlib.sha256(text).hexdigest()
 
 
-def _load_environment() -> None:
-    for file in os.environ.get(VARIABLE, "").split(os.pathsep):
-        if file:
-            load_plugin(file)
+def _forget(source: str) -> None:
+    _LOADED.pop(source, None)
+    for variants in _REGISTERED.values():
+        for name in [name for name, known in variants.items() if known.source == source]:
+            del variants[name]
 
 
-def _load_all(kind: str) -> None:
-    """Load what may register variants of a kind: plugin files, and the kind's own module."""
-    _load_environment()
-    if not _folder(kind).is_dir():
-        importlib.import_module(KINDS[kind])
+def _announced() -> dict[str, str]:
+    return dict(json.loads(os.environ.get(VARIABLE) or "{}"))
 
 
-def _folder(kind: str) -> Path:
-    """The folder of a kind. Nothing is imported, so that names cost no time."""
-    return Path(__file__).parents[1].joinpath(*KINDS[kind].split(".")[1:])
+def _announce(source: str, digest: str) -> None:
+    os.environ[VARIABLE] = json.dumps(_announced() | {source: digest})
+
+
+def _load_announced() -> None:
+    """Load what the process that started this one had loaded."""
+    for source, digest in _announced().items():
+        if not source.endswith(".py"):
+            importlib.import_module(source)
+        elif source not in _LOADED or digest not in ("", _LOADED[source]):
+            _load(source, digest)
 
 
 @cache
 def _shipped(kind: str) -> frozenset[str]:
-    """Files of the kind's folder."""
-    return frozenset(
-        module.name
-        for module in pkgutil.iter_modules([str(_folder(kind))])
-        if not (module.ispkg or module.name.startswith("_"))
-    )
+    """Return the names of the files in a kind's folder; none where the kind is one module."""
+    files = {file.stem for file in _path(kind).glob("*.py")}
+    return frozenset(name for name in files if not name.startswith("_"))
+
+
+@cache
+def _declared(kind: str) -> frozenset[str]:
+    """Return the names that a kind's one module registers, from its text."""
+    file = _path(kind).with_suffix(".py")
+    text = file.read_text("utf-8") if file.is_file() else ""
+    return frozenset(re.findall(rf'^@register\("{kind}", "([^"]+)"\)', text, re.MULTILINE))
+
+
+def _path(kind: str) -> Path:
+    """Return the folder of a kind, or its module without the ending. Nothing is imported."""
+    return Path(__file__).parents[1].joinpath(*KINDS[kind].split(".")[1:])
 
 
 @cache
 def _entry_points(kind: str) -> dict[str, metadata.EntryPoint]:
-    return {point.name: point for point in metadata.entry_points(group=f"varve.{kind}")}
+    points: dict[str, metadata.EntryPoint] = {}
+    for point in metadata.entry_points(group=f"varve.{kind}"):
+        if point.name in points or point.name in _shipped(kind):
+            raise ValueError(
+                f"{kind} has {point.name!r} already; the installed package "
+                f"{point.dist.name if point.dist else point.value} has another of that name"
+            )
+        points[point.name] = point
+    return points

@@ -1,8 +1,8 @@
-"""Quantities as text for people: seconds and bytes."""
+"""Format quantities for people: seconds and bytes."""
 
 
 def clock(seconds: float) -> str:
-    """Seconds for a person.
+    """Return seconds as text.
 
     >>> clock(42.4), clock(75), clock(7322)
     ('42 s', '1 min 15 s', '2 h 02 min')
@@ -16,7 +16,7 @@ def clock(seconds: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for a person, in powers of ten.
+    """Return bytes as text, in powers of ten.
 
     >>> size(999), size(2_420_736), size(23e9)
     ('999 B', '2.42 MB', '23 GB')

@@ -174,7 +174,7 @@ def test_no_folder_holds_more_than_twenty_modules():
         ("varve.heads.nearest_mean", ["av", "zarr", "varve.stores", "varve.pipeline", "dask"]),
         ("varve.pipeline.decoders", ["torch", "dask", "zarr", "pandas"]),
         ("varve.pipeline.cli.format_store", ["torch", "av", "dask"]),
-        ("varve.pipeline.cli.store_commands", ["torch", "dask", "zarr", "av", "pandas", "numpy"]),
+        ("varve.pipeline.cli.app", ["torch", "dask", "zarr", "av", "pandas", "numpy"]),
     ],
 )
 def test_importing_a_module_does_not_load_what_it_has_no_use_for(module, absent):

@@ -92,7 +92,7 @@ def pictures(outputs: dict[str, list[NotebookNode]]) -> list[str]:
 
 
 def complaints(outputs: dict[str, list[NotebookNode]]) -> list[str]:
-    """What went to stderr, where Python's warnings go."""
+    """Return the text on stderr, where Python's warnings go."""
     return [one.text for all_of_it in outputs.values() for one in all_of_it
             if one.get("name") == "stderr"]  # fmt: skip
 
@@ -151,7 +151,7 @@ def test_only_public_calls_are_used(name):
 
 def test_videos_are_drawn_once_and_are_whole_or_not_there(tmp_path):
     cell = code_of(BUILD)["make-videos"]
-    drawing = cell[cell.index("    made =") :]
+    drawing = cell[cell.index("    drawn =") :]
     assert all(drawing in code_of(name)["make-store"] for name in (ABLATE, ROUTE, LOOK))
     videos = tmp_path / "demo" / "videos"
     for _ in range(2):
@@ -197,14 +197,14 @@ def test_clips_and_videos_are_routed(execute, small, tmp_path):
     outputs = execute(ROUTE, **small)
     assert complaints(outputs) == []
     assert pictures(outputs) == ["routing-it", "residuals-it"]
-    told = printed(outputs["route-it"])
-    assert told.count("nearest class") == 3
+    answers = printed(outputs["route-it"])
+    assert answers.count("nearest class") == 3
     varve, route, run, *videos = shlex.split(printed(outputs["shell-it"]))
     assert (varve, route, len(videos)) == ("varve", "route", 3)
     assert (tmp_path / "notebooks" / run / "checkpoints").is_dir()
     for video in videos:
         assert Path(video).is_file()
-        assert f"{video}: " in told
+        assert f"{video}: " in answers
 
 
 def test_heads_are_looked_into(execute, small, tmp_path):

@@ -1,4 +1,4 @@
-"""What the README shows can be typed as it stands."""
+"""The Python of the README runs as it is printed."""
 
 import re
 import subprocess

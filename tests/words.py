@@ -24,8 +24,11 @@ QUOTING = {ROOT / "tests" / "words.py", ROOT / "tests" / "test_words.py"}
 
 # A docstring's first sentence begins with a verb or a noun phrase, so not with one of these.
 FRAGMENTS = frozenset(
-    ["As", "By", "Has", "Heard", "Held", "How", "If", "Like", "Made", "Named", "Of", "Said", "That"]
-    + ["To", "Told", "What", "When", "Where", "Whether", "Which", "Who", "Whose", "With", "Without"]
+    (
+        *("As", "By", "Has", "Heard", "Held", "How", "If", "Like", "Made", "Named", "Of", "Said"),
+        *("That", "To", "Told", "What", "When", "Where", "Whether", "Which", "Who", "Whose"),
+        *("With", "Without"),
+    )
 )
 
 # Standard uses, taken out of a line before the words below are looked for.

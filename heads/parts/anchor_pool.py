@@ -150,11 +150,11 @@ class AnchorPool:
         experts_BS = self._experts(residuals_BSD, experts, key)
         similarities_BS, anchors_BS = self._own(residuals_BSD, experts_BS)
         order_BS = np.lexsort((experts_BS, -similarities_BS), axis=1)[:, :top_k]
-        experts_BS, similarities_BS, classes_BS = (
+        experts, similarities, classes = (
             torch.from_numpy(np.take_along_axis(x, order_BS, axis=1)).to(residuals_BSD.device)
             for x in (experts_BS, similarities_BS, self._labels[anchors_BS])
         )
-        return Routing(experts_BS, similarities_BS, classes_BS, similarities_BS)
+        return Routing(experts, similarities, classes, similarities)
 
     def compare(
         self, residuals_BSD: Tensor, key: str = "", experts: Tensor | None = None
@@ -262,10 +262,10 @@ class AnchorPool:
             anchors_R[own_R] = first + index_R2[:, 0]
             unsure_R = near_R2[:, 0] - near_R2[:, -1] <= _rounding(self.width)
             if end - first > 1 and unsure_R.any():
-                unsure_R = own_R[unsure_R]
-                index_RC = np.broadcast_to(np.arange(first, end), (len(unsure_R), end - first))
+                tied_R = own_R[unsure_R]
+                index_RC = np.broadcast_to(np.arange(first, end), (len(tied_R), end - first))
                 # Of equal similarities argmax gives the first.
-                anchors_R[unsure_R] = first + self._cosines(rows_RD[unsure_R], index_RC).argmax(1)
+                anchors_R[tied_R] = first + self._cosines(rows_RD[tied_R], index_RC).argmax(1)
         similarities_R = self._cosines(rows_RD, anchors_R[:, None])
         return similarities_R.reshape(experts_BS.shape), anchors_R.reshape(experts_BS.shape)
 

@@ -1,4 +1,4 @@
-"""The demo: from no data at all to a head's accuracy matrix, on one machine without a network."""
+"""The demo: from no data to the accuracy matrix of a head, without a download."""
 
 import shutil
 from pathlib import Path
@@ -15,8 +15,8 @@ from varve.pipeline.progress import Progress
 from varve.stores import Feature, FeatureStore
 
 RANDOM = ("ViT-S-32:random-0", "resnet18:random-0")
-LISTENS = "mel_resnet18:random-0"
-HEARS = {"width": 128, "ffn": 256, "batch_size": 32, "position": "learned"}
+AUDIO = "mel_resnet18:random-0"
+HAD_OPTIONS = {"width": 128, "ffn": 256, "batch_size": 32, "position": "learned"}
 RANDOM_KEEP = ("blocks.2.mlp:grid7", "proj", "layer2.1:grid7", "pool")
 
 
@@ -28,12 +28,12 @@ def run(
     sound: bool,
     progress: Progress,
 ) -> None:
-    """Make videos in `out`/videos and a store in `out`/store.zarr, learn, and print the results.
+    """Make videos in `out`/videos and a store in `out`/store.zarr, train heads, and print results.
 
     Args:
         backbones: NAME:TAG each; None for two small random networks.
         clips_per_class: Videos of each class, a third of them for testing.
-        sound: Whether they have sound, heard by a network of its own, and learned with HAD.
+        sound: Whether the videos have audio, for an audio backbone and HAD.
     """
     videos, store = out / "videos", out / "store.zarr"
     if not videos.exists():
@@ -46,7 +46,7 @@ def run(
         raise ValueError(f"{videos} was made without sound: give another --out, or remove it")
     names = tuple(backbones or RANDOM)
     if sound and not any(name.startswith(PREFIX) for name in names):
-        names += (LISTENS,)
+        names += (AUDIO,)
     if not backbones:
         print(
             f"networks: {' and '.join(names)}: small, with RANDOM weights, so that no download is "
@@ -56,15 +56,15 @@ def run(
     keep = () if backbones else RANDOM_KEEP
     report = build(videos, store, BuildSpec(names, keep, precision=precision), progress=progress)
     print(f"\n{report_summary(report)}\n")
-    learned = _learn(FeatureStore.open(store), out / "runs", progress)
-    scenario, own = learned.spec["scenario"], ["position=learned"]
-    head, sees = "stpr", names[0].partition(":")[0]
-    if learned.spec["head"] == "had":
-        head, sees = "had", learned.spec["backbone"]
-        own = ["parts=low+high", *(f"{name}={value}" for name, value in HEARS.items())]
-    more = "".join(f" \\\n      --set {one}" for one in own)
+    best = _train(FeatureStore.open(store), out / "runs", progress)
+    scenario, settings = best.spec["scenario"], ["position=learned"]
+    head, visual = "stpr", names[0].partition(":")[0]
+    if best.spec["head"] == "had":
+        head, visual = "had", best.spec["backbone"]
+        settings = ["parts=low+high", *(f"{name}={value}" for name, value in HAD_OPTIONS.items())]
+    sets = "".join(f" \\\n      --set {setting}" for setting in settings)
     options = [f"--backbone {name}" for name in names] + [f"--keep {feature}" for feature in keep]
-    asked = "".join(f" \\\n      {option}" for option in options)
+    request = "".join(f" \\\n      {option}" for option in options)
     maps = out / "maps.zarr"
     print(
         f"""
@@ -72,9 +72,9 @@ next:
   varve info {store}
   varve failures {store}
   varve verify {store}
-  varve build {videos} --store {store}{asked}
+  varve build {videos} --store {store}{request}
       (again: nothing is decoded, nothing computed)
-  varve run {store} --head {head} --backbone {sees} --scenario {scenario}{more}
+  varve run {store} --head {head} --backbone {visual} --scenario {scenario}{sets}
   varve build {videos} --store {maps} --frames 4 --backbone {RANDOM[1]} \\
       --keep layer3.1 --keep pool
   varve run {maps} --head hf_net --scenario {scenario} \\
@@ -84,13 +84,13 @@ next:
     )
 
 
-def _learn(store: FeatureStore, runs: Path, progress: Progress) -> Run:
-    """Learn with what is quick, print how well, and return what is best, or HAD where it hears."""
+def _train(store: FeatureStore, runs: Path, progress: Progress) -> Run:
+    """Train quick heads, print their accuracies, and return the best run, or HAD's with audio."""
     classes = store.attributes["classes"]
-    heard = sorted(set(classes) & set(AUDIO_CLASSES))
-    head, scenario = "nearest_mean", "4+4x3" if heard else "demo"
+    audible = sorted(set(classes) & set(AUDIO_CLASSES))
+    head, scenario = "nearest_mean", "4+4x3" if audible else "demo"
 
-    def done(feature: Feature, time: str) -> Run:
+    def trained(feature: Feature, time: str) -> Run:
         options = {"feature": feature.name, "time": time}
         return run_experiment(
             store, head, scenario, options=options, backbone=feature.backbone, out=runs
@@ -98,15 +98,15 @@ def _learn(store: FeatureStore, runs: Path, progress: Progress) -> Run:
 
     ready = store.clips[store.clips["status"] == "ready"]
     clips = ready["split"].value_counts()
-    count, step = len(classes), 4 if heard else 2
+    count, step = len(classes), 4 if audible else 2
     print(
         f"nearest class mean, scenario {scenario} ({count} classes, 4 and then {step} at a time; "
-        f"{clips['train']} clips to learn from, {clips['test']} to test on; chance {1 / count:.0%})"
+        f"{clips['train']} clips to train on, {clips['test']} to test on; chance {1 / count:.0%})"
     )
     print("final accuracy, with the frames' features averaged / kept in order:")
     best: Run | None = None
     for feature in store.features():
-        averaged, ordered = (done(feature, time) for time in ("mean", "order"))
+        averaged, ordered = (trained(feature, time) for time in ("mean", "order"))
         print(
             f"  {feature.backbone:24} {feature.name:20} "
             f"{averaged.matrix.metric('final'):4.0%} / {ordered.matrix.metric('final'):4.0%}"
@@ -117,12 +117,18 @@ def _learn(store: FeatureStore, runs: Path, progress: Progress) -> Run:
             best = ordered
     print("Most classes are motions: an average over frames cannot tell one from its reverse.")
     assert best is not None
-    if heard:
-        sees = best.spec["backbone"]
-        listens = next(f.backbone for f in store.features() if f.backbone.startswith(PREFIX))
-        print(f"Told by their sound alone: {'; '.join(heard)}.\nHAD, on {sees} and {listens}:")
+    if audible:
+        visual = best.spec["backbone"]
+        audio = next(f.backbone for f in store.features() if f.backbone.startswith(PREFIX))
+        print(f"Only the audio shows: {'; '.join(audible)}.\nHAD, on {visual} and {audio}:")
         best = run_experiment(
-            store, "had", scenario, options=HEARS, backbone=sees, out=runs, progress=progress
+            store,
+            "had",
+            scenario,
+            options=HAD_OPTIONS,
+            backbone=visual,
+            out=runs,
+            progress=progress,
         )
     print(f"\n{run_summary(best)}")
     return best

@@ -1,4 +1,4 @@
-"""What `varve run` and `varve route` print, as JSON for programs and as text for people."""
+"""Format runs and routed videos: as JSON for programs, as text for people."""
 
 from math import isnan
 from typing import Any
@@ -10,7 +10,7 @@ from varve.pipeline.units import clock, size
 
 
 def run_facts(run: Run) -> dict[str, Any]:
-    """A finished run as JSON."""
+    """Return a finished run as JSON."""
     return {
         "run": str(run.folder),
         "spec": dict(run.spec),
@@ -20,7 +20,7 @@ def run_facts(run: Run) -> dict[str, Any]:
 
 
 def run_summary(run: Run) -> str:
-    """A finished run for a person."""
+    """Return a finished run as text."""
     spec, cost = run.spec, run.cost
     lines = [
         f"{spec['head']} on {spec['backbone']}, {spec['scenario']}, seed {spec['seed']}: "
@@ -47,18 +47,20 @@ def run_summary(run: Run) -> str:
 
 
 def routed_text(routed: Routed) -> str:
-    """What experts make of a video, for a person."""
+    """Return the classes and experts of a video as text."""
     if routed.reason:
         return f"{routed.video}: {routed.reason}"
     named = ", ".join(f"{name} {score:.3f}" for name, score in routed.classes)
     lines = [f"{routed.video}: {named}", "  expert  weight  similarity  nearest class"]
-    for one in routed.experts:
-        lines.append(f"  {one.number:6}  {one.weight:6.3f}  {one.similarity:10.3f}  {one.nearest}")
+    lines += [
+        f"  {expert.number:6}  {expert.weight:6.3f}  {expert.similarity:10.3f}  {expert.nearest}"
+        for expert in routed.experts
+    ]
     return "\n".join(lines)
 
 
 def matrix_text(matrix: Matrix) -> str:
-    """The accuracy matrix as a table.
+    """Return the accuracy matrix as a table of text.
 
     >>> import numpy as np
     >>> print(matrix_text(Matrix(np.array([[1.0, np.nan], [0.5, 0.75]]), np.array([4, 4]))))

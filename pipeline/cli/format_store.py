@@ -1,4 +1,4 @@
-"""Facts and summaries: what commands print, as JSON for programs and as text for people."""
+"""Format builds, plans and stores: as JSON for programs, as text for people."""
 
 import itertools
 from pathlib import Path
@@ -11,7 +11,7 @@ from varve.pipeline.units import clock, size
 from varve.stores import FeatureStore
 from varve.stores.garbage import GarbageReport
 
-if TYPE_CHECKING:  # torch, which describing a store has no use for
+if TYPE_CHECKING:  # they load torch, which a description of a store does not need
     from varve.pipeline.extraction.build import BuildReport
     from varve.pipeline.extraction.estimate import Estimate
     from varve.pipeline.extraction.passes import Source
@@ -21,7 +21,7 @@ STATUS_ORDER = ("ready", "pending", "quarantined")
 
 
 def report_facts(report: "BuildReport") -> dict[str, Any]:
-    """A build's report as JSON."""
+    """Return the report of a build as JSON."""
     quarantined = report.quarantined[["path", "reason", "detail"]]
     return {
         "store": str(report.store),
@@ -45,7 +45,7 @@ def report_facts(report: "BuildReport") -> dict[str, Any]:
 
 
 def report_summary(report: "BuildReport") -> str:
-    """A build's report for a person."""
+    """Return the report of a build as text."""
     seconds = report.seconds
     lines = [
         f"{report.store}: "
@@ -78,21 +78,21 @@ def report_summary(report: "BuildReport") -> str:
     return "\n".join(lines)
 
 
-def plan_facts(made: "Plan", seconds: "Estimate | None", store: str | Path) -> dict[str, Any]:
-    """A plan as JSON."""
+def plan_facts(work: "Plan", seconds: "Estimate | None", store: str | Path) -> dict[str, Any]:
+    """Return a plan as JSON."""
     from varve.pipeline.extraction.disk_space import free_bytes, needed_bytes
 
     columns = []
-    for one, plans in zip(made.passes, made.columns, strict=False):
+    for pass_, plans in zip(work.passes, work.columns, strict=False):
         for column in plans:
             spec = column.output.spec
             columns.append(
                 {
                     "backbone": spec.backbone,
                     "feature": spec.feature,
-                    "view": one.frame_set.view,
+                    "view": pass_.frame_set.view,
                     "fingerprint": spec.fingerprint,
-                    "shape": [len(made.table), *spec.cell],
+                    "shape": [len(work.table), *spec.cell],
                     "dtype": spec.dtype,
                     "valid": int(column.valid.sum()),
                     "stale": int(column.stale.sum()),
@@ -103,25 +103,25 @@ def plan_facts(made: "Plan", seconds: "Estimate | None", store: str | Path) -> d
                 }
             )
     return {
-        "clips": len(made.table),
-        "not_there": _not_there(made),
-        "decodes": made.decodes,
-        "clips_to_compute": made.clips,
-        "block_calls": sum(made.calls(i) for i in range(len(made.passes))),
-        "passes": [_pass_facts(made, i) for i in range(len(made.passes)) if made.batches(i)],
-        "bytes_to_read": made.bytes_read,
-        "bytes": made.file_bytes,
-        "bytes_to_write": made.file_bytes - made.disk_bytes,
-        "bytes_needed": needed_bytes(made),
+        "clips": len(work.table),
+        "not_there": _not_there(work),
+        "decodes": work.decodes,
+        "clips_to_compute": work.clips,
+        "block_calls": sum(work.calls(i) for i in range(len(work.passes))),
+        "passes": [_pass_facts(work, i) for i in range(len(work.passes)) if work.batches(i)],
+        "bytes_to_read": work.bytes_read,
+        "bytes": work.file_bytes,
+        "bytes_to_write": work.file_bytes - work.disk_bytes,
+        "bytes_needed": needed_bytes(work),
         "bytes_free": free_bytes(Path(store)),
         "seconds": None if seconds is None else round(seconds.seconds, 1),
         "columns": columns,
     }
 
 
-def plan_summary(made: "Plan", seconds: "Estimate | None", store: str | Path) -> str:
-    """A plan for a person."""
-    facts = plan_facts(made, seconds, store)
+def plan_summary(work: "Plan", seconds: "Estimate | None", store: str | Path) -> str:
+    """Return a plan as text."""
+    facts = plan_facts(work, seconds, store)
     lines = [f"{facts['clips']} clips; columns of {store}:"]
     if facts["not_there"]:
         first, *more = facts["not_there"]
@@ -158,18 +158,18 @@ def plan_summary(made: "Plan", seconds: "Estimate | None", store: str | Path) ->
         lines.append(f"  NOT ENOUGH: {size(facts['bytes_needed'])} are needed while it runs")
     if seconds is not None:
         lines.append(f"time: about {clock(seconds.seconds)} on this machine")
-    elif not made.blocks:
+    elif not work.blocks:
         lines.append("time: nothing is to be computed")
     return "\n".join(lines)
 
 
-def _not_there(made: "Plan") -> list[str]:
+def _not_there(work: "Plan") -> list[str]:
     """Paths of listed clips without a file."""
-    return sorted(set(made.table.loc[made.table["reason"] == "missing", "path"]))
+    return sorted(set(work.table.loc[work.table["reason"] == "missing", "path"]))
 
 
 def store_facts(opened: FeatureStore) -> dict[str, Any]:
-    """What a store holds, as JSON."""
+    """Return the contents of a store as JSON."""
     table = opened.clips
     features = [
         {
@@ -201,7 +201,7 @@ def store_facts(opened: FeatureStore) -> dict[str, Any]:
 
 
 def store_summary(opened: FeatureStore) -> str:
-    """What a store holds, for a person."""
+    """Return the contents of a store as text."""
     facts = store_facts(opened)
     status = ", ".join(f"{count} {name}" for name, count in facts["status"].items() if count)
     splits = ", ".join(
@@ -229,7 +229,7 @@ def _changes(facts: dict[str, Any]) -> str:
 
 
 def failure_lines(failed: pd.DataFrame) -> str:
-    """A line a clip: row, path, why."""
+    """Return a line for each quarantined clip: row, path, reason."""
     return "\n".join(
         f"  row {row}  {clip['path']}  {clip['reason']}: {clip['detail']}"
         for row, clip in failed.iterrows()
@@ -237,7 +237,7 @@ def failure_lines(failed: pd.DataFrame) -> str:
 
 
 def garbage_lines(report: GarbageReport) -> str:
-    """What a garbage collection freed, or would, for a person."""
+    """Return what a garbage collection freed, or would free, as text."""
     freed, forgot = ("would free", "would forget") if report.dry_run else ("freed", "forgot")
     lines = [
         f"{verb} {size(c.size_bytes)}  {c.backbone}  {c.feature}  {c.fingerprint[:16]}: {c.why}"
@@ -267,18 +267,20 @@ def _name(source: "Source") -> str:
     return f"{source.feature} {source.dtype}"
 
 
-def _pass_facts(made: "Plan", number: int) -> dict[str, Any]:
-    """One run of a network from one beginning: what it calls, and how often."""
-    one = made.passes[number]
+def _pass_facts(work: "Plan", number: int) -> dict[str, Any]:
+    """Return a pass of a network from one source: its stages and its number of calls."""
+    pass_ = work.passes[number]
     return {
-        "backbone": one.outputs[0].spec.backbone,
-        "view": one.frame_set.view,
-        "from": _name(one.source) if one.source else "the video",
-        "clips": sum(block.clips_of(number) for block in made.blocks),
-        "batches": made.batches(number),
-        "block_calls": made.calls(number),
-        "stages": one.run_stages(set().union(*(block.outputs_of(number) for block in made.blocks))),
-        "of_stages": len(one.stage_keys),
+        "backbone": pass_.outputs[0].spec.backbone,
+        "view": pass_.frame_set.view,
+        "from": _name(pass_.source) if pass_.source else "the video",
+        "clips": sum(block.clips_of(number) for block in work.blocks),
+        "batches": work.batches(number),
+        "block_calls": work.calls(number),
+        "stages": pass_.run_stages(
+            set().union(*(block.outputs_of(number) for block in work.blocks))
+        ),
+        "of_stages": len(pass_.stage_keys),
     }
 
 

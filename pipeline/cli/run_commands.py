@@ -1,4 +1,4 @@
-"""The command line's part about experiments; see `varve.pipeline.cli.store_commands`."""
+"""Commands that run heads on a feature store: one run, a grid of runs, and new videos."""
 
 import json
 from pathlib import Path
@@ -6,40 +6,37 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer()
+from varve.pipeline.cli.options import Json, StoreArgument, takes
+from varve.pipeline.cli.store_commands import print_json
+from varve.pipeline.config import Runtime
 
-StoreArgument = Annotated[
-    Path, typer.Argument(metavar="STORE", help="Folder of the feature store.")
-]
-Out = Annotated[Path, typer.Option(help="Folder that run folders are made in.")]
-Backbone = Annotated[str, typer.Option(help="Whose features, where the store has several.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda: where heads work.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Out = Annotated[Path, typer.Option(help="Folder of the run folders.")]
+Backbone = Annotated[str, typer.Option(help="The backbone to read, where the store has several.")]
+Device = Annotated[str, typer.Option(help="Device of the heads: cpu or cuda.")]
 
 
-@app.command()
 def run(
     store: StoreArgument,
     head: Annotated[
-        str, typer.Option(help="File name in heads/, such as stpr, or a file of your own: mine.py.")
+        str, typer.Option(help="Name of a head, such as stpr, or a Python file: mine.py.")
     ],
     scenario: Annotated[
         str, typer.Option(help="ucf101-10x5 and the like, demo, or BASE+KxN (8+4x4).")
     ],
-    seed: Annotated[int, typer.Option(help="Of the class order, and of the head.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the class order and of the head.")] = 1000,
     options: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the head.")
     ] = None,
     backbone: Backbone = "",
-    learn_split: Annotated[str, typer.Option(help="Clips to learn from.")] = "train",
-    test_split: Annotated[str, typer.Option(help="Clips to test on, such as validation.")] = "test",
+    learn_split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
+    test_split: Annotated[str, typer.Option(help="Split to test on, such as validation.")] = "test",
     out: Out = Path("runs"),
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Teach a head the classes of STORE task by task, and measure it after each.
+    """Train a head on the classes of STORE task by task, and evaluate it after each task.
 
-    Safe to stop at any moment and to run again: it goes on after its last whole task.
+    Safe to stop at any moment and to run again: it resumes after the last whole task.
 
     Example: varve run ucf101.zarr --head stpr --scenario ucf101-10x5 --set routing=average
     """
@@ -51,14 +48,18 @@ def run(
     done = do(store, head, scenario, seed=seed, options=settings(options or []), backbone=backbone,
               splits=(learn_split, test_split), out=out, device=device,
               progress=progress)  # fmt: skip
-    print(json.dumps(run_facts(done), indent=1) if as_json else run_summary(done))
+    if as_json:
+        print_json(run_facts(done))
+    else:
+        print(run_summary(done))
 
 
-@app.command()
+@takes(only=("workers", "scheduler", "serial"), runtime=Runtime)
 def ablate(
     store: StoreArgument,
     sweep: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="heads, scenario, [grid].")],
-    scenario: Annotated[str, typer.Option(help="In the place of the sweep's.")] = "",
+    runtime: Runtime,
+    scenario: Annotated[str, typer.Option(help="Scenario, instead of the one in the file.")] = "",
     options: Annotated[
         list[str] | None,
         typer.Option(
@@ -70,14 +71,12 @@ def ablate(
     backbone: Backbone = "",
     out: Out = Path("runs"),
     device: Device = "cpu",
-    workers: Annotated[int, typer.Option(help="Runs side by side; 0: one a core.")] = 0,
-    scheduler: Annotated[str, typer.Option(help="tcp://HOST:PORT of a Dask scheduler.")] = "",
-    serial: Annotated[bool, typer.Option("--serial", help="One by one, without Dask.")] = False,
     keep_checkpoints: Annotated[
-        bool, typer.Option("--keep-checkpoints", help="Of every run, for `varve route`.")
+        bool,
+        typer.Option("--keep-checkpoints", help="Keep all checkpoints, for `varve route`."),
     ] = False,
     table: Annotated[
-        Path | None, typer.Option(help="Also write the table there: .csv, .parquet or .tex.")
+        Path | None, typer.Option(help="File to write the table to: .csv, .parquet or .tex.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -88,41 +87,41 @@ def ablate(
 
     Example: varve ablate ucf101.zarr sweep.toml --table sweep.tex
     """
-    from varve.pipeline.config import Runtime
     from varve.pipeline.experiments import results
     from varve.pipeline.experiments.sweep import ablate as do
     from varve.pipeline.experiments.sweep_spec import Sweep
     from varve.pipeline.progress import Progress, default_progress
 
-    asked = Sweep.read(sweep)
+    grid = Sweep.read(sweep)
     if table is not None:
         results.writable(table)
     progress = Progress() if as_json else default_progress()
-    asked = asked.with_options(settings(options or []))
-    found = do(store, asked.heads, scenario or asked.scenario, asked.grid, asked.seeds,
-               options=asked.options, backbone=backbone or asked.backbone, splits=asked.splits,
-               out=out, device=device, progress=progress, keep_checkpoints=keep_checkpoints,
-               runtime=Runtime(workers=workers, scheduler=scheduler, serial=serial))  # fmt: skip
+    grid = grid.with_options(settings(options or []))
+    rows = do(store, grid.heads, scenario or grid.scenario, grid.grid, grid.seeds,
+              options=grid.options, backbone=backbone or grid.backbone, splits=grid.splits,
+              out=out, device=device, progress=progress, keep_checkpoints=keep_checkpoints,
+              runtime=runtime)  # fmt: skip
     if table is not None:
-        results.write(found, table)
+        results.write(rows, table)
     if as_json:
-        print(json.dumps(json.loads(found.to_json(orient="records")), indent=1))
+        print_json(json.loads(rows.to_json(orient="records")))
     else:
-        print(results.text(found))
-    raise typer.Exit(1 if found.attrs["errors"] else 0)
+        print(results.text(rows))
+    raise typer.Exit(1 if rows.attrs["errors"] else 0)
 
 
-@app.command()
 def route(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
-    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Files to ask about.")],
-    top_k: Annotated[int, typer.Option(help="How many classes and experts to tell.")] = 3,
+    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files.")],
+    top_k: Annotated[int, typer.Option(help="Number of classes and experts to print.")] = 3,
     store: Annotated[
-        Path | None, typer.Option("--store", "-s", help="Where the run's store is, if moved.")
+        Path | None, typer.Option("--store", "-s", help="The store of the run, if it was moved.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Decode videos and say which experts of a run answer, and what. Exit code 1 on a broken video.
+    """Decode videos and print which experts of a run classify them, and as what.
+
+    Exit code 1 where a video cannot be decoded.
 
     Example: varve route runs/stpr-demo-1000-41cbf8d4 clip.mp4 --top-k 3
     """
@@ -131,27 +130,27 @@ def route(
     from varve.pipeline.cli.format_runs import routed_text
     from varve.pipeline.experiments.routing import route as do
 
-    found = do(run, videos, top_k, store=store)
+    answers = do(run, videos, top_k, store=store)
     if as_json:
-        print(json.dumps([asdict(one) for one in found], indent=1, ensure_ascii=False))
+        print_json([asdict(answer) for answer in answers])
     else:
-        print("\n".join(map(routed_text, found)))
-    raise typer.Exit(1 if any(one.reason for one in found) else 0)
+        print("\n".join(map(routed_text, answers)))
+    raise typer.Exit(1 if any(answer.reason for answer in answers) else 0)
 
 
 def settings(words: list[str]) -> dict[str, Any]:
-    """KEY=VALUE as options: a value is JSON where it reads as such, else its text.
+    """Return KEY=VALUE words as options: a value is parsed as JSON where it can be, else kept.
 
     >>> settings(["epochs=20", "routing=td", "time=[1, 2]"])
     {'epochs': 20, 'routing': 'td', 'time': [1, 2]}
     """
-    found = {}
+    options: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not (key and equals):
             raise ValueError(f"--set {word}: give KEY=VALUE, such as --set epochs=20")
         try:
-            found[key] = json.loads(value)
+            options[key] = json.loads(value)
         except ValueError:
-            found[key] = value
-    return found
+            options[key] = value
+    return options

@@ -61,7 +61,7 @@ class DecodePool:
                 "this process is daemonic and may not start decoding children; start Dask workers "
                 "with the setting distributed.worker.daemon: False"
             )
-        require_guard()
+        require_guard("samplings", "decoders")
         self.timeout_seconds = timeout_seconds
         self._requests: queue.SimpleQueue[tuple[Request, Future[Results]] | None] = (
             queue.SimpleQueue()

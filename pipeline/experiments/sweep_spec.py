@@ -10,6 +10,7 @@ from typing import Any
 from varve.pipeline.experiments.head_source import HeadSource, find_head
 from varve.pipeline.experiments.run_spec import option_defaults
 from varve.pipeline.experiments.scenarios import SEEDS
+from varve.pipeline.registry import load_plugin
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Sweep:
         options: Options that are the same in all runs: by head, a table of options.
         backbone: The backbone whose features are read, where the store has several.
         splits: The splits to train on and to test on.
+        plugins: Files of user-defined variants that `read` loads.
     """
 
     heads: Sequence[str | Path | HeadSource]
@@ -35,12 +37,13 @@ class Sweep:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     backbone: str = ""
     splits: Sequence[str] = ("train", "test")
+    plugins: Sequence[str] = ()
 
     @classmethod
     def read(cls, file: str | Path) -> "Sweep":
         """Read a sweep from TOML, with the attributes as keys. "null" stands for None.
 
-        Paths of heads are relative to the folder of the file.
+        Paths of heads and plugins are relative to the folder of the file.
 
         Raises:
             ValueError: It is no such file.
@@ -50,12 +53,14 @@ class Sweep:
             if unknown := sorted(set(content) - {attribute.name for attribute in fields(cls)}):
                 raise ValueError(f"it has {', '.join(unknown)}")
             sweep, folder = cls(**content), Path(file).parent
+            for plugin in sweep.plugins:
+                load_plugin(folder / plugin)
             heads = [folder / h if h.endswith(".py") else h for h in map(str, sweep.heads)]
             return replace(sweep, heads=heads)
         except (ValueError, TypeError) as error:  # of TOML and of UTF-8, too
             raise ValueError(
                 f"{file} is no sweep: {error}. One has `heads`, `scenario`, and maybe `seeds`, "
-                "`backbone`, `splits`, [grid] and [options.HEAD]"
+                "`backbone`, `splits`, `plugins`, [grid] and [options.HEAD]"
             ) from error
 
     def with_options(self, options: Mapping[str, Any]) -> "Sweep":

@@ -28,7 +28,7 @@ def connected(scheduler: str, workers: Sequence[Mapping[str, Any]], threads: int
         if scheduler:
             yield stack.enter_context(Client(scheduler))
             return
-        require_guard()
+        require_guard("backbones", "reductions", "scenarios", "metrics")
         settings = {
             # Workers have decoding children, which a daemonic process may not.
             "distributed.worker.daemon": False,

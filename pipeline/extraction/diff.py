@@ -107,27 +107,15 @@ def diff(
     return [_compare(feature, chains, request) for feature in features]
 
 
-def request_of(store: str | Path | FeatureStore, **changed: Any) -> BuildSpec:
-    """Return the request of the store's last build, with some fields replaced.
-
-    Args:
-        store: The store.
-        changed: Fields of `BuildSpec`; None replaces nothing.
+def request_of(store: str | Path | FeatureStore, **changes: Any) -> BuildSpec:
+    """Return the request of a store's last build, changed as by `BuildSpec.changed`.
 
     Raises:
-        ValueError: The fields do not go together.
-        SpecMismatch: The store does not record its last request.
+        ValueError: The options contradict each other.
+        SpecMismatch: The store does not say what it was asked for.
     """
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-    recorded = recorded_request(opened)
-    changes = {name: value for name, value in changed.items() if value is not None}
-    changes |= {name: tuple(changes[name]) for name in ("backbones", "keep") if name in changes}
-    # Options of another sampling, or of several views, that no longer apply.
-    if changes.get("sampling", recorded.sampling) != recorded.sampling:
-        changes = {"fps": 0.0, "stride": 0} | changes
-    if changes.get("views") == 1:
-        changes = {"flip": False, "random_crop": False} | changes
-    return replace(recorded, **changes)
+    return recorded_request(opened).changed(**changes)
 
 
 def facts(differences: Sequence[Difference]) -> list[dict[str, Any]]:

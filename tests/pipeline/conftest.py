@@ -203,12 +203,12 @@ def vit():
 @pytest.fixture
 def varve(monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
     """The command line within this process; says its exit code and what it printed."""
-    from varve.pipeline.cli import store_commands
+    from varve.pipeline import cli
 
     def run(*arguments: object) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["varve", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            store_commands.main()
+            cli.main()
         said = capsys.readouterr()
         return SimpleNamespace(returncode=end.value.code, stdout=said.out, stderr=said.err)
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("loaded_once", "children_kept")
 
 def process(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "varve.pipeline.cli.store_commands", *map(str, arguments)],
+        [sys.executable, "-m", "varve", *map(str, arguments)],
         capture_output=True, text=True, timeout=180, cwd=Path(__file__).parents[3],
     )  # fmt: skip
 
@@ -46,7 +46,7 @@ def store(built, tmp_path) -> Path:
     return tmp_path / "s.zarr"
 
 
-def test_build_says_what_it_did_and_1_for_quarantined_clips(videos, tmp_path, varve):
+def test_build_reports_what_it_did_and_exits_with_1_for_quarantined_clips(videos, tmp_path, varve):
     done = process("build", videos, "--store", tmp_path / "s.zarr", *NETWORK)
     assert done.returncode == 1
     assert "7 clips ready, 4 clips quarantined" in done.stdout
@@ -150,11 +150,11 @@ REFUSED = {
     [*((name, False) for name in REFUSED), ("no backbone", True), ("option", True)],
 )
 def test_a_wrong_request_is_a_sentence_and_exit_code_2(videos, tmp_path, varve, request_, outside):
-    arguments, said = REFUSED[request_]
+    arguments, message = REFUSED[request_]
     filled = [a.format(videos=videos, tmp=tmp_path) for a in arguments]
     done = (process if outside else varve)(*filled)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "s").exists()
 
@@ -164,25 +164,26 @@ def test_debug_shows_where_an_error_came_from(tmp_path):
 
 
 def test_every_command_has_help_with_an_example(varve):
-    for command in ("build", "plan", "info", "failures", "verify", "diff", "gc", "demo"):
+    for command in ("build", "plan", "info", "failures", "verify", "diff", "gc", "demo", "run",
+                    "ablate", "route"):  # fmt: skip
         done = varve(command, "--help")
         assert done.returncode == 0
         assert f"Example: varve {command}" in " ".join(done.stdout.split())
     assert process("gc", "--help").stdout == varve("gc", "--help").stdout
 
 
-def test_an_interrupt_that_a_callback_swallows_is_told_at_the_end(varve, monkeypatch):
+def test_an_interrupt_that_a_callback_swallows_is_reported_at_the_end(varve, monkeypatch):
     def swallowing(**_):
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("varve.pipeline.cli.store_commands.app", swallowing)
+    monkeypatch.setattr("varve.pipeline.cli.app.app", swallowing)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        said = varve("anything")
+        done = varve("anything")
     finally:
         signal.signal(signal.SIGINT, before)
-    assert said.returncode == 130
-    assert "interrupted; what was finished is kept" in said.stderr
-    monkeypatch.setattr("varve.pipeline.cli.store_commands.app", lambda **_: 0)
+    assert done.returncode == 130
+    assert "interrupted; what was finished is kept" in done.stderr
+    monkeypatch.setattr("varve.pipeline.cli.app.app", lambda **_: 0)
     assert varve("anything").returncode == 0

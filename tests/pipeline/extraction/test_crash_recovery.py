@@ -56,7 +56,7 @@ def start(videos: Path, store: Path, *options: str) -> subprocess.Popen:
     command = [
         sys.executable,
         "-m",
-        "varve.pipeline.cli.store_commands",
+        "varve.pipeline.cli",
         "build",
         str(videos),
         "--store",
