@@ -30,7 +30,7 @@ reveal_type(Runtime().workers)
 """
 REVEALED = [
     r"varve\.pipeline\.extraction\.build\.BuildReport",
-    r"def \(dataset: .*spec: varve\.pipeline\.config\.BuildSpec.*",
+    r".*\(dataset: .*varve\.pipeline\.config\.BuildSpec.*",
     r"varve\.stores\.FeatureStore",
     r"varve\.stores\.feature\.Feature",
     r"varve\.pipeline\.experiments\.run\.Run",
