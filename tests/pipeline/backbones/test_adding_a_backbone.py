@@ -32,9 +32,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, *arguments, plugins=()):
+def run(folder, *arguments):
     """Run Python in the folder: a plugin stays registered in the process that loads it."""
-    environment = {**os.environ, "VARVE_PLUGINS": os.pathsep.join(plugins)}
+    environment = {**os.environ, "VARVE_PLUGINS": ""}
     out = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment,
                          capture_output=True, text=True)  # fmt: skip
     assert out.returncode == 0, out.stdout + out.stderr
@@ -45,12 +45,7 @@ def varve(folder, line):
     """Run a command of the page, on a store of its own and without worker processes."""
     program, *words = shlex.split(line.replace("tiny.zarr", "command.zarr"))
     assert program == "varve"
-    plugins = [words.pop(i) for i in range(len(words) - 1, 0, -1) if words[i - 1] == "--plugin"]
-    arguments = ["varve", *(word for word in words if word != "--plugin"), "--serial"]
-    body = f"import sys\nsys.argv = {arguments}\n"
-    body += "from varve.pipeline.cli.store_commands import main as command\ncommand()"
-    (folder / "command.py").write_text(script(body))
-    run(folder, "command.py", plugins=plugins)
+    run(folder, "-m", "varve", *words, "--serial")
 
 
 def script(body):
