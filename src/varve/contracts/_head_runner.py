@@ -139,6 +139,12 @@ class Counted:
         return self.cells[indices]
 
 
+def epochs_of(build, count):
+    """Return options that set the numbers of epochs of a head."""
+    known, names = options_of(build), ("epochs", "first_epochs")
+    return {name: count for name in names if name in known and known[name].default is not None}
+
+
 class Runner:
     """Runs one head on tasks, as the experiment runner does.
 
@@ -148,9 +154,7 @@ class Runner:
     """
 
     def __init__(self, build, **options):
-        known = options_of(build)
-        quick = {name: 25 for name in ("epochs", "first_epochs") if name in known}
-        self.head = build_head(build, quick | options)
+        self.head = build_head(build, epochs_of(build, 25) | options)
         self.network = TinyNetwork()
         if isinstance(self.head, FineTunesBackbone):
             self.head.attach(self.network)

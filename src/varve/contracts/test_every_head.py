@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from varve import heads
-from varve.contracts._head_runner import Runner, TrainedRuns
+from varve.contracts._head_runner import Runner, TrainedRuns, epochs_of
 from varve.contracts.options import names
 from varve.heads import ReplaysExemplars, Task, build_head, options_of
 from varve.heads.parts.clips import Clips
@@ -52,8 +52,7 @@ def quick(build):
 @pytest.fixture(scope="module")
 def short(build, quick):
     """Options for tests in which it does not matter how well the head learns."""
-    epochs = {"epochs", "first_epochs", "tune_epochs"} & set(options_of(build))
-    return quick | dict.fromkeys(epochs, 2)
+    return quick | epochs_of(build, 2)
 
 
 @pytest.fixture(scope="module")
