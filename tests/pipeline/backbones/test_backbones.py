@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from varve.pipeline import backbones
 from varve.pipeline.backbones import Backbone, _weights, clip_vit, dinov2, parameter_digest, resnet
 from varve.pipeline.config import Picture
-from varve.pipeline.experiments.head_inputs import meaning
+from varve.pipeline.experiments.head_inputs import resolve_name
 from varve.pipeline.extraction.passes import keep_of_each
 from varve.stores.digests import store_name
 
@@ -630,4 +630,4 @@ def test_a_network_of_scores_alone_keeps_them_and_one_without_vectors_is_refused
 def test_a_block_counted_from_the_end_of_a_network_without_blocks_is_refused(resnet):
     bare = replace(resnet, stages=(resnet.stages[0], *resnet.stages[-2:]))
     with pytest.raises(ValueError, match=r"has no stages named blocks\.N\.STEP or .*pool, fc"):
-        meaning("blocks.-1", bare)
+        resolve_name("blocks.-1", bare)
