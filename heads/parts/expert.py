@@ -54,11 +54,10 @@ class ExpertConfig:
     start: str = "frames"
 
     def __post_init__(self) -> None:
-        if self.start not in STARTS or self.position not in (None, "learned"):
-            raise ValueError(
-                f"no start={self.start!r}, position={self.position!r}; choose the start from "
-                f"{', '.join(STARTS)}, and the position from None, learned"
-            )
+        if self.start not in STARTS:
+            raise ValueError(f"no start={self.start!r}; choose from {', '.join(STARTS)}")
+        if self.position not in (None, "learned"):
+            raise ValueError(f"no position={self.position!r}; choose from None, learned")
         if min(self.layers, self.heads, self.ffn) < 1:
             raise ValueError(
                 f"an expert of layers={self.layers}, heads={self.heads}, ffn={self.ffn}: give at "

@@ -148,7 +148,7 @@ def test_it_starts_as_a_mean_of_the_frames_or_as_torchs_does():
         cosines[start] = nn.functional.cosine_similarity(out, x.mean(dim=1), dim=1)
     assert cosines["frames"].min() > 0.9
     assert cosines["random"].abs().mean() < 0.3
-    with pytest.raises(ValueError, match="from frames, random"):
+    with pytest.raises(ValueError, match="choose from frames, random"):
         ExpertConfig(start="zeros")
 
 
