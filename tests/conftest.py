@@ -1,4 +1,4 @@
-"""What tests of several rooms share: a small store that no network was needed for."""
+"""Fixtures of tests of several folders: a small store of vectors, made without a network."""
 
 import gc
 from pathlib import Path
@@ -60,7 +60,7 @@ def vectors_in_a_store(
 
 
 def pytest_collection_finish():
-    """What all tests share is there by now, and is looked through by no later collection."""
+    """Exempt the modules that all tests share from later garbage collections."""
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,4 @@
-"""What tests of builds share, and videos whose every frame shows its number.
+"""Fixtures of tests of builds, and videos whose every frame shows its number.
 
 Data sets, stores and networks are made once for many tests, which read them alone: whatever a test
 changes it copies first.
@@ -165,7 +165,7 @@ def loaded_once() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def children_kept() -> Iterator[None]:
-    """Decoding children go on from build to build of this process, until the end of the file."""
+    """Keep decoding children from build to build of this process, until the end of the file."""
     from varve.pipeline.extraction import extract
 
     made = []
@@ -176,7 +176,7 @@ def children_kept() -> Iterator[None]:
             made.append(self)
 
         def close(self) -> None:
-            """Not yet."""
+            """Stay open until the end of the module."""
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extract, "DecodePool", cache(Kept))

@@ -44,9 +44,9 @@ def test_every_task_has_classes_of_the_store_and_none_comes_twice(name, classes,
 
 
 def test_equal_seeds_give_equal_tasks_and_the_classes_are_not_changed(name, classes):
-    given = list(classes)
-    assert make_scenario(name, given, 7) == make_scenario(name, classes, 7)
-    assert given == classes
+    labels = list(classes)
+    assert make_scenario(name, labels, 7) == make_scenario(name, classes, 7)
+    assert labels == classes
 
 
 def test_its_order_names_the_classes(name, classes):

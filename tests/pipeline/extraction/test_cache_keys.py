@@ -52,7 +52,7 @@ def files_of(root):
 
 
 def states(made):
-    """By feature: cells that hold, cells that do not, and where those come from."""
+    """Count the valid and the missing cells of each feature, and the sources of the missing."""
     found = {}
     for column in made.all_columns:
         origins = {source.feature for source, _ in column.sources}
@@ -242,7 +242,7 @@ GRAFTS = {
 
 @pytest.fixture(scope="module")
 def grafted_store(store, vit, tmp_path_factory):
-    """With the columns of a network that has an adapter."""
+    """A copy of the store with the columns of a network that has an adapter."""
     path = Path(shutil.copytree(store, tmp_path_factory.mktemp("grafted") / "s.zarr"))
     own = vit.graft("blocks.1.attn", Own(vit.stage("blocks.1.attn").module))
     base = own.graft("blocks.11.mlp", Adapter(vit.stage("blocks.11.mlp").module, width=384))

@@ -78,7 +78,7 @@ def wait_for(happened: Callable[[], object]) -> None:
 
 
 def wait_for_lock(process: subprocess.Popen, store: Path) -> None:
-    """Until it has imported what it needs and holds the store's lock, which tells its number."""
+    """Wait until the process has the store's lock, whose file contains its number."""
     file = store / lock.FILE
     wait_for(lambda: file.exists() and f'"pid": {process.pid},' in file.read_text())
 

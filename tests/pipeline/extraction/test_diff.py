@@ -1,4 +1,4 @@
-"""Differences: one changed element of a key at a time, and what is said of every column then."""
+"""Differences: one changed element of a key at a time, and the report on every column."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Disks that fill up, that may only be read: what is said, and that nothing is lost."""
+"""Full and read-only disks: the message, and that nothing is lost."""
 
 import errno
 import os

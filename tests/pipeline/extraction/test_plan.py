@@ -60,7 +60,7 @@ def column(stage: str, reduction: str, dtype: str, backbone: str = "net:own") ->
 
 @dataclass
 class Inventory:
-    """Row keys of stored and of staged cells, by the column's place."""
+    """Row keys of stored and of staged cells, by the column's path."""
 
     stored: dict[str, tuple[ColumnSpec, np.ndarray]] = field(default_factory=dict)
     waiting: dict[str, dict[int, bytes]] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class Case:
                          self.describe)  # fmt: skip
 
     def requested(self, spec: ColumnSpec, row: int) -> bool:
-        """Whether a cell is asked for: its clip can be had, and its value represented."""
+        """Return whether a cell is requested: its clip is readable, its value representable."""
         clip = self.table.loc[row]
         failed = clip["status"] == "quarantined" and clip["reason"] != "not_finite"
         return row in self.rows and not failed and spec.short not in clip["overflowed"]
