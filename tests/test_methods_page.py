@@ -88,5 +88,5 @@ def test_the_page_runs(folder, monkeypatch, capsys):
     assert set(gated.cost["stages_recomputed"][1]) <= {"layer4.0", "layer4.1", "pool", "fc"}
     ran = {"blocks.10.mlp", "blocks.11.attn", "blocks.11.mlp", "proj"}
     assert set(experts.cost["stages_recomputed"][1]) == ran
-    assert (experts.folder / "method" / "gated_experts.py").exists()
+    assert (experts.folder / "head_source" / "gated_experts.py").exists()
     assert np.isfinite(experts.matrix.metric("final"))

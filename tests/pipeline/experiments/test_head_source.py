@@ -230,7 +230,7 @@ def test_two_files_of_one_name_are_refused(vector_store, mine, tmp_path):
         (
             "mine.py",
             "from varve import pipeline",
-            r"mine\.py imports varve\.pipeline: a head sees tensors",
+            r"mine\.py imports varve\.pipeline: a head sees only tensors",
         ),
         ("mine.py", "class A: ...\nbuild = 3", r"has no `build`.* classes are A: end it with"),
         ("mine.py", "", r"has no `build` to be called; its classes are none"),
