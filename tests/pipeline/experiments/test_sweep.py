@@ -215,9 +215,9 @@ def test_equal_numbers_are_one_run_and_an_option_comes_once(vector_store, tmp_pa
         ({"softmax": "x"}, r"softmax='x': give float \| None"),
         ({"epochs": True}, "epochs=True"),
         ({"adapters": [1]}, r"adapters=\[1\]: give int \| str"),
-        ({"batch_size": 0}, "'batch_size': 0"),
-        ({"epochs": -1}, "'epochs': -1"),
-        ({"tau": 0}, "'tau': 0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"epochs": -1}, "epochs=-1"),
+        ({"tau": 0}, "tau=0"),
         ({"doubt": float("nan")}, "doubt=nan"),
     ],
 )
