@@ -20,8 +20,7 @@ Shapes: B queries, K experts in the pool, S experts or anchors returned, C ancho
 N anchors in all, D width, R rows, F candidates.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import faiss
@@ -31,7 +30,6 @@ from torch import Tensor
 
 from varve.heads import Routing
 
-INNER_PRODUCT = faiss.METRIC_INNER_PRODUCT
 CHUNK = 1 << 22  # float64 numbers compared at a time
 GPU_RESULTS = 2048  # the most results per query that FAISS returns from a GPU
 
@@ -73,7 +71,8 @@ class AnchorPool:
         self.classes: list[list[int]] = []
         self.keys: list[str] = []
         self._anchors_ND = np.empty((0, width), np.float32)  # as they were added
-        self._unit_ND = self._anchors_ND
+        self._wide_ND = np.empty((0, width))  # the same in float64
+        self._norms_N = np.empty(0)
         self._index: Any = faiss.IndexFlatIP(width)  # of the unit vectors
         self._on_gpu: Any = None  # a copy of the index
         self._starts = np.zeros(1, np.int64)  # first anchor of each expert, and N
@@ -118,8 +117,10 @@ class AnchorPool:
             )
         rows_CD = _rows(anchors_CD, self.width, f"anchors of expert {expert}")
         self._anchors_ND = np.concatenate([self._anchors_ND, rows_CD])
-        self._unit_ND = np.concatenate([self._unit_ND, _unit(rows_CD)])
-        self._index.add(self._unit_ND[-len(rows_CD) :])
+        wide_CD, norms_C = _wide(rows_CD)
+        self._wide_ND = np.concatenate([self._wide_ND, wide_CD])
+        self._norms_N = np.append(self._norms_N, norms_C)
+        self._index.add(_unit(wide_CD, norms_C))
         self._on_gpu = None
         self._starts = np.append(self._starts, len(self._anchors_ND))
         self._labels = np.append(self._labels, np.array(classes, np.int64))
@@ -249,25 +250,22 @@ class AnchorPool:
 
     def _own(self, residuals_BSD: Tensor, experts_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the similarity and index of the nearest own anchor of each expert, [B, S]."""
-        rows_RD = _rows(residuals_BSD, self.width, "residuals")
-        unit_RD, experts_R = _unit(rows_RD), experts_BS.ravel()
-        anchors_R = np.empty(len(rows_RD), np.int64)
-        for k in np.unique(experts_R).tolist():
-            own_R = np.flatnonzero(experts_R == k)
+        # The few anchors of one expert are compared in float64 at once: no candidates are needed.
+        rows_RD, experts_R = _rows(residuals_BSD, self.width, "residuals"), experts_BS.ravel()
+        order_R = np.argsort(experts_R, kind="stable")  # rows of one expert beside each other
+        experts, firsts = np.unique(experts_R[order_R], return_index=True)
+        bounds = [*firsts.tolist(), len(order_R)]
+        wide_RD, norms_R = _wide(rows_RD[order_R])
+        best_R, near_R = np.empty(len(order_R), np.int64), np.empty(len(order_R), np.float32)
+        for k, a, b in zip(experts.tolist(), bounds, bounds[1:], strict=False):
             first, end = self._starts[k : k + 2].tolist()
-            with _single_thread():
-                near_R2, index_R2 = faiss.knn(
-                    unit_RD[own_R], self._unit_ND[first:end], min(2, end - first), INNER_PRODUCT
-                )
-            anchors_R[own_R] = first + index_R2[:, 0]
-            unsure_R = near_R2[:, 0] - near_R2[:, -1] <= _rounding(self.width)
-            if end - first > 1 and unsure_R.any():
-                tied_R = own_R[unsure_R]
-                index_RC = np.broadcast_to(np.arange(first, end), (len(tied_R), end - first))
-                # Of equal similarities argmax gives the first.
-                anchors_R[tied_R] = first + self._cosines(rows_RD[tied_R], index_RC).argmax(1)
-        similarities_R = self._cosines(rows_RD, anchors_R[:, None])
-        return similarities_R.reshape(experts_BS.shape), anchors_R.reshape(experts_BS.shape)
+            products_RC = np.einsum("rd,cd->rc", wide_RD[a:b], self._wide_ND[first:end])
+            cosines_RC = _divide(products_RC, norms_R[a:b, None] * self._norms_N[first:end])
+            best_R[a:b] = first + cosines_RC.argmax(axis=1)  # the first of equal similarities
+            near_R[a:b] = cosines_RC.max(axis=1)
+        back_R = np.argsort(order_R)
+        shape = experts_BS.shape
+        return near_R[back_R].reshape(shape), best_R[back_R].reshape(shape)
 
     def _best(
         self, rows_RD: np.ndarray, count: int, candidates: int = 0
@@ -276,7 +274,7 @@ class AnchorPool:
         total = len(self._anchors_ND)
         count = min(count, total)
         candidates = min(max(candidates, count + 1), total)
-        near_RF, index_RF = self._search(_unit(rows_RD), candidates)
+        near_RF, index_RF = self._search(_unit(*_wide(rows_RD)), candidates)
         similarities_RF = self._cosines(rows_RD, index_RF)
         order_RS = np.lexsort((index_RF, -similarities_RF), axis=1)[:, :count]
         best_RS, index_RS = (
@@ -303,29 +301,16 @@ class AnchorPool:
 
     def _cosines(self, rows_RD: np.ndarray, index_RF: np.ndarray) -> np.ndarray:
         """Return the cosines of rows and anchors by float64, float32 [R, F]; 0 with zeros."""
-        out_RF = np.zeros(index_RF.shape, np.float32)
+        out_RF = np.empty(index_RF.shape, np.float32)
         step = max(1, CHUNK // (index_RF.shape[1] * self.width))
         for start in range(0, len(rows_RD), step):
-            part = slice(start, start + step)
-            a_RD = rows_RD[part].astype(np.float64)
-            b_RFD = self._anchors_ND[index_RF[part]].astype(np.float64)
+            index = index_RF[start : start + step]
+            wide_RD, norms_R = _wide(rows_RD[start : start + step])
             # Not a matrix product: BLAS sums in another order by where a row stands in the batch.
-            ab_RF = np.einsum("rd,rfd->rf", a_RD, b_RFD)
-            aa_R1 = np.einsum("rd,rd->r", a_RD, a_RD)[:, None]
-            norms_RF = np.sqrt(aa_R1) * np.sqrt(np.einsum("rfd,rfd->rf", b_RFD, b_RFD))
-            out_RF[part] = np.divide(ab_RF, norms_RF, out=np.zeros_like(ab_RF), where=norms_RF > 0)
+            products_RF = np.einsum("rd,rfd->rf", wide_RD, self._wide_ND[index])
+            norms_RF = norms_R[:, None] * self._norms_N[index]
+            out_RF[start : start + step] = _divide(products_RF, norms_RF)
         return out_RF
-
-
-@contextlib.contextmanager
-def _single_thread() -> Iterator[None]:
-    """Search on one thread: for few anchors, waking others takes longer (4 ms after torch's)."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 def _rows(x: Tensor, width: int, name: str) -> np.ndarray:
@@ -347,11 +332,23 @@ def _rows(x: Tensor, width: int, name: str) -> np.ndarray:
     return rows_RD
 
 
-def _unit(x_RD: np.ndarray) -> np.ndarray:
-    """Return unit vectors, float32 [R, D]; zeros stay zeros."""
+def _wide(x_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows in float64, and their norms [R]."""
     wide_RD = x_RD.astype(np.float64)
-    norms_R1 = np.linalg.norm(wide_RD, axis=1, keepdims=True)
-    return (wide_RD / np.where(norms_R1 > 0, norms_R1, 1)).astype(np.float32)
+    return wide_RD, np.sqrt(np.einsum("rd,rd->r", wide_RD, wide_RD))
+
+
+def _divide(products: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    """Return cosines, float32; 0 where a vector is zero."""
+    cosines = np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
+    result: np.ndarray = cosines.astype(np.float32)
+    return result
+
+
+def _unit(wide_RD: np.ndarray, norms_R: np.ndarray) -> np.ndarray:
+    """Return unit vectors, float32 [R, D]; zeros stay zeros."""
+    unit_RD: np.ndarray = wide_RD / np.where(norms_R > 0, norms_R, 1)[:, None]
+    return unit_RD.astype(np.float32)
 
 
 def _rounding(width: int) -> float:
