@@ -115,7 +115,7 @@ def test_heat_of_a_run_is_that_of_float64_from_each_stage_on(tuned):
     found = interpret.saliency(head, clip.batch, head.classes[1])
     assert list(found) == STAGES
     _, passed = head.traced(clip.batch)
-    modules = [copy.deepcopy(one).double() for one in head._trunk.suffix.stages]
+    modules = [copy.deepcopy(one).double() for one in head.suffix.stages]
     weight = head._model.classifier.weight.double()
     for number, name in enumerate(STAGES):
         given = passed[name].outputs.detach().double().requires_grad_()
