@@ -199,8 +199,10 @@ def test_token_wise_says_whether_tokens_look_at_each_other(make, form):
     changed[:, 1:8] += 1
     with torch.inference_mode():
         alike = torch.allclose(graft(changed)[:, 8:], graft(x)[:, 8:], rtol=1e-4, atol=1e-5)
-        assert alike == graft.token_wise
-        if graft.token_wise:
+        # A graft that does not declare it counts as mixing tokens, which is always safe.
+        token_wise = getattr(graft, "token_wise", None)
+        assert token_wise in (None, alike)
+        if token_wise:
             torch.testing.assert_close(graft(x[:, :1]), graft(x)[:, :1], rtol=1e-4, atol=1e-5)
 
 
@@ -290,7 +292,8 @@ def test_what_is_drawn_is_drawn_from_the_seed_alone(make, case):
     torch.manual_seed(1)
     second = make(stir=False)
     assert all(map(torch.equal, own(first), own(second)))
-    if any(p.abs().sum() > 0 for p in own(first)):
+    seeded = "seed" in inspect.signature(type(first)).parameters
+    if seeded and any(p.abs().sum() > 0 for p in own(first)):
         assert not all(map(torch.equal, own(first), own(make(stir=False, seed=1))))
 
 
