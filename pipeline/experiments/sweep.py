@@ -241,7 +241,7 @@ def _execute_here(
         donor = group.donor
         for planned in group.runs:
             try:
-                arguments = planned.arguments | common
+                arguments = {**planned.arguments, **common}
                 donor = run(store, states_from=donor, progress=progress, **arguments).folder
                 yield planned, None
             except Exception as error:
