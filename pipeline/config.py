@@ -16,6 +16,8 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float16", "float32", "bfloat16")
 INTERPOLATIONS = ("bicubic", "bilinear")
 RESIZE_MODES = ("shortest", "squash")
+# What a build asks of all its frame sets.
+FRAME_OPTIONS = ("frames", "sampling", "fps", "stride", "decoder")
 # What a sampling rule may take by name: numbers of the frame set, its view, a source of draws.
 RULE_OPTIONS = ("fps", "stride", "view", "random")
 
@@ -215,8 +217,7 @@ class FrameSet:
 
     def request(self) -> dict[str, Any]:
         """Return the options of a `BuildSpec` whose plain view is this frame set."""
-        names = ("frames", "sampling", "fps", "stride", "decoder")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in FRAME_OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -341,20 +342,11 @@ class BuildSpec:
         Audio is not mirrored or cropped, and PyAV decodes it whatever decodes the frames.
         """
         visual = isinstance(picture, Picture)
-        return tuple(
-            FrameSet(
-                frames=self.frames,
-                sampling=self.sampling,
-                fps=self.fps,
-                stride=self.stride,
-                view=view,
-                flip=self.flip and view > 0 and visual,
-                random_crop=self.random_crop and view > 0 and visual,
-                decoder=self.decoder if visual else "auto",
-                picture=picture,
-            )
-            for view in range(self.views)
-        )
+        decoder = self.decoder if visual else "auto"
+        plain = FrameSet(self.frames, self.sampling, self.fps, self.stride, decoder=decoder,
+                         picture=picture)  # fmt: skip
+        varied = replace(plain, flip=self.flip and visual, random_crop=self.random_crop and visual)
+        return (plain, *(replace(varied, view=view) for view in range(1, self.views)))
 
 
 @dataclass(frozen=True)

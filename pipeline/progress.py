@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from varve.pipeline.units import clock
@@ -39,19 +39,14 @@ class Progress:
 class _Bar:
     total: int
     unit: str
+    began: float
     done: int = 0
     frames: int = 0
-    began: float = field(default_factory=time.monotonic)
 
     def rate(self) -> str:
         seconds = max(time.monotonic() - self.began, 1e-9)
         text = f"{self.done / seconds:.1f} {self.unit}/s"
         return text + (f", {self.frames / seconds:.1f} frames/s" if self.frames else "")
-
-    def seconds_left(self) -> float | None:
-        if not self.done:
-            return None
-        return (time.monotonic() - self.began) / self.done * (self.total - self.done)
 
 
 class Lines(Progress):
@@ -68,7 +63,7 @@ class Lines(Progress):
     @contextmanager
     def bars(self, began: float | None = None, **totals: tuple[int, str]) -> Iterator[None]:
         began = time.monotonic() if began is None else began
-        self._bars = {n: _Bar(total, unit, began=began) for n, (total, unit) in totals.items()}
+        self._bars = {n: _Bar(total, unit, began) for n, (total, unit) in totals.items()}
         self._last = dict.fromkeys(totals, time.monotonic())
         yield
         self._bars = {}
@@ -82,8 +77,8 @@ class Lines(Progress):
         if bar.done < bar.total and now - self._last[name] < self.every_seconds:
             return
         self._last[name] = now
-        left = bar.seconds_left()
-        rest = f", {clock(left)} left" if left and bar.done < bar.total else ""
+        left = (now - bar.began) / bar.done * (bar.total - bar.done)
+        rest = f", {clock(left)} left" if left > 0 else ""
         self.message(f"{name}: {bar.done}/{bar.total} {bar.unit}, {bar.rate()}{rest}")
 
 
@@ -116,7 +111,7 @@ class Bars(Progress):
         with rich_progress.Progress(*columns, console=self._console) as shown:
             self._progress = shown
             for name, (total, unit) in totals.items():
-                self._bars[name] = _Bar(total, unit, began=began)
+                self._bars[name] = _Bar(total, unit, began)
                 self._tasks[name] = shown.add_task(name, total=total, unit=unit, rate="")
             try:
                 yield

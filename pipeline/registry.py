@@ -52,10 +52,7 @@ class _Registered:
     source: str  # the file that defines it; "" in a notebook
     shipped: bool  # by Varve itself
     digest: str  # of the file's text, of the function's in a notebook; "" where shipped
-
-    @property
-    def definition(self) -> tuple[str, str]:
-        return self.source, str(getattr(self.variant, "__qualname__", ""))
+    definition: str  # its qualified name
 
 
 _REGISTERED: dict[str, dict[str, _Registered]] = {kind: {} for kind in KINDS}
@@ -88,9 +85,9 @@ def register(kind: str, name: str = "") -> Callable[[Variant], Variant]:
         shipped = module_name.startswith("varve.")
         label = name or str(getattr(thing, "__name__", ""))
         digest = "" if shipped else _LOADED.get(source) or _digest_of(thing, source)
-        new = _Registered(thing, source, shipped, digest)
+        definition = str(getattr(thing, "__qualname__", ""))
         before = _REGISTERED[kind].get(label)
-        if (before and before.definition != new.definition) or (
+        if (before and (before.source, before.definition) != (source, definition)) or (
             label in _shipped(kind) | _declared(kind) and not shipped
         ):
             users = before.source if before and shipped else source
@@ -98,7 +95,7 @@ def register(kind: str, name: str = "") -> Callable[[Variant], Variant]:
                 f"{kind} has {label!r} already; give the one in {users or 'the notebook'} another "
                 "name"
             )
-        _REGISTERED[kind][label] = new
+        _REGISTERED[kind][label] = _Registered(thing, source, shipped, digest, definition)
         if source and not shipped and source not in _LOADED and module_name != "__main__":
             _announce(module_name, "")
         return thing
@@ -167,19 +164,18 @@ def source_digest(kind: str, name: str) -> str:
     return _digest_of(thing, str(module.__file__))
 
 
-def load_plugin(path: str | Path) -> None:
+def load_plugin(path: str | Path, expected: str = "") -> None:
     """Load a file of variants, in this process and in every worker process started later.
 
     A file that was edited since is loaded again, and its earlier variants are removed.
 
+    Args:
+        path: A Python file.
+        expected: SHA-256 that its text must have; "" for any.
+
     Raises:
-        ValueError: There is no such file, or it raises an error.
+        ValueError: There is no such file, it has another digest, or it raises an error.
     """
-    _load(path)
-
-
-def _load(path: str | Path, expected: str = "") -> None:
-    """Load a plugin, of an expected digest where one is given."""
     file = Path(path).resolve()
     if file.suffix != ".py" or not file.is_file():
         raise ValueError(f"no plugin {path}: give a Python file that exists, such as mine.py")
@@ -267,7 +263,7 @@ def _load_announced() -> None:
         if not source.endswith(".py"):
             importlib.import_module(source)
         elif source not in _LOADED or digest not in ("", _LOADED[source]):
-            _load(source, digest)
+            load_plugin(source, digest)
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from varve.pipeline.analysis.plots import HEAT, NAMED_CLASSES, blank
+from varve.pipeline.analysis.plots import HEAT, NAMED_CLASSES, blank, rectangle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,15 +44,13 @@ def tubes(
     Raises:
         ValueError: There is no map, or one is of another number of frames.
     """
-    figure, axes = _rows(pictures_TSS3, maps)
-    for row, (name, map_THW) in zip(axes[1:], maps.items(), strict=True):
+    _check_frames(pictures_TSS3, maps)
+    scaled = {}
+    for name, map_THW in maps.items():
         least = float(map_THW.min()) if from_lowest else 0.0
         most = float(map_THW.max())
-        for tile, picture, map_HW in zip(row, pictures_TSS3, map_THW, strict=True):
-            image = _heat(tile, picture, (map_HW - least) / (most - least or 1), 0, 1, HEAT)
-        row[0].set_ylabel(name if most else f"{name}\n(all 0)", fontsize="small")
-    figure.colorbar(image, ax=[*axes.flat], shrink=0.8).set_label(label, fontsize="small")
-    return figure
+        scaled[name if most else f"{name}\n(all 0)"] = (map_THW - least) / (most - least or 1)
+    return _rows(pictures_TSS3, scaled, 0, 1, HEAT, label)
 
 
 def gates(
@@ -68,16 +66,11 @@ def gates(
     Raises:
         ValueError: There is no map, or one is of another number of frames.
     """
-    figure, axes = _rows(pictures_TSS3, maps)
+    _check_frames(pictures_TSS3, maps)
     # Where all gates are 0, any limit shows it.
     limit = limit or max(float(np.abs(map_THW).max()) for map_THW in maps.values()) or 1.0
-    for row, (name, map_THW) in zip(axes[1:], maps.items(), strict=True):
-        for tile, picture, map_HW in zip(row, pictures_TSS3, map_THW, strict=True):
-            image = _heat(tile, picture, map_HW, -limit, limit, SIGNED)
-        row[0].set_ylabel(name, fontsize="small")
-    bar = figure.colorbar(image, ax=[*axes.flat], shrink=0.8)
-    bar.set_label("gate: difference < 0 < average", fontsize="small")
-    return figure
+    label = "gate: difference < 0 < average"
+    return _rows(pictures_TSS3, maps, -limit, limit, SIGNED, label)
 
 
 def correlations(
@@ -124,7 +117,8 @@ def correlations(
         low, high = min(m.min() for m in maps), max(m.max() for m in maps)
         for tile, first, (i, j), map_UV in zip(column, axes[:, 0], cells, maps, strict=True):
             image = _heat(tile, old_SS3, map_UV, low, high, HEAT)
-            _mark(first, i / H, j / W, 1 / H, 1 / W, len(new_SS3))
+            size = len(new_SS3)
+            rectangle(first, (j / W * size - 0.5, i / H * size - 0.5), size / W, size / H)
         column[0].set_title(level, fontsize="medium")
         figure.colorbar(image, ax=[*column], label="cosine", shrink=0.8,
                         location="bottom")  # fmt: skip
@@ -164,20 +158,31 @@ def excitations(weights: Mapping[str, Any], classes: Sequence[str], most: int = 
     return figure
 
 
-def _rows(pictures_TSS3: np.ndarray, maps: Mapping[str, np.ndarray]) -> tuple["Figure", Any]:
-    """Make a figure with the frames in its first row, and empty rows for the maps."""
-    lengths = {name: len(map_THW) for name, map_THW in maps.items()}
-    frames = len(pictures_TSS3)
+def _check_frames(pictures_TSS3: np.ndarray, maps: Mapping[str, np.ndarray]) -> None:
+    """Refuse maps of another number of frames than there are pictures."""
+    frames, lengths = len(pictures_TSS3), {name: len(map_THW) for name, map_THW in maps.items()}
     if not maps or set(lengths.values()) != {frames}:
         raise ValueError(f"{frames} frames for maps of {lengths or 'nothing'}: give one for each")
+
+
+def _rows(
+    pictures_TSS3: np.ndarray, maps: Mapping[str, np.ndarray], low: float, high: float,
+    colours: str, label: str,
+) -> "Figure":  # fmt: skip
+    """Draw the frames in the first row, and each map over the frames in a row of its own."""
+    frames = len(pictures_TSS3)
     figure = blank(1.4 + TILE * frames, 0.3 + TILE * (1 + len(maps)))
     axes = figure.subplots(1 + len(maps), frames, squeeze=False)
     for number, (tile, picture) in enumerate(zip(axes[0], pictures_TSS3, strict=True)):
         tile.imshow(picture)
         tile.set_title(f"t = {number}", fontsize="small")
-    for tile in axes.flat:
         _bare(tile)
-    return figure, axes
+    for row, (name, map_THW) in zip(axes[1:], maps.items(), strict=True):
+        for tile, picture, map_HW in zip(row, pictures_TSS3, map_THW, strict=True):
+            image = _heat(tile, picture, map_HW, low, high, colours)
+        row[0].set_ylabel(name, fontsize="small")
+    figure.colorbar(image, ax=[*axes.flat], shrink=0.8).set_label(label, fontsize="small")
+    return figure
 
 
 def _heat(
@@ -190,16 +195,6 @@ def _heat(
     return axes.imshow(map_HW, cmap=colours, vmin=low, vmax=high, alpha=OPACITY,
                        interpolation="bilinear",
                        extent=(-0.5, size - 0.5, size - 0.5, -0.5))  # fmt: skip
-
-
-def _mark(axes: "Axes", y: float, x: float, height: float, width: float, size: int) -> None:
-    """Frame a cell so that it is visible on dark and on light."""
-    from matplotlib.patches import Rectangle
-
-    for colour, line in (("white", 3.0), ("black", 1.0)):
-        corner = (x * size - 0.5, y * size - 0.5)
-        axes.add_patch(Rectangle(corner, width * size, height * size, fill=False,
-                                 edgecolor=colour, linewidth=line))  # fmt: skip
 
 
 def _bare(axes: "Axes") -> None:

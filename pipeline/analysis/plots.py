@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from varve.pipeline.experiments.metrics import Matrix
-from varve.pipeline.experiments.results import NUMBERS, SEEDS
+from varve.pipeline.experiments.results import requested
 from varve.pipeline.experiments.run_folder import Run
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ def groups(runs: pd.DataFrame, by: Sequence[str] | None = None) -> dict[str, lis
     if done.empty:
         raise ValueError(f"none of {len(runs)} runs has finished, so there is nothing to draw")
     if by is None:
-        requested = [name for name in done if not name.startswith(NUMBERS)]
-        aside = ("run", "finished", *SEEDS)
-        differ = [x for x in requested if x not in aside and done[x].nunique(dropna=False) > 1]
+        differ = [x for x in requested(done) if done[x].nunique(dropna=False) > 1]
         # Fingerprints mostly repeat what options say.
         by = [x for x in differ if not x.startswith("features.")] or differ or ["head"]
     configurations: dict[str, list[Run]] = {}
@@ -96,14 +94,9 @@ def accuracy(runs: Mapping[str, Sequence[Run]], classifier: str = "cnn") -> "Fig
         axes.plot(classes, means, label=label, markersize=5, **style)
         if len(alike) > 1:
             deviations = 100 * shares.std(axis=0, ddof=1)
-            axes.fill_between(
-                classes,
-                means - deviations,
-                means + deviations,
-                linewidth=0.8,
-                facecolor=(style["color"], 0.12),
-                edgecolor=(style["color"], 0.5),
-            )
+            axes.fill_between(classes, means - deviations, means + deviations, linewidth=0.8,
+                              facecolor=(style["color"], 0.12),
+                              edgecolor=(style["color"], 0.5))  # fmt: skip
         ticks.update(classes.tolist())
     axes.set_xlabel("classes learned")
     axes.set_ylabel("accuracy on all of them (%)")
@@ -148,8 +141,6 @@ def routing(routed: "Routing", labels: Sequence[str], tasks: Sequence[Sequence[s
     Raises:
         ValueError: The numbers do not fit, or a label is of no task.
     """
-    from matplotlib.patches import Rectangle
-
     task_of = {label: number for number, task in enumerate(tasks) for label in task}
     experts_NS, weights_NS = routed.experts.cpu().numpy(), routed.weights.cpu().numpy()
     unknown = sorted(set(labels) - set(task_of))
@@ -174,10 +165,8 @@ def routing(routed: "Routing", labels: Sequence[str], tasks: Sequence[Sequence[s
                         vmax=high, aspect="auto", interpolation="nearest")  # fmt: skip
     counts_K = np.bincount(own_N, minlength=len(tasks))
     ends_K = np.cumsum(counts_K)
-    for task, (count, end) in enumerate(np.stack([counts_K, ends_K], axis=1).tolist()):
-        corner = (task - 0.5, end - count - 0.5)
-        axes.add_patch(Rectangle(corner, 1, count, fill=False, edgecolor="white", linewidth=3))
-        axes.add_patch(Rectangle(corner, 1, count, fill=False, edgecolor="black", linewidth=1))
+    for task, (count, end) in enumerate(zip(counts_K.tolist(), ends_K.tolist(), strict=True)):
+        rectangle(axes, (task - 0.5, end - count - 0.5), 1, count)
         if end < len(labels):
             axes.axhline(end - 0.5, color="white", linewidth=0.8)
     middles_C = np.cumsum(counts_C) - counts_C / 2 - 0.5
@@ -285,6 +274,15 @@ def blank(width: float, height: float) -> "Figure":
             return file.getvalue()
 
     return Picture(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def rectangle(axes: "Axes", corner: tuple[float, float], width: float, height: float) -> None:
+    """Draw a rectangle that is visible on dark and on light."""
+    from matplotlib.patches import Rectangle
+
+    for colour, line in (("white", 3.0), ("black", 1.0)):
+        axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour,
+                                 linewidth=line))  # fmt: skip
 
 
 def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:

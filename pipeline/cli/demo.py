@@ -12,7 +12,7 @@ from varve.pipeline.experiments.run import run as run_experiment
 from varve.pipeline.experiments.run_folder import Run
 from varve.pipeline.extraction.build import build
 from varve.pipeline.progress import Progress
-from varve.stores import Feature, FeatureStore
+from varve.stores import FeatureStore
 
 RANDOM = ("ViT-S-32:random-0", "resnet18:random-0")
 AUDIO = "mel_resnet18:random-0"
@@ -88,14 +88,7 @@ def _train(store: FeatureStore, runs: Path, progress: Progress) -> Run:
     """Train quick heads, print their accuracies, and return the best run, or HAD's with audio."""
     classes = store.attributes["classes"]
     audible = sorted(set(classes) & set(AUDIO_CLASSES))
-    head, scenario = "nearest_mean", "4+4x3" if audible else "demo"
-
-    def trained(feature: Feature, time: str) -> Run:
-        options = {"feature": feature.name, "time": time}
-        return run_experiment(
-            store, head, scenario, options=options, backbone=feature.backbone, out=runs
-        )
-
+    scenario = "4+4x3" if audible else "demo"
     ready = store.clips[store.clips["status"] == "ready"]
     clips = ready["split"].value_counts()
     count, step = len(classes), 4 if audible else 2
@@ -104,19 +97,21 @@ def _train(store: FeatureStore, runs: Path, progress: Progress) -> Run:
         f"{clips['train']} clips to train on, {clips['test']} to test on; chance {1 / count:.0%})"
     )
     print("final accuracy, with the frames' features averaged / kept in order:")
-    best: Run | None = None
+    candidates = []
     for feature in store.features():
-        averaged, ordered = (trained(feature, time) for time in ("mean", "order"))
+        averaged, ordered = (
+            run_experiment(store, "nearest_mean", scenario, backbone=feature.backbone, out=runs,
+                           options={"feature": feature.name, "time": time})
+            for time in ("mean", "order")
+        )  # fmt: skip
         print(
             f"  {feature.backbone:24} {feature.name:20} "
             f"{averaged.matrix.metric('final'):4.0%} / {ordered.matrix.metric('final'):4.0%}"
         )
-        whole_vector = ":" not in feature.name and not feature.backbone.startswith(PREFIX)
-        final = ordered.matrix.metric("final")
-        if whole_vector and (best is None or final > best.matrix.metric("final")):
-            best = ordered
+        if ":" not in feature.name and not feature.backbone.startswith(PREFIX):
+            candidates.append(ordered)
+    best = max(candidates, key=lambda done: done.matrix.metric("final"))
     print("Most classes are motions: an average over frames cannot tell one from its reverse.")
-    assert best is not None
     if audible:
         visual = best.spec["backbone"]
         audio = next(f.backbone for f in store.features() if f.backbone.startswith(PREFIX))

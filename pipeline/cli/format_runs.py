@@ -11,12 +11,7 @@ from varve.pipeline.units import clock, size
 
 def run_facts(run: Run) -> dict[str, Any]:
     """Return a finished run as JSON."""
-    return {
-        "run": str(run.folder),
-        "spec": dict(run.spec),
-        "metrics": dict(run.metrics),
-        "cost": dict(run.cost),
-    }
+    return {"run": str(run.folder), "spec": run.spec, "metrics": run.metrics, "cost": run.cost}
 
 
 def run_summary(run: Run) -> str:
@@ -39,8 +34,7 @@ def run_summary(run: Run) -> str:
         f"{size(cost['peak_memory_bytes'])}, {size(cost['bytes_read'])} read"
         + (f", {cost['exemplars']} exemplars" if cost["exemplars"] else "")
     )
-    left_out = run.metrics["left_out"]
-    if left_out:
+    if left_out := run.metrics["left_out"]:
         lines.append("left out: " + ", ".join(f"{n} clips {why}" for why, n in left_out.items()))
     lines.append(f"in {run.folder}")
     return "\n".join(lines)

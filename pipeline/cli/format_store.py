@@ -1,6 +1,8 @@
 """Format builds, plans and stores: as JSON for programs, as text for people."""
 
 import itertools
+import json
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,30 +18,22 @@ if TYPE_CHECKING:  # they load torch, which a description of a store does not ne
     from varve.pipeline.extraction.estimate import Estimate
     from varve.pipeline.extraction.passes import Source
     from varve.pipeline.extraction.plan import ColumnPlan, Plan
+    from varve.pipeline.extraction.verify import Verified
 
 STATUS_ORDER = ("ready", "pending", "quarantined")
+# Attributes of a report that have another name in JSON.
+IN_JSON = {"summary": "dataset", "hashed": "files_hashed", "decoded": "files_decoded",
+           "computed": "clips_computed", "frames": "frames_computed", "adopted": "cells_adopted",
+           "copied": "cells_copied", "calls": "block_calls"}  # fmt: skip
 
 
 def report_facts(report: "BuildReport") -> dict[str, Any]:
     """Return the report of a build as JSON."""
+    facts = {IN_JSON.get(f.name, f.name): getattr(report, f.name) for f in fields(report)}
     quarantined = report.quarantined[["path", "reason", "detail"]]
-    return {
+    return facts | {
         "store": str(report.store),
-        "dataset": report.summary,
-        "clips": report.clips,
-        "new": report.new,
-        "changed": report.changed,
-        "gone": report.gone,
-        "files_hashed": report.hashed,
-        "files_decoded": report.decoded,
-        "clips_computed": report.computed,
-        "frames_computed": report.frames,
-        "cells_adopted": report.adopted,
-        "cells_copied": report.copied,
         "quarantined": quarantined.reset_index().to_dict("records"),
-        "file_bytes": report.file_bytes,
-        "block_calls": report.calls,
-        "bytes_read": report.bytes_read,
         "seconds": {name: round(value, 3) for name, value in report.seconds.items()},
     }
 
@@ -104,7 +98,7 @@ def plan_facts(work: "Plan", seconds: "Estimate | None", store: str | Path) -> d
             )
     return {
         "clips": len(work.table),
-        "not_there": _not_there(work),
+        "not_there": sorted(set(work.table.loc[work.table["reason"] == "missing", "path"])),
         "decodes": work.decodes,
         "clips_to_compute": work.clips,
         "block_calls": sum(work.calls(i) for i in range(len(work.passes))),
@@ -163,11 +157,6 @@ def plan_summary(work: "Plan", seconds: "Estimate | None", store: str | Path) ->
     return "\n".join(lines)
 
 
-def _not_there(work: "Plan") -> list[str]:
-    """Paths of listed clips without a file."""
-    return sorted(set(work.table.loc[work.table["reason"] == "missing", "path"]))
-
-
 def store_facts(opened: FeatureStore) -> dict[str, Any]:
     """Return the contents of a store as JSON."""
     table = opened.clips
@@ -214,26 +203,52 @@ def store_summary(opened: FeatureStore) -> str:
     ]
     for f in facts["features"]:
         view = f" view {f['view']}" if f["view"] else ""
+        named = itertools.zip_longest(f["changed_at"], f["modules"], fillvalue="?")
+        changes = ", ".join(f"{stage} ({module})" for stage, module in named)
         lines.append(
             f"  {f['backbone']}  {f['feature']}{view}  {tuple(f['shape'])} {f['dtype']}  "
             f"{f['valid']} valid  {size(f['bytes'])}  {f['fingerprint'][:16]}"
-            + (f"  changed at {_changes(f)}" if f["changed_at"] else "")
+            + (f"  changed at {changes}" if changes else "")
             + (f"  from {' and '.join(f['resumed_from'])}" if f["resumed_from"] else "")
         )
     return "\n".join(lines)
 
 
-def _changes(facts: dict[str, Any]) -> str:
-    named = itertools.zip_longest(facts["changed_at"], facts["modules"], fillvalue="?")
-    return ", ".join(f"{stage} ({module})" for stage, module in named)
+def failure_facts(failed: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return quarantined clips as JSON."""
+    columns = ["path", "start_seconds", "end_seconds", "label", "split", "reason", "detail"]
+    rows: list[dict[str, Any]] = json.loads(failed[columns].reset_index().to_json(orient="records"))
+    return rows
 
 
 def failure_lines(failed: pd.DataFrame) -> str:
     """Return a line for each quarantined clip: row, path, reason."""
-    return "\n".join(
+    lines = (
         f"  row {row}  {clip['path']}  {clip['reason']}: {clip['detail']}"
         for row, clip in failed.iterrows()
     )
+    return "\n".join(lines) or "no clip is quarantined"
+
+
+def verification_lines(result: "Verified") -> str:
+    """Return the result of a verification as text."""
+    lines = [
+        f"{result.chunks} cells read, checksums verified",
+        f"{result.equal + result.close} cells computed again: {result.equal} equal to the bit, "
+        f"{result.close} within rounding",
+    ]
+    if result.changed:
+        lines.append(f"{result.changed} columns of changed networks: checksums alone")
+    for finding in result.findings:
+        where = "  ".join(filter(None, (finding.column, finding.shard, finding.clip)))
+        lines.append(f"BAD {where}: {finding.problem}")
+    findings = len(result.findings)
+    return "\n".join([*lines, f"{findings} findings" if findings else "nothing differs"])
+
+
+def garbage_facts(report: GarbageReport) -> dict[str, Any]:
+    """Return what a garbage collection freed, or would free, as JSON."""
+    return asdict(report) | {"store": str(report.store), "freed_bytes": report.freed_bytes}
 
 
 def garbage_lines(report: GarbageReport) -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
@@ -11,13 +12,25 @@ import typer
 
 from varve.pipeline import registry
 from varve.pipeline.config import Option, options_of
+from varve.pipeline.progress import Progress, default_progress
 
 StoreArgument = Annotated[
     Path, typer.Argument(metavar="STORE", help="Folder of the feature store.")
 ]
+BY_NAME = inspect.Parameter.KEYWORD_ONLY
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 
 Command = Callable[..., None]
+
+
+def progress_for(as_json: bool) -> Progress:
+    """Return the progress that a command shows: none beside JSON."""
+    return Progress() if as_json else default_progress()
+
+
+def show(as_json: bool, facts: Callable[..., Any], text: Callable[..., str], *result: Any) -> None:
+    """Print a result as JSON for a program, by `facts`, or for a person, by `text`."""
+    print(json.dumps(facts(*result), indent=1, ensure_ascii=False) if as_json else text(*result))
 
 
 def takes(
@@ -49,17 +62,15 @@ def takes(
         def run(**arguments: Any) -> None:
             for parameter, options in added.items():
                 values = {name: arguments.pop(name) for name in options}
-                values = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
                 if not partial:
-                    empty = {n: () for n, value in values.items() if value is None}
-                    arguments[parameter] = configs[parameter](**values | empty)
-                else:
-                    arguments[parameter] = values
+                    values = {n: () if value is None else value for n, value in values.items()}
+                values = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+                arguments[parameter] = values if partial else configs[parameter](**values)
             command(**arguments)
 
         parameters: list[inspect.Parameter] = []
-        for name, parameter_ in declared_by_hand.items():
-            parameters += added[name].values() if name in added else [_by_name(parameter_)]
+        for name, by_hand in declared_by_hand.items():
+            parameters += added[name].values() if name in added else [by_hand.replace(kind=BY_NAME)]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
@@ -76,16 +87,8 @@ def _parameter(
     several = hint not in (bool, int, float, str)
     if several or partial:
         hint, default = (list[str] if several else hint) | None, None
-    annotation = Annotated[hint, typer.Option(flag, help=_help(declared))]
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=default, annotation=annotation)
-
-
-def _help(declared: Option) -> str:
     choices = declared.choices
     names = registry.listed(choices) if isinstance(choices, str) and choices else choices
-    return f"{declared.help} [{', '.join(names)}]" if names else declared.help
-
-
-def _by_name(parameter: inspect.Parameter) -> inspect.Parameter:
-    return parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+    help = f"{declared.help} [{', '.join(names)}]" if names else declared.help
+    annotation = Annotated[hint, typer.Option(flag, help=help)]
+    return inspect.Parameter(name, BY_NAME, default=default, annotation=annotation)

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from varve.pipeline.cli.options import Json, StoreArgument, takes
-from varve.pipeline.cli.store_commands import print_json
+from varve.pipeline.cli.options import Json, StoreArgument, progress_for, show, takes
 from varve.pipeline.config import Runtime
 
 Out = Annotated[Path, typer.Option(help="Folder of the run folders.")]
@@ -42,16 +41,12 @@ def run(
     """
     from varve.pipeline.cli.format_runs import run_facts, run_summary
     from varve.pipeline.experiments.run import run as do
-    from varve.pipeline.progress import Progress, default_progress
 
-    progress = Progress() if as_json else default_progress()
+    progress = progress_for(as_json)
     done = do(store, head, scenario, seed=seed, options=settings(options or []), backbone=backbone,
               splits=(learn_split, test_split), out=out, device=device,
               progress=progress)  # fmt: skip
-    if as_json:
-        print_json(run_facts(done))
-    else:
-        print(run_summary(done))
+    show(as_json, run_facts, run_summary, done)
 
 
 @takes(only=("workers", "scheduler", "serial"), runtime=Runtime)
@@ -90,12 +85,11 @@ def ablate(
     from varve.pipeline.experiments import results
     from varve.pipeline.experiments.sweep import ablate as do
     from varve.pipeline.experiments.sweep_spec import Sweep
-    from varve.pipeline.progress import Progress, default_progress
 
     grid = Sweep.read(sweep)
     if table is not None:
         results.writable(table)
-    progress = Progress() if as_json else default_progress()
+    progress = progress_for(as_json)
     grid = grid.with_options(settings(options or []))
     rows = do(store, grid.heads, scenario or grid.scenario, grid.grid, grid.seeds,
               options=grid.options, backbone=backbone or grid.backbone, splits=grid.splits,
@@ -103,10 +97,7 @@ def ablate(
               runtime=runtime)  # fmt: skip
     if table is not None:
         results.write(rows, table)
-    if as_json:
-        print_json(json.loads(rows.to_json(orient="records")))
-    else:
-        print(results.text(rows))
+    show(as_json, lambda table: json.loads(table.to_json(orient="records")), results.text, rows)
     raise typer.Exit(1 if rows.attrs["errors"] else 0)
 
 
@@ -131,10 +122,8 @@ def route(
     from varve.pipeline.experiments.routing import route as do
 
     answers = do(run, videos, top_k, store=store)
-    if as_json:
-        print_json([asdict(answer) for answer in answers])
-    else:
-        print("\n".join(map(routed_text, answers)))
+    text = "\n".join(map(routed_text, answers))
+    show(as_json, lambda videos: [asdict(video) for video in videos], lambda _: text, answers)
     raise typer.Exit(1 if any(answer.reason for answer in answers) else 0)
 
 

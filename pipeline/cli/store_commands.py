@@ -1,12 +1,11 @@
 """Commands that build, describe, check and clean a feature store. Each loads what it needs."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from varve.pipeline.cli.options import Json, StoreArgument, takes
+from varve.pipeline.cli.options import Json, StoreArgument, progress_for, show, takes
 from varve.pipeline.config import BuildSpec, Runtime
 
 
@@ -46,16 +45,12 @@ def build(
     """
     from varve.pipeline.cli.format_store import report_facts, report_summary
     from varve.pipeline.extraction.build import build as run
-    from varve.pipeline.progress import Progress, default_progress
 
-    progress = Progress() if as_json else default_progress()
+    progress = progress_for(as_json)
     report = run(
         dataset, store, spec, layout=layout, split=split, runtime=runtime, progress=progress
     )
-    if as_json:
-        print_json(report_facts(report))
-    else:
-        print(report_summary(report))
+    show(as_json, report_facts, report_summary, report)
     raise typer.Exit(1 if len(report.quarantined) else 0)
 
 
@@ -76,15 +71,11 @@ def plan(
     """
     from varve.pipeline.cli.format_store import plan_facts, plan_summary
     from varve.pipeline.extraction.build import plan as run
-    from varve.pipeline.progress import Progress, default_progress
 
-    progress = Progress() if as_json else default_progress()
+    progress = progress_for(as_json)
     work, seconds = run(dataset, store, spec, layout=layout, split=split, runtime=runtime,
                         progress=progress, estimate=estimate)  # fmt: skip
-    if as_json:
-        print_json(plan_facts(work, seconds, store))
-    else:
-        print(plan_summary(work, seconds, store))
+    show(as_json, plan_facts, plan_summary, work, seconds, store)
 
 
 def info(store: StoreArgument, as_json: Json = False) -> None:
@@ -95,11 +86,7 @@ def info(store: StoreArgument, as_json: Json = False) -> None:
     from varve.pipeline.cli.format_store import store_facts, store_summary
     from varve.stores import FeatureStore
 
-    opened = FeatureStore.open(store)
-    if as_json:
-        print_json(store_facts(opened))
-    else:
-        print(store_summary(opened))
+    show(as_json, store_facts, store_summary, FeatureStore.open(store))
 
 
 def failures(store: StoreArgument, as_json: Json = False) -> None:
@@ -107,16 +94,12 @@ def failures(store: StoreArgument, as_json: Json = False) -> None:
 
     Example: varve failures ucf101.zarr
     """
-    from varve.pipeline.cli.format_store import failure_lines
+    from varve.pipeline.cli.format_store import failure_facts, failure_lines
     from varve.stores import FeatureStore
 
     table = FeatureStore.open(store).clips
     failed = table[table["status"] == "quarantined"]
-    if as_json:
-        columns = ["path", "start_seconds", "end_seconds", "label", "split", "reason", "detail"]
-        print_json(json.loads(failed[columns].reset_index().to_json(orient="records")))
-    else:
-        print(failure_lines(failed) or "no clip is quarantined")
+    show(as_json, failure_facts, failure_lines, failed)
     raise typer.Exit(1 if len(failed) else 0)
 
 
@@ -141,29 +124,16 @@ def verify(
     """
     from dataclasses import asdict
 
+    from varve.pipeline.cli.format_store import verification_lines
     from varve.pipeline.extraction.verify import verify as run
-    from varve.pipeline.progress import Progress, default_progress
     from varve.stores.digests import store_name
 
     weights = {store_name(name): name for name in backbone or []}
-    progress = Progress() if as_json else default_progress()
+    progress = progress_for(as_json)
     result = run(
         store, dataset=dataset, backbones=weights, sample=sample, seed=seed, progress=progress
     )
-    if as_json:
-        print_json(asdict(result))
-    else:
-        print(f"{result.chunks} cells read, checksums verified")
-        print(f"{result.equal + result.close} cells computed again: {result.equal} equal to the "
-              f"bit, {result.close} within rounding")  # fmt: skip
-        if result.changed:
-            print(f"{result.changed} columns of changed networks: checksums alone")
-        for finding in result.findings:
-            where = "  ".join(
-                part for part in (finding.column, finding.shard, finding.clip) if part
-            )
-            print(f"BAD {where}: {finding.problem}")
-        print("nothing differs" if not result.findings else f"{len(result.findings)} findings")
+    show(as_json, asdict, verification_lines, result)
     raise typer.Exit(1 if result.findings else 0)
 
 
@@ -179,10 +149,8 @@ def diff(store: StoreArgument, changes: dict[str, Any], as_json: Json = False) -
     from varve.pipeline.extraction.diff import facts, lines, request_of
 
     differences = run(store, request_of(store, **changes))
-    if as_json:
-        print_json(facts(differences))
-    else:
-        print("\n".join(lines(differences)) or "the store has no column")
+    text = "\n".join(lines(differences)) or "the store has no column"
+    show(as_json, facts, lambda _: text, differences)
 
 
 def gc(
@@ -202,17 +170,11 @@ def gc(
 
     Example: varve gc ucf101.zarr --dry-run
     """
-    from dataclasses import asdict
-
-    from varve.pipeline.cli.format_store import garbage_lines
+    from varve.pipeline.cli.format_store import garbage_facts, garbage_lines
     from varve.stores import FeatureStore
 
     report = FeatureStore.open(store).gc(dry_run, drop or ())
-    if as_json:
-        facts = asdict(report) | {"store": str(store), "freed_bytes": report.freed_bytes}
-        print_json(facts)
-    else:
-        print(garbage_lines(report))
+    show(as_json, garbage_facts, garbage_lines, report)
 
 
 def demo(
@@ -236,8 +198,3 @@ def demo(
     from varve.pipeline.progress import default_progress
 
     run(out, backbone, precision, clips_per_class, sound, default_progress())
-
-
-def print_json(value: Any) -> None:
-    """Print a value as JSON for a program to read."""
-    print(json.dumps(value, indent=1, ensure_ascii=False))

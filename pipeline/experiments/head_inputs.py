@@ -15,7 +15,7 @@ import torch
 from varve.heads.parts.clips import Clips
 from varve.pipeline import backbones
 from varve.pipeline.backbones import CLASSIFIER, Backbone
-from varve.pipeline.config import BuildSpec
+from varve.pipeline.config import FRAME_OPTIONS, BuildSpec
 from varve.pipeline.experiments.feature_tensors import BUDGET_BYTES, FeatureTensors
 from varve.pipeline.experiments.scenarios import Division
 from varve.pipeline.extraction.update import recorded_request
@@ -24,7 +24,6 @@ from varve.stores.clips import row_keys
 from varve.stores.digests import digest, store_name
 
 VECTOR, SOUND = "vector", "sound"
-FRAME_SETTINGS = ("frames", "sampling", "fps", "stride", "decoder")
 _BLOCK = re.compile(r"(blocks\.\d+)\.(attn|mlp)|(layer\d+\.\d+)")
 _FROM_THE_END = re.compile(r"blocks\.-([1-9]\d*)(?:\.(\w+))?")
 
@@ -195,7 +194,7 @@ def _find_column(store: FeatureStore, backbone: str, name: str) -> Feature | Non
             feature
             for feature in _published(store, backbone)
             if feature.name == name
-            and all(feature.spec["frames"][k] == getattr(request, k) for k in FRAME_SETTINGS)
+            and all(feature.spec["frames"][k] == getattr(request, k) for k in FRAME_OPTIONS)
             and feature.spec["frames"]["view"] == 0
             and feature.dtype == request.dtype
             and feature.spec["stages"][0]["precision"] == request.precision

@@ -33,6 +33,7 @@ from varve.pipeline.registry import available, source_digest, variant
 from varve.stores import atomic
 
 FOLDER = "head_source"
+NAMES_OF_HEADS = ("heads", "varve.heads")  # in a user's file
 HEADS = Path(heads.__file__).parent
 MEMBERS = [n for n in (*Head.__annotations__, *vars(Head)) if not n.startswith("_")]
 _IMPORT_LOCK = threading.RLock()
@@ -62,10 +63,14 @@ class HeadSource:
         return str(Path(self.folder) / f"{self.name}.py")
 
     @property
+    def parts(self) -> list[bytes]:
+        """Names and contents of a user's files, in the order in which they are digested."""
+        return [part for n in sorted(self.files) for part in (n.encode(), self.files[n])]
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the names and contents of a user's files; "" for a head of heads/."""
-        parts = [part for n in sorted(self.files) for part in (n.encode(), self.files[n])]
-        return hashlib.sha256(b"\0".join(parts)).hexdigest() if self.files else ""
+        return hashlib.sha256(b"\0".join(self.parts)).hexdigest() if self.files else ""
 
     @property
     def build(self) -> Callable[..., Head]:
@@ -187,12 +192,7 @@ def save_source(source: HeadSource, folder: Path) -> None:
 
 
 def restore_source(folder: Path, name: str, digest: str) -> HeadSource:
-    """Return the source of the head of a run folder.
-
-    Args:
-        folder: The run folder.
-        name: Name of the head.
-        digest: Digest of the source that the run was started with.
+    """Return the source of the head of a run folder, which the run was started with.
 
     Raises:
         ValueError: The copy is gone, or is another text: it is not run.
@@ -215,15 +215,11 @@ def code_digest(source: HeadSource) -> str:
     For a user's file it covers the modules beside it and the heads of heads/ that it imports.
     """
     shared = sorted([*(HEADS / "parts").glob("*.py"), *(HEADS / "grafts").glob("*.py")])
-    file, own = HEADS / f"{source.name}.py", []
-    if not source.files:
-        own = [
-            file.read_bytes() if file.is_file() else source_digest("heads", source.name).encode()
-        ]
-    for name, text in sorted(source.files.items()):
-        own += [name.encode(), text]
-    own += [file.read_bytes() for file in sorted(imported_heads(source))]
-    texts = [(HEADS / "__init__.py").read_bytes(), *own, *(file.read_bytes() for file in shared)]
+    file, own = HEADS / f"{source.name}.py", source.parts
+    if not source.files and not file.is_file():
+        own = [source_digest("heads", source.name).encode()]
+    files = [*([] if own else [file]), *sorted(imported_heads(source)), *shared]
+    texts = [(HEADS / "__init__.py").read_bytes(), *own, *(file.read_bytes() for file in files)]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
 
 
@@ -288,10 +284,7 @@ def _imports(text: bytes) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in (
-            "heads",
-            "varve.heads",
-        ):
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in NAMES_OF_HEADS:
             yield f"varve.heads.{node.attr}"
 
 

@@ -65,11 +65,15 @@ def read(folders: str | Path | Iterable[str | Path]) -> pd.DataFrame:
             "`varve run` makes one"
         )
     table = pd.DataFrame([_record(folder) for folder in runs])
-    numbers = [name for name in table if name.startswith(NUMBERS)]
-    requested = [name for name in table if name not in numbers]
-    for name in requested:
-        table[name] = _one_type(table[name])
-    return pd.concat([table[requested], table[numbers].astype("float64")], axis=1)
+    is_number = table.columns.str.startswith(NUMBERS)
+    numbers = table.loc[:, is_number].astype("float64")
+    return pd.concat([table.loc[:, ~is_number].apply(_one_type), numbers], axis=1)
+
+
+def requested(runs: pd.DataFrame) -> list[str]:
+    """Return the columns of what was requested of runs, but for their seeds."""
+    aside = ("run", "finished", *SEEDS)
+    return [name for name in runs if name not in aside and not name.startswith(NUMBERS)]
 
 
 def summary(runs: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFrame:
@@ -89,10 +93,7 @@ def summary(runs: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFrame
     finished = runs[runs["finished"]]
     if finished.empty:
         raise ValueError(f"none of {len(runs)} runs has finished; `varve run` resumes one")
-    aside = ("run", "finished", *SEEDS)
-    keys = (
-        [c for c in runs if not c.startswith(NUMBERS) and c not in aside] if by is None else [*by]
-    )
+    keys = requested(runs) if by is None else [*by]
     seeds = [name for name in SEEDS if name in runs]
     repeated = finished["run"][finished.duplicated([*keys, *seeds], keep=False)]
     if len(repeated):

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from varve.heads import Head, Routes
-from varve.heads.parts.clips import Batch
 from varve.pipeline.backbones import Backbone
 from varve.pipeline.config import BuildSpec, FrameSet, Runtime
 from varve.pipeline.datasets.media import content_digest
@@ -131,12 +130,9 @@ def _passes_of(
         SpecMismatch: A feature would have another fingerprint than in the store.
     """
     first = next(iter(features.values()))
-    weights = {
-        feature.backbone: head_inputs.weights_of(store, feature.backbone)
-        for feature in features.values()
-    }
     networks = {
-        name: head_inputs.load_network(store, backbone) for backbone, name in weights.items()
+        head_inputs.weights_of(store, name): head_inputs.load_network(store, name)
+        for name in dict.fromkeys(feature.backbone for feature in features.values())
     }
     spec = BuildSpec(
         tuple(networks),
@@ -155,10 +151,9 @@ def _passes_of(
                 f"{store.location}: its weights or this version's code are not what they were"
             )
     outputs = {name: by_key[feature.fingerprint] for name, feature in features.items()}
-    needed = {output.spec.fingerprint for output in outputs.values()}
+    needed = outputs.values()
     requested = [
-        replace(pass_, outputs=tuple(o for o in pass_.outputs if o.spec.fingerprint in needed))
-        for pass_ in every
+        replace(pass_, outputs=tuple(o for o in pass_.outputs if o in needed)) for pass_ in every
     ]
     return tuple(pass_ for pass_ in requested if pass_.outputs), outputs, networks
 
@@ -173,10 +168,10 @@ def _routed(
     top_k: int,
 ) -> Routed:
     """Return the prediction for an extracted clip, or the reason why there is none."""
+    assert isinstance(head, Routes)
     if clip.failure:
         return Routed(video, reason=f"{clip.failure.reason}: {clip.failure.detail}")
-    lost = [o.spec for o in outputs.values() if o.spec.short in clip.overflowed]
-    if lost:
+    if lost := [o.spec for o in outputs.values() if o.spec.short in clip.overflowed]:
         return Routed(video, reason=f"not_finite: {overflow_text(lost[0])}")
     batch = {
         name: torch.from_numpy(
@@ -184,11 +179,6 @@ def _routed(
         )
         for name, output in outputs.items()
     }
-    return _answer(head, batch, video, names, top_k)
-
-
-def _answer(head: Head, batch: Batch, video: str, names: list[str], top_k: int) -> Routed:
-    assert isinstance(head, Routes)
     scores = head.scores(batch)[0]
     best = scores.argsort(descending=True, stable=True)[:top_k].tolist()
     routing = [x[0].tolist()[:top_k] for x in head.routing(batch)]
@@ -220,8 +210,7 @@ def restored(
     source = head_source.restore_source(run.folder, spec["head"], spec["head_source"])
     head, network, features = run_spec.build_head(store, source, spec["options"], spec["backbone"])
     keys = spec["features"]
-    moved = [name for name, column in features.items() if column.fingerprint != keys[name]]
-    if moved:
+    if moved := [name for name, column in features.items() if column.fingerprint != keys[name]]:
         raise SpecMismatch(
             f"{store.location} has another {', '.join(moved)} of {spec['backbone']} than "
             f"{run.folder} was made on"

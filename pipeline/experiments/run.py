@@ -26,16 +26,16 @@ from varve.heads.parts.clips import Batch, Clips
 from varve.pipeline.backbones import precision_warning
 from varve.pipeline.experiments import checkpoints, head_source, teacher_features
 from varve.pipeline.experiments.cost import memory_peak, multiply_adds
-from varve.pipeline.experiments.metrics import CLASSIFIERS, Matrix
-from varve.pipeline.experiments.run_folder import Run, write_json
+from varve.pipeline.experiments.metrics import Matrix
+from varve.pipeline.experiments.run_folder import CNN, NME, Run, write_json
 from varve.pipeline.experiments.run_spec import PreparedRun, prepare_run, training_digest
 from varve.pipeline.experiments.scenarios import Scenario
 from varve.pipeline.progress import Progress
 from varve.stores import Feature, FeatureStore, SpecMismatch, atomic, lock
+from varve.stores.digests import digest
 
 SCORE_BATCH_BYTES = 64 << 20
 TOP = 5
-CNN, NME = CLASSIFIERS
 TRAINING_COSTS = ("seconds", "peak_memory_bytes", "bytes_read", "stages_recomputed")
 
 
@@ -94,7 +94,14 @@ def run(
             atomic.clear_temporary(folder)
             with _threads(_start_or_resume(folder, plan, threads)):
                 donor = None if states_from is None else _check_donor(plan, states_from)
-                _execute(plan, folder, donor, progress)
+                state = RunState(plan, folder, donor, progress)
+                gc.collect()  # else memory of this run would include reference cycles of others
+                for task in range(state.committed, len(plan.tasks)):
+                    with memory_peak() as peak:
+                        state.learn_task(task)
+                        state.evaluate(task)
+                    state.commit(task, peak())
+                state.finish()
         if not keep_checkpoints:
             checkpoints.remove(folder)
     return Run.read(folder)
@@ -107,26 +114,10 @@ def scores_of(score: Callable[[Batch], Tensor], clips: Clips) -> Tensor:
     return torch.cat([score(batch).cpu() for _, batch in clips.batches(size)])
 
 
-def _execute(plan: PreparedRun, folder: Path, donor: Run | None, progress: Progress) -> None:
-    """Run the tasks that are not committed yet, and write the results."""
-    state = RunState(plan, folder, donor, progress)
-    gc.collect()  # what earlier runs left in reference cycles would count as memory of this one
-    for task in range(state.committed, len(plan.tasks)):
-        with memory_peak() as peak:
-            state.learn_task(task)
-            state.evaluate(task)
-        state.commit(task, peak())
-    state.finish()
-
-
 class RunState:
     """A run in progress, resumed from the last checkpoint of its folder.
 
-    Args:
-        plan: The run.
-        folder: Its run folder.
-        donor: A finished run whose states take the place of training; None to train.
-        progress: Where progress is shown.
+    The states of the donor, a finished run, take the place of training; None to train.
 
     Attributes:
         committed: Number of tasks that the checkpoint has.
@@ -186,12 +177,11 @@ class RunState:
             if plan.class_text is not None:
                 text = plan.class_text[sorted(set(clips.labels.tolist()))].to(plan.device)
             with _epoch_bar(self.progress, f"task {task + 1}/{len(plan.tasks)}") as on_epoch_end:
-                head.learn(Task(clips, task, text, memory, on_epoch_end, plan.features_digest))
+                keys = digest(plan.spec["features"])
+                head.learn(Task(clips, task, text, memory, on_epoch_end, keys))
             self._cost = {"seconds": time.perf_counter() - started}
-        if isinstance(head, ReportsDiagnostics) and not donated:
-            self.diagnostics.append(dict(head.diagnostics))
-        else:
-            self.diagnostics.append({})
+        report = {} if donated or not isinstance(head, ReportsDiagnostics) else head.diagnostics
+        self.diagnostics.append(dict(report))
 
     def evaluate(self, task: int) -> None:
         """Append the row of the accuracy matrix: accuracy on the test clips of each task so far."""
@@ -225,11 +215,7 @@ class RunState:
         atomic.write(
             self.folder, self.folder / "predictions.parquet", table.to_parquet(index=False)
         )
-        records = {
-            "accuracy": self.accuracy,
-            "costs": self.costs,
-            "diagnostics": self.diagnostics,
-        }
+        records = {"accuracy": self.accuracy, "costs": self.costs, "diagnostics": self.diagnostics}
         checkpoints.write(self.folder, task, head.state_dict(), records)
         counts, seconds = [len(clips) for clips in self.test_clips], self._cost["seconds"]
         accuracy = np.average(self.accuracy[CNN][-1], weights=counts)
@@ -247,27 +233,25 @@ class RunState:
                     for name, rows in self.accuracy.items()}  # fmt: skip
         exemplars = len(head.exemplars) if isinstance(head, ReplaysExemplars) else 0
         cells = self.test_clips[0].features.values()
+        by_task = {name: [cost[name] for cost in self.costs] for name in self.costs[0]}
         cost = {
             "trainable": head.trainable,
             "multiply_adds": multiply_adds(head, self.test_clips[0]),
-            "seconds": [cost["seconds"] for cost in self.costs],
-            "score_seconds": [cost["score_seconds"] for cost in self.costs],
-            "peak_memory_bytes": max(cost["peak_memory_bytes"] for cost in self.costs),
-            "bytes_read": sum(cost["bytes_read"] for cost in self.costs),
+            **by_task,
+            "peak_memory_bytes": max(by_task["peak_memory_bytes"]),
+            "bytes_read": sum(by_task["bytes_read"]),
             "state_bytes": sum(tensor.nbytes for tensor in head.state_dict().values()),
             "exemplars": exemplars,
             "exemplar_bytes": exemplars * sum(c.cell_bytes for c in cells),  # type: ignore[attr-defined]
-            "stages_recomputed": [cost["stages_recomputed"] for cost in self.costs],
         }
         write_json(self.folder, "cost", cost)
         accuracies = {name: matrix and matrix.to_json() for name, matrix in matrices.items()}
         tasks = [list(task) for task in plan.tasks]
         write_json(self.folder, "matrix", accuracies | {"clips": counts.tolist(), "tasks": tasks})
         if isinstance(head, UsesTeacher):
-            teacher_features.release_teacher_features(plan.store, self.folder)
+            FeatureStore.open(plan.store).remove_reference(self.folder)  # the columns may go
         figures = {name: matrix and matrix.figures() for name, matrix in matrices.items()}
-        left_out = dict(plan.division.left_out)
-        reports = {"left_out": left_out, "diagnostics": self.diagnostics}
+        reports = {"left_out": dict(plan.division.left_out), "diagnostics": self.diagnostics}
         write_json(self.folder, "metrics", figures | reports)
 
     def _donated_state(self, task: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -307,14 +291,8 @@ def _start_or_resume(folder: Path, plan: PreparedRun, threads: int) -> int:
         return int(started["threads"])
     count = threads or torch.get_num_threads()
     head_source.save_source(plan.source, folder)
-    content = {
-        **plan.spec,
-        "head_source": plan.source.digest,
-        "digest": plan.digest,
-        "store": plan.store,
-        "threads": count,
-    }
-    write_json(folder, "spec", content)
+    origin = {"head_source": plan.source.digest, "digest": plan.digest, "store": plan.store}
+    write_json(folder, "spec", {**plan.spec, **origin, "threads": count})
     return count
 
 

@@ -78,11 +78,6 @@ class PreparedRun:
         spec = self.spec
         return f"{spec['head']}-{spec['scenario']}-{spec['seed']}-{self.digest[:8]}"
 
-    @property
-    def features_digest(self) -> str:
-        """Digest of the keys of the feature columns that the head reads."""
-        return digest(self.spec["features"])
-
     def clips(self, rows: np.ndarray, more: Mapping[str, Feature] = {}) -> Clips:
         """Return some rows of the table of clips with the features of the head, and more."""
         features = {**self.features, **more}
@@ -148,13 +143,7 @@ def prepare_run(
 def build_head(
     store: FeatureStore, source: HeadSource, options: Mapping[str, Any], backbone: str
 ) -> tuple[Head, HeadNetwork | None, dict[str, Feature]]:
-    """Build an untrained head for a store.
-
-    Args:
-        store: A store with the features that the head reads.
-        source: What the head is built from.
-        options: Options of the head.
-        backbone: Name of the backbone in the store.
+    """Build an untrained head for a backbone of a store.
 
     Returns:
         The head; the network that it trains a part of, or None; the feature columns that it reads.

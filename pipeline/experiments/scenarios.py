@@ -22,7 +22,7 @@ and the seed, and returns the class names of each task:
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,11 @@ def make_scenario(
     (('walk',), ('jump', 'run'))
     """
     if name in available("scenarios") and name not in PUBLISHED:
-        return _registered(name, classes, seed, order, only)
+        if order is not None or only is not None:
+            raise ValueError(
+                f"{name} decides itself which classes there are: leave out `order`, `only`"
+            )
+        return _registered(name, classes, seed)
     shape = _shape(name)
     numbered = _numbered(name, classes)
     if order is not None and only is not None:
@@ -154,29 +158,14 @@ def make_scenario(
     return _scenario(name, tasks, seed, numbered)
 
 
-def _published(name: str) -> Callable[[Sequence[str], int | None], list[list[str]]]:
-    def scenario(classes: Sequence[str], seed: int | None) -> list[list[str]]:
-        return [list(task) for task in make_scenario(name, classes, seed).tasks]
-
-    return scenario
-
-
 for _name in PUBLISHED:
-    register("scenarios", _name)(_published(_name))
+    register("scenarios", _name)(
+        lambda classes, seed, name=_name: make_scenario(name, classes, seed).tasks
+    )
 
 
-def _registered(
-    name: str,
-    classes: Sequence[str],
-    seed: int | None,
-    order: ClassList | None,
-    only: ClassList | None,
-) -> Scenario:
+def _registered(name: str, classes: Sequence[str], seed: int | None) -> Scenario:
     """Make the scenario of a user's function."""
-    if order is not None or only is not None:
-        raise ValueError(
-            f"{name} decides itself which classes there are: leave out `order`, `only`"
-        )
     try:
         tasks = [list(task) for task in variant("scenarios", name)(list(classes), seed)]
     except Exception as error:

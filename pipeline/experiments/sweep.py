@@ -18,7 +18,7 @@ from varve.pipeline.experiments import checkpoints, results, scenarios
 from varve.pipeline.experiments.head_source import HeadSource, find_head
 from varve.pipeline.experiments.run import run
 from varve.pipeline.experiments.run_spec import prepare_run
-from varve.pipeline.experiments.scenarios import SEEDS, Scenario
+from varve.pipeline.experiments.scenarios import SEEDS
 from varve.pipeline.experiments.sweep_spec import Sweep
 from varve.pipeline.progress import Progress
 from varve.pipeline.registry import VARIABLE
@@ -33,18 +33,12 @@ class PlannedRun:
     """One run of a sweep.
 
     Attributes:
-        source: Source of the head.
-        seed: Seed of class order and head.
-        options: Options of the head.
-        scenario: The tasks.
+        arguments: Those of `varve.run` in which the runs of a sweep differ.
         folder: Its run folder.
         training_digest: Runs that share it train alike.
     """
 
-    source: HeadSource
-    seed: int
-    options: Mapping[str, Any]
-    scenario: Scenario
+    arguments: dict[str, Any]
     folder: Path
     training_digest: str
 
@@ -53,13 +47,8 @@ class PlannedRun:
         """The run folder is finished."""
         return (self.folder / "metrics.json").exists()
 
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `varve.run` in which the runs of a sweep differ."""
-        return {"head": self.source, "scenario": self.scenario, "seed": self.seed,
-                "options": self.options}  # fmt: skip
-
     def __str__(self) -> str:
-        return f"{self.source} {self.options} seed {self.seed}"
+        return "{head} {options} seed {seed}".format(**self.arguments)
 
 
 @dataclass(frozen=True)
@@ -158,14 +147,12 @@ def expand(store: FeatureStore, sweep: Sweep, out: Path, device: str) -> list[Pl
     train, test = sweep.splits
     runs: dict[Path, PlannedRun] = {}
     for head, seed, options in sweep.runs():
-        classes = list(store.attributes["classes"])
-        scenario = scenarios.make_scenario(sweep.scenario, classes, seed)
-        plan = prepare_run(
-            store, sources[head], scenario, seed, options, sweep.backbone, (train, test), device
-        )
+        scenario = scenarios.make_scenario(sweep.scenario, store.attributes["classes"], seed)
+        plan = prepare_run(store, sources[head], scenario, seed, options, sweep.backbone,
+                           (train, test), device)  # fmt: skip
+        varied = {"head": sources[head], "scenario": scenario, "seed": seed, "options": options}
         folder = out / plan.name
-        planned = PlannedRun(sources[head], seed, options, scenario, folder, plan.training_digest)
-        runs.setdefault(folder, planned)
+        runs.setdefault(folder, PlannedRun(varied, folder, plan.training_digest))
     return list(runs.values())
 
 
@@ -174,7 +161,8 @@ def group(runs: Sequence[PlannedRun]) -> list[Group]:
     donors = {
         planned.training_digest: planned.folder
         for planned in runs
-        if planned.finished and checkpoints.complete(planned.folder, len(planned.scenario.tasks))
+        if planned.finished
+        and checkpoints.complete(planned.folder, len(planned.arguments["scenario"].tasks))
     }
     groups: dict[str, Group] = {}
     for planned in runs:
@@ -211,7 +199,7 @@ def execute(
 
         def submit(planned: PlannedRun, states_from: Any) -> Any:
             return client.submit(
-                _run_in_worker, str(store.location), states_from=states_from, **planned.arguments(),
+                _run_in_worker, str(store.location), states_from=states_from, **planned.arguments,
                 **common,
             )  # fmt: skip
 
@@ -253,10 +241,8 @@ def _execute_here(
         donor = group.donor
         for planned in group.runs:
             try:
-                done = run(
-                    store, states_from=donor, progress=progress, **planned.arguments(), **common
-                )
-                donor = done.folder
+                arguments = {**planned.arguments, **common}
+                donor = run(store, states_from=donor, progress=progress, **arguments).folder
                 yield planned, None
             except Exception as error:
                 yield planned, error

@@ -27,14 +27,10 @@ PAUSE_SECONDS = 0.2
 def compute_teacher_features(
     plan: "PreparedRun", head: UsesTeacher, rows: Sequence[int], folder: Path, progress: Progress
 ) -> dict[str, Feature]:
-    """Compute and store the teacher's outputs for some clips.
+    """Compute and store the teacher's outputs for some rows of the table of clips.
 
-    Args:
-        plan: The run.
-        head: A head whose network is the teacher, as the previous task left it.
-        rows: Rows of the table of clips.
-        folder: The run folder, which references the columns.
-        progress: Where messages go.
+    The teacher is the head's network, as the previous task left it. The run folder references the
+    columns.
 
     Returns:
         Columns by the names that the head reads: "teacher " and the stage.
@@ -73,8 +69,3 @@ def compute_teacher_features(
         PREFIX + name: store.feature(backbone.name, stage, fingerprint=report.fingerprints[stage])
         for name, stage in stages.items()
     }
-
-
-def release_teacher_features(store: str, folder: Path) -> None:
-    """End the run folder's reference, so that garbage collection may free the columns."""
-    FeatureStore.open(store).remove_reference(folder)

@@ -55,7 +55,7 @@ def test_a_moved_file_finds_its_run_and_an_edited_one_is_another(
     done = run(vector_store, mine, SCENARIO, out=tmp_path)
     moved = mine.rename(tmp_path / "mine.py")
     with monkeypatch.context() as patch:
-        patch.setattr("varve.pipeline.experiments.run._execute", None)
+        patch.setattr("varve.pipeline.experiments.run.RunState", None)
         assert run(vector_store, moved, SCENARIO, out=tmp_path).folder == done.folder
         monkeypatch.chdir(tmp_path)
         assert run(vector_store, "mine.py", SCENARIO, out=tmp_path).folder == done.folder

@@ -84,7 +84,7 @@ def test_predictions_are_of_every_seen_test_clip_and_give_the_matrix(store, tmp_
 def test_a_finished_run_is_returned_and_not_run_again(store, tmp_path, monkeypatch):
     done = run(store, "nearest_mean", "2+2x2", out=tmp_path)
     before = {file: file.stat().st_mtime_ns for file in done.folder.iterdir() if file.is_file()}
-    monkeypatch.setattr("varve.pipeline.experiments.run._execute", None)
+    monkeypatch.setattr("varve.pipeline.experiments.run.RunState", None)
     again = run(store, "nearest_mean", "2+2x2", out=tmp_path)
     assert again.folder == done.folder
     assert again.metrics == done.metrics

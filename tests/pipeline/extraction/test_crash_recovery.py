@@ -53,15 +53,7 @@ def bytes_of(store: Path) -> dict[str, bytes]:
 
 
 def start(videos: Path, store: Path, *options: str) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "varve.pipeline.cli",
-        "build",
-        str(videos),
-        "--store",
-        str(store),
-    ]
+    command = [sys.executable, "-m", "varve", "build", str(videos), "--store", str(store)]
     return subprocess.Popen(
         [*command, *OPTIONS, *options], start_new_session=True, stderr=subprocess.DEVNULL,
         # What a shell starts in the background ignores it, and so would all that it starts.

@@ -34,8 +34,7 @@ def test_twenty_kills_in_the_middle_of_work_change_no_byte(tmp_path):
     build(tmp_path / "set", tmp_path / "whole.zarr", spec, runtime=Runtime(serial=True))
     store, seed = tmp_path / "killed.zarr", int(time.time())
     rng = random.Random(seed)
-    module = "varve.pipeline.cli"
-    command = [sys.executable, "-m", module, "build", str(tmp_path / "set"), "--store", str(store)]
+    command = [sys.executable, "-m", "varve", "build", str(tmp_path / "set"), "--store", str(store)]
     command += OPTIONS
     for _ in range(20):
         process = subprocess.Popen(

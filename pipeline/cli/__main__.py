@@ -1,6 +1,0 @@
-"""Run the command line: `python -m varve.pipeline.cli`."""
-
-from varve.pipeline.cli import main
-
-if __name__ == "__main__":
-    main()
