@@ -50,8 +50,7 @@ def read(root: Path, split: str | None = None) -> Listing:
     ]
     classes = labels_of(root / join(folder, lists["labels"])) if "labels" in lists else None
     # Clips without a label are left out, and need no search on the disk.
-    labelled = [entry for entry in entries if entry.clip.label]
-    located, missing = locate(root, labelled, ())
+    located, missing = locate(root, [entry for entry in entries if entry.clip.label], ())
     unlabelled = [entry for entry in entries if not entry.clip.label]
     order = f"class order from {lists['labels']}" if classes else "classes in sorted order"
     summary = f"Something-Something {version}, lists in {folder or '.'}/"
