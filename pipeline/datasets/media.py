@@ -4,18 +4,28 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Return a sort key by the values of numbers: frame2 before frame10, whatever the padding.
+def natural_key(path: str) -> tuple[Any, ...]:
+    """Return a sort key by which paths sort folder by folder, and numbers by their value.
 
-    >>> sorted(["f10.jpg", "f2.jpg", "f010b.jpg"], key=natural_key)
-    ['f2.jpg', 'f10.jpg', 'f010b.jpg']
+    Of numbers that differ in their padding alone, the path itself decides.
+
+    >>> sorted(["b/f1", "a/f10.jpg", "a/f2.jpg", "a/f010b.jpg"], key=natural_key)
+    ['a/f2.jpg', 'a/f10.jpg', 'a/f010b.jpg', 'b/f1']
     """
-    parts = re.split(r"([0-9]+)", name)
-    return [(1, int(part), "") if i % 2 else (0, 0, part) for i, part in enumerate(parts)]
+    pieces = [re.split(r"([0-9]+)", part) for part in path.split("/")]
+    # re.split puts the digits at odd indices, so that no number is compared with a text.
+    valued = [[int(p) if i % 2 else p for i, p in enumerate(part)] for part in pieces]
+    return (valued, path)
+
+
+def is_frame(name: str) -> bool:
+    """Return whether a file name is that of a frame: neither hidden nor of another kind."""
+    return name.lower().endswith(FRAME_SUFFIXES) and not name.startswith(".")
 
 
 def frame_files(folder: str | Path) -> list[Path]:
@@ -24,13 +34,8 @@ def frame_files(folder: str | Path) -> list[Path]:
     Raises:
         OSError: The folder cannot be listed.
     """
-    names = [
-        name
-        for name in os.listdir(folder)
-        if name.lower().endswith(FRAME_SUFFIXES) and not name.startswith(".")
-    ]
-    # The name itself decides between 1.jpg and 01.jpg.
-    return [Path(folder, name) for name in sorted(names, key=lambda n: (natural_key(n), n))]
+    names = filter(is_frame, os.listdir(folder))
+    return [Path(folder, name) for name in sorted(names, key=natural_key)]
 
 
 def content_digest(path: Path) -> str:

@@ -28,12 +28,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import av
 import numpy as np
 from av.audio.stream import AudioStream
-from av.container import OutputContainer
 from PIL import Image, ImageDraw
 
 from varve.pipeline.datasets import synthetic_audio
@@ -112,33 +111,19 @@ def _fade(t: float, look: _Look) -> Pose:
     return Pose(opacity=t)
 
 
-class _Motion(NamedTuple):
-    pose: Callable[[float, _Look], Pose]
-    backwards: bool = False
-
-
-_MOTIONS = {
-    "move right": _Motion(_across),
-    "move left": _Motion(_across, backwards=True),
-    "move down": _Motion(_along),
-    "move up": _Motion(_along, backwards=True),
-    "turn clockwise": _Motion(_turn),
-    "turn counter-clockwise": _Motion(_turn, backwards=True),
-    "grow": _Motion(_grow),
-    "shrink": _Motion(_grow, backwards=True),
-    "fade in": _Motion(_fade),
-    "fade out": _Motion(_fade, backwards=True),
-    "sway ↔": _Motion(_sway),
-    "bob ↕": _Motion(_bob),
+# Two classes each, of which the second is the first played backwards.
+_PAIRS: dict[tuple[str, str], Callable[[float, _Look], Pose]] = {
+    ("move right", "move left"): _across,
+    ("move down", "move up"): _along,
+    ("turn clockwise", "turn counter-clockwise"): _turn,
+    ("grow", "shrink"): _grow,
+    ("fade in", "fade out"): _fade,
 }
-CLASSES = tuple(_MOTIONS)
+REVERSED_PAIRS = tuple(_PAIRS)
+_POSES = {label: pose for pair, pose in _PAIRS.items() for label in pair}
+_POSES |= {"sway ↔": _sway, "bob ↕": _bob}
+CLASSES = tuple(_POSES)
 AUDIO_CLASSES = tuple(synthetic_audio.SIGNALS)
-REVERSED_PAIRS = tuple(
-    (a, b)
-    for a in CLASSES
-    for b in CLASSES
-    if _MOTIONS[b] == _Motion(_MOTIONS[a].pose, backwards=True) and not _MOTIONS[a].backwards
-)
 
 
 def frames(label: str, rng: np.random.Generator) -> np.ndarray:
@@ -155,12 +140,11 @@ def frames(label: str, rng: np.random.Generator) -> np.ndarray:
 
 def _frames(label: str, look: _Look) -> np.ndarray:
     label = "sway ↔" if label in AUDIO_CLASSES else label
-    if label not in _MOTIONS:
+    if label not in _POSES:
         raise ValueError(f"no class {label!r}; choose from {', '.join((*CLASSES, *AUDIO_CLASSES))}")
-    motion = _MOTIONS[label]
     times_N = np.linspace(0, 1, look.num_frames) ** look.pace
-    pictures = [look.picture(motion.pose(t, look)) for t in times_N.tolist()]
-    if motion.backwards:
+    pictures = [look.picture(_POSES[label](t, look)) for t in times_N.tolist()]
+    if any(label == second for _, second in REVERSED_PAIRS):
         pictures.reverse()
     return np.stack([np.asarray(picture) for picture in pictures])
 
@@ -276,7 +260,12 @@ def write_video(
         else:
             context.options = {"flags": "+bitexact"}
             context.qmin = context.qmax = 4
-        track = None if audio_N is None else _audio_track(container, path.suffix)
+        track: AudioStream | None = None
+        if audio_N is not None:
+            codec = "aac" if path.suffix == ".mp4" else "pcm_s16le"
+            added = container.add_stream(codec, rate=synthetic_audio.RATE, layout="mono")
+            track = cast(AudioStream, added)
+            track.codec_context.options = {"flags": "+bitexact"}
         for frame_HWC in frames_NHWC:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
         container.mux(stream.encode(None))
@@ -285,14 +274,6 @@ def write_video(
             samples.sample_rate = synthetic_audio.RATE
             container.mux(track.encode(samples))
             container.mux(track.encode(None))
-
-
-def _audio_track(container: OutputContainer, suffix: str) -> AudioStream:
-    codec = "aac" if suffix == ".mp4" else "pcm_s16le"
-    track = container.add_stream(codec, rate=synthetic_audio.RATE, layout="mono")
-    assert isinstance(track, AudioStream)
-    track.codec_context.options = {"flags": "+bitexact"}
-    return track
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ devices are no files: opening one could wait for ever.
 """
 
 import csv
+import io
 import os
-import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from varve.pipeline.datasets.media import is_frame
 
 # fmt: off
 VIDEO_SUFFIXES = frozenset((
@@ -20,7 +22,6 @@ VIDEO_SUFFIXES = frozenset((
     ".ts", ".mts", ".m2ts", ".ogv",
 ))
 # fmt: on
-FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 LIST_SUFFIXES = frozenset({".csv", ".tsv"})
 
 # Labels that a list may have, for the examples of layouts.
@@ -44,18 +45,6 @@ def stem(name: str) -> str:
     ('v_Diving_g01_c01', 'clip.v2')
     """
     return os.path.splitext(name)[0] if is_video(name) else name
-
-
-def natural_key(path: str) -> tuple[Any, ...]:
-    """Return a sort key by which paths sort folder by folder, and numbers by their value.
-
-    >>> sorted(["b/1", "a/10.avi", "a/9.avi"], key=natural_key)
-    ['a/9.avi', 'a/10.avi', 'b/1']
-    """
-    pieces = [re.split(r"([0-9]+)", part) for part in path.split("/")]
-    # re.split puts the digits at odd indices, so that no number is compared with a text.
-    valued = [[int(p) if i % 2 else p for i, p in enumerate(part)] for part in pieces]
-    return (valued, path)
 
 
 def scan(folder: Path) -> tuple[list[str], list[str]]:
@@ -101,7 +90,7 @@ def clips_below(root: Path) -> Iterator[str]:
     for folder, _, files in walk(root):
         videos = [name for name in files if is_video(name)]
         yield from (join(folder, name) for name in videos)
-        if folder and not videos and any(suffix(name) in FRAME_SUFFIXES for name in files):
+        if folder and not videos and any(map(is_frame, files)):
             yield folder
 
 
@@ -147,7 +136,8 @@ class ClipFinder:
             frames = {
                 name
                 for name in folders
-                if self._key(name) in wanted and _holds_frames(root / folder / name)
+                if self._key(name) in wanted
+                and any(map(is_frame, os.listdir(root / folder / name)))
             }
             folders[:] = [name for name in folders if name not in frames]
             for name in (*clips, *frames):
@@ -191,22 +181,15 @@ def folder_key(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold().replace(" ", "_")
 
 
-def _holds_frames(folder: Path) -> bool:
-    with os.scandir(folder) as entries:
-        return any(
-            suffix(entry.name) in FRAME_SUFFIXES and not entry.name.startswith(".")
-            for entry in entries
-        )
+def write_files(root: Path, files: Mapping[str, str]) -> None:
+    """Write the example of a layout: texts by path, "" for a video."""
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(content, "utf-8", newline="")
 
 
-def write_empty(path: Path) -> None:
-    """Write an empty file in place of a video, with its folders, for the example of a layout."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"")
-
-
-def write_rows(path: Path, rows: Iterable[Iterable[str]]) -> None:
-    """Write a CSV file, with its folders, for the example of a layout."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Return rows as CSV, for the example of a layout."""
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue()

@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import math
 import os
 import re
 from collections import Counter
@@ -10,8 +11,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from varve.pipeline.datasets.layouts._disk import ClipFinder, folder_key, natural_key
+from varve.pipeline.datasets.layouts._disk import ClipFinder, folder_key
 from varve.pipeline.datasets.layouts._values import ListedClip, Listing
+from varve.pipeline.datasets.media import natural_key
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,21 @@ def inside(root: Path, path: str, where: str) -> str:
 
 def _leaves(relative: str) -> bool:
     return relative == os.curdir or relative.split(os.sep)[0] == os.pardir
+
+
+def seconds(cell: str, where: str, advice: str = "") -> float:
+    """Return the time in a cell.
+
+    Raises:
+        ValueError: It is no time; the message ends in `advice`.
+    """
+    try:
+        value = float(cell)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{where}: {cell!r} is no time in seconds{advice}")
+    return value
 
 
 def choose_split(numbers: Collection[str], split: str | None, of: str) -> str:

@@ -7,9 +7,10 @@ classes, where all first folders have names of splits and every clip is deep eno
 
 from pathlib import Path
 
-from varve.pipeline.datasets.layouts._disk import clips_below, natural_key, write_empty
+from varve.pipeline.datasets.layouts._disk import clips_below, write_files
 from varve.pipeline.datasets.layouts._lists import Entry, assemble, no_splits
 from varve.pipeline.datasets.layouts._values import ListedClip, Listing
+from varve.pipeline.datasets.media import natural_key
 
 SPECIFIC = 0
 NEEDS = "videos (or folders of frames) in one folder a class, ROOT/<class>/<video>"
@@ -48,9 +49,8 @@ def read(root: Path, split: str | None = None) -> Listing:
 
 def example(root: Path) -> list[str]:
     labels = ['say "hi", twice', " spaced ", "日本 naïve", "it's [50%] *"]
-    for label in labels:
-        for name in ("same.avi", "10.MP4", "9.mp4", ".hidden.mp4", "notes.txt", "frames/1.jpg"):
-            write_empty(root / label / name)
+    names = ("same.avi", "10.MP4", "9.mp4", ".hidden.mp4", "notes.txt", "frames/1.jpg")
+    write_files(root, {f"{label}/{name}": "" for label in labels for name in names})
     return labels
 
 

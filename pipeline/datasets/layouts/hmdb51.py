@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from varve.pipeline.datasets.layouts._disk import join, write_empty
+from varve.pipeline.datasets.layouts._disk import join, write_files
 from varve.pipeline.datasets.layouts._index import class_index, numbered_lists
 from varve.pipeline.datasets.layouts._lists import (
     Entry,
@@ -56,15 +56,11 @@ def read(root: Path, split: str | None = None) -> Listing:
 
 def example(root: Path) -> list[str]:
     labels = ["brush_hair", "ça va", "it's [50%] *"]
-    folder = root / "testTrainMulti_7030_splits"
-    folder.mkdir(parents=True)
     for label in labels:
         names = [f"Who(1)_{label}_u_nm_{i}.avi" for i in range(3)]
         lines = "".join(f"{name} {flag} \n" for flag, name in enumerate(names))
-        for split in "123":
-            (folder / f"{label}_test_split{split}.txt").write_text(lines, "utf-8")
-        for name in names:
-            write_empty(root / label / name)
+        lists = [f"testTrainMulti_7030_splits/{label}_test_split{split}.txt" for split in "123"]
+        write_files(root, dict.fromkeys(lists, lines) | {f"{label}/{name}": "" for name in names})
     return labels
 
 

@@ -6,23 +6,30 @@ its label or split. Where only the uncut `<youtube_id>.mp4` exists, the clip is 
 time_start to time_end. Rows without a label (a test list) are left out.
 """
 
-import math
+from dataclasses import replace
 from pathlib import Path
 
 from varve.pipeline.datasets.layouts._disk import (
     AWKWARD,
     ClipFinder,
+    csv_text,
     folder_key,
     join,
-    natural_key,
     near,
     stem,
     suffix,
-    write_empty,
-    write_rows,
+    write_files,
 )
-from varve.pipeline.datasets.layouts._lists import Entry, assemble, first_rows, no_splits, rows
+from varve.pipeline.datasets.layouts._lists import (
+    Entry,
+    assemble,
+    first_rows,
+    no_splits,
+    rows,
+    seconds,
+)
 from varve.pipeline.datasets.layouts._values import ListedClip, Listing
+from varve.pipeline.datasets.media import natural_key
 
 SPECIFIC = 2
 NEEDS = "a CSV file with the columns label, youtube_id, time_start, time_end, split"
@@ -50,7 +57,7 @@ def read(root: Path, split: str | None = None) -> Listing:
         whole = None if cut else finder.find(clip.path, hints, classes)
         if whole:
             uncut += 1
-            clip = ListedClip(whole, clip.label, clip.split, clip.start_seconds, clip.end_seconds)
+            clip = replace(clip, path=whole)
         else:
             missing += cut is None
             clip = ListedClip(cut or name, clip.label, clip.split)
@@ -70,11 +77,10 @@ def read(root: Path, split: str | None = None) -> Listing:
 def example(root: Path) -> list[str]:
     header = ["label", "youtube_id", "time_start", "time_end", "split"]
     for split in ("train", "val"):
-        ids = [f"{split[:2]}_-abcDEF{i}" for i in range(len(AWKWARD))]
-        rows = [[label, ids[i], str(i), str(i + 10), split] for i, label in enumerate(AWKWARD)]
-        write_rows(root / "annotations" / f"{split}.csv", [header, *rows])
-        for i, name in enumerate(ids):
-            write_empty(root / split / f"{name}_{i:06d}_{i + 10:06d}.mp4")
+        name = f"{split[:2]}_-abcDEF"
+        rows = [[label, f"{name}{i}", i, i + 10, split] for i, label in enumerate(AWKWARD)]
+        videos = {f"{split}/{name}{i}_{i:06d}_{i + 10:06d}.mp4": "" for i in range(len(AWKWARD))}
+        write_files(root, {f"annotations/{split}.csv": csv_text([header, *rows])} | videos)
     return AWKWARD
 
 
@@ -114,22 +120,12 @@ def _rows(path: Path) -> list[tuple[ListedClip, str]]:
         name = row["youtube_id"]
         if not name or set("/\\\0") & set(name) or name.startswith("."):
             raise ValueError(f"{where}: {name!r} is no YouTube id")
-        start, end = (_seconds(row[column], where) for column in ("time_start", "time_end"))
+        start, end = (seconds(row[column], where) for column in ("time_start", "time_end"))
         if start >= end:
             raise ValueError(f"{where}: time_start {start:g} is not before time_end {end:g}")
         split = row.get("split") or kind
         clips.append((ListedClip(f"{name}.mp4", row.get("label", ""), split, start, end), where))
     return clips
-
-
-def _seconds(cell: str, where: str) -> float:
-    try:
-        value = float(cell)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{where}: {cell!r} is no time in seconds")
-    return value
 
 
 def _cut_name(clip: ListedClip) -> str:

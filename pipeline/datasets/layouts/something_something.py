@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from varve.pipeline.datasets.layouts._disk import AWKWARD, join, near, write_empty
+from varve.pipeline.datasets.layouts._disk import AWKWARD, join, near, write_files
 from varve.pipeline.datasets.layouts._lists import Entry, assemble, locate, no_splits, rows, text
 from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 
@@ -50,8 +50,7 @@ def read(root: Path, split: str | None = None) -> Listing:
     ]
     classes = labels_of(root / join(folder, lists["labels"])) if "labels" in lists else None
     # Clips without a label are left out, and need no search on the disk.
-    labelled = [entry for entry in entries if entry.clip.label]
-    located, missing = locate(root, labelled, ())
+    located, missing = locate(root, [entry for entry in entries if entry.clip.label], ())
     unlabelled = [entry for entry in entries if not entry.clip.label]
     order = f"class order from {lists['labels']}" if classes else "classes in sorted order"
     summary = f"Something-Something {version}, lists in {folder or '.'}/"
@@ -61,19 +60,16 @@ def read(root: Path, split: str | None = None) -> Listing:
 
 
 def example(root: Path) -> list[str]:
-    labels = root / "labels"
-    labels.mkdir(parents=True)
-    numbers = {label: str(i) for i, label in enumerate(AWKWARD)}
-    (labels / "something-something-v2-labels.json").write_text(json.dumps(numbers), "utf-8")
+    lists = "labels/something-something-v2-"
+    files = {f"{lists}labels.json": json.dumps({name: str(i) for i, name in enumerate(AWKWARD)})}
     for kind, first in (("train", 100), ("validation", 200)):
         items = [
             {"id": str(first + i), "label": "x", "template": f"{label[:1]}[{label[1:]}]"}
             for i, label in enumerate(AWKWARD)
         ]
-        path = labels / f"something-something-v2-{kind}.json"
-        path.write_text(json.dumps(items), "utf-8")
-        for item in items:
-            write_empty(root / "20bn-something-something-v2" / f"{item['id']}.webm")
+        files[f"{lists}{kind}.json"] = json.dumps(items)
+        files |= {f"20bn-something-something-v2/{item['id']}.webm": "" for item in items}
+    write_files(root, files)
     return AWKWARD
 
 

@@ -10,7 +10,6 @@ The list is the one in the root, the root itself, or several that are named afte
 (train.csv, val.csv, test.csv) and then need no column `split`.
 """
 
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -20,10 +19,10 @@ from pathlib import Path
 from varve.pipeline.datasets.layouts._disk import (
     AWKWARD,
     LIST_SUFFIXES,
+    csv_text,
     scan,
     suffix,
-    write_empty,
-    write_rows,
+    write_files,
 )
 from varve.pipeline.datasets.layouts._lists import (
     Entry,
@@ -32,6 +31,7 @@ from varve.pipeline.datasets.layouts._lists import (
     inside,
     no_splits,
     rows,
+    seconds,
 )
 from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 
@@ -44,7 +44,8 @@ COLUMNS = {
     "start": ("start_seconds", "start_time", "time_start", "start"),
     "end": ("end_seconds", "end_time", "time_end", "end"),
 }
-SPLIT_NAMES = re.compile(r"(?:.*[_-])?(train|val|valid|validation|test)", re.IGNORECASE)
+SPLITS = ("train", "val", "valid", "validation", "test")
+SPLIT_NAMES = re.compile(rf"(?:.*[_-])?({'|'.join(SPLITS)})", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,8 @@ def read(root: Path, split: str | None = None) -> Listing:
             f"{root} holds {len(files)} lists: {', '.join(path.name for path in files)}; name the "
             f"one to read in place of the directory, such as {files[0]}"
         )
-    order = ("train", "val", "valid", "validation", "test")
     splits = {path: match[1].lower() if match else "" for path, match in by_split.items()}
-    files.sort(key=lambda path: (order.index(splits[path]) if splits[path] else 0, path.name))
+    files.sort(key=lambda path: (SPLITS.index(splits[path]) if splits[path] else 0, path.name))
     entries: list[Entry] = []
     used = []
     for path in files:
@@ -93,9 +93,8 @@ def read(root: Path, split: str | None = None) -> Listing:
 
 def example(root: Path) -> list[str]:
     rows = [[f"{folder}/clip.mp4", label, "test"] for folder, label in enumerate(AWKWARD)]
-    write_rows(root / "clips.csv", [["Path", "Class", "split"], *rows])
-    for path, *_ in rows:
-        write_empty(root / path)
+    table = csv_text([["Path", "Class", "split"], *rows])
+    write_files(root, {"clips.csv": table} | {row[0]: "" for row in rows})
     return AWKWARD
 
 
@@ -146,26 +145,15 @@ def _entries(base: Path, path: Path, form: Form, split: str) -> Iterator[Entry]:
                 f"{form.delimiter!r} in quotes, and leave no value out"
             )
         row = {role: cells[i] for role, i in form.columns.items()}
-        start = _seconds(row.get("start", ""), where)
-        end = _seconds(row.get("end", ""), where)
+        start, end = (
+            seconds(cell, where, "; leave it empty for none") if cell.strip() else None
+            for cell in (row.get("start", ""), row.get("end", ""))
+        )
         if end is not None and end <= (start or 0.0):
             raise ValueError(f"{where}: the clip ends at {end:g} s, no later than it starts")
-        clip = ListedClip(
-            inside(base, row["path"], where), row["label"], row.get("split", split), start, end
-        )
+        video = inside(base, row["path"], where)
+        clip = ListedClip(video, row["label"], row.get("split", split), start, end)
         yield Entry(clip, where)
-
-
-def _seconds(cell: str, where: str) -> float | None:
-    if not cell.strip():
-        return None
-    try:
-        value = float(cell)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{where}: {cell!r} is no time in seconds; leave it empty for none")
-    return value
 
 
 def _first_line(path: Path) -> str:

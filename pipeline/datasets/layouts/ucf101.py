@@ -10,7 +10,7 @@ the files.
 import re
 from pathlib import Path
 
-from varve.pipeline.datasets.layouts._disk import join, stem, write_empty
+from varve.pipeline.datasets.layouts._disk import join, stem, write_files
 from varve.pipeline.datasets.layouts._index import class_index, numbered_lists
 from varve.pipeline.datasets.layouts._lists import (
     Entry,
@@ -56,18 +56,16 @@ def read(root: Path, split: str | None = None) -> Listing:
 
 def example(root: Path) -> list[str]:
     labels = ["Zumba", "HandstandPushups", "日本Naïve"]
-    lists = root / "ucfTrainTestlist"
-    lists.mkdir(parents=True)
-    index = "".join(f"{i} {label}\r\n" for i, label in enumerate(labels, 1))
-    (lists / "classInd.txt").write_text(index, "utf-8")
-    for split in "12":
-        for kind, group in (("train", "01"), ("test", "02")):
-            lines = ""
-            for i, label in enumerate(labels, 1):
-                name = f"{label}/v_{label.upper()}_g{group}_c01.avi"
-                lines += f"{name} {i}\r\n" if kind == "train" else f"{name}\r\n"
-                write_empty(root / "UCF-101" / name)
-            (lists / f"{kind}list0{split}.txt").write_text(lines, "utf-8")
+    files = {"ucfTrainTestlist/classInd.txt": ""}
+    for i, label in enumerate(labels, 1):
+        files["ucfTrainTestlist/classInd.txt"] += f"{i} {label}\r\n"
+    for kind, group in (("train", "01"), ("test", "02")):
+        names = [f"{label}/v_{label.upper()}_g{group}_c01.avi" for label in labels]
+        ends = [f" {i}\r\n" if kind == "train" else "\r\n" for i in (1, 2, 3)]
+        lines = "".join(map("".join, zip(names, ends, strict=True)))
+        files |= {f"ucfTrainTestlist/{kind}list0{split}.txt": lines for split in "12"}
+        files |= {f"UCF-101/{name}": "" for name in names}
+    write_files(root, files)
     return labels
 
 
