@@ -9,7 +9,8 @@ minute ago in a notebook, so all that decides its output is read from the object
 
 Code is read from code objects and not from source text: text is absent where cloudpickle brought a
 class to a worker, and newer than the code where a file was edited after its import. Comments, blank
-lines and docstrings do not count. Another Python version gives another identity.
+lines and the text of a docstring do not count; another layout of a statement may, and another
+Python version does.
 
 A class with `code = "adapter/1"` in its own body is named by that string: its code is not read, its
 attributes are. A value without an exact name is refused with a TypeError, unless the name of the
@@ -80,7 +81,7 @@ class _Node:
     build: Callable[[], Any]
     mode: str
     text: str = ""
-    refs: tuple[_Ref, ...] = ()
+    refs: Sequence[_Ref] = ()
 
 
 class _Walk:
@@ -184,6 +185,9 @@ class _Walk:
             return self.type(v, at, use)
         if isinstance(v, types.FunctionType):
             return self.function(v, at)
+        if isinstance(v, types.CodeType):
+            instructions, constants = names.code(v)
+            return {"code": [instructions, self.items(constants, at)]}
         if isinstance(v, types.ModuleType):
             if names.origin(v.__name__) != "user":
                 return {"module": v.__name__, **names.release(v.__name__, v)}
@@ -259,7 +263,7 @@ class _Walk:
         for name, v in names.entries(cls).items():
             if use and name in _CONSTRUCTORS and isinstance(v, types.FunctionType):
                 # What it called is past: the object's attributes show what it did.
-                described[name] = names.code(v.__code__)
+                described[name] = self.value(v.__code__, at)
             else:
                 described[name] = self.value(v, f"{at}.{name}")
         return [cls.__name__, described]
@@ -290,7 +294,7 @@ class _Walk:
             for name, attributes, imported in names.uses(f.__code__):
                 read = self.imported if imported else self.used
                 used |= read(name, attributes, f.__globals__, at)
-            return [names.code(f.__code__), inner, used]
+            return [self.value(f.__code__, at), inner, used]
 
         return self.node("function", f, build)
 
@@ -353,33 +357,23 @@ class _Walk:
             before, count = digests, len(set(digests))
             digests = [_sha(n.text, *(before[ref.node] for ref in n.refs)) for n in self.nodes]
 
-        def put(part: Any) -> Any:
-            if isinstance(part, dict):
-                return {key: put(inner) for key, inner in part.items()}
-            if isinstance(part, (list, tuple)):
-                return [put(inner) for inner in part]
-            if isinstance(part, _Ref):
-                return dict([part.label], digest=digests[part.node])
-            return part
-
         # A node's digest describes it so many rounds deep. The table of all digests before and
         # after the last round describes the rest.
         pairs = {first + second for first, second in zip(before, digests, strict=True)}
         table = {"references": _sha(*sorted(pairs))} if pairs else {}
-        return {key: put(part) for key, part in tree.items()} | table
+        text = json.dumps(tree, default=lambda ref: dict([ref.label], digest=digests[ref.node]))
+        return json.loads(text) | table
 
 
-def _flat(content: Any) -> tuple[str, tuple[_Ref, ...]]:
+def _flat(content: Any) -> tuple[str, list[_Ref]]:
     """Return JSON as text with labels in the place of references, and the references in order."""
     refs: list[_Ref] = []
 
-    def label(ref: object) -> Any:
-        if not isinstance(ref, _Ref):
-            raise AssertionError(f"{ref!r} in a description is no JSON")
+    def label(ref: _Ref) -> Any:
         refs.append(ref)
         return {"ref": ref.label}
 
-    return json.dumps(content, default=label), tuple(refs)
+    return json.dumps(content, default=label), refs
 
 
 def _sha(*parts: str) -> str:
