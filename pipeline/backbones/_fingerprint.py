@@ -80,8 +80,6 @@ class _Node:
     thing: Any  # kept alive, since nodes are found by id
     build: Callable[[], Any]
     mode: str
-    text: str = ""
-    refs: Sequence[_Ref] = ()
 
 
 class _Walk:
@@ -141,7 +139,7 @@ class _Walk:
             }
             attributes = constants | attributes
         described: dict[str, Any] = {
-            "code": self.value(cls, at, "built") if code is None else code,
+            "code": self.type(cls, at, "built") if code is None else code,
             "attributes": self.attributes(attributes, at, cls),
             # Pairs, because JSON objects have no order and children may run in theirs.
             "children": [
@@ -165,16 +163,16 @@ class _Walk:
                 described[name] = self.value(values[name], f"{at}.{name}")
         return described
 
-    def value(self, v: Any, at: str, use: str = "") -> Any:
-        """Describe any value. `use` is "built" for the class of an object that exists."""
+    def value(self, v: Any, at: str) -> Any:
+        """Describe any value."""
         try:
-            return self.exact(v, at, use)
+            return self.exact(v, at)
         except TypeError:
             if not self.mode:
                 raise
             return {"unnamed": type(v).__qualname__}
 
-    def exact(self, v: Any, at: str, use: str) -> Any:
+    def exact(self, v: Any, at: str) -> Any:
         if isinstance(v, (torch.Tensor, nn.Module)) and id(v) in self.registered:
             return {"registered": self.registered[id(v)]}
         if (plain := names.plain(v, at)) is not names.OTHER:
@@ -182,7 +180,7 @@ class _Walk:
         if isinstance(v, nn.Module):
             return self.node("module", v, lambda: self.module(v, at, loose=True))
         if isinstance(v, type):
-            return self.type(v, at, use)
+            return self.type(v, at)
         if isinstance(v, types.FunctionType):
             return self.function(v, at)
         if isinstance(v, types.CodeType):
@@ -237,11 +235,12 @@ class _Walk:
             content = None
             if plain is not object:
                 content = self.items(v, at) if plain in names.CONTAINERS else plain.__repr__(v)
-            return [self.value(cls, at, "built"), self.attributes(attributes, at, cls), content]
+            return [self.type(cls, at, "built"), self.attributes(attributes, at, cls), content]
 
         return self.node("object", v, build)
 
-    def type(self, cls: Any, at: str, use: str) -> Any:
+    def type(self, cls: Any, at: str, use: str = "") -> Any:
+        """Describe a class. `use` is "built" for that of an object that exists."""
         if names.origin_of(cls) != "user" and not any(names.patches(c) for c in cls.__mro__):
             return names.named(str(names.importable(cls)), cls.__module__)
 
@@ -290,7 +289,7 @@ class _Walk:
             if where != "user":
                 home = str(f.__globals__["__name__"])
                 return [names.named(f"{home}.{f.__qualname__}", home), inner]
-            used = {"__class__": self.value(cls, at, "built")}
+            used = {"__class__": cls and self.type(cls, at, "built")}
             for name, attributes, imported in names.uses(f.__code__):
                 read = self.imported if imported else self.used
                 used |= read(name, attributes, f.__globals__, at)
@@ -341,6 +340,7 @@ class _Walk:
         refers to. So equal things have one digest, whether they are one object or two, which
         differs between a notebook and a worker that unpickled.
         """
+        flat: list[tuple[str, list[_Ref]]] = []
         for node in self.nodes:  # grows on the way
             self.mode = node.mode
             try:
@@ -349,13 +349,13 @@ class _Walk:
                 if not node.mode:
                     raise
                 content = None
-            node.text, node.refs = _flat(content)
+            flat.append(_flat(content))
         # Each round digests a node's text and the last digests of what it refers to. A round can
         # only distinguish more nodes; once a round distinguishes no more, no later one does.
-        before, digests, count = [""] * len(self.nodes), [_sha(n.text) for n in self.nodes], 0
+        before, digests, count = [""] * len(flat), [_sha(text) for text, _ in flat], 0
         while len(set(digests)) > count:
             before, count = digests, len(set(digests))
-            digests = [_sha(n.text, *(before[ref.node] for ref in n.refs)) for n in self.nodes]
+            digests = [_sha(text, *(before[ref.node] for ref in refs)) for text, refs in flat]
 
         # A node's digest describes it so many rounds deep. The table of all digests before and
         # after the last round describes the rest.
