@@ -27,7 +27,7 @@ Shapes: N clips, B clips a batch, S segments, W width, C classes, K old classes.
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -128,12 +128,7 @@ class HAD:
         self.classes: list[int] = []
         self.alpha, self.temperature, self.within = alpha, temperature, within
         self._weights = logical, correlative
-        self._attention: dict[str, Any] = {
-            "width": width,
-            "heads": heads,
-            "ffn": ffn,
-            "position": position,
-        }
+        self._hybrid = partial(Hybrid, width=width, heads=heads, ffn=ffn, position=position)
         self._optim, self._seed = optim, seed
         self._model: Model | None = None
         self._exemplars = Exemplars(exemplars, least=0)
@@ -325,7 +320,7 @@ class HAD:
     def _new_model(self, features: Pair, rng: np.random.Generator) -> Model:
         seed = int(rng.integers(2**31))
         widths, segments = [x.shape[2] for x in features], features[0].shape[1]
-        hybrid = Hybrid(widths, segments, **self._attention, seed=seed)
+        hybrid = self._hybrid(widths, segments, seed=seed)
         return Model(hybrid, segments, self._means_CW.shape[1])
 
     def _check(self, model: Model, features: Pair) -> None:

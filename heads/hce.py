@@ -120,12 +120,7 @@ class HCE(FineTunedHead):
         self.importance, self.weight, self.kd, self.crm = importance, weight, kd, crm
         self.diagnostics: Mapping[str, float] = {}
         self._levels = levels
-        self._has_options: dict[str, Any] = {
-            "mix": mix,
-            "h": h,
-            "last_stride": last_stride,
-            "frames": frames,
-        }
+        self._new_has = partial(HAS, mix=mix, h=h, last_stride=last_stride, frames=frames)
         self._has_lr, self._shift = has_lr, shift
         self._has: HAS | None = None
 
@@ -175,7 +170,7 @@ class HCE(FineTunedHead):
                 shapes[name] = _map_shape(network.shape(name))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**31)))
-            has = HAS(shapes, **self._has_options)
+            has = self._new_has(shapes)
         if self._has is not None:
             has.load_state_dict(self._has.state_dict())
         return has.to(next(iter(suffix.own().values())).device)

@@ -26,7 +26,7 @@ from varve.heads.parts.clips import Batch
 from varve.heads.parts.encoders import EncoderConfig
 from varve.heads.parts.exemplars import ExemplarConfig
 from varve.heads.parts.losses import sigmoid_distillation
-from varve.heads.parts.training import OptimConfig, fit
+from varve.heads.parts.training import OptimConfig
 
 PREDICTIONS = ("nme", "classifier")
 
@@ -81,12 +81,8 @@ class ICaRL(models.ReplayModelHead[Linear]):
             return sigmoid_distillation(logits_BC, columns_B, teacher_BK, labelled)
 
         if self._trains:
-            epochs = self._optim.epochs_of(first_task=not self.classes)
-            fit(step, model.parameters(), clips, self._optim, epochs=epochs, rng=rng,
-                on_epoch_end=task.on_epoch_end)  # fmt: skip
-        vectors_NW = model.encode(clips).whole(models.ENCODED)
-        self._exemplars, _ = self._exemplars.select(vectors_NW, clips, task.classes, classes, rng)
-        self.classes, self._model = classes, model
+            self.train(task, step, model.parameters(), clips, rng)
+        self.keep(task, classes, model, clips, rng)
 
     def scores(self, batch: Batch) -> Tensor:
         return self.nearest(batch) if self._predict == "nme" else super().scores(batch)

@@ -20,7 +20,7 @@ from varve.heads.parts import models
 from varve.heads.parts.classifiers import Linear, columns
 from varve.heads.parts.clips import Batch
 from varve.heads.parts.encoders import EncoderConfig
-from varve.heads.parts.training import OptimConfig, fit
+from varve.heads.parts.training import OptimConfig
 
 
 class Joint(models.ReplayModelHead[Linear]):
@@ -56,12 +56,8 @@ class Joint(models.ReplayModelHead[Linear]):
             logits_BC = model(batch)
             return cross_entropy(logits_BC, columns_N[indices].to(logits_BC.device))
 
-        epochs = self._optim.epochs_of(first_task=not self.classes)
-        fit(step, model.parameters(), clips, self._optim, epochs=epochs, rng=rng,
-            on_epoch_end=task.on_epoch_end)  # fmt: skip
-        vectors_NW = model.encode(clips).whole(models.ENCODED)
-        self._exemplars, _ = self._exemplars.select(vectors_NW, clips, task.classes, classes, rng)
-        self.classes, self._model = classes, model
+        self.train(task, step, model.parameters(), clips, rng)
+        self.keep(task, classes, model, clips, rng)
 
 
 build = Joint

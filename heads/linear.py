@@ -22,7 +22,7 @@ from varve.heads.parts import classifiers
 from varve.heads.parts.clips import Batch
 from varve.heads.parts.encoders import EncoderConfig
 from varve.heads.parts.models import ModelHead
-from varve.heads.parts.training import OptimConfig, fit
+from varve.heads.parts.training import OptimConfig
 
 
 class Linear(ModelHead[classifiers.Linear]):
@@ -55,9 +55,7 @@ class Linear(ModelHead[classifiers.Linear]):
             logits_BC = model(batch)
             return cross_entropy(logits_BC, columns_N[indices].to(logits_BC.device))
 
-        epochs = self._optim.epochs_of(first_task=not self.classes)
-        fit(step, model.parameters(), clips, self._optim, epochs=epochs, rng=rng,
-            on_epoch_end=task.on_epoch_end)  # fmt: skip
+        self.train(task, step, model.parameters(), clips, rng)
         self.classes, self._model = classes, model
 
 

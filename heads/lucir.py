@@ -34,7 +34,7 @@ from varve.heads.parts.clips import Batch
 from varve.heads.parts.encoders import EncoderConfig
 from varve.heads.parts.exemplars import ExemplarConfig
 from varve.heads.parts.losses import less_forget, margin_ranking
-from varve.heads.parts.training import OptimConfig, fit
+from varve.heads.parts.training import OptimConfig
 
 
 class LUCIR(models.ReplayModelHead[Cosine]):
@@ -96,12 +96,8 @@ class LUCIR(models.ReplayModelHead[Cosine]):
             {"params": [*model.encoder.parameters()]},
             {"params": [*classifier.parameters()], "weight_decay": 0.0},
         ]
-        epochs = self._optim.epochs_of(first_task=not known)
-        fit(step, groups, clips, self._optim, epochs=epochs, rng=rng,
-            on_epoch_end=task.on_epoch_end)  # fmt: skip
-        vectors_NW = model.encode(clips).whole(models.ENCODED)
-        self._exemplars, _ = self._exemplars.select(vectors_NW, clips, task.classes, classes, rng)
-        self.classes, self._model = classes, model
+        self.train(task, step, groups, clips, rng)
+        self.keep(task, classes, model, clips, rng)
 
 
 build = LUCIR

@@ -25,7 +25,7 @@ from varve.heads.parts.classifiers import Linear, columns
 from varve.heads.parts.clips import Batch
 from varve.heads.parts.encoders import EncoderConfig
 from varve.heads.parts.losses import sigmoid_distillation
-from varve.heads.parts.training import OptimConfig, fit
+from varve.heads.parts.training import OptimConfig
 
 # Independent sigmoids need more steps than a softmax on the few clips of the contract suite.
 QUICK = {"lr": 0.03}
@@ -69,9 +69,7 @@ class LwF(models.ModelHead[Linear]):
             columns_B, labelled = (x.to(logits_BC.device) for x in (columns_N[indices], labelled_C))
             return sigmoid_distillation(logits_BC, columns_B, teacher_BK, labelled, self._weight)
 
-        epochs = self._optim.epochs_of(first_task=not self.classes)
-        fit(step, model.parameters(), clips, self._optim, epochs=epochs, rng=rng,
-            on_epoch_end=task.on_epoch_end)  # fmt: skip
+        self.train(task, step, model.parameters(), clips, rng)
         self.classes, self._model = classes, model
 
 

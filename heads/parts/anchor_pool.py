@@ -16,7 +16,7 @@ the class that comes first in its list. FAISS sums in float32, in an order that 
 of the batch. So it only proposes candidates, with more of them wherever float32 cannot tell which
 ones belong. The cosine of a vector of zeros is 0.
 
-Shapes: B queries, K experts in the pool, S experts or anchors returned, C anchors of one expert,
+Shapes: B queries, K experts, S anchors returned, C anchors of one expert,
 N anchors in all, D width, R rows, F candidates.
 """
 
@@ -27,8 +27,6 @@ import faiss
 import numpy as np
 import torch
 from torch import Tensor
-
-from varve.heads import Routing
 
 CHUNK = 1 << 22  # float64 numbers compared at a time
 GPU_RESULTS = 2048  # the most results per query that FAISS returns from a GPU
@@ -127,54 +125,31 @@ class AnchorPool:
         self.classes.append(list(map(int, classes)))
         self.keys.append(key)
 
-    def route(
-        self,
-        residuals_BSD: Tensor,
-        top_k: int | None = None,
-        key: str = "",
-        experts: Tensor | None = None,
-    ) -> Routing:
-        """Weigh experts by r_k, the cosine of their residuals to their own nearest anchors.
+    def compare(self, residuals_BKD: Tensor, key: str = "") -> tuple[Tensor, Tensor]:
+        """Compute r_k: compare the residual of each expert with the expert's own anchors.
 
         Args:
-            residuals_BSD: Residuals of any length; residual s of a clip is by expert s, or by
-                `experts[b, s]`.
-            top_k: Number of experts to return; None for all.
+            residuals_BKD: Residuals of any length, of all experts in the order of their tasks.
             key: Key of the feature column that the residuals were made from.
-            experts: Experts that ran, int64 [S] or [B, S], where not all did; see `shortlist.py`.
-
-        Raises:
-            ValueError: As for `compare`, or `top_k` is below 1.
-        """
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"{top_k=}: ask for one expert at least")
-        experts_BS = self._experts(residuals_BSD, experts, key)
-        similarities_BS, anchors_BS = self._own(residuals_BSD, experts_BS)
-        order_BS = np.lexsort((experts_BS, -similarities_BS), axis=1)[:, :top_k]
-        experts, similarities, classes = (
-            torch.from_numpy(np.take_along_axis(x, order_BS, axis=1)).to(residuals_BSD.device)
-            for x in (experts_BS, similarities_BS, self._labels[anchors_BS])
-        )
-        return Routing(experts, similarities, classes, similarities)
-
-    def compare(
-        self, residuals_BSD: Tensor, key: str = "", experts: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Compare residuals as `route` does, and keep the order in which experts are given.
 
         Returns:
-            The cosine to each expert's nearest anchor, float32 [B, S], and that anchor's class,
-            int64 [B, S].
+            The cosine to each expert's nearest anchor, float32 [B, K], and that anchor's class,
+            int64 [B, K].
 
         Raises:
             ValueError: The pool has no expert, its anchors are of another column, or the residuals
                 do not fit it or are not finite.
         """
-        experts_BS = self._experts(residuals_BSD, experts, key)
-        similarities_BS, anchors_BS = self._own(residuals_BSD, experts_BS)
-        device = residuals_BSD.device
-        classes_BS = torch.from_numpy(self._labels[anchors_BS])
-        return torch.from_numpy(similarities_BS).to(device), classes_BS.to(device)
+        self._check_key(key)
+        if residuals_BKD.ndim != 3 or residuals_BKD.shape[1] != len(self):
+            raise ValueError(
+                f"residuals are {list(residuals_BKD.shape)} for {len(self)} experts: give [clips, "
+                f"experts, {self.width}], in the order of the tasks"
+            )
+        similarities_BK, anchors_BK = self._own(residuals_BKD)
+        classes_BK = torch.from_numpy(self._labels[anchors_BK])
+        device = residuals_BKD.device
+        return torch.from_numpy(similarities_BK).to(device), classes_BK.to(device)
 
     def nearest(self, queries_BD: Tensor, top_k: int, key: str = "") -> Nearest:
         """Find the nearest anchors of all experts together; all anchors if there are fewer.
@@ -187,8 +162,7 @@ class AnchorPool:
                 f"{top_k=} for queries of {list(queries_BD.shape)}: give [clips, {self.width}], "
                 "and ask for one anchor at least"
             )
-        self._check_not_empty()
-        self._check_key(key, range(len(self)))
+        self._check_key(key)
         rows_BD = _rows(queries_BD, self.width, "queries")
         similarities_BS, anchors_BS = self._best(rows_BD, top_k)
         experts_BS = np.searchsorted(self._starts, anchors_BS, side="right") - 1
@@ -213,34 +187,12 @@ class AnchorPool:
             new.add(len(new), state[name + "classes"].tolist(), state[name + "anchors"], key)
         vars(self).update(vars(new))
 
-    def _experts(self, residuals_BSD: Tensor, experts: Tensor | None, key: str) -> np.ndarray:
-        """Return the checked numbers of the experts of residuals, int64 [B, S]."""
-        self._check_not_empty()
-        numbers = torch.arange(len(self)) if experts is None else experts.cpu()
-        shape = residuals_BSD.shape[:2]
-        if residuals_BSD.ndim != 3 or numbers.shape not in (shape, shape[1:]):
-            raise ValueError(
-                f"residuals are {list(residuals_BSD.shape)} for {list(numbers.shape)} experts: "
-                f"give [clips, experts, {self.width}], in the order of the tasks, or say which "
-                "they are"
-            )
-        experts_BS = np.array(numbers.expand(shape).numpy(), np.int64)
-        known = np.unique(experts_BS).tolist()
-        unknown = set(known) - set(range(len(self)))
-        if unknown:
-            raise ValueError(f"no expert {min(unknown)} in a pool of {len(self)}: count from 0")
-        self._check_key(key, known)
-        return experts_BS
-
-    def _check_not_empty(self) -> None:
+    def _check_key(self, key: str) -> None:
+        """Refuse a query of an empty pool, or from a column that anchors were not made from."""
         if not len(self):
             raise ValueError("the pool has no anchors yet, so there is nothing to ask: learn first")
-
-    def _check_key(self, key: str, experts: Sequence[int]) -> None:
-        """Refuse a query from a column that the anchors of these experts were not made from."""
-        expected = {self.keys[-1]} if self.lineage else {self.keys[k] for k in experts}
-        if expected - {key}:
-            others = [k for k in experts if self.keys[k] != key]
+        if {key} != set(self.keys[-1:] if self.lineage else self.keys):
+            others = [k for k in range(len(self)) if self.keys[k] != key]
             keys = sorted({self.keys[k] for k in others} | set(self.keys[-1:]) - {key})
             raise ValueError(
                 f"a query from column {key!r}; anchors of experts {others[:9]} were made from "
@@ -248,24 +200,20 @@ class AnchorPool:
                 "with the newest one (and lineage=True) where a run's own network moved in between"
             )
 
-    def _own(self, residuals_BSD: Tensor, experts_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the similarity and index of the nearest own anchor of each expert, [B, S]."""
+    def _own(self, residuals_BKD: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Return the similarity and index of the nearest own anchor of each expert, [B, K]."""
         # The few anchors of one expert are compared in float64 at once: no candidates are needed.
-        rows_RD, experts_R = _rows(residuals_BSD, self.width, "residuals"), experts_BS.ravel()
-        order_R = np.argsort(experts_R, kind="stable")  # rows of one expert beside each other
-        experts, firsts = np.unique(experts_R[order_R], return_index=True)
-        bounds = [*firsts.tolist(), len(order_R)]
-        wide_RD, norms_R = _wide(rows_RD[order_R])
-        best_R, near_R = np.empty(len(order_R), np.int64), np.empty(len(order_R), np.float32)
-        for k, a, b in zip(experts.tolist(), bounds, bounds[1:], strict=False):
+        shape = residuals_BKD.shape[:2]
+        wide_RD, norms_R = _wide(_rows(residuals_BKD, self.width, "residuals"))
+        wide_BKD, norms_BK = wide_RD.reshape(*shape, self.width), norms_R.reshape(shape)
+        best_BK, near_BK = np.empty(shape, np.int64), np.empty(shape, np.float32)
+        for k in range(len(self)):
             first, end = self._starts[k : k + 2].tolist()
-            products_RC = np.einsum("rd,cd->rc", wide_RD[a:b], self._wide_ND[first:end])
-            cosines_RC = _divide(products_RC, norms_R[a:b, None] * self._norms_N[first:end])
-            best_R[a:b] = first + cosines_RC.argmax(axis=1)  # the first of equal similarities
-            near_R[a:b] = cosines_RC.max(axis=1)
-        back_R = np.argsort(order_R)
-        shape = experts_BS.shape
-        return near_R[back_R].reshape(shape), best_R[back_R].reshape(shape)
+            products_BC = np.einsum("bd,cd->bc", wide_BKD[:, k], self._wide_ND[first:end])
+            cosines_BC = _divide(products_BC, norms_BK[:, k, None] * self._norms_N[first:end])
+            best_BK[:, k] = first + cosines_BC.argmax(axis=1)  # the first of equal similarities
+            near_BK[:, k] = cosines_BC.max(axis=1)
+        return near_BK, best_BK
 
     def _best(
         self, rows_RD: np.ndarray, count: int, candidates: int = 0

@@ -4,7 +4,7 @@ Shapes: N clips, B clips a batch, T frames, D feature width, W width of a clip's
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ from varve.heads.parts.clips import Batch, Clips, frames
 from varve.heads.parts.encoders import Encoder, EncoderConfig
 from varve.heads.parts.exemplars import ExemplarConfig, Exemplars
 from varve.heads.parts.trainable_suffix import TrainableSuffix
-from varve.heads.parts.training import OptimConfig
+from varve.heads.parts.training import OptimConfig, fit
 
 ENCODED = "encoded"
 BATCH = 40  # clips at a time through a part of the network, where nothing is trained
@@ -252,6 +252,19 @@ class ModelHead[K: nn.Module]:
     def scores(self, batch: Batch) -> Tensor:
         return scores(self._model, batch)
 
+    def train(
+        self,
+        task: Task,
+        step: Callable[[Tensor, Batch], Tensor],
+        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        clips: Clips,
+        rng: np.random.Generator,
+    ) -> None:
+        """Train parameters for the epochs of a task; see `varve.heads.parts.training.fit`."""
+        epochs = self._optim.epochs_of(first_task=not self.classes)
+        fit(step, parameters, clips, self._optim, epochs=epochs, rng=rng,
+            on_epoch_end=task.on_epoch_end)  # fmt: skip
+
     def state_dict(self) -> dict[str, Tensor]:
         return state_of(self._model, self.classes)
 
@@ -278,6 +291,15 @@ class ReplayModelHead[K: nn.Module](ModelHead[K]):
 
     def nearest(self, batch: Batch) -> Tensor:
         return self._exemplars.nearest(vectors(self._model, batch))
+
+    def keep(
+        self, task: Task, classes: list[int], model: Model[K], clips: Clips,
+        rng: np.random.Generator,
+    ) -> None:  # fmt: skip
+        """Keep what a task has trained, and exemplars by the trained model."""
+        vectors_NW = model.encode(clips).whole(ENCODED)
+        self._exemplars, _ = self._exemplars.select(vectors_NW, clips, task.classes, classes, rng)
+        self.classes, self._model = classes, model
 
     def state_dict(self) -> dict[str, Tensor]:
         return super().state_dict() | self._exemplars.state()

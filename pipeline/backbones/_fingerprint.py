@@ -9,7 +9,8 @@ minute ago in a notebook, so all that decides its output is read from the object
 
 Code is read from code objects and not from source text: text is absent where cloudpickle brought a
 class to a worker, and newer than the code where a file was edited after its import. Comments, blank
-lines and docstrings do not count. Another Python version gives another identity.
+lines and the text of a docstring do not count; another layout of a statement may, and another
+Python version does.
 
 A class with `code = "adapter/1"` in its own body is named by that string: its code is not read, its
 attributes are. A value without an exact name is refused with a TypeError, unless the name of the
@@ -79,8 +80,6 @@ class _Node:
     thing: Any  # kept alive, since nodes are found by id
     build: Callable[[], Any]
     mode: str
-    text: str = ""
-    refs: tuple[_Ref, ...] = ()
 
 
 class _Walk:
@@ -140,7 +139,7 @@ class _Walk:
             }
             attributes = constants | attributes
         described: dict[str, Any] = {
-            "code": self.value(cls, at, "built") if code is None else code,
+            "code": self.type(cls, at, "built") if code is None else code,
             "attributes": self.attributes(attributes, at, cls),
             # Pairs, because JSON objects have no order and children may run in theirs.
             "children": [
@@ -164,16 +163,16 @@ class _Walk:
                 described[name] = self.value(values[name], f"{at}.{name}")
         return described
 
-    def value(self, v: Any, at: str, use: str = "") -> Any:
-        """Describe any value. `use` is "built" for the class of an object that exists."""
+    def value(self, v: Any, at: str) -> Any:
+        """Describe any value."""
         try:
-            return self.exact(v, at, use)
+            return self.exact(v, at)
         except TypeError:
             if not self.mode:
                 raise
             return {"unnamed": type(v).__qualname__}
 
-    def exact(self, v: Any, at: str, use: str) -> Any:
+    def exact(self, v: Any, at: str) -> Any:
         if isinstance(v, (torch.Tensor, nn.Module)) and id(v) in self.registered:
             return {"registered": self.registered[id(v)]}
         if (plain := names.plain(v, at)) is not names.OTHER:
@@ -181,9 +180,12 @@ class _Walk:
         if isinstance(v, nn.Module):
             return self.node("module", v, lambda: self.module(v, at, loose=True))
         if isinstance(v, type):
-            return self.type(v, at, use)
+            return self.type(v, at)
         if isinstance(v, types.FunctionType):
             return self.function(v, at)
+        if isinstance(v, types.CodeType):
+            instructions, constants = names.code(v)
+            return {"code": [instructions, self.items(constants, at)]}
         if isinstance(v, types.ModuleType):
             if names.origin(v.__name__) != "user":
                 return {"module": v.__name__, **names.release(v.__name__, v)}
@@ -233,11 +235,12 @@ class _Walk:
             content = None
             if plain is not object:
                 content = self.items(v, at) if plain in names.CONTAINERS else plain.__repr__(v)
-            return [self.value(cls, at, "built"), self.attributes(attributes, at, cls), content]
+            return [self.type(cls, at, "built"), self.attributes(attributes, at, cls), content]
 
         return self.node("object", v, build)
 
-    def type(self, cls: Any, at: str, use: str) -> Any:
+    def type(self, cls: Any, at: str, use: str = "") -> Any:
+        """Describe a class. `use` is "built" for that of an object that exists."""
         if names.origin_of(cls) != "user" and not any(names.patches(c) for c in cls.__mro__):
             return names.named(str(names.importable(cls)), cls.__module__)
 
@@ -259,7 +262,7 @@ class _Walk:
         for name, v in names.entries(cls).items():
             if use and name in _CONSTRUCTORS and isinstance(v, types.FunctionType):
                 # What it called is past: the object's attributes show what it did.
-                described[name] = names.code(v.__code__)
+                described[name] = self.value(v.__code__, at)
             else:
                 described[name] = self.value(v, f"{at}.{name}")
         return [cls.__name__, described]
@@ -286,11 +289,11 @@ class _Walk:
             if where != "user":
                 home = str(f.__globals__["__name__"])
                 return [names.named(f"{home}.{f.__qualname__}", home), inner]
-            used = {"__class__": self.value(cls, at, "built")}
+            used = {"__class__": cls and self.type(cls, at, "built")}
             for name, attributes, imported in names.uses(f.__code__):
                 read = self.imported if imported else self.used
                 used |= read(name, attributes, f.__globals__, at)
-            return [names.code(f.__code__), inner, used]
+            return [self.value(f.__code__, at), inner, used]
 
         return self.node("function", f, build)
 
@@ -337,6 +340,7 @@ class _Walk:
         refers to. So equal things have one digest, whether they are one object or two, which
         differs between a notebook and a worker that unpickled.
         """
+        flat: list[tuple[str, list[_Ref]]] = []
         for node in self.nodes:  # grows on the way
             self.mode = node.mode
             try:
@@ -345,41 +349,31 @@ class _Walk:
                 if not node.mode:
                     raise
                 content = None
-            node.text, node.refs = _flat(content)
+            flat.append(_flat(content))
         # Each round digests a node's text and the last digests of what it refers to. A round can
         # only distinguish more nodes; once a round distinguishes no more, no later one does.
-        before, digests, count = [""] * len(self.nodes), [_sha(n.text) for n in self.nodes], 0
+        before, digests, count = [""] * len(flat), [_sha(text) for text, _ in flat], 0
         while len(set(digests)) > count:
             before, count = digests, len(set(digests))
-            digests = [_sha(n.text, *(before[ref.node] for ref in n.refs)) for n in self.nodes]
-
-        def put(part: Any) -> Any:
-            if isinstance(part, dict):
-                return {key: put(inner) for key, inner in part.items()}
-            if isinstance(part, (list, tuple)):
-                return [put(inner) for inner in part]
-            if isinstance(part, _Ref):
-                return dict([part.label], digest=digests[part.node])
-            return part
+            digests = [_sha(text, *(before[ref.node] for ref in refs)) for text, refs in flat]
 
         # A node's digest describes it so many rounds deep. The table of all digests before and
         # after the last round describes the rest.
         pairs = {first + second for first, second in zip(before, digests, strict=True)}
         table = {"references": _sha(*sorted(pairs))} if pairs else {}
-        return {key: put(part) for key, part in tree.items()} | table
+        text = json.dumps(tree, default=lambda ref: dict([ref.label], digest=digests[ref.node]))
+        return json.loads(text) | table
 
 
-def _flat(content: Any) -> tuple[str, tuple[_Ref, ...]]:
+def _flat(content: Any) -> tuple[str, list[_Ref]]:
     """Return JSON as text with labels in the place of references, and the references in order."""
     refs: list[_Ref] = []
 
-    def label(ref: object) -> Any:
-        if not isinstance(ref, _Ref):
-            raise AssertionError(f"{ref!r} in a description is no JSON")
+    def label(ref: _Ref) -> Any:
         refs.append(ref)
         return {"ref": ref.label}
 
-    return json.dumps(content, default=label), tuple(refs)
+    return json.dumps(content, default=label), refs
 
 
 def _sha(*parts: str) -> str:

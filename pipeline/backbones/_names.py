@@ -17,7 +17,6 @@ import re
 import sys
 import types
 import weakref
-from bisect import bisect_left
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -64,9 +63,6 @@ _PARTS: dict[type, Callable[[Any], tuple[Any, ...]]] = {  # of what wrappers are
 }
 # Flags of arguments and generators; the others depend on where a function was written.
 _FLAGS = 0x04 | 0x08 | 0x20 | 0x80 | 0x100 | 0x200
-_SILENT = ("NOP", "EXTENDED_ARG", "CACHE")  # they depend on line breaks and on wide indices
-_JUMPS = {*dis.hasjrel, *dis.hasjabs}
-_BY_VALUE = {*dis.hasconst, *dis.hasname, *dis.haslocal, *dis.hasfree}
 _HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a class statement made
 _MODULE = {*vars(nn.Module())}
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
@@ -177,40 +173,18 @@ def patches(cls: type) -> dict[str, Any]:
     return {k: f for k, f in functions.items() if _RANK[origin_of(f)] > rank}
 
 
-def code(code: types.CodeType) -> Any:
-    """Describe a code object; equal for equal text, however it is laid out and documented."""
-    steps = [step for step in dis.get_instructions(code) if step.opname not in _SILENT]
-    offsets = [step.offset for step in steps]
-    table: Any = dis.Bytecode(code)  # its exception_entries are missing from the type stubs
-    counts = (code.co_argcount, code.co_kwonlyargcount)
-    stars = bool(code.co_flags & 0x04) + bool(code.co_flags & 0x08)
+def code(code: types.CodeType) -> tuple[list[Any], list[Any]]:
+    """Return a code object's instructions and arguments, and the constants that it loads.
 
-    def argument(step: dis.Instruction) -> Any:
-        if step.opcode in _JUMPS:
-            return bisect_left(offsets, step.argval)
-        return _constant(step.argval) if step.opcode in _BY_VALUE else step.arg
-
-    return {
-        "flags": code.co_flags & _FLAGS,
-        "arguments": [*counts, code.co_posonlyargcount, *code.co_varnames[: sum(counts) + stars]],
-        "steps": [[step.opname, argument(step)] for step in steps],
-        "handlers": [
-            [*(bisect_left(offsets, at) for at in (e.start, e.end, e.target)), e.depth, e.lasti]
-            for e in table.exception_entries
-        ],
-    }
-
-
-def _constant(value: Any) -> Any:
-    if value is None or type(value) in (bool, int, str):
-        return value
-    if isinstance(value, types.CodeType):
-        return {"code": code(value)}
-    if isinstance(value, tuple):
-        return {"tuple": [_constant(inner) for inner in value]}
-    if isinstance(value, frozenset):
-        return {"set": sorted((_constant(inner) for inner in value), key=repr)}
-    return {type(value).__name__: repr(value)}  # float, complex, bytes, ...
+    A docstring is a constant that is not loaded. What depends on where code is written is left out.
+    """
+    loaded = {step.arg for step in dis.get_instructions(code) if step.opcode in dis.hasconst}
+    instructions = [
+        *(code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount),
+        *(code.co_flags & _FLAGS, code.co_code.hex(), code.co_exceptiontable.hex()),
+        *map(list, (code.co_names, code.co_varnames, code.co_cellvars, code.co_freevars)),
+    ]
+    return instructions, [x if n in loaded else None for n, x in enumerate(code.co_consts)]
 
 
 def uses(code: types.CodeType) -> Iterator[tuple[str, tuple[str, ...], bool]]:
@@ -219,7 +193,7 @@ def uses(code: types.CodeType) -> Iterator[tuple[str, tuple[str, ...], bool]]:
     Either a global name, the attributes read from it at once, and False; or a module that is
     imported inside a function, the names imported from it, and True.
     """
-    steps = [step for step in dis.get_instructions(code) if step.opname not in _SILENT]
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
     for n, step in enumerate(steps):
         if step.opname == "IMPORT_NAME":
             level, names = steps[n - 2].argval, steps[n - 1].argval

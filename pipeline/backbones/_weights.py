@@ -135,15 +135,8 @@ def check(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str
         for key in expected
         if key in state and _kind(state[key]) != _kind(expected[key])
     ]
-    differences = [
-        f"{what} {_first(keys)}"
-        for what, keys in (
-            ("missing:", absent),
-            ("unexpected:", unexpected),
-            ("of another shape:", differing),
-        )
-        if keys
-    ]
+    found = {"missing": absent, "unexpected": unexpected, "of another shape": differing}
+    differences = [f"{what}: {_first(keys)}" for what, keys in found.items() if keys]
     if differences:
         raise ValueError(
             f"the weights do not fit {name}; {'; '.join(differences)}. Check that the file was "
@@ -309,6 +302,5 @@ def _kind(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else ' integer'}"
 
 
-def _first(keys: list[str], count: int = 4) -> str:
-    more = f" and {len(keys) - count} more" if len(keys) > count else ""
-    return ", ".join(keys[:count]) + more
+def _first(keys: list[str]) -> str:
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
