@@ -68,13 +68,13 @@ def clip(
         FileNotFoundError: The video is missing.
     """
     table = store.clips
-    found = table.index[table["path"] == row] if isinstance(row, str) else [row]
-    if len(found) != 1 or found[0] not in table.index:
+    rows = table.index[table["path"] == row] if isinstance(row, str) else [row]
+    if len(rows) != 1 or rows[0] not in table.index:
         raise LookupError(
-            f"{store.location} has {len(found) if isinstance(row, str) else 'no'} clips {row!r}: "
+            f"{store.location} has {len(rows) if isinstance(row, str) else 'no'} clips {row!r}: "
             f"give a path of `store.clips`, or a row from 0 to {len(table) - 1}"
         )
-    (number,) = map(int, found)
+    (number,) = map(int, rows)
     known = table.loc[number]
     if known["status"] != "ready":
         raise ValueError(f"{known['path']} is {known['status']} ({known['reason'] or 'not built'})")
@@ -85,7 +85,7 @@ def clip(
     if content_digest(path) != known["digest"]:
         raise ValueError(f"{path} has other bytes than the store was built from: build it again")
     sets = [FrameSet.of(feature.spec["frames"]) for feature in features.values()]
-    frame_set = next(one for one in sets if isinstance(one.picture, Picture))
+    frame_set = next(frames for frames in sets if isinstance(frames.picture, Picture))
     decode_only = (frames_only(frame_set),)
     interval = known["start_seconds"], known["end_seconds"]
     file = file_work(path, known["digest"], decode_only, number, *interval)
@@ -94,7 +94,7 @@ def clip(
     if result.failure:
         cause = f"{result.failure.reason}: {result.failure.detail}"
         raise ValueError(f"{path} cannot be decoded: {cause}")
-    cells = {name: one.read([number]) for name, one in features.items()}
+    cells = {name: feature.read([number]) for name, feature in features.items()}
     batch = {name: torch.from_numpy(x.astype(np.float32)) for name, x in cells.items()}
     return Clip(number, known["label"], batch, result.frames[frame_set])
 

@@ -50,7 +50,7 @@ def groups(runs: pd.DataFrame, by: Sequence[str] | None = None) -> dict[str, lis
         raise ValueError(f"none of {len(runs)} runs has finished, so there is nothing to draw")
     if by is None:
         differ = [x for x in requested(done) if done[x].nunique(dropna=False) > 1]
-        # Fingerprints mostly repeat what options say.
+        # Fingerprints mostly repeat the options.
         by = [x for x in differ if not x.startswith("features.")] or differ or ["head"]
     configurations: dict[str, list[Run]] = {}
     for record in done.to_dict("records"):

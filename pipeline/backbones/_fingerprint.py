@@ -362,7 +362,8 @@ class _Walk:
         pairs = {first + second for first, second in zip(before, digests, strict=True)}
         table = {"references": _sha(*sorted(pairs))} if pairs else {}
         text = json.dumps(tree, default=lambda ref: dict([ref.label], digest=digests[ref.node]))
-        return json.loads(text) | table
+        described: dict[str, Any] = json.loads(text)
+        return described | table
 
 
 def _flat(content: Any) -> tuple[str, list[_Ref]]:

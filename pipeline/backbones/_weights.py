@@ -135,8 +135,8 @@ def check(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str
         for key in expected
         if key in state and _kind(state[key]) != _kind(expected[key])
     ]
-    found = {"missing": absent, "unexpected": unexpected, "of another shape": differing}
-    differences = [f"{what}: {_first(keys)}" for what, keys in found.items() if keys]
+    problems = {"missing": absent, "unexpected": unexpected, "of another shape": differing}
+    differences = [f"{what}: {_first(keys)}" for what, keys in problems.items() if keys]
     if differences:
         raise ValueError(
             f"the weights do not fit {name}; {'; '.join(differences)}. Check that the file was "

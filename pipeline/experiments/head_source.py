@@ -88,8 +88,8 @@ class HeadSource:
             module = self._module(self.name)
         except (Exception, SystemExit) as error:
             steps = traceback.extract_tb(error.__traceback__)
-            own = [step for step in steps if Path(step.filename).name in self.files]
-            at = f" (line {own[-1].lineno} of {own[-1].filename})" if own else ""
+            inside = [step for step in steps if Path(step.filename).name in self.files]
+            at = f" (line {inside[-1].lineno} of {inside[-1].filename})" if inside else ""
             raise ValueError(
                 f"{self.path} raises {type(error).__name__} when it is imported: {error}{at}. "
                 f"Correct it until `python {self.path}` runs"
@@ -215,11 +215,11 @@ def code_digest(source: HeadSource) -> str:
     For a user's file it covers the modules beside it and the heads of heads/ that it imports.
     """
     shared = sorted([*(HEADS / "parts").glob("*.py"), *(HEADS / "grafts").glob("*.py")])
-    file, own = HEADS / f"{source.name}.py", source.parts
+    file, texts = HEADS / f"{source.name}.py", source.parts
     if not source.files and not file.is_file():
-        own = [source_digest("heads", source.name).encode()]
-    files = [*([] if own else [file]), *sorted(imported_heads(source)), *shared]
-    texts = [(HEADS / "__init__.py").read_bytes(), *own, *(file.read_bytes() for file in files)]
+        texts = [source_digest("heads", source.name).encode()]
+    files = [*([] if texts else [file]), *sorted(imported_heads(source)), *shared]
+    texts = [(HEADS / "__init__.py").read_bytes(), *texts, *(file.read_bytes() for file in files)]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
 
 

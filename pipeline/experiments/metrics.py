@@ -173,7 +173,7 @@ def names() -> list[str]:
 
 
 def display_of(name: str) -> Display:
-    """How a metric is shown; by default under its name, as one of which more is better."""
+    """Display of a metric; by default its name, where a higher value is better."""
     plain = Display(name, name.replace("_", " "))
     shown: Display = getattr(variant("metrics", name), "display", plain)
     return shown

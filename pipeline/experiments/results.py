@@ -31,7 +31,7 @@ COSTS = {
     "bytes_read": "read",
     "peak_memory_bytes": "peak",
 }
-# Of a specification: what differs with the seed, or repeats what other columns say.
+# Of a specification: what differs with the seed, or repeats other columns.
 NOT_COLUMNS = ("format", "digest", "text", "clips", "tasks", "network", "threads", "head_source")
 SEEDS = ("seed", "option.seed")
 NUMBERS = (*(f"{classifier}." for classifier in CLASSIFIERS), "cost.")
@@ -363,7 +363,7 @@ def _columns(
 def _differing(table: pd.DataFrame) -> list[str]:
     """Return the columns that tell the rows of a summary apart, the head first."""
     names = list(table)[: list(table).index("n")]
-    # The name of a head tells its code, and options that other heads lack.
+    # The name of a head identifies its code, and options that other heads lack.
     heads = table.groupby("head" if "head" in table else np.zeros(len(table)))
     implied = {name for name in names if heads[name].nunique(dropna=False).max() == 1
                and (name == "code" or table[name].isna().any())} - {"head"}  # fmt: skip
@@ -372,7 +372,7 @@ def _differing(table: pd.DataFrame) -> list[str]:
         for name in names
         if name == "head" or (table[name].nunique(dropna=False) > 1 and name not in implied)
     ]
-    # Fingerprints mostly repeat what options say.
+    # Fingerprints mostly repeat the options.
     short = [name for name in differing if not name.startswith("features.")]
     return differing if table.duplicated(short).any() else short
 

@@ -153,7 +153,7 @@ class Sweep:
 def _heads_with(name: str, known: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], str]:
     """Return the heads that "head.option" or "option" means, and the option."""
     head, _, option = name.rpartition(".")
-    return [one for one in known if option in known[one] and head in ("", one)], option
+    return [name for name in known if option in known[name] and head in ("", name)], option
 
 
 def _nulls(value: Any) -> Any:

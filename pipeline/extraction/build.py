@@ -59,7 +59,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did.
+    """Report of a build.
 
     Attributes:
         store: The store's folder.
@@ -297,7 +297,7 @@ def keep_text(store: Path, backbone: Backbone, classes: Iterable[str], progress:
 
 def _record(opened: FeatureStore, ready: Prepared, root: Path, spec: BuildSpec) -> None:
     """Record in the store where its data set and weights are, for `verify` and for people."""
-    names = {own: list(names) for own, names in opened.attributes.get("backbones", {}).items()}
+    names = {name: list(names) for name, names in opened.attributes.get("backbones", {}).items()}
     for name, backbone in ready.backbones.items():
         # Two weight files of one stem share a name; their columns' keys tell them apart.
         names[backbone.name] = sorted({*names.get(backbone.name, []), name})

@@ -22,7 +22,7 @@ _NUMBERS = ("num_frames", "num_frames_claimed", "fps", "width", "height", "decod
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a build learnt of one clip. It waits in the store as JSON until the table has it.
+    """Outcome of one clip in a build. It waits in the store as JSON until the table has it.
 
     Attributes:
         rows: Rows of the table.
@@ -48,7 +48,7 @@ class Outcome:
 
     @property
     def describes(self) -> bool:
-        """Whether anything was learnt; not so of a clip that was computed from a feature."""
+        """True where the video was read, and not only a feature of it."""
         return bool(self.reason or self.facts or self.overflowed)
 
     def to_json(self) -> dict[str, Any]:

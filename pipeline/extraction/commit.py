@@ -29,7 +29,7 @@ from varve.stores.columns import STORED
 
 @dataclass
 class Done:
-    """What was done.
+    """Result of executing a plan.
 
     Attributes:
         frames: Frames that went through a network, in all passes together.

@@ -132,7 +132,7 @@ def lines(differences: Sequence[Difference]) -> Iterator[str]:
     """Yield differences as text: a line per column, and the reason where it is not current."""
     for difference in differences:
         view = f" view {difference.view}" if difference.view else ""
-        parts = [f"{name} {old}, asked {asked}" for name, old, asked in difference.elements]
+        parts = [f"{name} {old}, asked {new}" for name, old, new in difference.elements]
         more = len(parts) - SHOWN
         parts = [*parts[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
         yield (
@@ -182,7 +182,7 @@ def _compare(feature: Feature, chains: list[_Requested], request: BuildSpec) -> 
     if frames or stages:
         why = _why(frames, stages, stored, best, len(frame_sets))
         if best.backbone.name != feature.backbone:
-            why = f"{best.backbone.name} is asked for in its place: {why}"
+            why = f"{best.backbone.name} is asked for instead: {why}"
         why += "" if kept else "; nor does the request keep such a feature"
         return verdict(DIFFERS, [*frames, *stages, *ends], why)
     source = Source(stage, reduction, feature.dtype, feature.backbone, feature.name, key, 0)

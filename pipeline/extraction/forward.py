@@ -168,7 +168,7 @@ _KEYS: dict[tuple[str, str, str, str], dict[str, str]] = {}
 
 def adopt(name: str, backbone: "Backbone") -> None:
     """Use this network where passes name it, and load none."""
-    dismiss(name)  # one that was loaded before would be used in its place
+    dismiss(name)  # one that was loaded before would be used instead
     precision = str(backbone.precision).removeprefix("torch.")
     _NETWORKS[name, precision, ""] = backbone
 

@@ -36,7 +36,7 @@ CLASS_TOKENS = 32
 
 @dataclass(frozen=True)
 class Execution:
-    """How the forward of a pass runs. Recorded with its columns; not part of their key.
+    """Execution settings of a pass. Recorded with its columns; not part of their key.
 
     Attributes:
         device: cpu or cuda.

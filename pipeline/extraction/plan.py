@@ -31,7 +31,7 @@ from varve.stores.columns import Column
 
 @dataclass(frozen=True)
 class ColumnPlan:
-    """What is to be done for one column. Masks are bool [clips].
+    """Work to do for one column. Masks are bool [clips].
 
     Attributes:
         column: The column, on disk or to be made.

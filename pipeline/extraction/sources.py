@@ -137,7 +137,7 @@ def refusal(source: Source, output: Output, pass_: Pass, backbone: Backbone) -> 
 
 
 def lossless(dtype: str, precision: str) -> bool:
-    """Whether a number format stores the numbers of a run in `precision` exactly."""
+    """Return whether a number format stores the numbers of a run in `precision` exactly."""
     return dtype in ("float32", precision)
 
 

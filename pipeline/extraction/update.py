@@ -33,7 +33,7 @@ Rows = Sequence[int] | np.ndarray | slice | None
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What an update did.
+    """Report of an update.
 
     Attributes:
         store: The store's folder.

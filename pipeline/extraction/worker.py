@@ -25,7 +25,7 @@ from varve.stores.staging import StagedBlock
 
 @dataclass(frozen=True)
 class Job:
-    """What all blocks of a build share.
+    """Settings that all blocks of a build share.
 
     Attributes:
         store: The store's folder, as the workers see it.

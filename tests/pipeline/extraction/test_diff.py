@@ -239,7 +239,7 @@ def test_a_network_of_another_name_is_compared_with_its_like(store, spec):
     found = own(store, replace(spec, backbones=("resnet18:random-1", "resnet34:random-0")))
     for one in found.values():
         assert [name for name, _, _ in one.elements] == ["stem parameters"]
-        assert one.why.startswith("resnet18:random-1 is asked for in its place: stem has other")
+        assert one.why.startswith("resnet18:random-1 is asked for instead: stem has other")
     found = own(store, replace(spec, backbones=("resnet34:random-0",), keep=()))
     for one in found.values():
         assert one.verdict == "not asked for"
