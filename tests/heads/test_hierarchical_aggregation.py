@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from varve.heads.parts import crm
+from varve.heads.parts import correlation_refinement as crm
 from varve.heads.parts.hierarchical_aggregation import HAS, drift, effective
 from varve.heads.parts.hypercorrelation import CenterPivot4d, correlation, enlarged, pooled
 
