@@ -18,6 +18,9 @@ QUICK = FrameSet(picture=Picture(size=32, resize=32))
 SLOW = FrameSet(frames=60, picture=Picture(size=8, resize=4000))
 
 
+OTHERS: set[int] = set()
+
+
 @pytest.fixture
 def quick(videos):
     return Request(str(videos["h264.mp4"].path), (Stretch(),), (QUICK,))
@@ -28,13 +31,21 @@ def slow(videos):
     return Request(str(videos["h264.mp4"].path), (Stretch(), Stretch()), (SLOW,))
 
 
+@pytest.fixture(autouse=True)
+def others():
+    """Processes of other tests, such as the workers of a shared Dask client."""
+    OTHERS.update(child.pid for child in psutil.Process().children())
+    yield
+    OTHERS.clear()
+
+
 def decoders():
-    """The running decoding children; spawn's resource tracker is none."""
-    found = []
-    for child in psutil.Process().children():
-        if any("spawn_main" in word for word in child.cmdline()):
-            found.append(child)
-    return found
+    """Return the running decoding children; spawn's resource tracker is none."""
+    return [
+        child
+        for child in psutil.Process().children()
+        if child.pid not in OTHERS and any("spawn_main" in word for word in child.cmdline())
+    ]
 
 
 def until(condition, seconds=20.0):
