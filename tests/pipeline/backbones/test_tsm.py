@@ -28,7 +28,7 @@ def test_blocks_of_a_tsm_network_are_shifted_once(store):
     plan = prepare_run(store, "hce", "2+1x1", options={"blocks": 1})
     own = plan.network.module("layer4.1")
     assert isinstance(own, TemporalShift)
-    assert plan.head.changed(plan.network, None) == {}
+    assert plan.head.grafts(plan.network, None) == {}
 
 
 def test_hce_learns_on_it_from_the_last_cached_feature(store, tmp_path):
@@ -40,7 +40,7 @@ def test_hce_learns_on_it_from_the_last_cached_feature(store, tmp_path):
 
 def test_another_number_of_frames_is_refused(dataset, tmp_path):
     spec = BuildSpec((NAME,), frames=4)
-    with pytest.raises(ValueError, match="clips of 8 frames"):
+    with pytest.raises(ValueError, match="temporal module over 8 frames"):
         build(dataset(CLASSES, 3), tmp_path / "s.zarr", spec, runtime=Runtime(serial=True))
 
 
