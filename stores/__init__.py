@@ -51,7 +51,7 @@ class FeatureStore:
 
     >>> FeatureStore.open("no/such.zarr")
     Traceback (most recent call last):
-    stores.NotAStore: no/such.zarr: no such folder; `varve build DATASET --store ...` makes one
+    varve.stores.NotAStore: no/such.zarr: no such folder; `varve build DATASET --store ...` makes one
     """
 
     def __init__(self, location: Location, attributes: Mapping[str, Any]) -> None:
