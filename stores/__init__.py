@@ -49,9 +49,9 @@ class FeatureStore:
         location: Folder or object-storage prefix of the store; `str` gives its path or URL.
         attributes: Attributes of the store, such as the data set's folder and classes.
 
-    >>> FeatureStore.open("no/such.zarr")
+    >>> FeatureStore.open("no/such.zarr")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    varve.stores.NotAStore: no/such.zarr: no such folder; `varve build DATASET --store ...` makes one
+    varve.stores.NotAStore: no/such.zarr: no such folder; `varve build DATASET --store ...` ...
     """
 
     def __init__(self, location: Location, attributes: Mapping[str, Any]) -> None:
