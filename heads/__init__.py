@@ -15,6 +15,7 @@ K experts.
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -47,7 +48,7 @@ class Task:
     on_epoch_end: Callable[[int, int, float], object] = lambda done, epochs, loss: None
     key: str = ""
 
-    @property
+    @cached_property
     def classes(self) -> list[int]:
         """Classes of the task's clips, ascending."""
         return sorted(set(self.clips.labels.tolist()))

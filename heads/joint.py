@@ -11,13 +11,10 @@ Ours: the optimiser of all heads, with the epochs of a first task at every task.
 Shapes: B clips, C classes.
 """
 
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+import numpy as np
 
-from varve.heads import Task
 from varve.heads.parts import models
-from varve.heads.parts.classifiers import Linear, columns
+from varve.heads.parts.classifiers import Linear
 from varve.heads.parts.clips import Batch
 from varve.heads.parts.encoders import EncoderConfig
 from varve.heads.parts.training import OptimConfig
@@ -33,6 +30,8 @@ class Joint(models.ReplayModelHead[Linear]):
         seed: Seed of the order of clips and of the encoder.
     """
 
+    build_classifier = Linear
+
     def __init__(
         self,
         feature: str = "vector",
@@ -40,24 +39,12 @@ class Joint(models.ReplayModelHead[Linear]):
         optim: OptimConfig = OptimConfig(first_epochs=None, epochs=60),
         seed: int = 0,
     ) -> None:
-        super().__init__(None, feature, encoder, Linear, optim, seed)
+        super().__init__(feature, encoder, None, optim, seed)
 
-    def learn(self, task: Task) -> None:
-        rng, classes = task.rng(self._seed), task.classes_after(self.classes)
-        first = task.clips[torch.arange(1)]
+    def start(self, first: Batch, rng: np.random.Generator) -> models.Model[Linear]:
         if self._model is not None:
             models.vectors(self._model, first)  # refuses another shape than was learned before
-        model = self._config.trainable_copy(None, first, rng)
-        model.classifier.grow(len(classes))
-        clips = model.prepare(self._exemplars.rehearsal(task))
-        columns_N = columns(classes, clips.labels)
-
-        def step(indices: Tensor, batch: Batch) -> Tensor:
-            logits_BC = model(batch)
-            return cross_entropy(logits_BC, columns_N[indices].to(logits_BC.device))
-
-        self.train(task, step, model.parameters(), clips, rng)
-        self.keep(task, classes, model, clips, rng)
+        return self._config.trainable_copy(None, first, rng)
 
 
 build = Joint

@@ -23,18 +23,13 @@ Shapes: B clips, C classes, W width of a clip's vector.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from varve.heads import Task
 from varve.heads.parts import models
-from varve.heads.parts.classifiers import Cosine, columns
+from varve.heads.parts.classifiers import Cosine
 from varve.heads.parts.clips import Batch
-from varve.heads.parts.encoders import EncoderConfig
-from varve.heads.parts.exemplars import ExemplarConfig
 from varve.heads.parts.losses import less_forget, margin_ranking
-from varve.heads.parts.training import OptimConfig
 
 
 class LUCIR(models.ReplayModelHead[Cosine]):
@@ -45,11 +40,10 @@ class LUCIR(models.ReplayModelHead[Cosine]):
         less_forget: lambda_base.
         margin: m; 0 removes L_mr.
         hold: Whether old theta are frozen.
-        encoder: Options of the temporal encoder.
-        exemplars: Options of the exemplars.
-        optim: Options of gradient descent.
-        seed: Seed of the order of clips, of the parameters and of random exemplars.
+        options: Options of `varve.heads.parts.models.ReplayModelHead`.
     """
+
+    build_classifier = Cosine
 
     def __init__(
         self,
@@ -57,47 +51,35 @@ class LUCIR(models.ReplayModelHead[Cosine]):
         less_forget: float = 5.0,
         margin: float = 0.5,
         hold: bool = True,
-        encoder: EncoderConfig = EncoderConfig(),
-        exemplars: ExemplarConfig = ExemplarConfig(),
-        optim: OptimConfig = OptimConfig(),
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(exemplars, feature, encoder, Cosine, optim, seed)
+        super().__init__(feature, **options)
         self._less_forget, self._margin, self._freezes = less_forget, margin, hold
 
-    def learn(self, task: Task) -> None:
-        rng, classes = task.rng(self._seed), task.classes_after(self.classes)
-        known = len(self.classes)
-        self._exemplars.quota(len(classes))
-        first = task.clips[torch.arange(1)]
-        teacher = self._model and self._model.on(first)
-        model = self._config.trainable_copy(teacher, first, rng)
-        classifier = model.classifier
-        device = classifier.weight.device
-        classifier.grow(len(classes), rng)
-        clips = model.prepare(self._exemplars.rehearsal(task))
-        columns_N = columns(classes, clips.labels)
-        task_C = torch.tensor([label in task.classes for label in classes], device=device)
-        classifier.imprint_new(known, model.encode(clips).whole(models.ENCODED), columns_N, rng)
-        classifier.frozen = ~task_C if known and self._freezes else None
-        weight = self._less_forget * (known / len(task.classes)) ** 0.5
-
-        def step(indices: Tensor, batch: Batch) -> Tensor:
-            vectors_BW, columns_B = model.vectors(batch), columns_N[indices].to(device)
-            cosines_BC = classifier(vectors_BW)
-            loss = cross_entropy(classifier.scale * cosines_BC, columns_B)
-            if teacher:
-                loss = loss + weight * less_forget(vectors_BW, models.vectors(teacher, batch))
-                if self._margin:
-                    loss = loss + margin_ranking(cosines_BC, columns_B, task_C, 2, self._margin)
-            return loss
-
-        groups: list[dict[str, Any]] = [
+    def parameters(self, model: models.Model[Cosine]) -> list[dict[str, Any]]:
+        return [
             {"params": [*model.encoder.parameters()]},
-            {"params": [*classifier.parameters()], "weight_decay": 0.0},
+            {"params": [*model.classifier.parameters()], "weight_decay": 0.0},
         ]
-        self.train(task, step, groups, clips, rng)
-        self.keep(task, classes, model, clips, rng)
+
+    def train(self, training: models.Training[Cosine]) -> None:
+        known, classifier = len(self.classes), training.classifier
+        vectors_NW = training.model.encode(training.clips).whole(models.ENCODED)
+        classifier.imprint_new(known, vectors_NW, training.columns_N, training.rng)
+        classifier.frozen = ~training.in_task_C if known and self._freezes else None
+        super().train(training)
+
+    def loss(self, training: models.Training[Cosine], batch: Batch, columns_B: Tensor) -> Tensor:
+        vectors_BW, classifier = training.model.vectors(batch), training.classifier
+        cosines_BC = classifier(vectors_BW)
+        loss = cross_entropy(classifier.scale * cosines_BC, columns_B)
+        if self._model:
+            weight = self._less_forget * (len(self.classes) / len(training.task.classes)) ** 0.5
+            loss = loss + weight * less_forget(vectors_BW, models.vectors(self._model, batch))
+            if self._margin:
+                in_task_C = training.in_task_C
+                loss = loss + margin_ranking(cosines_BC, columns_B, in_task_C, 2, self._margin)
+        return loss
 
 
 build = LUCIR

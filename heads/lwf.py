@@ -16,16 +16,14 @@ Ours: the optimiser of all heads; a class that is learned again learns from labe
 Shapes: B clips, C classes, K classes known before.
 """
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from varve.heads import Task
 from varve.heads.parts import models
-from varve.heads.parts.classifiers import Linear, columns
+from varve.heads.parts.classifiers import Linear
 from varve.heads.parts.clips import Batch
-from varve.heads.parts.encoders import EncoderConfig
 from varve.heads.parts.losses import sigmoid_distillation
-from varve.heads.parts.training import OptimConfig
 
 # Independent sigmoids need more steps than a softmax on the few clips of the contract suite.
 QUICK = {"lr": 0.03}
@@ -37,40 +35,21 @@ class LwF(models.ModelHead[Linear]):
     Args:
         feature: Name of a feature of one vector per frame.
         weight: Weight of the distillation; 1 in the paper.
-        encoder: Options of the temporal encoder.
-        optim: Options of gradient descent.
-        seed: Seed of the order of clips and of the encoder.
+        options: Options of `varve.heads.parts.models.ModelHead`.
     """
 
-    def __init__(
-        self,
-        feature: str = "vector",
-        weight: float = 1.0,
-        encoder: EncoderConfig = EncoderConfig(),
-        optim: OptimConfig = OptimConfig(),
-        seed: int = 0,
-    ) -> None:
-        super().__init__(feature, encoder, Linear, optim, seed)
+    build_classifier = Linear
+
+    def __init__(self, feature: str = "vector", weight: float = 1.0, **options: Any) -> None:
+        super().__init__(feature, **options)
         self._weight = weight
 
-    def learn(self, task: Task) -> None:
-        rng, classes = task.rng(self._seed), task.classes_after(self.classes)
-        first = task.clips[torch.arange(1)]
-        teacher = self._model and self._model.on(first)
-        model = self._config.trainable_copy(teacher, first, rng)
-        model.classifier.grow(len(classes))
-        clips = model.prepare(task.clips)
-        columns_N = columns(classes, clips.labels)
-        labelled_C = torch.tensor([label in task.classes for label in classes])
-
-        def step(indices: Tensor, batch: Batch) -> Tensor:
-            logits_BC = model(batch)
-            teacher_BK = models.scores(teacher, batch) if teacher else logits_BC[:, :0]
-            columns_B, labelled = (x.to(logits_BC.device) for x in (columns_N[indices], labelled_C))
-            return sigmoid_distillation(logits_BC, columns_B, teacher_BK, labelled, self._weight)
-
-        self.train(task, step, model.parameters(), clips, rng)
-        self.classes, self._model = classes, model
+    def loss(self, training: models.Training[Linear], batch: Batch, columns_B: Tensor) -> Tensor:
+        logits_BC = training.model(batch)
+        teacher_BK = models.scores(self._model, batch) if self._model else logits_BC[:, :0]
+        return sigmoid_distillation(
+            logits_BC, columns_B, teacher_BK, training.in_task_C, self._weight
+        )
 
 
 build = LwF

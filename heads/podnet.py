@@ -82,8 +82,7 @@ class PooledDistillation(TaskLoss):
     ) -> None:
         assert isinstance(training.classifier, Cosine)
         device, classes = training.classifier.weight.device, training.classes
-        in_task_C = torch.tensor([label in training.task.classes for label in classes])
-        training.classifier.frozen = ~in_task_C.to(device)
+        training.classifier.frozen = ~training.in_task_C
         self._teacher_suffix, self._teacher = teacher_suffix.to(device), teacher.to(device)
         weight = (len(classes) / len(training.task.classes)) ** 0.5
         self._flat, self._spatial = weight * head.flat, weight * head.spatial

@@ -223,7 +223,7 @@ class FineTunedHead:
         with torch.no_grad():
             suffix(first)  # refuses features of another network
         clips = self._exemplars.rehearsal(task)
-        training = TaskTraining(task, classes, clips, suffix, model, rng)
+        training = TaskTraining(task, classes, clips, model, rng, suffix)
         if not self.classes:
             self.before_first_task(training)
         classifier = model.classifier
@@ -239,8 +239,7 @@ class FineTunedHead:
     def _train(self, training: TaskTraining, terms: TaskLoss, generator: torch.Generator) -> None:
         """Train the suffix, the encoder and the classifier on all clips."""
         suffix, model, classifier = training.suffix, training.model, training.classifier
-        columns_N, dtype = training.columns_N, PRECISIONS[self._precision]
-        device = next(classifier.parameters()).device
+        device, dtype = training.device, PRECISIONS[self._precision]
         epochs = self._training_epochs
 
         def step(indices: Tensor, batch: Batch) -> Tensor:
@@ -250,7 +249,7 @@ class FineTunedHead:
             vectors_BW = _dropout(vectors[models.ENCODED], self._drop, generator)
             added = terms.loss(indices, batch, vectors, outputs)
             offsets_C = terms.logit_offsets(len(training.classes)).to(device)
-            columns_B = columns_N[indices].to(device)
+            columns_B = training.columns_N[indices].to(device)
             loss = self.classification_loss(classifier, vectors_BW, columns_B, offsets_C)
             total: Tensor = loss + added
             return total

@@ -6,11 +6,13 @@ Shapes: N clips, B clips a batch, T frames, D feature width, W width of a clip's
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from varve.heads import Task
 from varve.heads.parts.classifiers import Classifier, columns
@@ -149,14 +151,13 @@ def vectors[K: nn.Module](model: Model[K] | None, batch: Batch) -> Tensor:
 
 
 @dataclass
-class TaskTraining:
-    """The training of one task by a head that trains a part of the network.
+class Training[K: nn.Module]:
+    """The training of a model on one task.
 
     Attributes:
         task: The task.
         classes: All classes that are known after it, in the order of the columns.
         clips: Clips to learn from: the task's, followed by the exemplars.
-        suffix: The part of the network that trains.
         model: Encoder and classifier.
         rng: Draws parameters, the order of clips, and exemplars.
     """
@@ -164,18 +165,38 @@ class TaskTraining:
     task: Task
     classes: list[int]
     clips: Clips
-    suffix: TrainableSuffix
-    model: Model[Classifier]
+    model: Model[K]
     rng: np.random.Generator
 
     @property
-    def classifier(self) -> Classifier:
+    def classifier(self) -> K:
         return self.model.classifier
 
     @property
+    def device(self) -> torch.device:
+        return next(self.classifier.parameters()).device
+
+    @cached_property
     def columns_N(self) -> Tensor:
         """Column of each clip's class, int64 [N] on the CPU."""
         return columns(self.classes, self.clips.labels)
+
+    @cached_property
+    def in_task_C(self) -> Tensor:
+        """The columns of the task's classes, bool [C] on the device of the classifier."""
+        in_task = [label in self.task.classes for label in self.classes]
+        return torch.tensor(in_task, device=self.device)
+
+
+@dataclass
+class TaskTraining(Training[Classifier]):
+    """The training of one task by a head that trains a part of the network.
+
+    Attributes:
+        suffix: The part of the network that trains.
+    """
+
+    suffix: TrainableSuffix
 
     def vectors(self, indices: Tensor | None = None) -> Tensor:
         """Return the vectors of all clips, [N, W], or of those at some indices."""
@@ -220,50 +241,86 @@ class TaskLoss:
         """Run once the head has kept what was trained."""
 
 
-class ModelHead[K: nn.Module]:
-    """Common part of heads that train a model of cached vectors: state, scores and counts.
+class ModelHead[K: Classifier]:
+    """A head that trains a model of cached vectors. A method is its classifier and its loss.
 
     Args:
         feature: Name of a feature of one vector per frame.
         encoder: Options of the temporal encoder.
-        classifier: Makes a classifier without columns from W.
         optim: Options of gradient descent.
         seed: Seed of everything that is drawn.
+
+    Attributes:
+        build_classifier: Makes a classifier without columns from W.
     """
+
+    build_classifier: Callable[[int], K]
+    _trains = True
 
     def __init__(
         self,
-        feature: str,
-        encoder: EncoderConfig,
-        classifier: Callable[[int], K],
-        optim: OptimConfig,
-        seed: int,
+        feature: str = "vector",
+        encoder: EncoderConfig = EncoderConfig(),
+        optim: OptimConfig = OptimConfig(),
+        seed: int = 0,
     ) -> None:
         self.reads = (feature,)
         self.classes: list[int] = []
-        self._config = ModelConfig(feature, encoder, classifier)
+        self._config = ModelConfig(feature, encoder, self.build_classifier)
         self._optim, self._seed = optim, seed
         self._model: Model[K] | None = None
 
+    # Hooks of a method
+
+    def loss(self, training: Training[K], batch: Batch, columns_B: Tensor) -> Tensor:
+        """Return the mean loss of a batch. The model of the task before is `self._model`."""
+        return cross_entropy(training.model(batch), columns_B)
+
+    def parameters(self, model: Model[K]) -> Iterable[nn.Parameter] | Iterable[dict[str, Any]]:
+        """Return the parameters that train, or groups of them; see `fit`."""
+        return model.parameters()
+
+    def start(self, first: Batch, rng: np.random.Generator) -> Model[K]:
+        """Return the model to train, for the shape of a first clip."""
+        return self._config.trainable_copy(self._model, first, rng)
+
+    def clips(self, task: Task, classes: list[int]) -> Clips:
+        """Return the clips to train on, when `classes` are all that are known after the task."""
+        return task.clips
+
+    def train(self, training: Training[K]) -> None:
+        """Train the model, whose classifier has columns for the new classes."""
+        device = training.device
+
+        def step(indices: Tensor, batch: Batch) -> Tensor:
+            return self.loss(training, batch, training.columns_N[indices].to(device))
+
+        epochs = self._optim.epochs_of(first_task=not self.classes)
+        fit(step, self.parameters(training.model), training.clips, self._optim, epochs=epochs,
+            rng=training.rng, on_epoch_end=training.task.on_epoch_end)  # fmt: skip
+
+    def keep(self, training: Training[K]) -> None:
+        """Keep what a task has trained."""
+        self.classes, self._model = training.classes, training.model
+
+    # What the runner calls
+
     @property
     def trainable(self) -> int:
-        return trainable(self._model)
+        return trainable(self._model) if self._trains else 0
+
+    def learn(self, task: Task) -> None:
+        rng, classes = task.rng(self._seed), task.classes_after(self.classes)
+        model = self.start(task.clips[torch.arange(1)], rng)
+        clips = model.prepare(self.clips(task, classes))
+        training = Training(task, classes, clips, model, rng)
+        if self._trains:
+            model.classifier.grow(len(classes), rng)
+            self.train(training)
+        self.keep(training)
 
     def scores(self, batch: Batch) -> Tensor:
         return scores(self._model, batch)
-
-    def train(
-        self,
-        task: Task,
-        step: Callable[[Tensor, Batch], Tensor],
-        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
-        clips: Clips,
-        rng: np.random.Generator,
-    ) -> None:
-        """Train parameters for the epochs of a task; see `varve.heads.parts.training.fit`."""
-        epochs = self._optim.epochs_of(first_task=not self.classes)
-        fit(step, parameters, clips, self._optim, epochs=epochs, rng=rng,
-            on_epoch_end=task.on_epoch_end)  # fmt: skip
 
     def state_dict(self) -> dict[str, Tensor]:
         return state_of(self._model, self.classes)
@@ -273,33 +330,46 @@ class ModelHead[K: nn.Module]:
         self.classes = state["classes"].tolist()
 
 
-class ReplayModelHead[K: nn.Module](ModelHead[K]):
+class ReplayModelHead[K: Classifier](ModelHead[K]):
     """A `ModelHead` that replays exemplars.
 
     Args:
+        feature: Name of a feature of one vector per frame.
+        encoder: Options of the temporal encoder.
         exemplars: Options of the exemplars; None keeps every clip.
-        model: Arguments of `ModelHead`.
+        optim: Options of gradient descent.
+        seed: Seed of everything that is drawn.
     """
 
-    def __init__(self, exemplars: ExemplarConfig | None, *model: Any) -> None:
-        super().__init__(*model)
+    def __init__(
+        self,
+        feature: str = "vector",
+        encoder: EncoderConfig = EncoderConfig(),
+        exemplars: ExemplarConfig | None = ExemplarConfig(),
+        optim: OptimConfig = OptimConfig(),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(feature, encoder, optim, seed)
         self._exemplars = Exemplars(exemplars)
 
     @property
     def exemplars(self) -> Tensor:
         return self._exemplars.rows
 
+    def clips(self, task: Task, classes: list[int]) -> Clips:
+        self._exemplars.quota(len(classes))
+        return self._exemplars.rehearsal(task)
+
+    def keep(self, training: Training[K]) -> None:
+        """Keep what a task has trained, and exemplars by the trained model."""
+        vectors_NW = training.model.encode(training.clips).whole(ENCODED)
+        self._exemplars, _ = self._exemplars.select(
+            vectors_NW, training.clips, training.task.classes, training.classes, training.rng
+        )
+        super().keep(training)
+
     def nearest(self, batch: Batch) -> Tensor:
         return self._exemplars.nearest(vectors(self._model, batch))
-
-    def keep(
-        self, task: Task, classes: list[int], model: Model[K], clips: Clips,
-        rng: np.random.Generator,
-    ) -> None:  # fmt: skip
-        """Keep what a task has trained, and exemplars by the trained model."""
-        vectors_NW = model.encode(clips).whole(ENCODED)
-        self._exemplars, _ = self._exemplars.select(vectors_NW, clips, task.classes, classes, rng)
-        self.classes, self._model = classes, model
 
     def state_dict(self) -> dict[str, Tensor]:
         return super().state_dict() | self._exemplars.state()
