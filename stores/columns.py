@@ -38,6 +38,10 @@ STORED = {"float16": "float16", "float32": "float32", "bfloat16": "uint16"}
 MISSING = {"float16": np.nan, "float32": np.nan, "bfloat16": 0x7FC0}
 
 
+# An array, and the files that it encodes into, by key.
+InMemory = tuple["zarr.Array[Any]", dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class ColumnSpec:
     """Specification of a column: its path, the form of its cells, and what decides their values.
@@ -95,7 +99,7 @@ class ColumnSpec:
         values += int(present.sum()) * (self.cell_bytes + CRC_BYTES)
         blocks = -(-clips // DONE_ROWS)
         done = blocks * (DONE_ROWS * KEY_BYTES + CRC_BYTES)
-        return values + done + len(_values_json(self, clips)) + len(_done_json(clips))
+        return values + done + len(_metadata(_values(self, clips))) + len(_metadata(_done(clips)))
 
 
 class Damaged(ValueError):
@@ -121,8 +125,8 @@ class Column:
             if not marker.exists():
                 atomic.write(self.store, marker, group_json({}))
         for folder, text in (
-            (self.done_path, _done_json(clips)),
-            (self.path, _values_json(self.spec, clips)),
+            (self.done_path, _metadata(_done(clips))),
+            (self.path, _metadata(_values(self.spec, clips))),
         ):
             file = folder / "zarr.json"
             if not file.exists() or file.read_bytes() != text:
@@ -195,7 +199,8 @@ class Column:
         if len(kept):
             block[kept - first] = self.read_cells(kept)
         block[rows - first] = cells
-        atomic.write(self.store, self.shard_file(shard), _encode(self.spec, block))
+        data = _encoded(_values(self.spec, self.spec.shard_clips), block)
+        atomic.write(self.store, self.shard_file(shard), data)
         done[rows] = keys
         self._write_done(done)
 
@@ -210,7 +215,7 @@ class Column:
             part = done[start : start + DONE_ROWS]
             block[: len(part)] = part
             file = self.done_path / "c" / str(start // DONE_ROWS) / "0"
-            data = _encode_done(block)
+            data = _encoded(_done(DONE_ROWS), block)
             if not file.exists() or file.read_bytes() != data:
                 atomic.write(self.store, file, data)
 
@@ -263,16 +268,22 @@ def read_all(path: Location) -> np.ndarray:
         raise Damaged(f"{path} is damaged ({error}). {repair_hint(path, again)}") from error
 
 
-def _values(spec: ColumnSpec, clips: int, memory: dict[str, Any]) -> "zarr.Array[Any]":
+def in_memory(**options: Any) -> InMemory:
+    """Create an array in memory, whose chunks have checksums, from options of `create_array`."""
+    files: dict[str, Any] = {}
+    array = zarr.create_array(
+        MemoryStore(files), filters=None, compressors=[Crc32cCodec()], **options
+    )
+    return array, files
+
+
+def _values(spec: ColumnSpec, clips: int) -> InMemory:
     axes = ["clip", "frame", *(f"{spec.feature}.{i}" for i in range(len(spec.cell) - 1))]
-    return zarr.create_array(
-        MemoryStore(memory),
+    return in_memory(
         shape=(clips, *spec.cell),
         dtype=STORED[spec.dtype],
         chunks=(1, *spec.cell),
         shards=(spec.shard_clips, *spec.cell),
-        filters=None,
-        compressors=[Crc32cCodec()],
         fill_value=MISSING[spec.dtype],
         attributes={"dtype": spec.dtype, "fingerprint": spec.fingerprint, **spec.attributes},
         dimension_names=axes,
@@ -282,42 +293,26 @@ def _values(spec: ColumnSpec, clips: int, memory: dict[str, Any]) -> "zarr.Array
     )
 
 
-def _done(clips: int, memory: dict[str, Any]) -> "zarr.Array[Any]":
-    return zarr.create_array(
-        MemoryStore(memory),
+def _done(clips: int) -> InMemory:
+    return in_memory(
         shape=(clips, KEY_BYTES),
         dtype="uint8",
         chunks=(DONE_ROWS, KEY_BYTES),
-        filters=None,
-        compressors=[Crc32cCodec()],
         fill_value=0,
         dimension_names=["clip", "key_byte"],
         config={"write_empty_chunks": True},
     )
 
 
-def _values_json(spec: ColumnSpec, clips: int) -> bytes:
-    memory: dict[str, Any] = {}
-    _values(spec, clips, memory)
-    return bytes(memory["zarr.json"].to_bytes())
+def _metadata(created: InMemory) -> bytes:
+    """Return the `zarr.json` of an array."""
+    _, files = created
+    return bytes(files["zarr.json"].to_bytes())
 
 
-def _done_json(clips: int) -> bytes:
-    memory: dict[str, Any] = {}
-    _done(clips, memory)
-    return bytes(memory["zarr.json"].to_bytes())
-
-
-def _encode(spec: ColumnSpec, block: np.ndarray) -> bytes:
-    """Encode one shard from its cells [up to shard_clips, *cell]."""
-    memory: dict[str, Any] = {}
-    _values(spec, spec.shard_clips, memory)[: len(block)] = block
-    (data,) = (value for key, value in memory.items() if key.startswith("c/"))
-    return bytes(data.to_bytes())
-
-
-def _encode_done(block: np.ndarray) -> bytes:
-    memory: dict[str, Any] = {}
-    _done(DONE_ROWS, memory)[:] = block
-    (data,) = (value for key, value in memory.items() if key.startswith("c/"))
+def _encoded(created: InMemory, rows: np.ndarray) -> bytes:
+    """Encode the first rows of an array of a single shard or chunk, and return its file."""
+    array, files = created
+    array[: len(rows)] = rows
+    (data,) = (value for key, value in files.items() if key.startswith("c/"))
     return bytes(data.to_bytes())

@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec
-from zarr.storage import MemoryStore
 
 from varve.stores import atomic
-from varve.stores.columns import group_json, node_name
+from varve.stores.columns import group_json, in_memory, node_name
 from varve.stores.digests import digest
 from varve.stores.locations import Location, open_array
 
@@ -68,11 +65,10 @@ def write(store: Path, backbone: str, key: Mapping[str, Any], features: TextFeat
     """Store the features of some classes, metadata last, so that no array is partial."""
     attributes: dict[str, Any] = {"key": dict(key), "classes": list(features.classes)}
     path = store / FOLDER / node_name(backbone) / digest(attributes)[:16]
-    memory: dict[str, Any] = {}
-    array = zarr.create_array(
-        MemoryStore(memory), shape=features.values.shape, dtype="float32",
-        chunks=features.values.shape, compressors=[Crc32cCodec()], filters=None,
-        fill_value=np.nan, attributes=attributes, dimension_names=["class", "channel"],
+    shape = features.values.shape
+    array, memory = in_memory(
+        shape=shape, dtype="float32", chunks=shape, fill_value=np.nan, attributes=attributes,
+        dimension_names=["class", "channel"],
     )  # fmt: skip
     array[:] = features.values
     for parent in (path.parent.parent, path.parent):
