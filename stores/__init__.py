@@ -234,9 +234,7 @@ class FeatureStore:
         """Change attributes of the store, such as the data set's folder and classes."""
         file = self.path / "zarr.json"
         self.attributes |= changes
-        text = group_json({"varve": self.attributes})
-        if not file.exists() or file.read_bytes() != text:
-            atomic.write(self.path, file, text)
+        atomic.update(self.path, file, group_json({"varve": self.attributes}))
 
     def columns(self) -> Iterator[tuple[str, str, Location]]:
         """Iterate over (backbone, feature, location of the array) of all columns, in no order."""

@@ -35,6 +35,12 @@ def write(store: Path, target: Path, *pieces: bytes | memoryview) -> None:
     sync_folder(target.parent)
 
 
+def update(store: Path, target: Path, data: bytes) -> None:
+    """Write a file as `write` does, unless it has these bytes already."""
+    if not target.exists() or target.read_bytes() != data:
+        write(store, target, data)
+
+
 def clear_temporary(store: Path) -> None:
     """Remove the files of killed writers. The caller has the lock under which they wrote."""
     shutil.rmtree(store / TEMPORARY, ignore_errors=True)

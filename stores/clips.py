@@ -110,10 +110,7 @@ def encode(table: pd.DataFrame) -> bytes:
 
 def write(store: Path, table: pd.DataFrame) -> None:
     """Write the table atomically, if it differs from the one on disk."""
-    data = encode(table)
-    file = store / FILE
-    if not (file.exists() and file.read_bytes() == data):
-        atomic.write(store, file, data)
+    atomic.update(store, store / FILE, encode(table))
 
 
 def row_key(content: str, start_seconds: float, end_seconds: float) -> bytes:

@@ -120,17 +120,10 @@ class Column:
 
     def create(self, clips: int) -> None:
         """Create the column, or extend it to `clips` rows. Only metadata changes, and no cell."""
-        for parent in reversed(self.path.relative_to(self.store).parents[:-1]):
-            marker = self.store / parent / "zarr.json"
-            if not marker.exists():
-                atomic.write(self.store, marker, group_json({}))
-        for folder, text in (
-            (self.done_path, _metadata(_done(clips))),
-            (self.path, _metadata(_values(self.spec, clips))),
-        ):
-            file = folder / "zarr.json"
-            if not file.exists() or file.read_bytes() != text:
-                atomic.write(self.store, file, text)
+        make_groups(self.store, self.path)
+        values_json = _metadata(_values(self.spec, clips))
+        atomic.update(self.store, self.done_path / "zarr.json", _metadata(_done(clips)))
+        atomic.update(self.store, self.path / "zarr.json", values_json)
         self.__dict__.pop("_values", None)
 
     def done(self, clips: int) -> np.ndarray:
@@ -215,9 +208,7 @@ class Column:
             part = done[start : start + DONE_ROWS]
             block[: len(part)] = part
             file = self.done_path / "c" / str(start // DONE_ROWS) / "0"
-            data = _encoded(_done(DONE_ROWS), block)
-            if not file.exists() or file.read_bytes() != data:
-                atomic.write(self.store, file, data)
+            atomic.update(self.store, file, _encoded(_done(DONE_ROWS), block))
 
     @cached_property
     def _values(self) -> zarr.Array[Any]:
@@ -238,6 +229,14 @@ def group_json(attributes: Mapping[str, Any]) -> bytes:
     """Return the `zarr.json` of a group."""
     text = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
     return json.dumps(text, indent=2, ensure_ascii=False).encode()
+
+
+def make_groups(store: Path, array: Path) -> None:
+    """Make the groups between a store and the folder of an array, where they do not exist."""
+    for parent in reversed(array.relative_to(store).parents[:-1]):
+        file = store / parent / "zarr.json"
+        if not file.exists():
+            atomic.write(store, file, group_json({}))
 
 
 def runs(rows: np.ndarray) -> list[tuple[int, int]]:

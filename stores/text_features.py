@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from varve.stores import atomic
-from varve.stores.columns import group_json, in_memory, node_name
+from varve.stores.columns import in_memory, make_groups, node_name
 from varve.stores.digests import digest
 from varve.stores.locations import Location, open_array
 
@@ -71,9 +71,7 @@ def write(store: Path, backbone: str, key: Mapping[str, Any], features: TextFeat
         dimension_names=["class", "channel"],
     )  # fmt: skip
     array[:] = features.values
-    for parent in (path.parent.parent, path.parent):
-        if not (parent / "zarr.json").exists():
-            atomic.write(store, parent / "zarr.json", group_json({}))
+    make_groups(store, path)
     for name, data in sorted(memory.items()):  # "c/0/0" comes before "zarr.json"
         atomic.write(store, path / name, data.to_bytes())
 
