@@ -36,6 +36,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from varve.heads import Task
+from varve.heads.parts import models
 from varve.heads.parts.classifiers import Cosine, columns
 from varve.heads.parts.clips import Batch, Clips, frames
 from varve.heads.parts.exemplars import ExemplarConfig, Exemplars
@@ -141,7 +142,7 @@ class HAD:
 
     @property
     def trainable(self) -> int:
-        return 0 if self._model is None else sum(p.numel() for p in self._model.parameters())
+        return models.trainable(self._model)
 
     @property
     def exemplars(self) -> Tensor:
@@ -291,8 +292,7 @@ class HAD:
             "deviations": self._deviations_CW.clone(),
         }
         if self._model is not None:
-            tensors = self._model.state_dict().items()
-            state |= {f"model.{name}": x.detach().to("cpu", copy=True) for name, x in tensors}
+            state |= models.copies(self._model.state_dict(), "model.")
             state["segments"] = torch.tensor(self._model.segments)
         return state | self._exemplars.state()
 
@@ -302,9 +302,7 @@ class HAD:
         self._deviations_CW = state["deviations"].to("cpu", copy=True)
         self._exemplars.load(state)
         self._model = None
-        start = "model."
-        tensors = {n.removeprefix(start): x for n, x in state.items() if n.startswith(start)}
-        if tensors:
+        if tensors := models.part(state, "model."):
             segments = int(state["segments"])
             like = [
                 torch.zeros(1, segments, tensors[f"hybrid.project.{m}.weight"].shape[1])
@@ -339,10 +337,9 @@ class HAD:
             )
 
     def _learned(self, features: Pair) -> Model:
-        if self._model is None:
-            raise ValueError("nothing was learned yet, so there is nothing to score: learn first")
-        self._check(self._model, features)
-        return self._model.to(features[0].device)
+        model = models.learned(self._model)
+        self._check(model, features)
+        return model.to(features[0].device)
 
     def _vectors(self, model: Model, clips: Clips) -> Tensor:
         """Return the vectors of clips, [N, W]."""

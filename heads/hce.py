@@ -34,7 +34,7 @@ from torch.nn.functional import normalize
 
 from varve.heads import Network
 from varve.heads.grafts.temporal_shift import TemporalShift
-from varve.heads.parts import correlation_refinement
+from varve.heads.parts import correlation_refinement, models
 from varve.heads.parts.classifiers import Classifier
 from varve.heads.parts.clips import Batch
 from varve.heads.parts.exemplars import ExemplarConfig
@@ -177,20 +177,16 @@ class HCE(FineTunedHead):
 
     @property
     def trainable(self) -> int:
-        count = 0 if self._has is None else sum(p.numel() for p in self._has.parameters())
-        return super().trainable + count
+        return super().trainable + models.trainable(self._has)
 
     def state_dict(self) -> dict[str, Tensor]:
         tensors = {} if self._has is None else self._has.state_dict()
-        return super().state_dict() | {
-            f"has.{name}": x.detach().to("cpu", copy=True) for name, x in tensors.items()
-        }
+        return super().state_dict() | models.copies(tensors, "has.")
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         super().load_state_dict(state)
-        tensors = {n.removeprefix("has."): x for n, x in state.items() if n.startswith("has.")}
         self._has = None
-        if tensors:
+        if tensors := models.part(state, "has."):
             assert self._suffix is not None
             self._has = self._trainable_has(np.random.default_rng(0), self._suffix)
             assert self._has is not None

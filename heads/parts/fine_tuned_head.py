@@ -319,18 +319,16 @@ class FineTunedHead:
 
     def state_dict(self) -> dict[str, Tensor]:
         trained = {} if self._suffix is None else self._suffix.state()
-        network = {f"network.{n}": p.detach().to("cpu", copy=True) for n, p in trained.items()}
-        return models.state_of(self._model, self.classes) | self._exemplars.state() | network
+        state = models.state_of(self._model, self.classes) | self._exemplars.state()
+        return state | models.copies(trained, "network.")
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._model, self._suffix = self._config.load(state), None
         self._exemplars.load(state)
         self.classes = state["classes"].tolist()
         if self._model is not None:
-            start = "network."
-            trained = {n.removeprefix(start): p for n, p in state.items() if n.startswith(start)}
             self._suffix = self._new_suffix(self._model)
-            self._suffix.take(trained)
+            self._suffix.take(models.part(state, "network."))
 
     def _trainable_copies(
         self, rng: np.random.Generator, device: torch.device

@@ -117,11 +117,20 @@ def state_of[K: nn.Module](model: Model[K] | None, classes: list[int]) -> dict[s
     if model is None:
         return state
     state["form"] = torch.tensor([model.encoder.frames, model.encoder.width])
-    tensors = model.state_dict().items()
-    return state | {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}
+    return state | copies(model.state_dict())
 
 
-def learned[K: nn.Module](model: Model[K] | None) -> Model[K]:
+def copies(tensors: Mapping[str, Tensor], start: str = "") -> dict[str, Tensor]:
+    """Return copies of tensors on the CPU; their names get a start."""
+    return {start + name: x.detach().to("cpu", copy=True) for name, x in tensors.items()}
+
+
+def part(state: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    """Return the entries of a state whose names have a start, without it."""
+    return {name.removeprefix(start): x for name, x in state.items() if name.startswith(start)}
+
+
+def learned[M: nn.Module](model: M | None) -> M:
     """Return the model, if there is one.
 
     Raises:
@@ -139,7 +148,7 @@ def scores[K: nn.Module](model: Model[K] | None, batch: Batch) -> Tensor:
     return out
 
 
-def trainable[K: nn.Module](model: Model[K] | None) -> int:
+def trainable(model: nn.Module | None) -> int:
     """Return the number of values that a model trains."""
     return 0 if model is None else sum(p.numel() for p in model.parameters())
 

@@ -18,6 +18,7 @@ from varve.heads import Task
 from varve.heads.parts.anchor_pool import AnchorPool
 from varve.heads.parts.clips import Batch, frames
 from varve.heads.parts.expert import Expert, ExpertConfig
+from varve.heads.parts.models import copies, part
 from varve.heads.parts.shortlist import Shortlist, weights
 
 ROUTINGS = ("td", "average", "clip", "adapter", "none")
@@ -210,33 +211,28 @@ class RoutedExperts:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of anchors, shortlist and experts."""
-        parts = {f"anchors.{way}": pool.state_dict() for way, pool in self._pools.items()}
-        parts["shortlist"] = self.shortlist.state_dict()
+        state: dict[str, Tensor] = {}
+        for way, pool in self._pools.items():
+            state |= copies(pool.state_dict(), f"anchors.{way}.")
+        state |= copies(self.shortlist.state_dict(), "shortlist.")
         for k, expert in enumerate(self.experts):
-            tensors = expert.state_dict()
-            parts[f"expert.{k}"] = {name: x.to("cpu", copy=True) for name, x in tensors.items()}
-        return {f"{part}.{n}": x for part, tensors in parts.items() for n, x in tensors.items()}
+            state |= copies(expert.state_dict(), f"expert.{k}.")
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` returned, among other entries."""
         self.experts, self._pools = [], {}
-        while tensors := _part(state, f"expert.{len(self.experts)}"):
+        while tensors := part(state, f"expert.{len(self.experts)}."):
             like_1TD = torch.empty(1, len(tensors.get("position", ())), len(tensors["cls"]))
             expert = self.new_expert(like_1TD)
             expert.load_state_dict(tensors)
             self.experts.append(expert.requires_grad_(False))
         for way in self.ways if self.experts else ():
             self._pools[way] = self._new_pool(len(self.experts[0].cls))
-            self._pools[way].load_state_dict(_part(state, f"anchors.{way}"))
-        self.shortlist.load_state_dict(_part(state, "shortlist"))
+            self._pools[way].load_state_dict(part(state, f"anchors.{way}."))
+        self.shortlist.load_state_dict(part(state, "shortlist."))
 
 
 def _encoded(expert: Expert, spatial_BTD: Tensor) -> Tensor:
     """Return V^st_k, [B, D]."""
     return normalize(expert.to(spatial_BTD.device)(spatial_BTD), dim=1)
-
-
-def _part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return the entries of `state` under a name."""
-    start = f"{name}."
-    return {key.removeprefix(start): x for key, x in state.items() if key.startswith(start)}
