@@ -12,10 +12,10 @@ Ours, where StPR is silent: the parallel form as default, s = 0.1 and W_up = 0 a
 Shapes: N frames, L tokens, C = `width` channels, D = `bottleneck`.
 """
 
-from typing import Self
-
 import torch
 from torch import Tensor, nn
+
+from varve.heads.grafts._inner import train_unless_frozen
 
 
 class Adapter(nn.Module):
@@ -35,6 +35,7 @@ class Adapter(nn.Module):
 
     code = "adapter/1"
     forms = ("tokens",)
+    train = train_unless_frozen
 
     def __init__(
         self,
@@ -76,12 +77,6 @@ class Adapter(nn.Module):
         rows = read.to(self.down.dtype).flatten(0, -2)
         added = torch.relu(rows @ self.down) @ self.up
         return (out + self.scale * added.view(out.shape)).to(out.dtype)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; an inner without trainable parameters stays in eval."""
-        self.training = mode
-        self.inner.train(mode and any(p.requires_grad for p in self.inner.parameters()))
-        return self
 
 
 build = Adapter

@@ -23,13 +23,14 @@ every token, also to the class token, which later stages read.
 Shapes: N = B * T frames, C channels, K classes, F = C_fc; L tokens with P prefix tokens first.
 """
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from varve.heads.grafts._clips import by_clip, frames_of
+from varve.heads.grafts._inner import train_unless_frozen
 
 EPS = 1e-6
 RIDGE = 1e-3
@@ -56,6 +57,7 @@ class ClassRegularization(nn.Module):
 
     code = "class_regularization/1"
     token_wise = False
+    train = train_unless_frozen
 
     def __init__(
         self,
@@ -159,12 +161,6 @@ class ClassRegularization(nn.Module):
         With `predict` it serves to draw the channels or positions that a class excites.
         """
         return _scaled(self._rows())
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; an inner without trainable parameters stays in eval."""
-        self.training = mode
-        self.inner.train(mode and any(p.requires_grad for p in self.inner.parameters()))
-        return self
 
     def _rows(self) -> Tensor:
         """Return W_i [K, C], in the projection's type."""

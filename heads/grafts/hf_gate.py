@@ -20,13 +20,13 @@ Shapes: N = B * T frames, C channels, H x W a grid, L tokens with P prefix token
 """
 
 import math
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from varve.heads.grafts._clips import frames_of, shift_left, shift_right
+from varve.heads.grafts._inner import train_unless_frozen
 
 
 class HFGate(nn.Module):
@@ -43,6 +43,7 @@ class HFGate(nn.Module):
 
     code = "hf_gate/1"
     token_wise = False
+    train = train_unless_frozen
 
     def __init__(
         self,
@@ -88,12 +89,6 @@ class HFGate(nn.Module):
             return minus[:, 0]
         side = math.isqrt(wide.shape[1] - self.prefix)
         return minus[:, self.prefix :, 0].reshape(-1, side, side)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; an inner without trainable parameters stays in eval."""
-        self.training = mode
-        self.inner.train(mode and any(p.requires_grad for p in self.inner.parameters()))
-        return self
 
     def _gates(self, wide: Tensor) -> tuple[Tensor, Tensor]:
         """Return G-, and G+ before its shift: [N, 1, H, W] or [N, L, 1]."""

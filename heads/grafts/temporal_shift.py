@@ -15,11 +15,11 @@ Shapes: N = B * T frames, C channels, H x W a grid.
 """
 
 import copy
-from typing import Self
 
 from torch import Tensor, nn
 
 from varve.heads.grafts._clips import by_clip, frames_of
+from varve.heads.grafts._inner import train_unless_frozen
 
 
 class Shift(nn.Module):
@@ -61,6 +61,7 @@ class TemporalShift(nn.Module):
     code = "temporal_shift/1"
     forms = ("map",)
     token_wise = False
+    train = train_unless_frozen
 
     def __init__(self, inner: nn.Module, frames: int, fold: int = 8) -> None:
         super().__init__()
@@ -90,12 +91,6 @@ class TemporalShift(nn.Module):
         block.conv1 = Shift(self.inner.get_submodule("conv1"), self.frames, self.fold)
         out: Tensor = block(x_NCHW)
         return out
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; an inner without trainable parameters stays in eval."""
-        self.training = mode
-        self.inner.train(mode and any(p.requires_grad for p in self.inner.parameters()))
-        return self
 
 
 build = TemporalShift
