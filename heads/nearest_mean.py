@@ -38,16 +38,14 @@ class NearestMean:
     def learn(self, task: Task) -> None:
         classes = task.classes_after(self.classes)
         columns_N = columns(classes, task.clips.labels)
-        sums_CW: Tensor | None = None
+        W = self._vectors(task.clips[torch.arange(1)]).shape[1]
+        sums_CW = torch.zeros(len(classes), W, dtype=torch.float64)
         # float64: a float32 sum drifts by task order once a class is large.
         for indices, batch in task.clips.batches(BATCH):
             vectors_BW = self._vectors(batch).cpu()
             if self.unit:
                 vectors_BW = normalize(vectors_BW, dim=1)
-            if sums_CW is None:
-                sums_CW = vectors_BW.new_zeros(len(classes), vectors_BW.shape[1])
             sums_CW.index_add_(0, columns_N[indices], vectors_BW)
-        assert sums_CW is not None
         if self.classes:
             sums_CW[: len(self.classes)] += self._sums_CW
         self.classes, self._sums_CW = classes, sums_CW

@@ -65,8 +65,8 @@ class RanPAC:
     def learn(self, task: Task) -> None:
         classes = task.classes_after(self.classes)
         state = dict(self._state)
-        first = task.clips[torch.arange(1)]
         if not state:
+            first = task.clips[torch.arange(1)]
             W = vectors(first, self.reads[0], self.time).shape[1]
             drawn = np.random.default_rng([self.seed, 0]).normal(size=(W, self.projection))
             state["form"] = torch.tensor([W])
@@ -112,15 +112,13 @@ class RanPAC:
     ) -> tuple[Tensor, Tensor]:
         """Return G [M, M] and Q [M, C] of some clips, float64."""
         columns_N = columns(classes, clips.labels)
-        gram_MM: Tensor | None = None
+        like_1M = self._projected(clips[indices[:1]], state)
+        gram_MM = like_1M.new_zeros(like_1M.shape[1], like_1M.shape[1])
+        targets_MC = like_1M.new_zeros(like_1M.shape[1], len(classes))
         for some in torch.split(indices, BATCH):
             h_BM = self._projected(clips[some], state)
-            if gram_MM is None:
-                gram_MM = h_BM.new_zeros(h_BM.shape[1], h_BM.shape[1])
-                targets_MC = h_BM.new_zeros(h_BM.shape[1], len(classes))
             gram_MM.addmm_(h_BM.T, h_BM)
             targets_MC.index_add_(1, columns_N[some].to(h_BM.device), h_BM.T)
-        assert gram_MM is not None
         return gram_MM, targets_MC
 
     def _chosen(self, task: Task, classes: list[int], state: Mapping[str, Tensor]) -> float:

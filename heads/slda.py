@@ -56,12 +56,11 @@ class StreamingLDA:
     def learn(self, task: Task) -> None:
         classes = task.classes_after(self.classes)
         columns_N = columns(classes, task.clips.labels)
-        means_CW: Tensor | None = None
+        first_1W = self._vectors(task.clips[torch.arange(1)])
+        counts_C, means_CW, scatter_WW = self._copies(len(classes), first_1W)
         # float64: sums of differences from means that themselves change.
         for indices, batch in task.clips.batches(BATCH):
             x_BW = self._vectors(batch)
-            if means_CW is None:
-                counts_C, means_CW, scatter_WW = self._copies(len(classes), x_BW)
             columns_B = columns_N[indices].to(x_BW.device)
             before_BW = x_BW - means_CW[columns_B]
             counts_C.index_add_(0, columns_B, torch.ones_like(before_BW[:, 0]))
@@ -69,7 +68,6 @@ class StreamingLDA:
             means_CW += moved_CW / counts_C.clamp(min=1)[:, None]
             # Summed over the clips of a class, this is Welford's update in one product.
             scatter_WW.addmm_(before_BW.T, x_BW - means_CW[columns_B])
-        assert means_CW is not None
         counts_C, means_CW, scatter_WW = counts_C.cpu(), means_CW.cpu(), scatter_WW.cpu()
         precise_CW = self._solved(counts_C, means_CW, scatter_WW)
         self.classes, self._precise_CW = classes, precise_CW
