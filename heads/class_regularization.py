@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from varve.heads import Network
 from varve.heads.grafts.class_regularization import ClassRegularization
 from varve.heads.parts import models
 from varve.heads.parts.classifiers import Classifier
-from varve.heads.parts.fine_tuned_head import FineTunedHead, Graft, grid
+from varve.heads.parts.fine_tuned_head import FineTunedHead, Graft, stage_options
 from varve.heads.parts.models import BATCH, TaskTraining
 from varve.heads.parts.trainable_suffix import VECTOR, TrainableSuffix
 
@@ -59,10 +59,13 @@ class Regularized(FineTunedHead):
         self._strengths, self._start = [float(a) for a in strengths], start
 
     def grafts(self, network: Network, classifier: Classifier) -> Mapping[str, Graft]:
-        return {
-            stage: partial(self._block, network, classifier, stage, strength)
-            for stage, strength in self._ends(network).items()
-        }
+        grafts: dict[str, Graft] = {}
+        for stage, strength in self._ends(network).items():
+            number = network.stages.index(stage)
+            seed = int(np.random.default_rng([self._seed, number]).integers(2**31))
+            options = stage_options(network, stage) | {"strength": strength, "seed": seed}
+            grafts[stage] = partial(ClassRegularization, classifier=classifier, **options)
+        return grafts
 
     def before_first_task(self, training: TaskTraining) -> None:
         if self._start == "drawn" or not any(self._strengths):
@@ -96,21 +99,6 @@ class Regularized(FineTunedHead):
         models.learned(self._model)
         assert self._suffix is not None
         return {name: block.excitations() for name, block in _blocks(self._suffix).items()}
-
-    def _block(
-        self,
-        network: Network,
-        classifier: Classifier,
-        stage: str,
-        strength: float,
-        inner: nn.Module,
-    ) -> ClassRegularization:
-        number = network.stages.index(stage)
-        seed = int(np.random.default_rng([self._seed, number]).integers(2**31))
-        channels, prefix = grid(network.shape(stage))
-        return ClassRegularization(
-            inner, classifier, channels, network.frames, strength, prefix, seed
-        )
 
     def _ends(self, network: Network) -> dict[str, float]:
         """Return the last block of each stage that trains, with its A."""

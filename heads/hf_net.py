@@ -20,12 +20,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from varve.heads import Network
 from varve.heads.grafts.hf_gate import HFGate
 from varve.heads.parts.classifiers import Classifier
-from varve.heads.parts.fine_tuned_head import FineTunedHead, Graft, grid
+from varve.heads.parts.fine_tuned_head import FineTunedHead, Graft, stage_options
 
 
 class HFNet(FineTunedHead):
@@ -54,11 +52,8 @@ class HFNet(FineTunedHead):
 
     def grafts(self, network: Network, classifier: Classifier) -> Mapping[str, Graft]:
         gated = [network.find(f"blocks.-{number}") for number in range(1, self._gates + 1)]
-        return {stage: partial(self._gate, network, stage) for stage in gated}
-
-    def _gate(self, network: Network, stage: str, inner: nn.Module) -> HFGate:
-        channels, prefix = grid(network.shape(stage))
-        return HFGate(inner, channels, network.frames, self._conservative, prefix)
+        gate = partial(HFGate, conservative=self._conservative)
+        return {stage: partial(gate, **stage_options(network, stage)) for stage in gated}
 
 
 build = HFNet

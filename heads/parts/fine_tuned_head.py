@@ -351,17 +351,9 @@ class FineTunedHead:
 
     def _with_graft(self, stage: str, classifier: Classifier, grafts: Mapping[str, Graft]) -> Graft:
         """Return the option's graft around a stage, or around its graft in `grafts`."""
-        network = self.network
-        build = network.graft(self._graft)
-        channels, prefix = grid(network.shape(stage))
-        known = {
-            "channels": channels,
-            "width": channels,
-            "frames": network.frames,
-            "prefix": prefix,
-            "classifier": classifier,
-            "seed": self._seed,
-        }
+        build = self.network.graft(self._graft)
+        known = stage_options(self.network, stage) | {"classifier": classifier, "seed": self._seed}
+        known["width"] = known["channels"]
         options = fill_options(build, known, self._graft_options)
         inner = grafts.get(stage)
         return lambda module: build(inner(module) if inner else module, **options)
@@ -372,6 +364,12 @@ def grid(shape: Sequence[int]) -> tuple[int, int]:
     if len(shape) == 3:
         return shape[0], 0
     return shape[1], shape[0] - math.isqrt(shape[0]) ** 2
+
+
+def stage_options(network: Network, stage: str) -> dict[str, Any]:
+    """Return the options of a graft that its stage decides: channels, frames and prefix."""
+    channels, prefix = grid(network.shape(stage))
+    return {"channels": channels, "frames": network.frames, "prefix": prefix}
 
 
 def _dropout(x_BW: Tensor, rate: float, generator: torch.Generator) -> Tensor:
