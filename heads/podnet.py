@@ -30,7 +30,6 @@ from varve.heads.parts.clips import Batch
 from varve.heads.parts.fine_tuned_head import FineTunedHead
 from varve.heads.parts.losses import less_forget, nca, pooled
 from varve.heads.parts.models import TaskLoss, TaskTraining
-from varve.heads.parts.trainable_suffix import TrainableSuffix
 
 
 class PODNet(FineTunedHead):
@@ -64,27 +63,19 @@ class PODNet(FineTunedHead):
         return nca(classifier(vectors_BW), columns_B, classifier.scale, self.margin)
 
     def task_loss(self, training: TaskTraining) -> TaskLoss:
-        if not self.classes:
-            return TaskLoss()
-        assert self._suffix is not None
-        return PooledDistillation(self, training, self._suffix, models.learned(self._model))
+        return PooledDistillation(self, training) if self.classes else TaskLoss()
 
 
 class PooledDistillation(TaskLoss):
     """POD-flat and POD-spatial, from a teacher: the suffix and model of the previous task."""
 
-    def __init__(
-        self,
-        head: PODNet,
-        training: TaskTraining,
-        teacher_suffix: TrainableSuffix,
-        teacher: models.Model[Classifier],
-    ) -> None:
+    def __init__(self, head: PODNet, training: TaskTraining) -> None:
         assert isinstance(training.classifier, Cosine)
-        device, classes = training.classifier.weight.device, training.classes
+        assert head._suffix is not None
         training.classifier.frozen = ~training.in_task_C
-        self._teacher_suffix, self._teacher = teacher_suffix.to(device), teacher.to(device)
-        weight = (len(classes) / len(training.task.classes)) ** 0.5
+        self._teacher_suffix = head._suffix.to(training.device)
+        self._teacher = models.learned(head._model).to(training.device)
+        weight = (len(training.classes) / len(training.task.classes)) ** 0.5
         self._flat, self._spatial = weight * head.flat, weight * head.spatial
 
     def loss(
