@@ -126,14 +126,20 @@ class HCE(FineTunedHead):
 
     @property
     def teacher_stages(self) -> Sequence[str]:
+        return [*self.distilled_stages, *(["vector"] if "kd" in self.parts else [])]
+
+    @property
+    def distilled_stages(self) -> Sequence[str]:
+        """The trained stages whose maps are distilled."""
+        if "hc" not in self.parts:
+            return []
         network = self.network
         stages = network.stages
         after = stages.index(network.find(self.reads[0])) + 1
         shapes = {name: network.shape(name) for name in stages[after:]}
         maps = {name: _map_shape(shape)[1:] for name, shape in shapes.items() if len(shape) > 1}
         sizes = list(dict.fromkeys(maps.values()))[-self._levels :]
-        distilled = [name for name, size in maps.items() if size in sizes and "hc" in self.parts]
-        return [*distilled, *(["vector"] if "kd" in self.parts else [])]
+        return [name for name, size in maps.items() if size in sizes]
 
     def grafts(self, network: Network, classifier: Classifier) -> Mapping[str, Graft]:
         if not self._shift:
@@ -163,11 +169,7 @@ class HCE(FineTunedHead):
         """Return a copy of HAS to train, or a new one; None where there is no HAS."""
         if self.importance != "has" or "hc" not in self.parts:
             return None
-        network = self.network
-        shapes = {}
-        for name in self.teacher_stages:
-            if name != "vector":
-                shapes[name] = _map_shape(network.shape(name))
+        shapes = {name: _map_shape(self.network.shape(name)) for name in self.distilled_stages}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**31)))
             has = self._new_has(shapes)
@@ -199,7 +201,7 @@ class FeatureDistillation(TaskLoss):
     def __init__(self, head: HCE, training: TaskTraining, has: HAS | None) -> None:
         task, clips = training.task, training.clips
         self._head, self._has, self._trained = head, has, training.suffix.trained
-        self._maps = [name for name in head.teacher_stages if name != "vector"]
+        self._maps = head.distilled_stages
         if head.importance == "single":
             self._maps = self._maps[-1:]
         self._is_exemplar_N = torch.arange(len(clips)) >= len(task.clips)
