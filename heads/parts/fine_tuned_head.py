@@ -273,17 +273,17 @@ class FineTunedHead:
 
     def _tune(self, training: TaskTraining, vectors_MW: Tensor, indices: Tensor) -> None:
         """Train weight and bias of the classifier alone, on the vectors of some clips."""
-        classifier, classes = training.classifier, training.classes
+        classifier, device = training.classifier, training.device
         clips = Clips({models.ENCODED: vectors_MW}, training.clips.labels[indices])
-        columns_M, no_offsets_C = training.columns_N[indices], torch.zeros(len(classes))
+        columns_M = training.columns_N[indices]
+        no_offsets_C = torch.zeros(len(training.classes), device=device)
         if isinstance(classifier, classifiers.Cosine):
             classifier.frozen = None
         before, epochs = self._training_epochs, self._tuning_epochs
 
         def step(indices: Tensor, batch: Batch) -> Tensor:
-            x_BW = batch[models.ENCODED]
-            columns_B, offsets_C = (x.to(x_BW.device) for x in (columns_M[indices], no_offsets_C))
-            return self.classification_loss(classifier, x_BW, columns_B, offsets_C)
+            x_BW, columns_B = batch[models.ENCODED], columns_M[indices].to(device)
+            return self.classification_loss(classifier, x_BW, columns_B, no_offsets_C)
 
         def on_epoch_end(done: int, _: int, loss: float) -> None:
             training.task.on_epoch_end(before + done, before + epochs, loss)
