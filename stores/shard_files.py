@@ -12,6 +12,7 @@ import os
 from array import array
 from collections.abc import Callable
 from errno import EMFILE, ENFILE
+from operator import attrgetter
 from pathlib import Path
 
 import google_crc32c  # what Zarr's own crc32c codec calls, and requires
@@ -22,8 +23,12 @@ from varve.stores.columns import CRC_BYTES, INDEX_ENTRY_BYTES
 OPEN_FILES = 32
 ABSENT, WRONG = -1, -2
 
-# Identifies one version of a file.
+# Identifies one version of a file. It changes with every write, and (by st_nlink) with a
+# replacement.
 Stamp = tuple[int, ...]
+_stamp: Callable[[os.stat_result], Stamp] = attrgetter(
+    "st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns", "st_nlink"
+)
 
 
 class Shard:
@@ -140,15 +145,3 @@ def differs(data: np.ndarray, checksum: bytes | bytearray) -> bool:
     """Return whether the crc32c of the data differs from the stored checksum."""
     # The library accepts bytes and arrays, but no memoryview.
     return bool(google_crc32c.value(data) != int.from_bytes(checksum, "little"))
-
-
-def _stamp(stat: os.stat_result) -> Stamp:
-    """Identify a version. It changes with every write, and (by st_nlink) with a replacement."""
-    return (
-        stat.st_dev,
-        stat.st_ino,
-        stat.st_size,
-        stat.st_mtime_ns,
-        stat.st_ctime_ns,
-        stat.st_nlink,
-    )

@@ -249,12 +249,8 @@ class ShardReader:
             indices, nth = indices[by_nth], nth[by_nth]
             breaks = (np.diff(nth) > NEAR_ROWS) | (np.diff(nth // window) != 0)
             for c, d in pairwise([0, *(np.flatnonzero(breaks) + 1).tolist(), len(nth)]):
-                failed += [
-                    (index, "")
-                    for index in self._read_span(
-                        shard, nth[c:d], indices[c:d], scratch, out_NB, verify
-                    )
-                ]
+                lost = self._read_span(shard, nth[c:d], indices[c:d], scratch, out_NB, verify)
+                failed += [(index, "") for index in lost]
         return absent, failed
 
     def _read_span(
