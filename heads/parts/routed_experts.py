@@ -146,7 +146,7 @@ class RoutedExperts:
         for way, vectors in compared.items():
             all_ND = torch.cat(vectors).double()
             means = [all_ND[labels_N == label].mean(dim=0) for label in task.classes]
-            pool = self._pools.setdefault(way, self._new_pool(all_ND.shape[1]))
+            pool = self._pools.setdefault(way, AnchorPool(all_ND.shape[1], lineage=self._adapted))
             pool.add(len(pool), task.classes, torch.stack(means).float(), task.key)
         self.experts = experts
 
@@ -206,9 +206,6 @@ class RoutedExperts:
             return torch.full_like(similarities_BK, 1 / similarities_BK.shape[1])
         return weights(similarities_BK, self.config.softmax, self.config.keep)
 
-    def _new_pool(self, width: int) -> AnchorPool:
-        return AnchorPool(width, lineage=self._adapted)
-
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of anchors, shortlist and experts."""
         state: dict[str, Tensor] = {}
@@ -228,7 +225,7 @@ class RoutedExperts:
             expert.load_state_dict(tensors)
             self.experts.append(expert.requires_grad_(False))
         for way in self.ways if self.experts else ():
-            self._pools[way] = self._new_pool(len(self.experts[0].cls))
+            self._pools[way] = AnchorPool(len(self.experts[0].cls), lineage=self._adapted)
             self._pools[way].load_state_dict(part(state, f"anchors.{way}."))
         self.shortlist.load_state_dict(part(state, "shortlist."))
 
