@@ -68,17 +68,15 @@ class ExpertConfig:
 class Layer(nn.Module):
     """A pre-norm layer that computes `nn.TransformerEncoderLayer(norm_first=True)`."""
 
-    def __init__(
-        self, width: int, heads: int, ffn: int, start: str, generator: torch.Generator
-    ) -> None:
+    def __init__(self, width: int, config: ExpertConfig, generator: torch.Generator) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = config.heads
         self.norm1 = nn.LayerNorm(width)
         self.qkv = _empty(width, 3 * width)
         self.out = _empty(width, width)
         self.norm2 = nn.LayerNorm(width)
-        self.up = _empty(width, ffn)
-        self.down = _empty(ffn, width)
+        self.up = _empty(width, config.ffn)
+        self.down = _empty(config.ffn, width)
         with torch.no_grad():
             nn.init.xavier_uniform_(self.qkv.weight, generator=generator)
             _uniform(self.out.weight, width, generator)
@@ -87,7 +85,7 @@ class Layer(nn.Module):
             for linear in (self.up, self.down):
                 _uniform(linear.weight, linear.in_features, generator)
                 _uniform(linear.bias, linear.in_features, generator)
-            if start == "frames":
+            if config.start == "frames":
                 self.qkv.weight[2 * width :].copy_(torch.eye(width))
                 self.out.weight.copy_(torch.eye(width))
                 self.down.weight.zero_()
@@ -151,10 +149,7 @@ class Expert(nn.Module):
             )
         generator = generator or torch.Generator().manual_seed(0)
         self.cls = nn.Parameter(0.02 * torch.randn(width, generator=generator))
-        self.layers = nn.ModuleList(
-            Layer(width, config.heads, config.ffn, config.start, generator)
-            for _ in range(config.layers)
-        )
+        self.layers = nn.ModuleList(Layer(width, config, generator) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         self.position: nn.Parameter | None = None
         if config.position is not None:
