@@ -12,6 +12,7 @@ fine-tuning; the learning rate is not given.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -103,9 +104,7 @@ class Regularized(FineTunedHead):
     def _ends(self, network: Network) -> dict[str, float]:
         """Return the last block of each stage that trains, with its A."""
         maps = [name for name in network.stages if len(network.shape(name)) == 3]
-        sizes = [network.shape(name) for name in maps]
-        last = [here != after for here, after in zip(sizes, [*sizes, ()][1:], strict=True)]
-        ends = [name for name, is_last in zip(maps, last, strict=True) if is_last]
+        ends = [[*stage][-1] for _, stage in groupby(maps, network.shape)]
         if not maps:
             blocks = [name for name in network.stages if name.endswith(".mlp")]
             quarters = [-(-len(blocks) * quarter // 4) - 1 for quarter in range(1, 5)]
