@@ -131,12 +131,7 @@ def row_key(content: str, start_seconds: float, end_seconds: float) -> bytes:
 
 def row_keys(table: pd.DataFrame) -> np.ndarray:
     """Return the row keys of all clips: uint8 [clips, 16]; zeros where the content is unknown."""
-    keys = [
-        row_key(content, start, end)
-        for content, start, end in zip(
-            table["digest"], table["start_seconds"], table["end_seconds"], strict=True
-        )
-    ]
+    keys = map(row_key, table["digest"], table["start_seconds"], table["end_seconds"])
     return np.frombuffer(b"".join(keys), np.uint8).reshape(len(table), KEY_BYTES)
 
 
