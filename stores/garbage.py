@@ -71,16 +71,15 @@ class GarbageReport:
 def collect(store: Path, dry_run: bool = False, drop: Sequence[str] = ()) -> GarbageReport:
     """Remove the garbage of a store; see `FeatureStore.gc`."""
     if dry_run:
-        return _plan(store, drop).report(store)
+        return _plan(store, drop)[0]
     with lock.locked(store):
         atomic.clear_temporary(store)
         # Locked until the last column is removed: a reference added after that keeps its columns.
         with references.locked(store):
-            plan = _plan(store, drop)
-            report = plan.report(store)
-            for column, _ in plan.freed:
+            report, freed, expired = _plan(store, drop)
+            for column in freed:
                 _remove(store, column)
-            for reference in plan.expired:
+            for reference in expired:
                 reference.file.unlink()
         _remove_empty_groups(store)
         atomic.clear_temporary(store)
@@ -129,26 +128,13 @@ class _StoredColumn:
         return ColumnDecision(*self.names, self.fingerprint, size, why, tuple(holders))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The columns to remove and to keep, with reasons, and the references to remove."""
-
-    freed: list[tuple[_StoredColumn, str]]
-    kept: list[tuple[_StoredColumn, str, list[str]]]
-    expired: list[Reference]
-
-    def report(self, store: Path) -> GarbageReport:
-        return GarbageReport(
-            store,
-            True,
-            tuple(column.decision(store, why) for column, why in self.freed),
-            tuple(column.decision(store, why, holders) for column, why, holders in self.kept),
-            tuple(str(reference.holder) for reference in self.expired),
-        )
-
-
-def _plan(store: Path, drop: Sequence[str]) -> _Plan:
+def _plan(
+    store: Path, drop: Sequence[str]
+) -> tuple[GarbageReport, list[_StoredColumn], list[Reference]]:
     """Decide what to do with each column; change nothing.
+
+    Returns:
+        The report of a dry run, the columns to remove, and the references to remove.
 
     Raises:
         ValueError: An entry of `drop` names no column, several, or a column that is needed.
@@ -161,20 +147,24 @@ def _plan(store: Path, drop: Sequence[str]) -> _Plan:
     ]
     every_reference = references.read_all(store)
     dropped = {_named(store, columns, name) for name in drop}
-    plan = _Plan([], [], [r for r in every_reference if not r.holder_exists])
+    freed: dict[_StoredColumn, ColumnDecision] = {}
+    kept: list[ColumnDecision] = []
     for column in columns:
         needing = [r for r in every_reference if r.needs(column.path.name)]
         holders = [str(r.holder) for r in needing if r.holder_exists]
         missing = [str(r.holder) for r in needing if not r.holder_exists]
         why = _reason_to_remove(column, column in dropped, holders, missing)
         if why:
-            plan.freed.append((column, why))
+            freed[column] = column.decision(store, why)
         elif column.attributes is None:
             why = "its zarr.json is damaged, so its origin is unknown; it can be dropped by name"
-            plan.kept.append((column, why, holders))
+            kept.append(column.decision(store, why, holders))
         elif column.attributes.get("grafts"):
-            plan.kept.append((column, f"needed by {', '.join(holders)}", holders))
-    return plan
+            kept.append(column.decision(store, f"needed by {', '.join(holders)}", holders))
+    expired = [r for r in every_reference if not r.holder_exists]
+    missing_holders = tuple(str(reference.holder) for reference in expired)
+    report = GarbageReport(store, True, tuple(freed.values()), tuple(kept), missing_holders)
+    return report, list(freed), expired
 
 
 def _reason_to_remove(
