@@ -22,6 +22,7 @@ Shapes: N frames (of all clips), C channels of a block, H, W positions.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -87,14 +88,8 @@ class HAS(nn.Module):
         for size, names in zip(sizes, self.names, strict=True):
             kernels, strides = next(rest for least, *rest in SQUEEZE if min(size) >= least)
             widths = (len(names), 16, 64, WIDTH)
-            self.squeezes.append(
-                nn.Sequential(
-                    *(
-                        block(widths[i], widths[i + 1], kernels[i], (*strides[:2], last_stride)[i])
-                        for i in range(3)
-                    )
-                )
-            )
+            layers = zip(pairwise(widths), kernels, (*strides[:2], last_stride), strict=True)
+            self.squeezes.append(nn.Sequential(*(block(*w, k, stride) for w, k, stride in layers)))
         count = len(sizes) - 1 if mix == "cascade" else 1
         self.mixers = nn.ModuleList(
             nn.Sequential(*(block(WIDTH, WIDTH) for _ in range(3))) for _ in range(count)
@@ -119,14 +114,11 @@ class HAS(nn.Module):
 
     def agreement(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Tensor:
         """Return Z, [N, 128, H, W] of the finest group."""
-        flat = [[maps[n] for names in self.names for n in names] for maps in (new, old)]
-        count = len(flat[0][0])
+        flat = [maps[n] for maps in (new, old) for names in self.names for n in names]
         if self.frames is None or not torch.is_grad_enabled():
-            return self._agreement(*flat[0], *flat[1])
-        parts = []
-        for first in range(0, count, self.frames):
-            chunk = [x[first : first + self.frames] for maps in flat for x in maps]
-            parts.append(checkpoint(self._agreement, *chunk, use_reentrant=False))
+            return self._agreement(*flat)
+        chunks = zip(*(torch.split(x, self.frames) for x in flat), strict=True)
+        parts = [checkpoint(self._agreement, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(parts)
 
     def _agreement(self, *maps: Tensor) -> Tensor:
