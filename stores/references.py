@@ -140,8 +140,6 @@ def _exists(folder: Path) -> bool:
     """
     try:
         folder.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, (FileNotFoundError, NotADirectoryError))
     return True
