@@ -5,6 +5,7 @@ Shapes: B clips, T frames, D feature width.
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -85,15 +86,12 @@ class TrainableSuffix(nn.Module):
         """
         passed: dict[str, Passed] = {}
 
-        def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-            def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-                passed[name] = Passed(module, inputs[0], output)
-
-            return hook
+        def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+            passed[name] = Passed(module, inputs[0], output)
 
         with ExitStack() as stack:
             for name, stage in self.stages():
-                stack.callback(stage.register_forward_hook(keep(name)).remove)
+                stack.callback(stage.register_forward_hook(partial(keep, name)).remove)
             vectors, _ = self(batch)
         return vectors, passed
 
