@@ -144,9 +144,8 @@ class StPR:
         if not self.classes:
             return 0
         trained = [*self._spatial.parameters(), *self._text.parameters()]
-        return sum(p.numel() for p in trained) + sum(
-            p.numel() for expert in self.routed.experts for p in expert.parameters()
-        )
+        trained += [p for expert in self.routed.experts for p in expert.parameters()]
+        return sum(p.numel() for p in trained)
 
     @property
     def fine_tunes(self) -> bool:
