@@ -18,7 +18,6 @@ import threading
 import time
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from types import TracebackType
 
 import pebble
 
@@ -111,12 +110,7 @@ class DecodePool:
     def __enter__(self) -> "DecodePool":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _keep(self) -> None:
