@@ -44,13 +44,6 @@ def best_stream(container: InputContainer) -> AudioStream | None:
     return None if stream is None or stream.codec_context is None else cast(AudioStream, stream)
 
 
-def packets(container: InputContainer, stream: AudioStream) -> Iterator[AudioPacket]:
-    """Yield the packets of a stream that have bytes."""
-    for packet in container.demux(stream):
-        if packet.size:
-            yield packet
-
-
 @dataclass(frozen=True)
 class Track:
     """Samples of an audio track.

@@ -22,7 +22,7 @@ from av.video.stream import VideoStream
 
 from varve.pipeline.decoders import _audio
 from varve.pipeline.decoders._bitstream import Shape, reader
-from varve.pipeline.decoders._stream import Undecodable, VideoPacket, decode, open_video
+from varve.pipeline.decoders._stream import Undecodable, VideoPacket, decode, demux, open_video
 
 # Bytes kept in memory to save a second pass over the file. A larger file is read twice.
 KEPT_PACKET_BYTES = 64 << 20
@@ -111,8 +111,7 @@ class Source:
         with container:
             stream = _audio.best_stream(container)
             assert stream is not None
-            packets = _audio.packets(container, stream)
-            return _audio.read(stream, packets, rate, start_seconds, windows)
+            return _audio.read(stream, demux(container, stream), rate, start_seconds, windows)
 
     def rewind(self, fresh: bool = False) -> Iterator[VideoPacket]:
         """Return all packets in file order, read again where they were not kept, or if `fresh`.
@@ -124,7 +123,7 @@ class Source:
             return iter(self.packets)
         self.container.close()
         self.container, self.stream = open_video(self.path)
-        return _demux(self.container, self.stream)
+        return demux(self.container, self.stream)
 
 
 @dataclass
@@ -170,13 +169,6 @@ def read(path: str, proof: bool = True, audio: bool = False) -> Index:
     warning = _warning(table, claimed, len(times_N), missing_seconds)
     hazard = ", ".join(sorted(table.hazards))
     return Index(times_N, claimed, fps, hazard, warning, proven, (), start, source)
-
-
-def _demux(container: InputContainer, stream: VideoStream) -> Iterator[VideoPacket]:
-    """Yield the packets of a stream that have bytes; empty ones only flush the decoder."""
-    for packet in container.demux(stream):
-        if packet.size:
-            yield packet
 
 
 def _tabulate(container: InputContainer, stream: VideoStream, audio: AudioStream | None) -> _Table:
