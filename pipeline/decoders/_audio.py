@@ -15,6 +15,7 @@ import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import cast
 
 import av
@@ -111,31 +112,22 @@ def _resampled(
     A track that changes its format (rate, channels, numbers) continues in a new filter graph, at
     the time of its clock.
     """
-    graph: av.filter.Graph | None = None
-    format_: tuple[object, ...] = ()
     position = 0
-    for frame in _decoded(stream, packets, lost):
-        current = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if graph is None or current != format_:
-            first_seconds = start_seconds
-            if graph is not None:
-                graph.push(None)
-                for samples in _pulled(graph):
-                    yield position, samples
-                    position += len(samples)
-                if frame.pts is not None:
-                    first_seconds = max(start_seconds, float(frame.pts * frame.time_base))
-                    position = round((first_seconds - start_seconds) * rate)
-            format_, graph = current, _graph(frame, rate, first_seconds)
-        graph.push(frame)
-        for samples in _pulled(graph):
-            yield position, samples
-            position += len(samples)
-    if graph is not None:
-        graph.push(None)
-        for samples in _pulled(graph):
-            yield position, samples
-            position += len(samples)
+    runs = groupby(
+        _decoded(stream, packets, lost),
+        lambda frame: (frame.format.name, frame.layout.name, frame.sample_rate),
+    )
+    for number, (_, frames) in enumerate(runs):
+        first, first_seconds = next(frames), start_seconds
+        if number and first.pts is not None:
+            first_seconds = max(start_seconds, float(first.pts * first.time_base))
+            position = round((first_seconds - start_seconds) * rate)
+        graph = _graph(first, rate, first_seconds)
+        for frame in chain([first], frames, [None]):  # None makes it return what it still has
+            graph.push(frame)
+            for samples in _pulled(graph):
+                yield position, samples
+                position += len(samples)
 
 
 def _decoded(
