@@ -10,6 +10,7 @@ import dis
 import functools
 import hashlib
 import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -199,12 +200,8 @@ def uses(code: types.CodeType) -> Iterator[tuple[str, tuple[str, ...], bool]]:
             level, names = steps[n - 2].argval, steps[n - 1].argval
             yield "." * level + step.argval, names or (), True
         elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
-            chain = []
-            for following in steps[n + 1 :]:
-                if following.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
-                    break
-                chain.append(following.argval)
-            yield step.argval, tuple(chain), False
+            chain = itertools.takewhile(lambda step: step.opname == "LOAD_ATTR", steps[n + 1 :])
+            yield step.argval, tuple(following.argval for following in chain), False
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from uses(constant)
