@@ -217,19 +217,12 @@ def _tabulate(container: InputContainer, stream: VideoStream, audio: AudioStream
 def _starts(table: _Table) -> tuple[np.ndarray, list[int]]:
     """Return the sorted times of the frames and the clean starts; empty if nothing is proven."""
     nothing: tuple[np.ndarray, list[int]] = np.empty(0, np.int64), []
-    ticks = [tick for tick in table.ticks if tick is not None]
-    if (
-        not ticks
-        or len(ticks) != len(table.ticks)
-        or table.doubts
-        or table.damage
-        or Shape.UNCLEAR in table.shapes
-    ):
+    times = set(table.ticks) - {None}
+    unclear = table.doubts or table.damage or Shape.UNCLEAR in table.shapes
+    if not times or len(times) < len(table.ticks) or unclear:
         return nothing
-    ticks_N = np.array(ticks, np.int64)
+    ticks_N = np.array(table.ticks, np.int64)
     sorted_N = np.sort(ticks_N)
-    if (np.diff(sorted_N) == 0).any():
-        return nothing
     # No picture shown before a start may follow it in the file, and none shown after may precede.
     before_N = np.maximum.accumulate(ticks_N) == ticks_N
     after_N = np.minimum.accumulate(ticks_N[::-1])[::-1] == ticks_N
