@@ -80,15 +80,15 @@ def origin(module: str, look: bool = False) -> str:
     if root in ("", "__main__", "__mp_main__"):
         return "user"
     loaded = sys.modules.get(module) or (sys.modules.get(root) if look else None)
-    space = getattr(loaded, "__dict__", {})
-    folders, file = list(space.get("__path__") or ()), space.get("__file__")
-    if loaded is None:
-        spec = importlib.util.find_spec(root) if look else None
-        if spec is None:
-            return "absent" if look else "user"
-        folders = list(spec.submodule_search_locations or ())
-        file = spec.origin if spec.has_location else None
-    file = file or (folders[0] if folders else None)
+    if loaded is not None:
+        space = getattr(loaded, "__dict__", {})
+        files = [space.get("__file__"), *(space.get("__path__") or ())]
+    elif look and (spec := importlib.util.find_spec(root)):
+        folders = spec.submodule_search_locations or ()
+        files = [spec.origin if spec.has_location else None, *folders]
+    else:
+        return "absent" if look else "user"
+    file = next(filter(None, files), None)
     if file is not None and {"site-packages", "dist-packages"} & set(Path(file).parts):
         return "package"
     standard = root in sys.stdlib_module_names
