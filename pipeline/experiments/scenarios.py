@@ -24,6 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +212,8 @@ def split_classes(count: int, base: int, increment: int) -> list[list[int]]:
     """
     if count < 1 or not 0 <= base <= count or increment < 1 or (count - base) % increment:
         raise ValueError(f"{count} classes are not {base} and then tasks of {increment}")
-    starts = range(base, count, increment)
     first = [list(range(base))] if base else []
-    return first + [list(range(a, a + increment)) for a in starts]
+    return first + [list(task) for task in batched(range(base, count), increment)]
 
 
 def read_list(path: Path) -> list[Any]:
