@@ -79,7 +79,8 @@ def read(
     unfinished: list[Window] = []
     waveforms: dict[Window, np.ndarray] = {}
     lost: list[str] = []
-    for first, samples in _resampled(stream, packets, rate, start_seconds, lost):
+    frames = _decoded(stream, packets, lost)
+    for first, samples in _resampled(frames, rate, start_seconds):
         if not np.isfinite(samples).all():
             lost.append("no numbers")
             samples = np.where(np.isfinite(samples), samples, np.float32(0))
@@ -101,11 +102,7 @@ def read(
 
 
 def _resampled(
-    stream: AudioStream,
-    packets: Iterable[AudioPacket],
-    rate: int,
-    start_seconds: float,
-    lost: list[str],
+    frames: Iterable[av.AudioFrame], rate: int, start_seconds: float
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield runs of samples of the track, each with the index of its first sample.
 
@@ -113,17 +110,14 @@ def _resampled(
     the time of its clock.
     """
     position = 0
-    runs = groupby(
-        _decoded(stream, packets, lost),
-        lambda frame: (frame.format.name, frame.layout.name, frame.sample_rate),
-    )
-    for number, (_, frames) in enumerate(runs):
-        first, first_seconds = next(frames), start_seconds
+    runs = groupby(frames, lambda f: (f.format.name, f.layout.name, f.sample_rate))
+    for number, (_, run) in enumerate(runs):
+        first, first_seconds = next(run), start_seconds
         if number and first.pts is not None:
             first_seconds = max(start_seconds, float(first.pts * first.time_base))
             position = round((first_seconds - start_seconds) * rate)
         graph = _graph(first, rate, first_seconds)
-        for frame in chain([first], frames, [None]):  # None makes it return what it still has
+        for frame in chain([first], run, [None]):  # None makes it return what it still has
             graph.push(frame)
             for samples in _pulled(graph):
                 yield position, samples
