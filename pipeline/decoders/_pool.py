@@ -62,9 +62,7 @@ class DecodePool:
             )
         require_guard("samplings", "decoders")
         self.timeout_seconds = timeout_seconds
-        self._requests: queue.SimpleQueue[tuple[Request, Future[Results]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._requests = queue.SimpleQueue[tuple[Request, Future[Results]] | None]()
         self._closed = threading.Event()
         self._lock = threading.Lock()
         # A child dies with the thread that started it, so each has a thread of its own.
