@@ -198,5 +198,4 @@ def _heat(
 
 
 def _bare(axes: "Axes") -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])

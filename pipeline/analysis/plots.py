@@ -98,8 +98,7 @@ def accuracy(runs: Mapping[str, Sequence[Run]], classifier: str = "cnn") -> "Fig
                               facecolor=(style["color"], 0.12),
                               edgecolor=(style["color"], 0.5))  # fmt: skip
         ticks.update(classes.tolist())
-    axes.set_xlabel("classes learned")
-    axes.set_ylabel("accuracy on all of them (%)")
+    axes.set(xlabel="classes learned", ylabel="accuracy on all of them (%)")
     axes.set_xticks(_thinned(sorted(ticks)))
     axes.grid(alpha=0.3)
     figure.legend(fontsize="small", loc="outside lower center")
@@ -118,10 +117,8 @@ def forgetting(matrix: Matrix) -> "Figure":
         colour = "white" if percent < 50 else "black"
         axes.text(j, i, f"{percent:.0f}", ha="center", va="center", color=colour,
                   fontsize=min(10, 120 / tasks))  # fmt: skip
-    axes.set_xticks(_thinned(range(tasks)))
-    axes.set_yticks(_thinned(range(tasks)))
-    axes.set_xlabel("tested on task")
-    axes.set_ylabel("after learning task")
+    ticks = _thinned(range(tasks))
+    axes.set(xlabel="tested on task", ylabel="after learning task", xticks=ticks, yticks=ticks)
     figure.colorbar(image, label="accuracy (%)", shrink=0.8)
     return figure
 
@@ -172,9 +169,7 @@ def routing(routed: "Routing", labels: Sequence[str], tasks: Sequence[Sequence[s
     middles_C = np.cumsum(counts_C) - counts_C / 2 - 0.5
     if len(present) <= NAMED_CLASSES:
         axes.set_yticks(middles_C[counts_C > 0], present)
-    axes.set_ylabel("clips, by class")
-    axes.set_xticks(_thinned(range(len(tasks))))
-    axes.set_xlabel("expert of task")
+    axes.set(xlabel="expert of task", ylabel="clips, by class", xticks=_thinned(range(len(tasks))))
     figure.colorbar(image, label="weight", extend="both")
     share = (experts_NS[np.arange(len(labels)), weights_NS.argmax(axis=1)] == own_N).mean()
     axes.set_title(f"own expert weighs most: {share:.0%} of the clips", fontsize="medium")

@@ -215,10 +215,9 @@ class _Walk:
                 inner.append([self.value(k, where), self.value(x, where)])
             return {type(v).__name__: inner}
         if isinstance(v, (set, frozenset)):
-            members: Any = frozenset.copy(v) if isinstance(v, frozenset) else set.copy(v)
-            described = (self.value(x, at) for x in members)
+            described = (self.value(x, at) for x in frozenset(v))
             return {type(v).__name__: sorted(described, key=lambda x: _flat(x)[0])}
-        members = list.__iter__(v) if isinstance(v, list) else tuple.__iter__(v)
+        members: Any = list.__iter__(v) if isinstance(v, list) else tuple.__iter__(v)
         listed = [self.value(x, f"{at}[{n}]") for n, x in enumerate(members)]
         return listed if type(v) is list else {type(v).__name__: listed}
 

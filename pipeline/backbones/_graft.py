@@ -5,8 +5,7 @@ a backbone: each returns another one.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -91,9 +90,10 @@ def _check_token_wise(backbone: Backbone, stage: Stage) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(stage.frames or 1, *backbone.shapes[before.name], generator=generator)
     other = torch.cat([x[:, :1], x[:, 1:].flip(1) + 1], dim=1)
-    with _eval(stage.module), torch.no_grad():
+    module = _copied(stage.name, stage.module).eval()
+    with torch.no_grad():
         first, second, alone = (
-            stage.module(tokens.to(device, backbone.precision)).float().flatten(1)
+            module(tokens.to(device, backbone.precision)).float().flatten(1)
             for tokens in (x, other, x[:, :1])
         )
     width = alone.shape[1]
@@ -225,15 +225,3 @@ def _check_shapes(backbone: Backbone, grafted: Backbone, new: Stage) -> bool:
             f"and {grafted.stages[number + 1].name} and what follows do not take that"
         ) from error
     return False
-
-
-@contextmanager
-def _eval(module: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode inside the block, and restore every part's mode after it."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode

@@ -10,6 +10,7 @@ import dis
 import functools
 import hashlib
 import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -79,15 +80,15 @@ def origin(module: str, look: bool = False) -> str:
     if root in ("", "__main__", "__mp_main__"):
         return "user"
     loaded = sys.modules.get(module) or (sys.modules.get(root) if look else None)
-    space = getattr(loaded, "__dict__", {})
-    folders, file = list(space.get("__path__") or ()), space.get("__file__")
-    if loaded is None:
-        spec = importlib.util.find_spec(root) if look else None
-        if spec is None:
-            return "absent" if look else "user"
-        folders = list(spec.submodule_search_locations or ())
-        file = spec.origin if spec.has_location else None
-    file = file or (folders[0] if folders else None)
+    if loaded is not None:
+        space = getattr(loaded, "__dict__", {})
+        files = [space.get("__file__"), *(space.get("__path__") or ())]
+    elif look and (spec := importlib.util.find_spec(root)):
+        folders = spec.submodule_search_locations or ()
+        files = [spec.origin if spec.has_location else None, *folders]
+    else:
+        return "absent" if look else "user"
+    file = next(filter(None, files), None)
     if file is not None and {"site-packages", "dist-packages"} & set(Path(file).parts):
         return "package"
     standard = root in sys.stdlib_module_names
@@ -199,12 +200,8 @@ def uses(code: types.CodeType) -> Iterator[tuple[str, tuple[str, ...], bool]]:
             level, names = steps[n - 2].argval, steps[n - 1].argval
             yield "." * level + step.argval, names or (), True
         elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
-            chain = []
-            for following in steps[n + 1 :]:
-                if following.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
-                    break
-                chain.append(following.argval)
-            yield step.argval, tuple(chain), False
+            chain = itertools.takewhile(lambda step: step.opname == "LOAD_ATTR", steps[n + 1 :])
+            yield step.argval, tuple(following.argval for following in chain), False
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from uses(constant)

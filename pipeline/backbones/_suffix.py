@@ -5,12 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from varve.pipeline.backbones._reductions import (
-    canonical_reduction,
-    expand,
-    reduce,
-    resume_refusal,
-)
+from varve.pipeline.backbones._reductions import canonical_reduction, expand, reduce, resume_refusal
 from varve.pipeline.backbones._stage import Backbone
 
 
@@ -86,10 +81,7 @@ class Suffix(nn.Module):
                 f"{x.shape[1]}: {list(x.shape)}"
             )
         outputs = backbone.run(
-            expand(frames, self._first, self._reduction),
-            self._wanted,
-            self._first.name,
-            self.calls,
+            expand(frames, self._first, self._reduction), self._wanted, self._first.name, self.calls
         )
         for name, y in outputs.items():
             if backbone.stage(name).form == "tokens":

@@ -166,11 +166,9 @@ class ClipText:
         if self._module is None:
             config = _config(self.network, self.weights)
             seed = _weights.seed_of(self.weights)
-            if seed is not None:
-                with _weights.seeded(seed):
-                    module = _text_module(config)
-            else:
+            with _weights.seeded(seed or 0):
                 module = _text_module(config)
+            if seed is None:
                 state = _text_part(_state(self.network, self.weights))
                 _weights.fill(module, state, f"the text tower of {self.network}:{self.weights}")
             self._module = module.float().eval().requires_grad_(False)

@@ -96,15 +96,9 @@ class ClassToken(nn.Module):
 
 def _check_plain(whole: Any) -> None:
     block = whole.blocks[0]
-    identities = {
-        "fc_norm": whole.fc_norm,
-        "head": whole.head,
-        "patch_embed.norm": whole.patch_embed.norm,
-        "blocks.0.attn.q_norm": block.attn.q_norm,
-        "blocks.0.attn.norm": block.attn.norm,
-        "blocks.0.mlp.norm": block.mlp.norm,
-    }
-    odd = [name for name, module in identities.items() if not isinstance(module, nn.Identity)]
+    names = ["fc_norm", "head", "patch_embed.norm"]
+    names += [f"blocks.0.{part}" for part in ("attn.q_norm", "attn.norm", "mlp.norm")]
+    odd = [name for name in names if not isinstance(whole.get_submodule(name), nn.Identity)]
     if type(block).__name__ != "Block" or getattr(block.attn, "gate", None) is not None:
         odd.append("blocks.0")
     if whole.global_pool != "token" or whole.cls_token is None:

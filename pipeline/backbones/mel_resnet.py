@@ -10,6 +10,7 @@ of such a network is summed over its three colours, which is its response to a g
 """
 
 import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,17 +24,21 @@ from varve.stores.digests import store_name
 
 PREFIX = "mel_"
 SOUND = Sound(rate=16000, seconds=1.0)
-MEL: dict[str, Any] = {
-    "window": 400,
-    "hop": 160,
-    "fft": 512,
-    "bands": 64,
-    "low_hz": 125.0,
-    "high_hz": 7500.0,
-    "floor": 0.01,
-    "mean": -2.0,
-    "std": 2.0,
-}
+
+
+@dataclass(frozen=True)
+class Mel:
+    """Settings of a log-mel spectrogram. `window`, `hop` and `fft` are numbers of samples."""
+
+    window: int = 400
+    hop: int = 160
+    fft: int = 512
+    bands: int = 64
+    low_hz: float = 125.0
+    high_hz: float = 7500.0
+    floor: float = 0.01
+    mean: float = -2.0
+    std: float = 2.0
 
 
 def networks() -> list[str]:
@@ -59,8 +64,8 @@ def build(network: str, weights: str, precision: torch.dtype) -> Backbone:
         if conv is not None and conv.ndim == 4 and conv.shape[1] == 3:
             state = state | {"conv1.weight": conv.sum(dim=1, keepdim=True)}
     whole = resnet.construct(picture_network, weights, state, name, _use_one_channel)
-    mel = LogMel(SOUND.rate, precision, **MEL).eval()
-    first = Stage("mel", mel, "log_mel/1", dict(MEL), "map")
+    mel = LogMel(SOUND.rate, precision, Mel()).eval()
+    first = Stage("mel", mel, "log_mel/1", asdict(Mel()), "map")
     chain = (first, *resnet.chain_of(whole, nn.Identity(), {}, precision))
     return Backbone(name, network, chain, SOUND, precision, channels_last=True)
 
@@ -71,28 +76,14 @@ class LogMel(nn.Module):
     The arithmetic is float32, whatever the output's type.
     """
 
-    def __init__(
-        self,
-        rate: int,
-        dtype: torch.dtype,
-        *,
-        window: int,
-        hop: int,
-        fft: int,
-        bands: int,
-        low_hz: float,
-        high_hz: float,
-        floor: float,
-        mean: float,
-        std: float,
-    ) -> None:
+    def __init__(self, rate: int, dtype: torch.dtype, mel: Mel) -> None:
         super().__init__()
-        self.rate, self.dtype, self.hop, self.fft = rate, dtype, hop, fft
-        self.floor, self.mean, self.std = floor, mean, std
-        steps = np.arange(window)
-        hann = 0.5 - 0.5 * np.cos(2 * math.pi * steps / window)
+        self.rate, self.dtype, self.hop, self.fft = rate, dtype, mel.hop, mel.fft
+        self.floor, self.mean, self.std = mel.floor, mel.mean, mel.std
+        steps = np.arange(mel.window)
+        hann = 0.5 - 0.5 * np.cos(2 * math.pi * steps / mel.window)
         self.register_buffer("window", torch.from_numpy(hann).float())
-        filters = mel_filters(rate, fft, bands, low_hz, high_hz)
+        filters = mel_filters(rate, mel.fft, mel.bands, mel.low_hz, mel.high_hz)
         self.register_buffer("filters", torch.from_numpy(filters).float())
 
     def forward(self, x_NS: Tensor) -> Tensor:

@@ -20,31 +20,16 @@ Nobody chooses a decoder for a folder of frames: `_images` reads each, whatever 
 Light to import (numpy, PIL, av, pebble): decoding processes load it. No torch.
 """
 
-from varve.pipeline.decoders._child import decode, read_index
-from varve.pipeline.decoders._index import Contradicted, Index
-from varve.pipeline.decoders._pool import DecodePool, require
-from varve.pipeline.decoders._stream import Undecodable
-from varve.pipeline.decoders._values import (
-    REASONS,
-    Decoded,
-    Facts,
-    Failure,
-    Request,
-    Stretch,
-)
-
-__all__ = [
-    "REASONS",
-    "Contradicted",
-    "DecodePool",
-    "Decoded",
-    "Facts",
-    "Failure",
-    "Index",
-    "Request",
-    "Stretch",
-    "Undecodable",
-    "decode",
-    "read_index",
-    "require",
-]
+from varve.pipeline.decoders._child import decode as decode
+from varve.pipeline.decoders._child import read_index as read_index
+from varve.pipeline.decoders._index import Contradicted as Contradicted
+from varve.pipeline.decoders._index import Index as Index
+from varve.pipeline.decoders._pool import DecodePool as DecodePool
+from varve.pipeline.decoders._pool import require as require
+from varve.pipeline.decoders._stream import Undecodable as Undecodable
+from varve.pipeline.decoders._values import REASONS as REASONS
+from varve.pipeline.decoders._values import Decoded as Decoded
+from varve.pipeline.decoders._values import Facts as Facts
+from varve.pipeline.decoders._values import Failure as Failure
+from varve.pipeline.decoders._values import Request as Request
+from varve.pipeline.decoders._values import Stretch as Stretch

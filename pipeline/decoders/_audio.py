@@ -15,6 +15,7 @@ import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import cast
 
 import av
@@ -42,13 +43,6 @@ def best_stream(container: InputContainer) -> AudioStream | None:
     """Return the audio stream that FFmpeg chooses by default; None where there is none."""
     stream = container.streams.best("audio")
     return None if stream is None or stream.codec_context is None else cast(AudioStream, stream)
-
-
-def packets(container: InputContainer, stream: AudioStream) -> Iterator[AudioPacket]:
-    """Yield the packets of a stream that have bytes."""
-    for packet in container.demux(stream):
-        if packet.size:
-            yield packet
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,8 @@ def read(
     unfinished: list[Window] = []
     waveforms: dict[Window, np.ndarray] = {}
     lost: list[str] = []
-    for first, samples in _resampled(stream, packets, rate, start_seconds, lost):
+    frames = _decoded(stream, packets, lost)
+    for first, samples in _resampled(frames, rate, start_seconds):
         if not np.isfinite(samples).all():
             lost.append("no numbers")
             samples = np.where(np.isfinite(samples), samples, np.float32(0))
@@ -107,42 +102,26 @@ def read(
 
 
 def _resampled(
-    stream: AudioStream,
-    packets: Iterable[AudioPacket],
-    rate: int,
-    start_seconds: float,
-    lost: list[str],
+    frames: Iterable[av.AudioFrame], rate: int, start_seconds: float
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield runs of samples of the track, each with the index of its first sample.
 
     A track that changes its format (rate, channels, numbers) continues in a new filter graph, at
     the time of its clock.
     """
-    graph: av.filter.Graph | None = None
-    format_: tuple[object, ...] = ()
     position = 0
-    for frame in _decoded(stream, packets, lost):
-        current = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if graph is None or current != format_:
-            first_seconds = start_seconds
-            if graph is not None:
-                graph.push(None)
-                for samples in _pulled(graph):
-                    yield position, samples
-                    position += len(samples)
-                if frame.pts is not None:
-                    first_seconds = max(start_seconds, float(frame.pts * frame.time_base))
-                    position = round((first_seconds - start_seconds) * rate)
-            format_, graph = current, _graph(frame, rate, first_seconds)
-        graph.push(frame)
-        for samples in _pulled(graph):
-            yield position, samples
-            position += len(samples)
-    if graph is not None:
-        graph.push(None)
-        for samples in _pulled(graph):
-            yield position, samples
-            position += len(samples)
+    runs = groupby(frames, lambda f: (f.format.name, f.layout.name, f.sample_rate))
+    for number, (_, run) in enumerate(runs):
+        first, first_seconds = next(run), start_seconds
+        if number and first.pts is not None:
+            first_seconds = max(start_seconds, float(first.pts * first.time_base))
+            position = round((first_seconds - start_seconds) * rate)
+        graph = _graph(first, rate, first_seconds)
+        for frame in chain([first], run, [None]):  # None makes it return what it still has
+            graph.push(frame)
+            for samples in _pulled(graph):
+                yield position, samples
+                position += len(samples)
 
 
 def _decoded(

@@ -163,24 +163,21 @@ class _FileReader:
                 samples, silent, lost = track.samples, "", track.lost
         except Exception as error:  # a broken track must not lose the pictures
             silent = f"its track cannot be decoded ({error_text(error)})"
-        total: Counter[int] = Counter()
-        empty: Counter[int] = Counter()
-        audible = set()
+        heard: dict[int, list[np.ndarray]] = defaultdict(list)
+        count: Counter[int] = Counter()
         for window, targets in windows.items():
             waveform = samples.get(window)
             for clip, frame_set, position in targets:
                 self.array(clip, frame_set)[position] = 0 if waveform is None else waveform
-                total[clip] += 1
-                empty[clip] += waveform is None
-                if waveform is not None and waveform.any():
-                    audible.add(clip)
-        for clip, count in total.items():
+                count[clip] += 1
+                heard[clip] += [] if waveform is None else [waveform]
+        for clip, waveforms in heard.items():
             notes = [f"{lost} parts of it could not be decoded"] if lost else []
             if silent:
                 notes = [f"{silent}, replaced by silence"]
-            elif empty[clip]:
-                notes.append(f"none at {empty[clip]} of {count} moments")
-            elif clip not in audible:
+            elif empty := count[clip] - len(waveforms):
+                notes.append(f"none at {empty} of {count[clip]} moments")
+            elif not any(waveform.any() for waveform in waveforms):
                 notes.append("nothing but silence")
             self.audio_notes.setdefault(clip, {}).update(dict.fromkeys(notes))
 

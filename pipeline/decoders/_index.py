@@ -22,7 +22,7 @@ from av.video.stream import VideoStream
 
 from varve.pipeline.decoders import _audio
 from varve.pipeline.decoders._bitstream import Shape, reader
-from varve.pipeline.decoders._stream import Undecodable, VideoPacket, decode, open_video
+from varve.pipeline.decoders._stream import Undecodable, VideoPacket, decode, demux, open_video
 
 # Bytes kept in memory to save a second pass over the file. A larger file is read twice.
 KEPT_PACKET_BYTES = 64 << 20
@@ -111,8 +111,7 @@ class Source:
         with container:
             stream = _audio.best_stream(container)
             assert stream is not None
-            packets = _audio.packets(container, stream)
-            return _audio.read(stream, packets, rate, start_seconds, windows)
+            return _audio.read(stream, demux(container, stream), rate, start_seconds, windows)
 
     def rewind(self, fresh: bool = False) -> Iterator[VideoPacket]:
         """Return all packets in file order, read again where they were not kept, or if `fresh`.
@@ -124,7 +123,7 @@ class Source:
             return iter(self.packets)
         self.container.close()
         self.container, self.stream = open_video(self.path)
-        return _demux(self.container, self.stream)
+        return demux(self.container, self.stream)
 
 
 @dataclass
@@ -170,13 +169,6 @@ def read(path: str, proof: bool = True, audio: bool = False) -> Index:
     warning = _warning(table, claimed, len(times_N), missing_seconds)
     hazard = ", ".join(sorted(table.hazards))
     return Index(times_N, claimed, fps, hazard, warning, proven, (), start, source)
-
-
-def _demux(container: InputContainer, stream: VideoStream) -> Iterator[VideoPacket]:
-    """Yield the packets of a stream that have bytes; empty ones only flush the decoder."""
-    for packet in container.demux(stream):
-        if packet.size:
-            yield packet
 
 
 def _tabulate(container: InputContainer, stream: VideoStream, audio: AudioStream | None) -> _Table:
@@ -225,19 +217,12 @@ def _tabulate(container: InputContainer, stream: VideoStream, audio: AudioStream
 def _starts(table: _Table) -> tuple[np.ndarray, list[int]]:
     """Return the sorted times of the frames and the clean starts; empty if nothing is proven."""
     nothing: tuple[np.ndarray, list[int]] = np.empty(0, np.int64), []
-    ticks = [tick for tick in table.ticks if tick is not None]
-    if (
-        not ticks
-        or len(ticks) != len(table.ticks)
-        or table.doubts
-        or table.damage
-        or Shape.UNCLEAR in table.shapes
-    ):
+    times = set(table.ticks) - {None}
+    unclear = table.doubts or table.damage or Shape.UNCLEAR in table.shapes
+    if not times or len(times) < len(table.ticks) or unclear:
         return nothing
-    ticks_N = np.array(ticks, np.int64)
+    ticks_N = np.array(table.ticks, np.int64)
     sorted_N = np.sort(ticks_N)
-    if (np.diff(sorted_N) == 0).any():
-        return nothing
     # No picture shown before a start may follow it in the file, and none shown after may precede.
     before_N = np.maximum.accumulate(ticks_N) == ticks_N
     after_N = np.minimum.accumulate(ticks_N[::-1])[::-1] == ticks_N

@@ -18,7 +18,6 @@ import threading
 import time
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from types import TracebackType
 
 import pebble
 
@@ -63,9 +62,7 @@ class DecodePool:
             )
         require_guard("samplings", "decoders")
         self.timeout_seconds = timeout_seconds
-        self._requests: queue.SimpleQueue[tuple[Request, Future[Results]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._requests = queue.SimpleQueue[tuple[Request, Future[Results]] | None]()
         self._closed = threading.Event()
         self._lock = threading.Lock()
         # A child dies with the thread that started it, so each has a thread of its own.
@@ -111,12 +108,7 @@ class DecodePool:
     def __enter__(self) -> "DecodePool":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _keep(self) -> None:

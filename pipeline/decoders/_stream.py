@@ -14,6 +14,7 @@ from fractions import Fraction
 
 import av
 import av.filter
+from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideData
 from av.video.stream import VideoStream
@@ -123,16 +124,24 @@ def open_video(path: str) -> tuple[InputContainer, VideoStream]:
     return container, stream
 
 
+def demux[S: (AudioStream, VideoStream)](
+    container: InputContainer, stream: S
+) -> "Iterator[av.Packet[S]]":
+    """Yield the packets of a stream that have bytes; empty ones only flush the decoder."""
+    for packet in container.demux(stream):
+        if packet.size:
+            yield packet
+
+
 def decode(stream: VideoStream, packets: Iterable[VideoPacket]) -> Iterator[av.VideoFrame]:
     """Decode packets in order, then flush the decoder.
 
     A packet that cannot be decoded is skipped, as by `ffmpeg`.
     """
     for packet in packets:
-        if packet.size:
-            # Damage is common, and the frames after it are wanted.
-            with contextlib.suppress(av.error.InvalidDataError):
-                yield from stream.codec_context.decode(packet)
+        # Damage is common, and the frames after it are wanted.
+        with contextlib.suppress(av.error.InvalidDataError):
+            yield from stream.codec_context.decode(packet)
     with contextlib.suppress(av.error.InvalidDataError, EOFError):
         yield from stream.codec_context.decode(None)
 

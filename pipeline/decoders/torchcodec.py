@@ -28,11 +28,7 @@ def pictures(path: str, index: Index, wanted_N: list[int]) -> Iterator[tuple[int
     try:
         # "exact" scans the packets; the approximate mode trusts the header's rate and count.
         video = VideoDecoder(
-            path,
-            dimension_order="NHWC",
-            num_ffmpeg_threads=1,
-            device=device,
-            seek_mode="exact",
+            path, dimension_order="NHWC", num_ffmpeg_threads=1, device=device, seek_mode="exact"
         )
         if len(video) != index.num_frames:
             raise Contradicted(f"torchcodec counts {len(video)} frames, not {index.num_frames}")

@@ -7,20 +7,18 @@ present one is used. `Feature.read` itself keeps nothing.
 Shapes: N clips, B clips per batch, T frames; the other axes are the feature's.
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from varve.heads.parts.clips import ahead
 from varve.stores import Feature
 from varve.stores.clips import row_ids
 
 BUDGET_BYTES = 2 << 30
-AHEAD = 2
 
 
 class FeatureTensors:
@@ -116,20 +114,11 @@ class FeatureTensors:
         order = np.arange(len(self)) if generator is None else generator.permutation(len(self))
         parts = [order[start : start + size] for start in range(0, len(order), size)]
         if self.in_memory:
-            for part in parts:
-                yield torch.from_numpy(part), self[part]
-            return
-        with ThreadPoolExecutor(1) as reader:
-            pending: deque[Future[Tensor]] = deque()
-            try:
-                for number, part in enumerate(parts):
-                    for coming in parts[number + len(pending) : number + 1 + AHEAD]:
-                        pending.append(reader.submit(self._read, self.rows[coming]))
-                    cells = pending.popleft().result()
-                    yield torch.from_numpy(part), cells.to(self.device, non_blocking=True)
-            finally:
-                for future in pending:
-                    future.cancel()
+            cells: Iterator[Tensor] = map(self.__getitem__, parts)
+        else:
+            read = ahead(self._read, [self.rows[part] for part in parts])
+            cells = (part.to(self.device, non_blocking=True) for part in read)
+        yield from zip(map(torch.from_numpy, parts), cells, strict=True)
 
     def _read(self, rows: np.ndarray) -> Tensor:
         pin = self.device.type == "cuda"

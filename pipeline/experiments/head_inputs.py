@@ -213,8 +213,7 @@ def _last_vector(store: FeatureStore, backbone: str) -> Feature | None:
     if not vectors:
         return None
     best = max(
-        vectors,
-        key=lambda f: (f.name != CLASSIFIER, len(f.spec["stages"]), ":" not in f.name),
+        vectors, key=lambda f: (f.name != CLASSIFIER, len(f.spec["stages"]), ":" not in f.name)
     )
     return _find_column(store, backbone, best.name)
 

@@ -280,13 +280,9 @@ def confusion(
     """
     if unknown := sorted({*labels, *predicted}.difference(classes)):
         raise ValueError(f"no class {', '.join(map(repr, unknown[:5]))} among {len(classes)}")
-    index_of = {label: i for i, label in enumerate(classes)}
-    counts_CC = np.zeros((len(classes), len(classes)), np.int64)
-    rows, columns = ([index_of[label] for label in values] for values in (labels, predicted))
-    np.add.at(counts_CC, (rows, columns), 1)
-    return pd.DataFrame(
-        counts_CC, pd.Index(classes, name="label"), pd.Index(classes, name="predicted")
-    )
+    pairs = pd.DataFrame({"label": labels, "predicted": predicted}, dtype=object)
+    counts: pd.DataFrame = pd.crosstab(pairs["label"], pairs["predicted"])
+    return counts.reindex(index=classes, columns=classes, fill_value=0)
 
 
 def per_class(labels: Sequence[str], predicted: Sequence[str]) -> pd.DataFrame:

@@ -305,12 +305,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _one_type(column: pd.Series) -> pd.Series:
     """Convert a column to one type: whole numbers stay whole beside NaN; mixed become JSON."""
-    kinds = {
-        "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value)
-        for value in column
-        if value is not None and value == value
-    }
-    if len(kinds) > 1 or kinds & {list, dict}:
+    if pd.api.types.infer_dtype(column) in ("mixed", "mixed-integer"):
         texts = [None if v is None or v != v else json.dumps(v, sort_keys=True) for v in column]
         column = pd.Series(texts, column.index)
     return column.convert_dtypes()

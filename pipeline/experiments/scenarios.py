@@ -23,7 +23,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -174,19 +175,16 @@ def _registered(name: str, classes: Sequence[str], seed: int | None) -> Scenario
             f"{type(error).__name__}: {error}"
         ) from error
     tasks = _resolve(tasks, classes, f"tasks of {name}")
-    return _scenario(name, tasks, seed, classes, source_digest("scenarios", name))
+    digest = source_digest("scenarios", name)
+    return replace(_scenario(name, tasks, seed, classes), source_digest=digest)
 
 
 def _scenario(
-    name: str,
-    tasks: Sequence[Sequence[str]],
-    seed: int | None,
-    numbered: Sequence[str],
-    digest: str = "",
+    name: str, tasks: Sequence[Sequence[str]], seed: int | None, numbered: Sequence[str]
 ) -> Scenario:
     number_of = {label: number for number, label in enumerate(numbered)}
     order = tuple(number_of[label] for label in _flat(tasks))
-    return Scenario(name, tuple(map(tuple, tasks)), seed, order, digest)
+    return Scenario(name, tuple(map(tuple, tasks)), seed, order)
 
 
 def shuffled(classes: Sequence[str], seed: int | None) -> list[str]:
@@ -211,9 +209,8 @@ def split_classes(count: int, base: int, increment: int) -> list[list[int]]:
     """
     if count < 1 or not 0 <= base <= count or increment < 1 or (count - base) % increment:
         raise ValueError(f"{count} classes are not {base} and then tasks of {increment}")
-    starts = range(base, count, increment)
     first = [list(range(base))] if base else []
-    return first + [list(range(a, a + increment)) for a in starts]
+    return first + [list(task) for task in batched(range(base, count), increment)]
 
 
 def read_list(path: Path) -> list[Any]:

@@ -7,12 +7,7 @@ from collections.abc import Callable, Sequence
 
 
 def choose(
-    times_N: Sequence[float],
-    frames: int,
-    *,
-    stride: int,
-    view: int,
-    random: Callable[[], float],
+    times_N: Sequence[float], frames: int, *, stride: int, view: int, random: Callable[[], float]
 ) -> list[int]:
     """Return the indices start, start + stride, ..., none above the last frame."""
     room = max(len(times_N) - ((frames - 1) * stride + 1), 0)
