@@ -124,13 +124,11 @@ class Plan:
     def calls(self, number: int) -> int:
         """Stage calls of pass `number`: its batches, times the stages that each runs."""
         pass_ = self.passes[number]
-        total = 0
-        for block in self.blocks:
-            outputs = block.outputs_of(number)
-            if outputs:
-                batches = -(-block.clips_of(number) // pass_.batch_clips)
-                total += batches * len(pass_.run_stages(outputs))
-        return total
+        return sum(
+            -(-block.clips_of(number) // pass_.batch_clips) * len(pass_.run_stages(outputs))
+            for block in self.blocks
+            if (outputs := block.outputs_of(number))
+        )
 
     @property
     def bytes_read(self) -> int:
@@ -228,12 +226,10 @@ def _plan_column(
         for file, row, key in inventory.staged(output.spec):
             if row < len(keys) and missing[row] and (keys[row] == key).all():
                 staged[row] = file
-        row_of = {done[row].tobytes(): int(row) for row in np.flatnonzero(marked)}
-        for row in np.flatnonzero(missing).tolist():
-            same = row_of.get(keys[row].tobytes())
-            if same is not None and row not in staged:
-                copied[row] = same
-        missing[[*staged, *copied]] = False
+        missing[list(staged)] = False
+        same = rows_with_cells(CachedColumn(output.spec, done), keys, missing)
+        copied = {row: int(same[row]) for row in np.flatnonzero(same >= 0).tolist()}
+        missing[list(copied)] = False
     stale = marked & ~valid & active
     return ColumnPlan(output, column, marked, valid, stale, staged, copied, missing)
 
