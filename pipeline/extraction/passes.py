@@ -232,24 +232,18 @@ def _output(
         attributes["modules"] = [type(backbone.stage(name).module).__name__ for name in grafts]
     draft = ColumnSpec(backbone.name, name, fingerprint, (1,), spec.dtype, attributes)
     metadata = draft.group(store.path) / draft.short / "zarr.json" if store else None
+    execution = recorded = new_execution(frame_set, device)
     if metadata is not None and metadata.exists():
-        shape, kept, resumed = _existing(metadata)
+        cell, recorded, resumed = _existing(metadata)
         if resumed:
             attributes["resumed"] = resumed
         # A column of another device keeps its execution where that device is present.
-        if kept.device == device:
-            attributes["execution"] = asdict(kept)
-            column = replace(draft, cell=shape, attributes=attributes)
-            return Output(column, stage.name, reduction), kept
-        execution, cell = new_execution(frame_set, device), shape
-        attributes["execution"] = asdict(kept)
+        execution = recorded if recorded.device == device else execution
     else:
-        execution, cell = new_execution(frame_set, device), backbone.feature_shape(stage, reduction)
-        cell = (frame_set.frames, *cell)
-        attributes["execution"] = asdict(execution)
-    return Output(
-        replace(draft, cell=cell, attributes=attributes), stage.name, reduction
-    ), execution
+        cell = (frame_set.frames, *backbone.feature_shape(stage, reduction))
+    attributes["execution"] = asdict(recorded)
+    column = replace(draft, cell=cell, attributes=attributes)
+    return Output(column, stage.name, reduction), execution
 
 
 def new_execution(frame_set: FrameSet, device: str) -> Execution:
