@@ -258,10 +258,7 @@ def prepare(
     require(spec.decoder)
     listing = layouts.read(root, layout, split)
     progress.message(listing.summary)
-    precision = getattr(torch, spec.precision)
-    # A weight file by its absolute path: workers may run elsewhere, and one file is one network.
-    names = dict.fromkeys(weights_in_full(name) for name in spec.backbones)
-    backbones = {name: seal(networks.load(name, precision)) for name in names}
+    backbones = requested_networks(spec)
     requested = passes(spec, backbones, opened, device_of(runtime))
     old = opened.clips if opened else clips.empty()
     base = listing.root.absolute()
@@ -312,8 +309,17 @@ def _record(opened: FeatureStore, ready: Prepared, root: Path, spec: BuildSpec) 
     )
 
 
-def weights_in_full(backbone: str) -> str:
-    """Return a backbone's name with the absolute path of its weight file."""
+def requested_networks(spec: BuildSpec) -> dict[str, Backbone]:
+    """Load the networks of a request, by name with the absolute path of a weight file.
+
+    Workers may run elsewhere, and one file is one network.
+    """
+    precision = getattr(torch, spec.precision)
+    names = dict.fromkeys(map(_weights_in_full, spec.backbones))
+    return {name: seal(networks.load(name, precision)) for name in names}
+
+
+def _weights_in_full(backbone: str) -> str:
     network, colon, weights = backbone.partition(":")
     file = Path(weights)
     return f"{network}:{file.resolve()}" if colon and file.is_file() else backbone

@@ -10,12 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from varve.pipeline import backbones as networks
 from varve.pipeline.backbones import Backbone, reduction_identity, snapshot
 from varve.pipeline.config import BuildSpec
-from varve.pipeline.extraction.build import weights_in_full
+from varve.pipeline.extraction.build import requested_networks
 from varve.pipeline.extraction.passes import Output, Pass, Source, passes, pixels
 from varve.pipeline.extraction.sources import refusal
 from varve.pipeline.extraction.update import recorded_request
@@ -85,9 +82,7 @@ def diff(
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
     request, features = spec or recorded_request(opened), opened.features()
     if backbone is None:
-        names = dict.fromkeys(weights_in_full(name) for name in request.backbones)
-        precision = getattr(torch, request.precision)
-        backbones = {name: networks.load(name, precision) for name in names}
+        backbones = requested_networks(request)
     else:
         names_kept = {f.name for f in features if f.backbone == backbone.name}
         kept = sorted(n for n in names_kept if n.partition(":")[0] in backbone.stage_names)
