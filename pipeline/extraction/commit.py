@@ -172,11 +172,8 @@ class ShardWriter:
         self._awaited_of = Counter(row // self._shard_clips for row in self._awaited)
         self._staged_of: dict[int, dict[int, Path]] = {}  # by shard: row, file
         self._rows_of: dict[Path, set[int]] = {}
-        self._unused = [
-            file
-            for file in staging.files(store, plan.output.spec.relative_path)
-            if file not in set(plan.staged.values())
-        ]
+        files = staging.files(store, plan.output.spec.relative_path)
+        self._unused = sorted({*files} - {*plan.staged.values()})
         for row, file in plan.staged.items():
             self._note(file, [row])
         self._has_work = bool(self._awaited or plan.staged)
