@@ -7,9 +7,9 @@ the number of threads and the memory format. A column keeps the execution of its
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from varve.pipeline.backbones import (
@@ -22,6 +22,7 @@ from varve.pipeline.config import BuildSpec, FrameSet, Picture
 from varve.stores import FeatureStore
 from varve.stores.columns import ColumnSpec, Damaged
 from varve.stores.digests import digest
+from varve.stores.locations import Location
 
 # Version of the pixels and samples: changed when the decoders give other values.
 PIXELS = "rgb24, libswscale bicubic, 1"
@@ -234,9 +235,11 @@ def _output(
     metadata = draft.group(store.path) / draft.short / "zarr.json" if store else None
     execution = recorded = new_execution(frame_set, device)
     if metadata is not None and metadata.exists():
-        cell, recorded, resumed = _existing(metadata)
-        if resumed:
-            attributes["resumed"] = resumed
+        with column_metadata(metadata) as array:
+            cell, stored = tuple(array["shape"][1:]), array["attributes"]
+            recorded = Execution(**stored["execution"])
+            if resumed := list(stored.get("resumed", [])):
+                attributes["resumed"] = resumed
         # A column of another device keeps its execution where that device is present.
         execution = recorded if recorded.device == device else execution
     else:
@@ -257,13 +260,15 @@ def new_execution(frame_set: FrameSet, device: str) -> Execution:
     return Execution(device, max(1, frames // frame_set.frames), threads)
 
 
-def _existing(metadata: Path) -> tuple[tuple[int, ...], Execution, list[str]]:
-    """Read an existing column's cell shape, execution and rounded sources."""
+@contextmanager
+def column_metadata(metadata: Location) -> Iterator[dict[str, Any]]:
+    """Give the metadata of a column's array to a block that reads its entries.
+
+    Raises:
+        Damaged: It is no JSON, or the block misses an entry.
+    """
     try:
-        array = json.loads(metadata.read_bytes())
-        attributes = array["attributes"]
-        execution = Execution(**attributes["execution"])
-        return tuple(array["shape"][1:]), execution, list(attributes.get("resumed", []))
+        yield json.loads(metadata.read_bytes())
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(
             f"{metadata} is damaged ({error}). Remove it and build again: it is made anew, and "
