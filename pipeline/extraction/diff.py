@@ -51,15 +51,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Requested:
-    """A network of the request: the descriptions of its stages, and its passes."""
+    """A network of the request: the descriptions of its stages, and its passes' outputs."""
 
     backbone: Backbone
     stages: list[dict[str, Any]]
-    passes: list[Pass]
-
-    @property
-    def outputs(self) -> list[tuple[Pass, Output]]:
-        return [(pass_, output) for pass_ in self.passes for output in pass_.outputs]
+    outputs: list[tuple[Pass, Output]]
 
 
 def diff(
@@ -93,10 +89,10 @@ def diff(
             precision=str(backbone.precision).removeprefix("torch."),
         )
         backbones = {backbone.name: snapshot(backbone)}
-    requested = passes(request, backbones, opened, "cpu")
+    requested = [(p, o) for p in passes(request, backbones, opened, "cpu") for o in p.outputs]
     chains = [
         _Requested(network, [network.describe(stage) for stage in network.stages],
-               [pass_ for pass_ in requested if pass_.backbone == name])
+                   [(pass_, output) for pass_, output in requested if pass_.backbone == name])
         for name, network in backbones.items()
     ]  # fmt: skip
     return [_compare(feature, chains, request) for feature in features]
@@ -253,9 +249,9 @@ def _why(
     name = stages[0][0].partition(" ")[0]
     parts = [element.removeprefix(f"{name} ").split(".") for element, _, _ in stages]
     kinds = {"code" if "code" in part else part[0] for part in parts}
-    precision = {element: (old, new) for element, old, new in stages}.get("precision")
-    if precision:
-        second = f"it ran in {precision[0]} and every stage rounds otherwise in {precision[1]}"
+    element, old, new = stages[-1]
+    if element == "precision":
+        second = f"it ran in {old} and every stage rounds otherwise in {new}"
         return f"{first}; besides, {second}" if first else second
     if stages[0][0] == name:
         where = "request's network has no" if stages[0][2] == ABSENT else "column's network had no"
