@@ -67,8 +67,7 @@ def ablate(
     out: Out = Path("runs"),
     device: Device = "cpu",
     keep_checkpoints: Annotated[
-        bool,
-        typer.Option("--keep-checkpoints", help="Keep all checkpoints, for `varve route`."),
+        bool, typer.Option("--keep-checkpoints", help="Keep all checkpoints, for `varve route`.")
     ] = False,
     table: Annotated[
         Path | None, typer.Option(help="File to write the table to: .csv, .parquet or .tex.")

@@ -20,13 +20,7 @@ import pandas as pd
 import torch
 
 from varve.pipeline import backbones as networks
-from varve.pipeline.backbones import (
-    Backbone,
-    class_features,
-    class_features_key,
-    precision_warning,
-    seal,
-)
+from varve.pipeline.backbones import Backbone, class_features, class_features_key
 from varve.pipeline.config import BuildSpec, Runtime
 from varve.pipeline.datasets import layouts
 from varve.pipeline.datasets.layouts import Listing
@@ -269,7 +263,7 @@ def prepare(
     inventory = StoreInventory(store, opened, len(scanned.table))
     plan = make_plan(inventory, scanned.table, scanned.rows, base, requested, backbones)
     here = device_of(runtime) == "cpu" and not runtime.scheduler
-    if plan.blocks and here and (warning := precision_warning(spec.precision)):
+    if plan.blocks and here and (warning := networks.precision_warning(spec.precision)):
         progress.message(warning)
     return Prepared(listing, scanned, backbones, plan)
 
@@ -316,7 +310,7 @@ def requested_networks(spec: BuildSpec) -> dict[str, Backbone]:
     """
     precision = getattr(torch, spec.precision)
     names = dict.fromkeys(map(_weights_in_full, spec.backbones))
-    return {name: seal(networks.load(name, precision)) for name in names}
+    return {name: networks.seal(networks.load(name, precision)) for name in names}
 
 
 def _weights_in_full(backbone: str) -> str:

@@ -18,15 +18,7 @@ import numpy as np
 
 from varve.pipeline.config import FrameSet
 from varve.pipeline.datasets.media import size_and_mtime
-from varve.pipeline.decoders import (
-    Decoded,
-    DecodePool,
-    Facts,
-    Failure,
-    Request,
-    Stretch,
-    decode,
-)
+from varve.pipeline.decoders import Decoded, DecodePool, Facts, Failure, Request, Stretch, decode
 from varve.pipeline.extraction.forward import Cells, adopted, run_pass
 from varve.pipeline.extraction.passes import Pass
 from varve.pipeline.registry import plugins

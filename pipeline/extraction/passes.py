@@ -12,12 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from varve.pipeline.backbones import (
-    Backbone,
-    Stage,
-    canonical_reduction,
-    reduction_identity,
-)
+from varve.pipeline.backbones import Backbone, Stage, canonical_reduction, reduction_identity
 from varve.pipeline.config import BuildSpec, FrameSet, Picture
 from varve.stores import FeatureStore
 from varve.stores.columns import ColumnSpec, Damaged
