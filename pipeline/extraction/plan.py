@@ -245,10 +245,7 @@ def _choose_sources(
     backbone, rest = backbones[pass_.backbone], plan.compute.copy()
     chosen: list[tuple[Source, np.ndarray]] = []
     spec = plan.output.spec
-    candidates: list[tuple[Source, CachedColumn]] = []
-    if rest.any():
-        candidates = sources(inventory.columns, pass_, backbone)
-    for source, column in candidates:
+    for source, column in sources(inventory.columns, pass_, backbone) if rest.any() else ():
         if column.spec.relative_path == spec.relative_path or refusal(
             source, plan.output, pass_, backbone
         ):
