@@ -172,7 +172,8 @@ def keep_of_each(
     keep: tuple[str, ...], backbones: Mapping[str, Backbone]
 ) -> dict[str, list[tuple[Stage, str]]]:
     """Return the stages and canonical reductions to keep of each backbone, in chain order."""
-    chosen: dict[str, dict[tuple[str, str], tuple[Stage, str]]] = {name: {} for name in backbones}
+    # By backbone: the index of the stage, and the reduction.
+    chosen: dict[str, set[tuple[int, str]]] = {name: set() for name in backbones}
     for feature in keep:
         stage_name, _, reduction = feature.partition(":")
         matching = {n: b for n, b in backbones.items() if stage_name in b.stage_names}
@@ -182,9 +183,8 @@ def keep_of_each(
                 f"--keep {feature}: no backbone has a stage {stage_name!r}; stages are\n{lists}"
             )
         for name, backbone in matching.items():
-            stage = backbone.stage(stage_name)
-            canonical = canonical_reduction(stage, reduction)
-            chosen[name][stage.name, canonical] = (stage, canonical)
+            index = backbone.stage_names.index(stage_name)
+            chosen[name].add((index, canonical_reduction(backbone.stages[index], reduction)))
     for name, backbone in backbones.items():
         if keep and not chosen[name]:
             raise ValueError(
@@ -192,11 +192,9 @@ def keep_of_each(
                 f"stages are {', '.join(backbone.stage_names)}"
             )
         if not keep:
-            last = backbone.default_stage
-            chosen[name][last.name, ""] = (last, "")
-    order = {n: b.stage_names for n, b in backbones.items()}
+            chosen[name].add((backbone.stage_names.index(backbone.default_stage.name), ""))
     return {
-        name: sorted(picks.values(), key=lambda pick: (order[name].index(pick[0].name), pick[1]))
+        name: [(backbones[name].stages[index], reduction) for index, reduction in sorted(picks)]
         for name, picks in chosen.items()
     }
 
