@@ -15,7 +15,7 @@ from varve.pipeline.config import BuildSpec
 from varve.pipeline.extraction.build import requested_networks
 from varve.pipeline.extraction.passes import Output, Pass, Source, passes, pixels
 from varve.pipeline.extraction.sources import refusal
-from varve.pipeline.extraction.update import recorded_request
+from varve.pipeline.extraction.update import open_store, recorded_request
 from varve.stores import Feature, FeatureStore
 from varve.stores.digests import canonical
 
@@ -75,7 +75,7 @@ def diff(
         SpecMismatch: There is no `spec`, and the store does not record its last request.
         OSError: The weights of a network cannot be had.
     """
-    opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+    opened = open_store(store)
     request, features = spec or recorded_request(opened), opened.features()
     if backbone is None:
         backbones = requested_networks(request)
@@ -105,8 +105,7 @@ def request_of(store: str | Path | FeatureStore, **changes: Any) -> BuildSpec:
         ValueError: The options contradict each other.
         SpecMismatch: The store does not say what it was asked for.
     """
-    opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-    return recorded_request(opened).changed(**changes)
+    return recorded_request(open_store(store)).changed(**changes)
 
 
 def facts(differences: Sequence[Difference]) -> list[dict[str, Any]]:
