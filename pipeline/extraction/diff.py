@@ -7,6 +7,7 @@ lists the entries of the frames and the first stage that differ; all later stage
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +179,8 @@ def _compare(feature: Feature, chains: list[_Requested], request: BuildSpec) -> 
     source = Source(stage, reduction, feature.dtype, feature.backbone, feature.name, key, 0)
     refusals = {o.spec.feature: refusal(source, o, pass_, best.backbone) for pass_, o in outputs}
     if kept:
-        rounded = (
-            "and they are too coarse for it"
-            if refusals[feature.name]
-            else "and can be made from them"
-        )
+        coarse = refusals[feature.name]
+        rounded = "and they are too coarse for it" if coarse else "and can be made from them"
         why = f"the same numbers kept in {feature.dtype}; {request.dtype} was asked for, {rounded}"
         return verdict(DIFFERS, ends, why)
     return verdict(NOT_ASKED, ends, _use(refusals))
@@ -199,12 +197,8 @@ def _use(refusals: Mapping[str, str]) -> str:
 
 def _common(stored: list[dict[str, Any]], requested: list[dict[str, Any]]) -> int:
     """Return the number of equal stages at the start of two chains."""
-    count = 0
-    for old, new in zip(stored, requested, strict=False):
-        if canonical(old) != canonical(new):
-            break
-        count += 1
-    return count
+    equal = (canonical(old) == canonical(new) for old, new in zip(stored, requested, strict=False))
+    return sum(takewhile(bool, equal))
 
 
 def _stage_differences(
