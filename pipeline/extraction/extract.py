@@ -112,9 +112,8 @@ def extract(
     try:
         with adopted(networks or {}):
             for group in batched(files, FILES_AT_ONCE):
-                yield from run_passes(
-                    decode_files(group, passes, children, deadline_seconds), passes
-                )
+                decoded = decode_files(group, passes, children, deadline_seconds)
+                yield from run_passes(decoded, passes)
     finally:
         if children:
             close_pools()

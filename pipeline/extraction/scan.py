@@ -134,9 +134,8 @@ def _look_at(path: Path, known: _File | None) -> _File:
         if not (path.is_file() or path.is_dir()):
             if path.exists():
                 return _File(reason="not_video", detail="neither a file nor a folder of frames")
-            return _File(
-                reason="missing", detail="the data set lists it and the disk has no such file"
-            )
+            detail = "the data set lists it and the disk has no such file"
+            return _File(reason="missing", detail=detail)
         size, mtime = size_and_mtime(path)
         if known and known.digest and (size, mtime) == (known.size_bytes, known.mtime_ns):
             return known
@@ -149,7 +148,4 @@ def _files_of(table: pd.DataFrame) -> dict[str, _File]:
     # A listed row describes its file more recently than a row whose clip is gone.
     latest_last = table.sort_values("reason", key=lambda reason: reason != "missing", kind="stable")
     columns = [latest_last[name] for name in ("path", "digest", "size_bytes", "mtime_ns")]
-    return {
-        path: _File(content, size, mtime)
-        for path, content, size, mtime in zip(*columns, strict=True)
-    }
+    return {path: _File(*facts) for path, *facts in zip(*columns, strict=True)}

@@ -148,9 +148,8 @@ def prepare_update(
     # Two states of one network may be worked on in one process at once.
     name = f"{backbone.name}#{uuid.uuid4().hex[:12]}"
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
-    wanted = replace(
-        spec or recorded_request(opened), backbones=(name,), keep=keep, precision=precision
-    )
+    request = spec or recorded_request(opened)
+    wanted = replace(request, backbones=(name,), keep=keep, precision=precision)
     require(wanted.decoder)
     networks = {name: frozen}
     requested = passes(wanted, networks, opened, device_of(runtime))
