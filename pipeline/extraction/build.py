@@ -171,7 +171,7 @@ def build(
         copied=sum(len(column.copied) for column in plan.all_columns),
         quarantined=listed[listed["status"] == "quarantined"],
         seconds=done.seconds,
-        file_bytes=sum(column.column.disk_bytes() for column in plan.all_columns),
+        file_bytes=plan.disk_bytes,
         calls=dict(done.calls),
         bytes_read=plan.bytes_read,
     )

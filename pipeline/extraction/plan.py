@@ -182,20 +182,12 @@ def make_plan(
     active &= ((table["status"] != "quarantined") | (table["reason"] == "not_finite")).to_numpy()
     overflowed = table["overflowed"].tolist()
 
-    def wanted(output: Output) -> np.ndarray:
+    def plan_of(output: Output, pass_: Pass) -> ColumnPlan:
         lost = np.array([output.spec.short in shorts for shorts in overflowed], bool)
-        requested: np.ndarray = active & ~lost
-        return requested
+        plan = _plan_column(inventory, output, keys, active & ~lost)
+        return _choose_sources(plan, pass_, keys, inventory, backbones)
 
-    columns = tuple(
-        tuple(_plan_column(inventory, output, keys, wanted(output)) for output in pass_.outputs)
-        for pass_ in passes
-    )
-    if any(plan.compute.any() for plans in columns for plan in plans):
-        columns = tuple(
-            tuple(_choose_sources(plan, pass_, keys, inventory, backbones) for plan in plans)
-            for pass_, plans in zip(passes, columns, strict=True)
-        )
+    columns = tuple(tuple(plan_of(output, pass_) for output in pass_.outputs) for pass_ in passes)
     undescribed = active & (table["num_frames"] == 0).to_numpy() & describe
     resumed = {
         (number, source): replace(pass_, source=source)
@@ -242,10 +234,12 @@ def _choose_sources(
     backbones: Mapping[str, Backbone],
 ) -> ColumnPlan:
     """Choose for each row to compute the deepest feature that it can be computed from."""
+    if not plan.compute.any():
+        return plan
     backbone, rest = backbones[pass_.backbone], plan.compute.copy()
     chosen: list[tuple[Source, np.ndarray]] = []
     spec = plan.output.spec
-    for source, column in sources(inventory.columns, pass_, backbone) if rest.any() else ():
+    for source, column in sources(inventory.columns, pass_, backbone):
         if column.spec.relative_path == spec.relative_path or refusal(
             source, plan.output, pass_, backbone
         ):
