@@ -62,16 +62,11 @@ def read(root: Path, split: str | None = None) -> Listing:
             missing += cut is None
             clip = ListedClip(cut or name, clip.label, clip.split)
         entries.append(Entry(clip, where))
-    return assemble(
-        root,
-        entries,
-        "kinetics",
-        f"Kinetics, {', '.join(files)}",
-        notes=(
-            f"stretches of uncut videos: {uncut}" if uncut else "",
-            f"listed but not on the disk: {missing}" if missing else "",
-        ),
+    notes = (
+        f"stretches of uncut videos: {uncut}" if uncut else "",
+        f"listed but not on the disk: {missing}" if missing else "",
     )
+    return assemble(root, entries, "kinetics", f"Kinetics, {', '.join(files)}", notes=notes)
 
 
 def example(root: Path) -> list[str]:
