@@ -83,12 +83,9 @@ def diff(
     else:
         names_kept = {f.name for f in features if f.backbone == backbone.name}
         kept = sorted(n for n in names_kept if n.partition(":")[0] in backbone.stage_names)
-        request = replace(
-            request,
-            backbones=(backbone.name,),
-            keep=request.keep if spec else tuple(kept),
-            precision=str(backbone.precision).removeprefix("torch."),
-        )
+        keep = request.keep if spec else tuple(kept)
+        precision = str(backbone.precision).removeprefix("torch.")
+        request = replace(request, backbones=(backbone.name,), keep=keep, precision=precision)
         backbones = {backbone.name: snapshot(backbone)}
     requested = [(p, o) for p in passes(request, backbones, opened, "cpu") for o in p.outputs]
     chains = [

@@ -253,9 +253,5 @@ def _choose_sources(
     if rounded:
         resumed = sorted({*spec.attributes.get("resumed", []), *rounded})
         spec = replace(spec, attributes={**spec.attributes, "resumed": resumed})
-    return replace(
-        plan,
-        output=replace(plan.output, spec=spec),
-        column=Column(inventory.store, spec),
-        sources=tuple(chosen),
-    )
+    output = replace(plan.output, spec=spec)
+    return replace(plan, output=output, column=Column(inventory.store, spec), sources=tuple(chosen))
