@@ -87,12 +87,8 @@ def _lists(root: Path) -> list[str]:
         return min(kinds, default=len(ORDER)), natural_key(name)
 
     for folder, files in near(root):
-        lists = [
-            join(folder, name)
-            for name in files
-            if suffix(name) == ".csv" and _header(root / join(folder, name))
-        ]
-        if lists:
+        tables = (join(folder, name) for name in files if suffix(name) == ".csv")
+        if lists := [table for table in tables if _header(root / table)]:
             return sorted(lists, key=rank)
     return []
 
