@@ -116,14 +116,7 @@ def _train(store: FeatureStore, runs: Path, progress: Progress) -> Run:
         visual = best.spec["backbone"]
         audio = next(f.backbone for f in store.features() if f.backbone.startswith(PREFIX))
         print(f"Only the audio shows: {'; '.join(audible)}.\nHAD, on {visual} and {audio}:")
-        best = run_experiment(
-            store,
-            "had",
-            scenario,
-            options=HAD_OPTIONS,
-            backbone=visual,
-            out=runs,
-            progress=progress,
-        )
+        best = run_experiment(store, "had", scenario, options=HAD_OPTIONS, backbone=visual,
+                              out=runs, progress=progress)  # fmt: skip
     print(f"\n{run_summary(best)}")
     return best

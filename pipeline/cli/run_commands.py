@@ -1,6 +1,7 @@
 """Commands that run heads on a feature store: one run, a grid of runs, and new videos."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,10 +43,9 @@ def run(
     from varve.pipeline.cli.format_runs import run_facts, run_summary
     from varve.pipeline.experiments.run import run as do
 
-    progress = progress_for(as_json)
     done = do(store, head, scenario, seed=seed, options=settings(options or []), backbone=backbone,
               splits=(learn_split, test_split), out=out, device=device,
-              progress=progress)  # fmt: skip
+              progress=progress_for(as_json))  # fmt: skip
     show(as_json, run_facts, run_summary, done)
 
 
@@ -67,8 +67,7 @@ def ablate(
     out: Out = Path("runs"),
     device: Device = "cpu",
     keep_checkpoints: Annotated[
-        bool,
-        typer.Option("--keep-checkpoints", help="Keep all checkpoints, for `varve route`."),
+        bool, typer.Option("--keep-checkpoints", help="Keep all checkpoints, for `varve route`.")
     ] = False,
     table: Annotated[
         Path | None, typer.Option(help="File to write the table to: .csv, .parquet or .tex.")
@@ -89,12 +88,11 @@ def ablate(
     grid = Sweep.read(sweep)
     if table is not None:
         results.writable(table)
-    progress = progress_for(as_json)
     grid = grid.with_options(settings(options or []))
     rows = do(store, grid.heads, scenario or grid.scenario, grid.grid, grid.seeds,
               options=grid.options, backbone=backbone or grid.backbone, splits=grid.splits,
-              out=out, device=device, progress=progress, keep_checkpoints=keep_checkpoints,
-              runtime=runtime)  # fmt: skip
+              out=out, device=device, progress=progress_for(as_json),
+              keep_checkpoints=keep_checkpoints, runtime=runtime)  # fmt: skip
     if table is not None:
         results.write(rows, table)
     show(as_json, lambda table: json.loads(table.to_json(orient="records")), results.text, rows)
@@ -116,8 +114,6 @@ def route(
 
     Example: varve route runs/stpr-demo-1000-41cbf8d4 clip.mp4 --top-k 3
     """
-    from dataclasses import asdict
-
     from varve.pipeline.cli.format_runs import routed_text
     from varve.pipeline.experiments.routing import route as do
 

@@ -1,5 +1,6 @@
 """Commands that build, describe, check and clean a feature store. Each loads what it needs."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,10 +47,8 @@ def build(
     from varve.pipeline.cli.format_store import report_facts, report_summary
     from varve.pipeline.extraction.build import build as run
 
-    progress = progress_for(as_json)
-    report = run(
-        dataset, store, spec, layout=layout, split=split, runtime=runtime, progress=progress
-    )
+    report = run(dataset, store, spec, layout=layout, split=split, runtime=runtime,
+                 progress=progress_for(as_json))  # fmt: skip
     show(as_json, report_facts, report_summary, report)
     raise typer.Exit(1 if len(report.quarantined) else 0)
 
@@ -72,9 +71,8 @@ def plan(
     from varve.pipeline.cli.format_store import plan_facts, plan_summary
     from varve.pipeline.extraction.build import plan as run
 
-    progress = progress_for(as_json)
     work, seconds = run(dataset, store, spec, layout=layout, split=split, runtime=runtime,
-                        progress=progress, estimate=estimate)  # fmt: skip
+                        progress=progress_for(as_json), estimate=estimate)  # fmt: skip
     show(as_json, plan_facts, plan_summary, work, seconds, store)
 
 
@@ -122,17 +120,13 @@ def verify(
 
     Example: varve verify ucf101.zarr --sample 16
     """
-    from dataclasses import asdict
-
     from varve.pipeline.cli.format_store import verification_lines
     from varve.pipeline.extraction.verify import verify as run
     from varve.stores.digests import store_name
 
     weights = {store_name(name): name for name in backbone or []}
-    progress = progress_for(as_json)
-    result = run(
-        store, dataset=dataset, backbones=weights, sample=sample, seed=seed, progress=progress
-    )
+    result = run(store, dataset=dataset, backbones=weights, sample=sample, seed=seed,
+                 progress=progress_for(as_json))  # fmt: skip
     show(as_json, asdict, verification_lines, result)
     raise typer.Exit(1 if result.findings else 0)
 

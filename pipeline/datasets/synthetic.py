@@ -344,14 +344,8 @@ def make_dataset(
             if sound:
                 draw = np.random.default_rng([seed, k, 1])
                 audio_N = synthetic_audio.waveform(name, float(len(shown) / rate), draw)
-            write_video(
-                root / split / name / file,
-                shown,
-                rate,
-                keyframe_every=keyframe_every,
-                index_first=k % 4 == 0,
-                audio_N=audio_N,
-            )
+            write_video(root / split / name / file, shown, rate, keyframe_every=keyframe_every,
+                        index_first=k % 4 == 0, audio_N=audio_N)  # fmt: skip
 
     for i, (stem, corruption) in enumerate(CORRUPTIONS.items() if broken else ()):
         name = names[i % len(names)]

@@ -112,19 +112,16 @@ def video_blocks(
     ]
     on_gpu = any(pass_.execution.device == "cuda" for pass_ in passes)
     limit = GPU_BLOCK_PICTURES if on_gpu else CPU_BLOCK_PICTURES
-    blocks: list[Block] = []
-    gathered: list[FileWork] = []
+    groups: list[list[FileWork]] = []
     pictures = 0
     for file in files:
         more = sum(passes[p].frame_set.frames for clip in file.clips for p in clip.needs)
-        if gathered and pictures + more > limit:
-            blocks.append(Block(len(blocks), tuple(gathered)))
-            gathered, pictures = [], 0
-        gathered.append(file)
+        if not groups or pictures + more > limit:
+            groups.append([])
+            pictures = 0
+        groups[-1].append(file)
         pictures += more
-    if gathered:
-        blocks.append(Block(len(blocks), tuple(gathered)))
-    return blocks
+    return [Block(number, tuple(group)) for number, group in enumerate(groups)]
 
 
 def cached_blocks(

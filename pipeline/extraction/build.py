@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, overload
@@ -20,13 +21,7 @@ import pandas as pd
 import torch
 
 from varve.pipeline import backbones as networks
-from varve.pipeline.backbones import (
-    Backbone,
-    class_features,
-    class_features_key,
-    precision_warning,
-    seal,
-)
+from varve.pipeline.backbones import Backbone, class_features, class_features_key
 from varve.pipeline.config import BuildSpec, Runtime
 from varve.pipeline.datasets import layouts
 from varve.pipeline.datasets.layouts import Listing
@@ -39,7 +34,7 @@ from varve.pipeline.extraction.passes import passes
 from varve.pipeline.extraction.plan import Plan, make_plan
 from varve.pipeline.extraction.scan import Scan, scan
 from varve.pipeline.extraction.sources import StoreInventory
-from varve.pipeline.extraction.update import Rows, plan_update
+from varve.pipeline.extraction.update import Rows, open_store, prepare_update
 from varve.pipeline.progress import Progress
 from varve.stores import FeatureStore, atomic, clips, lock, staging, text_features
 from varve.stores.locations import local_folder
@@ -132,19 +127,18 @@ def build(
     began = time.perf_counter()
     root, path = Path(dataset), local_folder(store)
     layouts.check_root(root)
+    prepared = partial(prepare, root, path, spec, layout=layout, split=split)
     ready = None
     if not (path / "zarr.json").exists():
         # A request that cannot be met leaves nothing behind, so it is checked first.
-        if path.is_dir():
-            FeatureStore.check_empty(path)
-        ready = prepare(root, path, None, spec, layout, split, runtime, progress)
+        ready = prepared(runtime=runtime, progress=progress)
         check_disk(ready.plan, path)
     with explained(path):
         opened = FeatureStore.create(path)
     with explained(path), lock.locked(path):
         atomic.clear_temporary(path)
         if ready is None or len(opened.clips):
-            ready = prepare(root, path, opened, spec, layout, split, runtime, progress)
+            ready = prepared(runtime=runtime, progress=progress)
             check_disk(ready.plan, path)
         table, plan = ready.scan.table, ready.plan
         _record(opened, ready, root, spec)
@@ -177,7 +171,7 @@ def build(
         copied=sum(len(column.copied) for column in plan.all_columns),
         quarantined=listed[listed["status"] == "quarantined"],
         seconds=done.seconds,
-        file_bytes=sum(column.column.disk_bytes() for column in plan.all_columns),
+        file_bytes=plan.disk_bytes,
         calls=dict(done.calls),
         bytes_read=plan.bytes_read,
     )
@@ -207,7 +201,15 @@ def plan(
     progress: Progress | None = None,
     estimate: bool = True,
 ) -> tuple[Plan, Estimate | None]: ...
-def plan(dataset: Any, store: Any, *arguments: Any, **options: Any) -> tuple[Plan, Estimate | None]:
+def plan(
+    dataset: Any,
+    store: Any,
+    *arguments: Any,
+    runtime: Runtime | None = None,
+    progress: Progress | None = None,
+    estimate: bool = True,
+    **options: Any,
+) -> tuple[Plan, Estimate | None]:
     """Plan what `build` or `update` with the same arguments would do. Writes nothing.
 
     Returns:
@@ -217,62 +219,55 @@ def plan(dataset: Any, store: Any, *arguments: Any, **options: Any) -> tuple[Pla
     Raises:
         ValueError: As of `build` and `update`.
     """
-    planner = plan_update if isinstance(store, Backbone) else _plan_build
-    return planner(dataset, store, *arguments, **options)
+    progress = progress or Progress()
+    if isinstance(store, Backbone):
+        runtime, opened = runtime or Runtime(serial=True), open_store(dataset)
+        path = opened.path
+        backbones, work = prepare_update(opened, store, *arguments, runtime=runtime, **options)
+    else:
+        runtime, path = runtime or Runtime(), local_folder(store)
+        ready = prepare(dataset, path, *arguments, runtime=runtime, progress=progress, **options)
+        backbones, work = ready.backbones, ready.plan
+    if not estimate or not work.blocks:
+        return work, None
+    return work, probe(work, job_of(work, path, runtime), runtime, progress, backbones)
 
 
-def _plan_build(
+def prepare(
     dataset: str | Path,
-    store: str | Path,
+    path: Path,
     spec: BuildSpec,
     *,
     layout: str = "auto",
     split: str | None = None,
-    runtime: Runtime | None = None,
-    progress: Progress | None = None,
-    estimate: bool = True,
-) -> tuple[Plan, Estimate | None]:
-    runtime, progress, path = runtime or Runtime(), progress or Progress(), local_folder(store)
-    layouts.check_root(Path(dataset))
-    opened = FeatureStore.open(path) if (path / "zarr.json").exists() else None
-    if opened is None and path.is_dir():
-        FeatureStore.check_empty(path)
-    ready = prepare(Path(dataset), path, opened, spec, layout, split, runtime, progress)
-    if not estimate or not ready.plan.blocks:
-        return ready.plan, None
-    job = job_of(ready.plan, path, runtime)
-    return ready.plan, probe(ready.plan, job, runtime, progress, ready.backbones)
-
-
-def prepare(
-    root: Path,
-    store: Path,
-    opened: FeatureStore | None,
-    spec: BuildSpec,
-    layout: str,
-    split: str | None,
     runtime: Runtime,
     progress: Progress,
 ) -> Prepared:
-    """List the clips, build the networks for their keys, scan, and plan. Writes nothing."""
+    """List the clips, build the networks for their keys, scan, and plan. Writes nothing.
+
+    Args:
+        path: The store's folder, new or empty where there is no store yet.
+    """
+    root = Path(dataset)
+    layouts.check_root(root)
+    opened = FeatureStore.open(path) if (path / "zarr.json").exists() else None
+    if opened is None and path.is_dir():
+        FeatureStore.check_empty(path)
     require(spec.decoder)
     listing = layouts.read(root, layout, split)
     progress.message(listing.summary)
-    precision = getattr(torch, spec.precision)
-    # A weight file by its absolute path: workers may run elsewhere, and one file is one network.
-    names = dict.fromkeys(weights_in_full(name) for name in spec.backbones)
-    backbones = {name: seal(networks.load(name, precision)) for name in names}
+    backbones = requested_networks(spec)
     requested = passes(spec, backbones, opened, device_of(runtime))
     old = opened.clips if opened else clips.empty()
     base = listing.root.absolute()
     scanned = scan(old, listing, base, runtime.retry)
     enter_known(old, scanned.table)
-    left = map(Outcome.from_json, staging.all_facts(store))
+    left = map(Outcome.from_json, staging.all_facts(path))
     enter(scanned.table, (o for o in left if not (runtime.retry and (o.reason or o.overflowed))))
-    inventory = StoreInventory(store, opened, len(scanned.table))
+    inventory = StoreInventory(path, opened, len(scanned.table))
     plan = make_plan(inventory, scanned.table, scanned.rows, base, requested, backbones)
     here = device_of(runtime) == "cpu" and not runtime.scheduler
-    if plan.blocks and here and (warning := precision_warning(spec.precision)):
+    if plan.blocks and here and (warning := networks.precision_warning(spec.precision)):
         progress.message(warning)
     return Prepared(listing, scanned, backbones, plan)
 
@@ -312,8 +307,17 @@ def _record(opened: FeatureStore, ready: Prepared, root: Path, spec: BuildSpec) 
     )
 
 
-def weights_in_full(backbone: str) -> str:
-    """Return a backbone's name with the absolute path of its weight file."""
+def requested_networks(spec: BuildSpec) -> dict[str, Backbone]:
+    """Load the networks of a request, by name with the absolute path of a weight file.
+
+    Workers may run elsewhere, and one file is one network.
+    """
+    precision = getattr(torch, spec.precision)
+    names = dict.fromkeys(map(_weights_in_full, spec.backbones))
+    return {name: networks.seal(networks.load(name, precision)) for name in names}
+
+
+def _weights_in_full(backbone: str) -> str:
     network, colon, weights = backbone.partition(":")
     file = Path(weights)
     return f"{network}:{file.resolve()}" if colon and file.is_file() else backbone

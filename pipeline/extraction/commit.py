@@ -172,11 +172,8 @@ class ShardWriter:
         self._awaited_of = Counter(row // self._shard_clips for row in self._awaited)
         self._staged_of: dict[int, dict[int, Path]] = {}  # by shard: row, file
         self._rows_of: dict[Path, set[int]] = {}
-        self._unused = [
-            file
-            for file in staging.files(store, plan.output.spec.relative_path)
-            if file not in set(plan.staged.values())
-        ]
+        files = staging.files(store, plan.output.spec.relative_path)
+        self._unused = sorted({*files} - {*plan.staged.values()})
         for row, file in plan.staged.items():
             self._note(file, [row])
         self._has_work = bool(self._awaited or plan.staged)
@@ -231,17 +228,14 @@ class ShardWriter:
         spec = self.column.spec
         cells = np.empty((len(rows), *spec.cell), STORED[spec.dtype])
         keys = np.zeros((len(rows), KEY_BYTES), np.uint8)
-        for file in sorted(set(file_of.values())):
+        files = sorted(set(file_of.values()))
+        for file in files:
             block = staging.get(file)
             chosen = [i for i, row in enumerate(block.rows.tolist()) if file_of.get(row) == file]
             indices = np.searchsorted(rows, block.rows[chosen])
             cells[indices], keys[indices] = block.cells[chosen], block.keys[chosen]
         self.column.write_shard(shard, rows, cells, keys, self._clips)
-        used = []
         for row, file in file_of.items():
             self._rows_of[file].discard(row)
-            if not self._rows_of[file]:
-                del self._rows_of[file]
-                used.append(file)
-        staging.drop(self._store, used)
+        staging.drop(self._store, [file for file in files if not self._rows_of[file]])
         return len(rows)

@@ -7,18 +7,16 @@ lists the entries of the frames and the first stage that differ; all later stage
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from varve.pipeline import backbones as networks
 from varve.pipeline.backbones import Backbone, reduction_identity, snapshot
 from varve.pipeline.config import BuildSpec
-from varve.pipeline.extraction.build import weights_in_full
+from varve.pipeline.extraction.build import requested_networks
 from varve.pipeline.extraction.passes import Output, Pass, Source, passes, pixels
 from varve.pipeline.extraction.sources import refusal
-from varve.pipeline.extraction.update import recorded_request
+from varve.pipeline.extraction.update import open_store, recorded_request
 from varve.stores import Feature, FeatureStore
 from varve.stores.digests import canonical
 
@@ -54,15 +52,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Requested:
-    """A network of the request: the descriptions of its stages, and its passes."""
+    """A network of the request: the descriptions of its stages, and its passes' outputs."""
 
     backbone: Backbone
     stages: list[dict[str, Any]]
-    passes: list[Pass]
-
-    @property
-    def outputs(self) -> list[tuple[Pass, Output]]:
-        return [(pass_, output) for pass_ in self.passes for output in pass_.outputs]
+    outputs: list[tuple[Pass, Output]]
 
 
 def diff(
@@ -82,26 +76,21 @@ def diff(
         SpecMismatch: There is no `spec`, and the store does not record its last request.
         OSError: The weights of a network cannot be had.
     """
-    opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+    opened = open_store(store)
     request, features = spec or recorded_request(opened), opened.features()
     if backbone is None:
-        names = dict.fromkeys(weights_in_full(name) for name in request.backbones)
-        precision = getattr(torch, request.precision)
-        backbones = {name: networks.load(name, precision) for name in names}
+        backbones = requested_networks(request)
     else:
         names_kept = {f.name for f in features if f.backbone == backbone.name}
         kept = sorted(n for n in names_kept if n.partition(":")[0] in backbone.stage_names)
-        request = replace(
-            request,
-            backbones=(backbone.name,),
-            keep=request.keep if spec else tuple(kept),
-            precision=str(backbone.precision).removeprefix("torch."),
-        )
+        keep = request.keep if spec else tuple(kept)
+        precision = str(backbone.precision).removeprefix("torch.")
+        request = replace(request, backbones=(backbone.name,), keep=keep, precision=precision)
         backbones = {backbone.name: snapshot(backbone)}
-    requested = passes(request, backbones, opened, "cpu")
+    requested = [(p, o) for p in passes(request, backbones, opened, "cpu") for o in p.outputs]
     chains = [
         _Requested(network, [network.describe(stage) for stage in network.stages],
-               [pass_ for pass_ in requested if pass_.backbone == name])
+                   [(pass_, output) for pass_, output in requested if pass_.backbone == name])
         for name, network in backbones.items()
     ]  # fmt: skip
     return [_compare(feature, chains, request) for feature in features]
@@ -114,8 +103,7 @@ def request_of(store: str | Path | FeatureStore, **changes: Any) -> BuildSpec:
         ValueError: The options contradict each other.
         SpecMismatch: The store does not say what it was asked for.
     """
-    opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-    return recorded_request(opened).changed(**changes)
+    return recorded_request(open_store(store)).changed(**changes)
 
 
 def facts(differences: Sequence[Difference]) -> list[dict[str, Any]]:
@@ -188,11 +176,8 @@ def _compare(feature: Feature, chains: list[_Requested], request: BuildSpec) -> 
     source = Source(stage, reduction, feature.dtype, feature.backbone, feature.name, key, 0)
     refusals = {o.spec.feature: refusal(source, o, pass_, best.backbone) for pass_, o in outputs}
     if kept:
-        rounded = (
-            "and they are too coarse for it"
-            if refusals[feature.name]
-            else "and can be made from them"
-        )
+        coarse = refusals[feature.name]
+        rounded = "and they are too coarse for it" if coarse else "and can be made from them"
         why = f"the same numbers kept in {feature.dtype}; {request.dtype} was asked for, {rounded}"
         return verdict(DIFFERS, ends, why)
     return verdict(NOT_ASKED, ends, _use(refusals))
@@ -209,12 +194,8 @@ def _use(refusals: Mapping[str, str]) -> str:
 
 def _common(stored: list[dict[str, Any]], requested: list[dict[str, Any]]) -> int:
     """Return the number of equal stages at the start of two chains."""
-    count = 0
-    for old, new in zip(stored, requested, strict=False):
-        if canonical(old) != canonical(new):
-            break
-        count += 1
-    return count
+    equal = (canonical(old) == canonical(new) for old, new in zip(stored, requested, strict=False))
+    return sum(takewhile(bool, equal))
 
 
 def _stage_differences(
@@ -258,9 +239,9 @@ def _why(
     name = stages[0][0].partition(" ")[0]
     parts = [element.removeprefix(f"{name} ").split(".") for element, _, _ in stages]
     kinds = {"code" if "code" in part else part[0] for part in parts}
-    precision = {element: (old, new) for element, old, new in stages}.get("precision")
-    if precision:
-        second = f"it ran in {precision[0]} and every stage rounds otherwise in {precision[1]}"
+    element, old, new = stages[-1]
+    if element == "precision":
+        second = f"it ran in {old} and every stage rounds otherwise in {new}"
         return f"{first}; besides, {second}" if first else second
     if stages[0][0] == name:
         where = "request's network has no" if stages[0][2] == ABSENT else "column's network had no"

@@ -18,15 +18,7 @@ import numpy as np
 
 from varve.pipeline.config import FrameSet
 from varve.pipeline.datasets.media import size_and_mtime
-from varve.pipeline.decoders import (
-    Decoded,
-    DecodePool,
-    Facts,
-    Failure,
-    Request,
-    Stretch,
-    decode,
-)
+from varve.pipeline.decoders import Decoded, DecodePool, Facts, Failure, Request, Stretch, decode
 from varve.pipeline.extraction.forward import Cells, adopted, run_pass
 from varve.pipeline.extraction.passes import Pass
 from varve.pipeline.registry import plugins
@@ -120,9 +112,8 @@ def extract(
     try:
         with adopted(networks or {}):
             for group in batched(files, FILES_AT_ONCE):
-                yield from run_passes(
-                    decode_files(group, passes, children, deadline_seconds), passes
-                )
+                decoded = decode_files(group, passes, children, deadline_seconds)
+                yield from run_passes(decoded, passes)
     finally:
         if children:
             close_pools()

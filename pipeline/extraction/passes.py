@@ -7,21 +7,17 @@ the number of threads and the memory format. A column keeps the execution of its
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from varve.pipeline.backbones import (
-    Backbone,
-    Stage,
-    canonical_reduction,
-    reduction_identity,
-)
+from varve.pipeline.backbones import Backbone, Stage, canonical_reduction, reduction_identity
 from varve.pipeline.config import BuildSpec, FrameSet, Picture
 from varve.stores import FeatureStore
 from varve.stores.columns import ColumnSpec, Damaged
 from varve.stores.digests import digest
+from varve.stores.locations import Location
 
 # Version of the pixels and samples: changed when the decoders give other values.
 PIXELS = "rgb24, libswscale bicubic, 1"
@@ -176,7 +172,8 @@ def keep_of_each(
     keep: tuple[str, ...], backbones: Mapping[str, Backbone]
 ) -> dict[str, list[tuple[Stage, str]]]:
     """Return the stages and canonical reductions to keep of each backbone, in chain order."""
-    chosen: dict[str, dict[tuple[str, str], tuple[Stage, str]]] = {name: {} for name in backbones}
+    # By backbone: the index of the stage, and the reduction.
+    chosen: dict[str, set[tuple[int, str]]] = {name: set() for name in backbones}
     for feature in keep:
         stage_name, _, reduction = feature.partition(":")
         matching = {n: b for n, b in backbones.items() if stage_name in b.stage_names}
@@ -186,9 +183,8 @@ def keep_of_each(
                 f"--keep {feature}: no backbone has a stage {stage_name!r}; stages are\n{lists}"
             )
         for name, backbone in matching.items():
-            stage = backbone.stage(stage_name)
-            canonical = canonical_reduction(stage, reduction)
-            chosen[name][stage.name, canonical] = (stage, canonical)
+            index = backbone.stage_names.index(stage_name)
+            chosen[name].add((index, canonical_reduction(backbone.stages[index], reduction)))
     for name, backbone in backbones.items():
         if keep and not chosen[name]:
             raise ValueError(
@@ -196,11 +192,9 @@ def keep_of_each(
                 f"stages are {', '.join(backbone.stage_names)}"
             )
         if not keep:
-            last = backbone.default_stage
-            chosen[name][last.name, ""] = (last, "")
-    order = {n: b.stage_names for n, b in backbones.items()}
+            chosen[name].add((backbone.stage_names.index(backbone.default_stage.name), ""))
     return {
-        name: sorted(picks.values(), key=lambda pick: (order[name].index(pick[0].name), pick[1]))
+        name: [(backbones[name].stages[index], reduction) for index, reduction in sorted(picks)]
         for name, picks in chosen.items()
     }
 
@@ -232,24 +226,20 @@ def _output(
         attributes["modules"] = [type(backbone.stage(name).module).__name__ for name in grafts]
     draft = ColumnSpec(backbone.name, name, fingerprint, (1,), spec.dtype, attributes)
     metadata = draft.group(store.path) / draft.short / "zarr.json" if store else None
+    execution = recorded = new_execution(frame_set, device)
     if metadata is not None and metadata.exists():
-        shape, kept, resumed = _existing(metadata)
-        if resumed:
-            attributes["resumed"] = resumed
+        with column_metadata(metadata) as array:
+            cell, stored = tuple(array["shape"][1:]), array["attributes"]
+            recorded = Execution(**stored["execution"])
+            if resumed := list(stored.get("resumed", [])):
+                attributes["resumed"] = resumed
         # A column of another device keeps its execution where that device is present.
-        if kept.device == device:
-            attributes["execution"] = asdict(kept)
-            column = replace(draft, cell=shape, attributes=attributes)
-            return Output(column, stage.name, reduction), kept
-        execution, cell = new_execution(frame_set, device), shape
-        attributes["execution"] = asdict(kept)
+        execution = recorded if recorded.device == device else execution
     else:
-        execution, cell = new_execution(frame_set, device), backbone.feature_shape(stage, reduction)
-        cell = (frame_set.frames, *cell)
-        attributes["execution"] = asdict(execution)
-    return Output(
-        replace(draft, cell=cell, attributes=attributes), stage.name, reduction
-    ), execution
+        cell = (frame_set.frames, *backbone.feature_shape(stage, reduction))
+    attributes["execution"] = asdict(recorded)
+    column = replace(draft, cell=cell, attributes=attributes)
+    return Output(column, stage.name, reduction), execution
 
 
 def new_execution(frame_set: FrameSet, device: str) -> Execution:
@@ -263,13 +253,15 @@ def new_execution(frame_set: FrameSet, device: str) -> Execution:
     return Execution(device, max(1, frames // frame_set.frames), threads)
 
 
-def _existing(metadata: Path) -> tuple[tuple[int, ...], Execution, list[str]]:
-    """Read an existing column's cell shape, execution and rounded sources."""
+@contextmanager
+def column_metadata(metadata: Location) -> Iterator[dict[str, Any]]:
+    """Give the metadata of a column's array to a block that reads its entries.
+
+    Raises:
+        Damaged: It is no JSON, or the block misses an entry.
+    """
     try:
-        array = json.loads(metadata.read_bytes())
-        attributes = array["attributes"]
-        execution = Execution(**attributes["execution"])
-        return tuple(array["shape"][1:]), execution, list(attributes.get("resumed", []))
+        yield json.loads(metadata.read_bytes())
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(
             f"{metadata} is damaged ({error}). Remove it and build again: it is made anew, and "

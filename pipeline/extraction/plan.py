@@ -124,13 +124,11 @@ class Plan:
     def calls(self, number: int) -> int:
         """Stage calls of pass `number`: its batches, times the stages that each runs."""
         pass_ = self.passes[number]
-        total = 0
-        for block in self.blocks:
-            outputs = block.outputs_of(number)
-            if outputs:
-                batches = -(-block.clips_of(number) // pass_.batch_clips)
-                total += batches * len(pass_.run_stages(outputs))
-        return total
+        return sum(
+            -(-block.clips_of(number) // pass_.batch_clips) * len(pass_.run_stages(outputs))
+            for block in self.blocks
+            if (outputs := block.outputs_of(number))
+        )
 
     @property
     def bytes_read(self) -> int:
@@ -184,20 +182,12 @@ def make_plan(
     active &= ((table["status"] != "quarantined") | (table["reason"] == "not_finite")).to_numpy()
     overflowed = table["overflowed"].tolist()
 
-    def wanted(output: Output) -> np.ndarray:
+    def plan_of(output: Output, pass_: Pass) -> ColumnPlan:
         lost = np.array([output.spec.short in shorts for shorts in overflowed], bool)
-        requested: np.ndarray = active & ~lost
-        return requested
+        plan = _plan_column(inventory, output, keys, active & ~lost)
+        return _choose_sources(plan, pass_, keys, inventory, backbones)
 
-    columns = tuple(
-        tuple(_plan_column(inventory, output, keys, wanted(output)) for output in pass_.outputs)
-        for pass_ in passes
-    )
-    if any(plan.compute.any() for plans in columns for plan in plans):
-        columns = tuple(
-            tuple(_choose_sources(plan, pass_, keys, inventory, backbones) for plan in plans)
-            for pass_, plans in zip(passes, columns, strict=True)
-        )
+    columns = tuple(tuple(plan_of(output, pass_) for output in pass_.outputs) for pass_ in passes)
     undescribed = active & (table["num_frames"] == 0).to_numpy() & describe
     resumed = {
         (number, source): replace(pass_, source=source)
@@ -228,12 +218,10 @@ def _plan_column(
         for file, row, key in inventory.staged(output.spec):
             if row < len(keys) and missing[row] and (keys[row] == key).all():
                 staged[row] = file
-        row_of = {done[row].tobytes(): int(row) for row in np.flatnonzero(marked)}
-        for row in np.flatnonzero(missing).tolist():
-            same = row_of.get(keys[row].tobytes())
-            if same is not None and row not in staged:
-                copied[row] = same
-        missing[[*staged, *copied]] = False
+        missing[list(staged)] = False
+        same = rows_with_cells(CachedColumn(output.spec, done), keys, missing)
+        copied = {row: int(same[row]) for row in np.flatnonzero(same >= 0).tolist()}
+        missing[list(copied)] = False
     stale = marked & ~valid & active
     return ColumnPlan(output, column, marked, valid, stale, staged, copied, missing)
 
@@ -246,13 +234,12 @@ def _choose_sources(
     backbones: Mapping[str, Backbone],
 ) -> ColumnPlan:
     """Choose for each row to compute the deepest feature that it can be computed from."""
+    if not plan.compute.any():
+        return plan
     backbone, rest = backbones[pass_.backbone], plan.compute.copy()
     chosen: list[tuple[Source, np.ndarray]] = []
     spec = plan.output.spec
-    candidates: list[tuple[Source, CachedColumn]] = []
-    if rest.any():
-        candidates = sources(inventory.columns, pass_, backbone)
-    for source, column in candidates:
+    for source, column in sources(inventory.columns, pass_, backbone):
         if column.spec.relative_path == spec.relative_path or refusal(
             source, plan.output, pass_, backbone
         ):
@@ -266,9 +253,5 @@ def _choose_sources(
     if rounded:
         resumed = sorted({*spec.attributes.get("resumed", []), *rounded})
         spec = replace(spec, attributes={**spec.attributes, "resumed": resumed})
-    return replace(
-        plan,
-        output=replace(plan.output, spec=spec),
-        column=Column(inventory.store, spec),
-        sources=tuple(chosen),
-    )
+    output = replace(plan.output, spec=spec)
+    return replace(plan, output=output, column=Column(inventory.store, spec), sources=tuple(chosen))

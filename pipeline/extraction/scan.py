@@ -1,7 +1,6 @@
 """Scan: compares the table of clips with the data set's present files."""
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import pandas as pd
 
 from varve.pipeline.datasets.layouts import Listing
 from varve.pipeline.datasets.media import content_digest, size_and_mtime
+from varve.pipeline.extraction.extract import optional
 from varve.stores import clips
 
 # Reasons that are no property of the bytes: every build tries these clips again.
@@ -43,13 +43,7 @@ class OtherDataset(ValueError):
     """The store was built from a data set that shares no clip with this one."""
 
 
-def scan(
-    table: pd.DataFrame,
-    listing: Listing,
-    root: Path,
-    retry: bool = False,
-    advance: Callable[[int, int], None] = lambda files, total: None,
-) -> Scan:
+def scan(table: pd.DataFrame, listing: Listing, root: Path, retry: bool) -> Scan:
     """Bring the table of clips up to date with a listing. Writes nothing.
 
     A file is read again only where its size or its time of change differ from the table's. A row
@@ -61,13 +55,12 @@ def scan(
         listing: The data set's clips; paths are relative to `root`.
         root: The data set's folder.
         retry: Whether quarantined clips are tried again although their bytes are the same.
-        advance: Called with the number of files looked at so far, and in all.
 
     Raises:
         OtherDataset: Not one clip of the table is in the listing.
     """
     old = {
-        (path, _hashable(start), _hashable(end)): row
+        (path, optional(start), optional(end)): row
         for row, path, start, end in zip(
             table.index, table["path"], table["start_seconds"], table["end_seconds"], strict=True
         )
@@ -79,8 +72,7 @@ def scan(
             f"{len(keys)} others, such as {keys[0][0]}, and none of those. Give the data set the "
             "store was built from, or a new store."
         )
-    known = _files_of(table)
-    files = _look(root, sorted({c.path for c in listing.clips}), known, advance)
+    files = _look(root, sorted({c.path for c in listing.clips}), _files_of(table))
 
     records = table.to_dict("records")
     rows, new, changed = [], 0, 0
@@ -128,19 +120,13 @@ class _File:
     detail: str = ""
 
 
-def _look(
-    root: Path, paths: list[str], known: dict[str, _File], advance: Callable[[int, int], None]
-) -> dict[str, _File]:
+def _look(root: Path, paths: list[str], known: dict[str, _File]) -> dict[str, _File]:
     def look(path: str) -> _File:
         return _look_at(root / path, known.get(path))
 
-    files = {}
     # Hashing releases the interpreter; reading waits for the disk.
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        for i, (path, file) in enumerate(zip(paths, pool.map(look, paths), strict=True)):
-            files[path] = file
-            advance(i + 1, len(paths))
-    return files
+        return dict(zip(paths, pool.map(look, paths), strict=True))
 
 
 def _look_at(path: Path, known: _File | None) -> _File:
@@ -148,15 +134,10 @@ def _look_at(path: Path, known: _File | None) -> _File:
         if not (path.is_file() or path.is_dir()):
             if path.exists():
                 return _File(reason="not_video", detail="neither a file nor a folder of frames")
-            return _File(
-                reason="missing", detail="the data set lists it and the disk has no such file"
-            )
+            detail = "the data set lists it and the disk has no such file"
+            return _File(reason="missing", detail=detail)
         size, mtime = size_and_mtime(path)
-        if (
-            known is not None
-            and known.digest
-            and (size, mtime) == (known.size_bytes, known.mtime_ns)
-        ):
+        if known and known.digest and (size, mtime) == (known.size_bytes, known.mtime_ns):
             return known
         return _File(content_digest(path), size, mtime, hashed=True)
     except OSError as error:
@@ -167,11 +148,4 @@ def _files_of(table: pd.DataFrame) -> dict[str, _File]:
     # A listed row describes its file more recently than a row whose clip is gone.
     latest_last = table.sort_values("reason", key=lambda reason: reason != "missing", kind="stable")
     columns = [latest_last[name] for name in ("path", "digest", "size_bytes", "mtime_ns")]
-    return {
-        path: _File(content, size, mtime)
-        for path, content, size, mtime in zip(*columns, strict=True)
-    }
-
-
-def _hashable(seconds: float) -> float | None:
-    return None if np.isnan(seconds) else float(seconds)
+    return {path: _File(*facts) for path, *facts in zip(*columns, strict=True)}

@@ -73,16 +73,15 @@ def run_blocks(
     if runtime.serial:
         yield from _run_serially(job, blocks, events, networks or {})
         return
-    device = "cuda" if any(pass_.execution.device == "cuda" for pass_ in job.passes) else "cpu"
-    with _client(job, runtime, device, events) as client, _shared(client, networks or {}):
+    need = GPU if any(pass_.execution.device == "cuda" for pass_ in job.passes) else FORWARD
+    with _client(job, runtime, need, events) as client, _shared(client, networks or {}):
         suspects: list[Block] = []
-        yield from _run(
-            client, job, blocks, device, events, AHEAD * _slots(client, device), suspects
-        )
+        in_flight = AHEAD * _slots(client, need)
+        yield from _run(client, job, blocks, need, events, in_flight, suspects)
         while suspects:
             block = suspects.pop(0)
             again: list[Block] = []
-            yield from _run(client, job, [block], device, events, 1, again)
+            yield from _run(client, job, [block], need, events, 1, again)
             if again and block.halves() == [block]:
                 yield Lost(block)
             elif again:
@@ -97,11 +96,10 @@ def _run_serially(
     try:
         with adopted(networks):
             for block in blocks:
-                if block.cached:
-                    yield forward(job, DecodedBlock(block))
-                    continue
-                decoded = decode(job, block)
-                events.decoded(block)
+                decoded = DecodedBlock(block)
+                if block.files:
+                    decoded = decode(job, block)
+                    events.decoded(block)
                 yield forward(job, decoded)
     finally:
         close_pools()
@@ -122,14 +120,13 @@ def _run(
     client: Any,
     job: Job,
     blocks: list[Block],
-    device: str,
+    need: str,
     events: Events,
     in_flight: int,
     suspects: list[Block],
 ) -> Iterator[Report]:
     from distributed import KilledWorker
 
-    resources = {GPU: 1} if device == "cuda" else {FORWARD: 1}
     waiting = iter(blocks)
     decodes: dict[Any, Block] = {}
     forwards: dict[Any, Block] = {}
@@ -144,14 +141,14 @@ def _run(
             decoded = client.submit(decode, job, block, pure=False, priority=-block.number)
             decodes[decoded] = block
         report = client.submit(
-            forward, job, decoded, pure=False, resources=resources, priority=-block.number
+            forward, job, decoded, pure=False, resources={need: 1}, priority=-block.number
         )
         forwards[report] = block
 
     for _ in range(in_flight):
         submit()
     while forwards:
-        for future in _finished(client, [*decodes, *forwards], device):
+        for future in _finished(client, [*decodes, *forwards], need):
             if future in decodes:
                 block = decodes.pop(future)
                 if future.status == "finished":
@@ -168,7 +165,7 @@ def _run(
                 raise error
 
 
-def _finished(client: Any, futures: list[Any], device: str) -> list[Any]:
+def _finished(client: Any, futures: list[Any], need: str) -> list[Any]:
     """Wait until some of `futures` have ended, and return those.
 
     Raises:
@@ -181,8 +178,7 @@ def _finished(client: Any, futures: list[Any], device: str) -> list[Any]:
         try:
             done = wait(futures, timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED").done
         except TimeoutError:
-            present = _offering(client, device) > 0
-            gone_seconds = 0.0 if present else gone_seconds + LOOK_SECONDS
+            gone_seconds = 0.0 if _offering(client, need) else gone_seconds + LOOK_SECONDS
             if gone_seconds and client.cluster is not None:
                 # A worker killed while its nanny was still starting it is not started again by it.
                 client.cluster.scale(len(client.cluster.worker_spec))
@@ -201,32 +197,32 @@ def _finished(client: Any, futures: list[Any], device: str) -> list[Any]:
         return sorted(done, key=futures.index)
 
 
-def _offering(client: Any, device: str) -> int:
+def _offering(client: Any, need: str) -> int:
     """Return the number of workers that offer the resource of a forward."""
-    need = GPU if device == "cuda" else FORWARD
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     return sum(need in worker["resources"] for worker in workers)
 
 
 @contextlib.contextmanager
-def _client(job: Job, runtime: Runtime, device: str, events: Events) -> Iterator[Any]:
+def _client(job: Job, runtime: Runtime, need: str, events: Events) -> Iterator[Any]:
     threads = max((pass_.execution.threads for pass_ in job.passes), default=1)
-    with connected(runtime.scheduler, _workers(threads, runtime, device), threads) as client:
-        _require(client, device, runtime.scheduler)
+    with connected(runtime.scheduler, _workers(threads, runtime, need), threads) as client:
+        _require(client, need, runtime.scheduler)
         events.message(f"Dask dashboard: {client.dashboard_link}")
         yield client
 
 
-def _workers(threads: int, runtime: Runtime, device: str) -> list[dict[str, Any]]:
+def _workers(threads: int, runtime: Runtime, need: str) -> list[dict[str, Any]]:
     """Return the workers of a local cluster: those of the CPUs, and one for each GPU."""
-    cpu: dict[str, Any] = {} if device == "cuda" else {"resources": {FORWARD: 1}}
+    cpu: dict[str, Any] = {} if need == GPU else {"resources": {FORWARD: 1}}
     workers = [cpu] * local_workers(threads, runtime.workers)
-    if device == "cuda":
+    if need == GPU:
         import torch
 
-        for i in range(torch.cuda.device_count()):
-            environment = {"CUDA_VISIBLE_DEVICES": str(i)}
-            workers.append({"resources": {GPU: 1}, "env": environment})
+        workers += [
+            {"resources": {GPU: 1}, "env": {"CUDA_VISIBLE_DEVICES": str(i)}}
+            for i in range(torch.cuda.device_count())
+        ]
     return [{"nthreads": 2, **worker} for worker in workers]
 
 
@@ -284,17 +280,16 @@ def _shared(client: Any, networks: "Mapping[str, Backbone]") -> Iterator[None]:
             client.unregister_worker_plugin(name)
 
 
-def _require(client: Any, device: str, address: str) -> None:
+def _require(client: Any, need: str, address: str) -> None:
     """Refuse a cluster without the resource, or whose workers may not start processes."""
-    need = GPU if device == "cuda" else FORWARD
     try:
         client.wait_for_workers(1, timeout=LOOK_SECONDS)
     except TimeoutError:
         raise NoSuchWorker(
             f"{address or 'the cluster'} has had no worker for {LOOK_SECONDS:.0f} seconds"
         ) from None
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    if not any(need in worker["resources"] for worker in workers.values()):
+    if not _offering(client, need):
+        workers = client.scheduler_info(n_workers=-1)["workers"]
         raise NoSuchWorker(
             f"none of the {len(workers)} workers of {address or 'the cluster'} offers {need}. "
             f"Start workers with `DASK_DISTRIBUTED__WORKER__DAEMON=False dask worker {address} "
@@ -314,5 +309,5 @@ def _is_daemon() -> bool:
     return multiprocessing.current_process().daemon
 
 
-def _slots(client: Any, device: str) -> int:
-    return max(1, _offering(client, device))
+def _slots(client: Any, need: str) -> int:
+    return max(1, _offering(client, need))

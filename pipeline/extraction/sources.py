@@ -4,7 +4,6 @@ A column is a source where its fingerprint is one that the present network's own
 looked up by key alone, whatever its name.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +14,9 @@ import numpy as np
 
 from varve.pipeline.backbones import Backbone, reduction_of, reductions_of, resume_refusal
 from varve.pipeline.config import DTYPES
-from varve.pipeline.extraction.passes import Output, Pass, Source, column_key
+from varve.pipeline.extraction.passes import Output, Pass, Source, column_key, column_metadata
 from varve.stores import FeatureStore, staging
-from varve.stores.columns import Column, ColumnSpec, Damaged
+from varve.stores.columns import Column, ColumnSpec
 
 # Bits of a number's fraction, which limit the precision of a stored feature.
 FRACTION_BITS = {"float32": 23, "float16": 10, "bfloat16": 7}
@@ -76,16 +75,9 @@ class StoreInventory:
         """
         columns: dict[str, list[CachedColumn]] = {}
         for backbone, feature, path in sorted(self._opened.columns()) if self._opened else ():
-            metadata = path / "zarr.json"
-            try:
-                array = json.loads(metadata.read_bytes())
+            with column_metadata(path / "zarr.json") as array:
                 fingerprint = array["attributes"]["fingerprint"]
                 dtype, cell = array["attributes"]["dtype"], tuple(array["shape"][1:])
-            except (ValueError, KeyError, TypeError) as error:
-                raise Damaged(
-                    f"{metadata} is damaged ({error}). Remove it and build again: it is made "
-                    "anew, and the cells stay"
-                ) from error
             spec = ColumnSpec(backbone, feature, fingerprint, cell, dtype, {})
             columns.setdefault(fingerprint, []).append(CachedColumn(spec, self.done(spec)))
         return columns

@@ -20,7 +20,6 @@ from varve.pipeline.config import BuildSpec, Runtime
 from varve.pipeline.decoders import require
 from varve.pipeline.extraction.commit import device_of, job_of, run_plan
 from varve.pipeline.extraction.disk_space import check_disk, explained
-from varve.pipeline.extraction.estimate import Estimate, probe
 from varve.pipeline.extraction.passes import passes
 from varve.pipeline.extraction.plan import Plan, make_plan
 from varve.pipeline.extraction.sources import StoreInventory
@@ -99,12 +98,11 @@ def update(
     """
     runtime, progress = runtime or Runtime(serial=True), progress or Progress()
     began = time.perf_counter()
-    opened = _opened(store)
-    path = opened.path
+    path = open_store(store).path
     with explained(path), lock.locked(path):
         opened = FeatureStore.open(path)
         atomic.clear_temporary(path)
-        networks, plan = _plan(opened, backbone, keep, rows, spec, runtime)
+        networks, plan = prepare_update(opened, backbone, keep, rows, spec=spec, runtime=runtime)
         check_disk(plan, path)
         if holder is not None:
             opened.add_reference(holder, _fingerprints(plan).values())
@@ -129,37 +127,18 @@ def update(
     )
 
 
-def plan_update(
-    store: str | Path | FeatureStore,
+def open_store(store: str | Path | FeatureStore) -> FeatureStore:
+    """Return the store, opened where it is given by its folder."""
+    return store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+
+
+def prepare_update(
+    opened: FeatureStore,
     backbone: Backbone,
     keep: Sequence[str] = (),
     rows: Rows = None,
     *,
     spec: BuildSpec | None = None,
-    runtime: Runtime | None = None,
-    progress: Progress | None = None,
-    estimate: bool = True,
-) -> tuple[Plan, Estimate | None]:
-    """Plan what `update` with the same arguments would do. Writes nothing; returns as `plan`."""
-    runtime, progress = runtime or Runtime(serial=True), progress or Progress()
-    opened = _opened(store)
-    networks, plan = _plan(opened, backbone, keep, rows, spec, runtime)
-    if not estimate or not plan.blocks:
-        return plan, None
-    job = job_of(plan, opened.path, runtime, describe=False)
-    return plan, probe(plan, job, runtime, progress, networks)
-
-
-def _opened(store: str | Path | FeatureStore) -> FeatureStore:
-    return store if isinstance(store, FeatureStore) else FeatureStore.open(store)
-
-
-def _plan(
-    opened: FeatureStore,
-    backbone: Backbone,
-    keep: Sequence[str],
-    rows: Rows,
-    spec: BuildSpec | None,
     runtime: Runtime,
 ) -> tuple[dict[str, Backbone], Plan]:
     """Return the network as it is now, by its name in the plan, and the plan."""
@@ -169,9 +148,8 @@ def _plan(
     # Two states of one network may be worked on in one process at once.
     name = f"{backbone.name}#{uuid.uuid4().hex[:12]}"
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
-    wanted = replace(
-        spec or recorded_request(opened), backbones=(name,), keep=keep, precision=precision
-    )
+    request = spec or recorded_request(opened)
+    wanted = replace(request, backbones=(name,), keep=keep, precision=precision)
     require(wanted.decoder)
     networks = {name: frozen}
     requested = passes(wanted, networks, opened, device_of(runtime))

@@ -136,10 +136,8 @@ def _checksums(feature: Feature, opened: FeatureStore, progress: Progress) -> It
             rows = valid[part : min(part + 64, b)]
             # Together, which is faster; after a problem one by one, to find the clip.
             for row in rows.tolist() if _problem(feature, rows) else []:
-                problem = _problem(feature, np.array([row]))
-                if problem:
-                    clip = str(opened.clips.at[row, "path"])
-                    yield Finding(_label(feature), feature.shard_of(row), clip, problem)
+                if problem := _problem(feature, np.array([row])):
+                    yield _at(feature, row, str(opened.clips.at[row, "path"]), problem)
             progress.advance("checksums", len(rows))
 
 
@@ -208,9 +206,7 @@ def _recompute(
                 _compare(feature, row, path, clip.cells[output.spec.relative_path], result)
             elif output.spec.short in clip.overflowed:
                 problem = f"the video's feature leaves the range of {feature.dtype}"
-                result.findings.append(
-                    Finding(_label(feature), feature.shard_of(row), path, problem)
-                )
+                result.findings.append(_at(feature, row, path, problem))
 
 
 def _no_clip(path: str, failure: Failure) -> Finding:
@@ -275,9 +271,8 @@ def _unchanged_files(
             if content_digest(path) == clip["digest"]:
                 yield file_work(path, clip["digest"], (pass_,), row, *interval)
                 continue
-            failure = Failure(
-                "changed", "the video's bytes are not those of the build; build again"
-            )
+            detail = "the video's bytes are not those of the build; build again"
+            failure = Failure("changed", detail)
         except OSError as error:
             failure = Failure("missing", f"{error.strerror or error}")
         result.findings.append(_no_clip(str(clip["path"]), failure))
@@ -296,7 +291,11 @@ def _compare(feature: Feature, row: int, clip: str, cell: np.ndarray, result: Ve
         result.close += 1
         return
     problem = f"differs from the video's feature by {error:.2%} of its largest value"
-    result.findings.append(Finding(_label(feature), feature.shard_of(row), clip, problem))
+    result.findings.append(_at(feature, row, clip, problem))
+
+
+def _at(feature: Feature, row: int, clip: str, problem: str) -> Finding:
+    return Finding(_label(feature), feature.shard_of(row), clip, problem)
 
 
 def _label(feature: Feature) -> str:

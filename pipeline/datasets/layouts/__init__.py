@@ -97,13 +97,9 @@ def read(root: Path, layout: str = "auto", split: str | None = None) -> Listing:
         if candidate.recognise and (line := candidate.recognise(root)) is not None
     }
     if not lines:
-        needs = "\n".join(
-            f"  {name} needs {candidate.needs}"
-            for name, candidate in layouts.items()
-            if candidate.recognise
-        )
+        needs = [f"  {n} needs {known.needs}" for n, known in layouts.items() if known.recognise]
         problem = "no layout fits" if layout == "auto" else f"layout {layout!r} does not fit"
-        raise ValueError(f"{problem} {root}: it holds {describe(root)}.\n{needs}")
+        raise ValueError(f"{problem} {root}: it holds {describe(root)}.\n" + "\n".join(needs))
     name = _most_specific(root, lines, layouts)
     listing = layouts[name].read(root, split)
     others = [f"--layout {other} ({line})" for other, line in lines.items() if other != name]

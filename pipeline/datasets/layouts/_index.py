@@ -1,10 +1,12 @@
 """Class index files ("37 HandstandPushups"), and the split lists that come with them."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from varve.pipeline.datasets.layouts._disk import join, near, scan
-from varve.pipeline.datasets.layouts._lists import lines
+from varve.pipeline.datasets.layouts._lists import Entry, assemble, lines, locate
+from varve.pipeline.datasets.layouts._values import Listing
 
 
 def numbered_lists(root: Path, pattern: str) -> tuple[str, dict[str, tuple[str, ...]]]:
@@ -42,6 +44,20 @@ def class_index(root: Path, folder: str) -> tuple[dict[int, str], str]:
             if name.lower() == "classind.txt":
                 return _read_index(root / join(parent, name)), join(parent, name)
     return {}, ""
+
+
+def assemble_indexed(
+    root: Path, entries: Sequence[Entry], layout: str, summary: str, classes: list[str], order: str
+) -> Listing:
+    """Find the clips by name without case, and make the listing as `assemble` does.
+
+    Args:
+        classes: The names in the class index; empty for sorted labels.
+        order: A note on the order of the classes.
+    """
+    labels = classes or {entry.clip.label for entry in entries}
+    located, missing = locate(root, entries, labels, ignore_case=True)
+    return assemble(root, located, layout, summary, classes or None, (order, missing))
 
 
 def _read_index(path: Path) -> dict[int, str]:

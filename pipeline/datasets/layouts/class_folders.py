@@ -35,16 +35,10 @@ def read(root: Path, split: str | None = None) -> Listing:
         clip = ListedClip(path, second, top) if splits else ListedClip(path, top)
         entries.append(Entry(clip, path))
     videos = len(below) - len(paths)
-    return assemble(
-        root,
-        entries,
-        "class_folders",
-        "class folders in folders of splits" if splits else "class folders",
-        notes=(
-            f"directly in the root, so without a class, left out: {videos}" if videos else "",
-            _lone_class(root, paths, splits),
-        ),
-    )
+    summary = "class folders in folders of splits" if splits else "class folders"
+    outside = f"directly in the root, so without a class, left out: {videos}" if videos else ""
+    notes = (outside, _lone_class(root, paths, splits))
+    return assemble(root, entries, "class_folders", summary, notes=notes)
 
 
 def example(root: Path) -> list[str]:

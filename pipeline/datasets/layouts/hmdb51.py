@@ -12,16 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from varve.pipeline.datasets.layouts._disk import join, write_files
-from varve.pipeline.datasets.layouts._index import class_index, numbered_lists
-from varve.pipeline.datasets.layouts._lists import (
-    Entry,
-    assemble,
-    choose_split,
-    first_rows,
-    inside,
-    lines,
-    locate,
-)
+from varve.pipeline.datasets.layouts._index import assemble_indexed, class_index, numbered_lists
+from varve.pipeline.datasets.layouts._lists import Entry, choose_split, first_rows, inside, lines
 from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 
 SPECIFIC = 2
@@ -45,13 +37,9 @@ def read(root: Path, split: str | None = None) -> Listing:
     number = choose_split(lists, split, "HMDB51")
     classes, index = class_index(root, folder)
     entries = list(entries_of(root, folder, lists[number]))
-    labels = classes.values() or {entry.clip.label for entry in entries}
-    located, missing = locate(root, entries, labels, ignore_case=True)
     order = f"class order from {index}" if classes else "no ClassInd.txt, classes in sorted order"
     summary = f"HMDB51, split {number} of {len(lists)}, lists in {folder or '.'}/"
-    return assemble(
-        root, located, "hmdb51", summary, list(classes.values()) or None, (order, missing)
-    )
+    return assemble_indexed(root, entries, "hmdb51", summary, list(classes.values()), order)
 
 
 def example(root: Path) -> list[str]:

@@ -62,16 +62,11 @@ def read(root: Path, split: str | None = None) -> Listing:
             missing += cut is None
             clip = ListedClip(cut or name, clip.label, clip.split)
         entries.append(Entry(clip, where))
-    return assemble(
-        root,
-        entries,
-        "kinetics",
-        f"Kinetics, {', '.join(files)}",
-        notes=(
-            f"stretches of uncut videos: {uncut}" if uncut else "",
-            f"listed but not on the disk: {missing}" if missing else "",
-        ),
+    notes = (
+        f"stretches of uncut videos: {uncut}" if uncut else "",
+        f"listed but not on the disk: {missing}" if missing else "",
     )
+    return assemble(root, entries, "kinetics", f"Kinetics, {', '.join(files)}", notes=notes)
 
 
 def example(root: Path) -> list[str]:
@@ -92,12 +87,8 @@ def _lists(root: Path) -> list[str]:
         return min(kinds, default=len(ORDER)), natural_key(name)
 
     for folder, files in near(root):
-        lists = [
-            join(folder, name)
-            for name in files
-            if suffix(name) == ".csv" and _header(root / join(folder, name))
-        ]
-        if lists:
+        tables = (join(folder, name) for name in files if suffix(name) == ".csv")
+        if lists := [table for table in tables if _header(root / table)]:
             return sorted(lists, key=rank)
     return []
 

@@ -42,13 +42,9 @@ def read(root: Path, split: str | None = None) -> Listing:
     entries_of, labels_of = (
         (_json_entries, _json_labels) if version == "v2" else (_csv_entries, _csv_labels)
     )
-    entries = [
-        entry
-        for kind in KINDS
-        if kind in lists
-        for entry in entries_of(root / join(folder, lists[kind]), kind)
-    ]
-    classes = labels_of(root / join(folder, lists["labels"])) if "labels" in lists else None
+    paths = {kind: root / join(folder, name) for kind, name in lists.items()}
+    entries = [entry for kind in KINDS if kind in paths for entry in entries_of(paths[kind], kind)]
+    classes = labels_of(paths["labels"]) if "labels" in paths else None
     # Clips without a label are left out, and need no search on the disk.
     located, missing = locate(root, [entry for entry in entries if entry.clip.label], ())
     unlabelled = [entry for entry in entries if not entry.clip.label]

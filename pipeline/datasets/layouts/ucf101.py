@@ -11,15 +11,8 @@ import re
 from pathlib import Path
 
 from varve.pipeline.datasets.layouts._disk import join, stem, write_files
-from varve.pipeline.datasets.layouts._index import class_index, numbered_lists
-from varve.pipeline.datasets.layouts._lists import (
-    Entry,
-    assemble,
-    choose_split,
-    inside,
-    lines,
-    locate,
-)
+from varve.pipeline.datasets.layouts._index import assemble_indexed, class_index, numbered_lists
+from varve.pipeline.datasets.layouts._lists import Entry, choose_split, inside, lines
 from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 
 SPECIFIC = 2
@@ -45,13 +38,9 @@ def read(root: Path, split: str | None = None) -> Listing:
             path = inside(root, match[1], where)
             label = _label(path, match[2], classes, where)
             entries.append(Entry(ListedClip(path, label, kind), where))
-    labels = classes.values() or {entry.clip.label for entry in entries}
-    located, missing = locate(root, entries, labels, ignore_case=True)
     order = f"class order from {index}" if classes else "no classInd.txt, classes in sorted order"
     summary = f"UCF101, split {number} of {len(lists)}, lists in {folder or '.'}/"
-    return assemble(
-        root, located, "ucf101", summary, list(classes.values()) or None, (order, missing)
-    )
+    return assemble_indexed(root, entries, "ucf101", summary, list(classes.values()), order)
 
 
 def example(root: Path) -> list[str]:
