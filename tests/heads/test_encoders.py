@@ -47,14 +47,16 @@ def test_relations_are_of_ordered_tuples_of_every_length():
     x = draw(2, 4, 3)
     encoder = Encoder(EncoderConfig("trn"), 4, 3, np.random.default_rng(0))
     chosen = {2: [(0, 1), (1, 2), (2, 3)], 3: [(0, 1, 2), (0, 2, 3), (1, 2, 3)], 4: [(0, 1, 2, 3)]}
-    found = [[tuple(one) for one in tuples.tolist()] for tuples in encoder.relation.tuples]
-    assert found == [*chosen.values()]
+    relation_tuples = [
+        [tuple(indices) for indices in tuples.tolist()] for tuples in encoder.relation.tuples
+    ]
+    assert relation_tuples == [*chosen.values()]
     expected = np.zeros((2, 256))
     for (length, tuples), layer in zip(chosen.items(), encoder.relation.lengths, strict=True):
         weight, bias = (p.detach().double().numpy() for p in (layer.weight, layer.bias))
         for b in range(2):
-            for one in tuples:
-                frames = np.concatenate([x[b, t].double().numpy().clip(0) for t in one])
+            for indices in tuples:
+                frames = np.concatenate([x[b, t].double().numpy().clip(0) for t in indices])
                 assert len(frames) == 3 * length
                 expected[b] += (weight @ frames + bias).clip(0) / len(tuples)
     np.testing.assert_allclose(encoder(x).detach(), expected, rtol=1e-5, atol=1e-6)

@@ -34,9 +34,11 @@ def draw(*shape, seed=0):
 def stirred(graft, seed=1):
     """The graft in float64, its own parameters drawn anew."""
     graft = graft.double()
-    held = {id(p) for part in graft.children() for p in part.parameters()}
+    child_parameters = {id(p) for part in graft.children() for p in part.parameters()}
     with torch.no_grad():
-        for i, parameter in enumerate(p for p in graft.parameters() if id(p) not in held):
+        for i, parameter in enumerate(
+            p for p in graft.parameters() if id(p) not in child_parameters
+        ):
             parameter.copy_(torch.from_numpy(draw(*parameter.shape, seed=seed + i)))
     return graft
 
@@ -49,8 +51,8 @@ def linear(classes, width, seed=0):
     return layer
 
 
-def close(found, expected):
-    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-10, atol=1e-12)
+def close(actual, expected):
+    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
 # At the start
@@ -78,11 +80,11 @@ def test_at_its_start_a_graft_is_the_frozen_stage_bit_for_bit(load, network, nam
     with torch.inference_mode():
         x = backbone.run(torch.from_numpy(pictures), [before])[before]
         stage = backbone.stage(name).module
-        expected, found = stage(x), make(stage)(x)
-    assert torch.equal(found, expected)
-    assert (found.dtype, found.stride()) == (precision, expected.stride())
+        expected, grafted = stage(x), make(stage)(x)
+    assert torch.equal(grafted, expected)
+    assert (grafted.dtype, grafted.stride()) == (precision, expected.stride())
     if network == "resnet18":
-        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert grafted.is_contiguous(memory_format=torch.channels_last)
 
 
 def regularized(module, channels, prefix=0):
@@ -194,8 +196,8 @@ def shifted(x_BTCHW, fold):
 def test_a_shift_moves_the_first_folds_channels_and_only_before_conv1(channels, fold):
     x = draw(2, 4, channels, 3, 2)
     graft = TemporalShift(Residual(channels).double(), frames=4, fold=fold)
-    found = graft(torch.from_numpy(x).flatten(0, 1))
-    close(found, (1000 * x + shifted(x, fold)).reshape(8, channels, 3, 2))
+    outputs = graft(torch.from_numpy(x).flatten(0, 1))
+    close(outputs, (1000 * x + shifted(x, fold)).reshape(8, channels, 3, 2))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -222,8 +224,8 @@ def test_a_shift_hands_on_the_memory_format_it_was_given(form):
 
 def test_a_shift_of_a_single_frame_leaves_zeros():
     x = torch.ones(2, 8, 1, 1)
-    found = Shift(nn.Identity(), frames=1, fold=4)(x)
-    assert found.flatten(1).tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]] * 2
+    outputs = Shift(nn.Identity(), frames=1, fold=4)(x)
+    assert outputs.flatten(1).tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]] * 2
 
 
 def test_a_shift_on_what_has_no_conv1_is_refused():
@@ -262,12 +264,12 @@ def gate(weight, bias, F):
 
 def gated(graft, F):
     weight, bias = graft.weight.detach().numpy(), graft.bias.detach().numpy()
-    toward, given = (gate(weight[g], bias[g], F) for g in (0, -1))
+    toward, removed = (gate(weight[g], bias[g], F) for g in (0, -1))
     out = np.zeros_like(F)
     for t in range(F.shape[1]):
         if t + 1 < F.shape[1]:
             out[:, t] += toward[:, t, None] * F[:, t + 1]
-        out[:, t] += (1 - (given[:, t - 1, None] if t else 0)) * F[:, t]
+        out[:, t] += (1 - (removed[:, t - 1, None] if t else 0)) * F[:, t]
     return out
 
 
@@ -294,9 +296,9 @@ def test_the_gate_is_torchs_own_conv3d_over_the_pair():
 def test_only_a_conservative_gate_keeps_the_sum_over_the_frames(conservative):
     F = torch.from_numpy(draw(3, 8, 16, 7, 7))
     graft = stirred(HFGate(nn.Identity(), 16, frames=8, conservative=conservative))
-    found = graft(F.flatten(0, 1)).view(F.shape)
-    assert (found - F).abs().mean() > 0.3
-    error = (found.sum(dim=1) - F.sum(dim=1)).abs().max()
+    outputs = graft(F.flatten(0, 1)).view(F.shape)
+    assert (outputs - F).abs().mean() > 0.3
+    error = (outputs.sum(dim=1) - F.sum(dim=1)).abs().max()
     assert error < 1e-13 if conservative else error > 0.1
 
 
@@ -307,9 +309,9 @@ def test_on_tokens_patches_are_gated_as_a_grid_and_the_prefix_is_not(prefix, con
     first = draw(2, 3, prefix, 4, seed=9)
     tokens = np.concatenate([first, F.reshape(2, 3, 4, 25).swapaxes(2, 3)], axis=2)
     graft = stirred(HFGate(nn.Identity(), 4, 3, conservative, prefix))
-    found = graft(torch.from_numpy(tokens).flatten(0, 1)).view(tokens.shape)
-    close(found[:, :, prefix:].transpose(2, 3).reshape(F.shape), gated(graft, F))
-    assert torch.equal(found[:, :, :prefix], torch.from_numpy(first))
+    outputs = graft(torch.from_numpy(tokens).flatten(0, 1)).view(tokens.shape)
+    close(outputs[:, :, prefix:].transpose(2, 3).reshape(F.shape), gated(graft, F))
+    assert torch.equal(outputs[:, :, :prefix], torch.from_numpy(first))
 
 
 @pytest.mark.parametrize(("conservative", "expected"), [(True, 119_242), (False, 238_484)])
@@ -377,9 +379,9 @@ def test_on_tokens_the_patches_choose_and_every_token_is_scaled(regularizer, pre
     graft = regularizer(prefix=prefix)
     a = tokens.swapaxes(2, 3)
     _, expected = regularization(a[..., prefix:], rows_of(graft), 0.4)
-    found = graft(torch.from_numpy(tokens).flatten(0, 1)).view(tokens.shape)
-    close(found[:, :, prefix:], expected.swapaxes(2, 3))
-    close((found / torch.from_numpy(tokens))[:, :, 0], (expected / a[..., prefix:])[..., 0])
+    outputs = graft(torch.from_numpy(tokens).flatten(0, 1)).view(tokens.shape)
+    close(outputs[:, :, prefix:], expected.swapaxes(2, 3))
+    close((outputs / torch.from_numpy(tokens))[:, :, 0], (expected / a[..., prefix:])[..., 0])
 
 
 def test_factors_lie_between_one_less_and_one_more_than_the_strength(regularizer):

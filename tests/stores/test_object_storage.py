@@ -340,8 +340,8 @@ def test_keys_and_endpoint_come_from_the_environment_too(make, copied, options, 
     monkeypatch.setenv("AWS_ENDPOINT_URL", options["endpoint"])
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    for given in (url, f"{url}/", Path(url)):
-        store = FeatureStore.open(given)
+    for address in (url, f"{url}/", Path(url)):
+        store = FeatureStore.open(address)
         assert str(store.location) == url
         assert store.feature(BACKBONE, "pool").read([3]).tobytes() == cells_of([3]).tobytes()
 

@@ -181,7 +181,7 @@ def test_a_graft_upon_a_graft_and_upon_an_unfrozen_stage(resnet):
         "layer4.0", TemporalShift(thawed.stage("layer4.0").module, frames=2, fold=8)
     )
     again = shifted.graft("layer4.0", Scaled(shifted.stage("layer4.0").module))
-    assert len({one.keys(FRAMES_KEY)["fc"] for one in (thawed, shifted, again)}) == 3
+    assert len({network.keys(FRAMES_KEY)["fc"] for network in (thawed, shifted, again)}) == 3
     assert again.changed == ["layer4.0"]
 
 
@@ -209,8 +209,8 @@ def test_a_suffix_from_every_stage_gives_what_the_whole_chain_gives(network):
     last = backbone.stage_names[-1]
     for name in backbone.stage_names[:-1]:
         suffix = backbone.suffix(name)
-        found = suffix(outputs[name].clone())
-        assert torch.equal(found, outputs[last]), name
+        output = suffix(outputs[name].clone())
+        assert torch.equal(output, outputs[last]), name
         clips = suffix(outputs[name].clone()[None])
         assert torch.equal(clips, outputs[last][None]), name
 
@@ -324,7 +324,7 @@ def test_what_is_put_into_an_unfrozen_or_a_frozen_stage_is_part_of_the_key():
         return backbones.load(VIT)
 
     plain = keys(load())
-    found = [
+    all_keys = [
         plain,
         *(keys(lora(load().unfreeze("blocks.10.mlp"), alpha)) for alpha in (1.0, 4.0)),
         *(keys(graft(lora(load(), alpha))) for alpha in (1.0, 4.0)),
@@ -332,8 +332,8 @@ def test_what_is_put_into_an_unfrozen_or_a_frozen_stage_is_part_of_the_key():
         keys(activation(load(), nn.Tanh())),
         keys(lora(load(), 1.0).unfreeze("blocks.10.mlp").unfreeze("blocks.10.mlp")),
     ]
-    assert found[1] == found[-1]
-    assert len(set(found)) == len(found) - 1
+    assert all_keys[1] == all_keys[-1]
+    assert len(set(all_keys)) == len(all_keys) - 1
     assert keys(load().unfreeze("blocks.10.mlp").unfreeze("blocks.10.mlp")) == plain
     assert keys(copy.deepcopy(load())) == plain
 
@@ -380,9 +380,9 @@ def test_a_graft_that_works_in_place_spoils_no_kept_output(vit):
     spoiling = vit.graft("blocks.10.mlp", InPlace(vit.stage("blocks.10.mlp").module))
     with torch.inference_mode():
         expected = vit.run(x, ["blocks.10.attn", "proj"])
-        found = spoiling.run(x, ["blocks.10.attn", "proj"])
+        outputs = spoiling.run(x, ["blocks.10.attn", "proj"])
     for name, output in expected.items():
-        assert torch.equal(found[name], output), name
+        assert torch.equal(outputs[name], output), name
 
 
 class Context(nn.Module):

@@ -218,7 +218,7 @@ LISTED = "HandstandPushups/v_HandStandPushups_g01_c01.avi"
 
 
 @pytest.mark.parametrize(
-    "place",
+    "path",
     [
         LISTED,
         f"UCF-101/{LISTED}",
@@ -230,12 +230,12 @@ LISTED = "HandstandPushups/v_HandStandPushups_g01_c01.avi"
         "frames/HandstandPushups/v_HandStandPushups_g01_c01/00001.jpg",
     ],
 )
-def test_ucf101_videos_are_found_wherever_they_lie(tmp_path, place):
+def test_ucf101_videos_are_found_wherever_they_lie(tmp_path, path):
     write(tmp_path / "classInd.txt", "37 HandstandPushups\n38 HandstandWalking\n")
     write(tmp_path / "testlist01.txt", LISTED + "\n")
-    put(tmp_path, place)
+    put(tmp_path, path)
     clip = read(tmp_path).clips[0]
-    assert clip == ListedClip(place.removesuffix("/00001.jpg"), "HandstandPushups", "test")
+    assert clip == ListedClip(path.removesuffix("/00001.jpg"), "HandstandPushups", "test")
 
 
 def test_a_missing_ucf101_clip_is_expected_beside_the_others(tmp_path):
@@ -359,7 +359,7 @@ CUT = f"{ID}_000003_000013"
 
 
 @pytest.mark.parametrize(
-    "place",
+    "path",
     [
         f"train/riding a bike/{CUT}.mp4",
         f"train/riding_a_bike/{CUT}.mp4",
@@ -369,10 +369,10 @@ CUT = f"{ID}_000003_000013"
         f"{CUT}.mp4",
     ],
 )
-def test_cut_kinetics_files_are_whole_clips_wherever_they_lie(tmp_path, place):
+def test_cut_kinetics_files_are_whole_clips_wherever_they_lie(tmp_path, path):
     write(tmp_path / "train.csv", f"{KINETICS}riding a bike,{ID},3,13,train,0\n")
-    put(tmp_path, place, f"{ID}.mp4")
-    assert read(tmp_path).clips == (ListedClip(place, "riding a bike", "train"),)
+    put(tmp_path, path, f"{ID}.mp4")
+    assert read(tmp_path).clips == (ListedClip(path, "riding a bike", "train"),)
 
 
 def test_an_uncut_kinetics_file_gives_its_stretch(tmp_path):

@@ -117,9 +117,12 @@ def drawn():
     second = {b: a for a, b in REVERSED_PAIRS}
 
     def clips(k):
-        made = {name: frames(name, np.random.default_rng([9, k])) for name in CLASSES
-                if name not in second}  # fmt: skip
-        return [grey8(made[second[n]][::-1] if n in second else made[n]) for n in CLASSES]
+        class_frames = {name: frames(name, np.random.default_rng([9, k])) for name in CLASSES
+                        if name not in second}  # fmt: skip
+        return [
+            grey8(class_frames[second[n]][::-1] if n in second else class_frames[n])
+            for n in CLASSES
+        ]
 
     return np.stack([np.stack(clips(k)) for k in range(24)])
 
@@ -153,8 +156,8 @@ def test_the_set_of_frames_tells_the_oscillations_apart(drawn):
 
 
 def test_sizes_rates_lengths_and_codecs_vary(tmp_path):
-    made = make_dataset(tmp_path / "set", clips_per_class=30, broken=False, classes=["grow"])
-    seen = [facts(path) for path in (made.root).glob("*/*/*")]
+    dataset = make_dataset(tmp_path / "set", clips_per_class=30, broken=False, classes=["grow"])
+    seen = [facts(path) for path in (dataset.root).glob("*/*/*")]
     codecs, widths, heights, rates, counts = (set(column) for column in zip(*seen, strict=True))
     assert codecs == {"h264", "mpeg4"}
     assert min(widths | heights) >= 128
@@ -218,10 +221,10 @@ def test_a_file_shows_the_frames_it_was_made_of(tmp_path):
         decoded = np.stack(decode(tmp_path / name))
         assert decoded.shape == clip.shape
         # Codec and colour subsampling cost about 3 levels on average, another frame over 5.
-        own = np.abs(decoded.astype(int) - clip).mean(axis=(1, 2, 3))
+        errors = np.abs(decoded.astype(int) - clip).mean(axis=(1, 2, 3))
         shifted = np.abs(np.roll(decoded, 3, axis=0).astype(int) - clip).mean(axis=(1, 2, 3))
-        assert own.max() < 5
-        assert (own < shifted).all()
+        assert errors.max() < 5
+        assert (errors < shifted).all()
 
 
 def test_the_index_comes_first_where_asked(tmp_path):
@@ -241,20 +244,20 @@ def test_keyframes_come_as_often_as_asked(tmp_path):
 
 
 def test_a_data_set_without_broken_files_lists_none(tmp_path):
-    made = make_dataset(tmp_path / "set", clips_per_class=1, broken=False)
-    assert made.broken == ()
-    assert broken_files(made.root) == []
-    assert len(list(made.root.glob("*/*/*"))) == made.clips == len(CLASSES)
+    dataset = make_dataset(tmp_path / "set", clips_per_class=1, broken=False)
+    assert dataset.broken == ()
+    assert broken_files(dataset.root) == []
+    assert len(list(dataset.root.glob("*/*/*"))) == dataset.clips == len(CLASSES)
 
 
 def test_broken_files_are_listed_with_their_reasons(dataset):
-    found = broken_files(dataset.root)
-    assert tuple(found) == dataset.broken
-    assert {path.stem: reason for path, reason in found} == {
+    listed = broken_files(dataset.root)
+    assert tuple(listed) == dataset.broken
+    assert {path.stem: reason for path, reason in listed} == {
         stem: corruption.reason for stem, corruption in CORRUPTIONS.items()
     }
-    assert {reason for _, reason in found} <= {*REASONS, ""}
-    assert {path.parent.parent.name for path, _ in found} == {"train", "test"}
+    assert {reason for _, reason in listed} <= {*REASONS, ""}
+    assert {path.parent.parent.name for path, _ in listed} == {"train", "test"}
 
 
 def test_each_broken_file_is_broken_as_its_reason_says(dataset):
@@ -273,9 +276,9 @@ def test_each_broken_file_is_broken_as_its_reason_says(dataset):
 
 
 @pytest.mark.parametrize(
-    ("stem", "held"), [("cut short", (0.4, 0.7)), ("garbage inside", (0.2, 0.7))]
+    ("stem", "share"), [("cut short", (0.4, 0.7)), ("garbage inside", (0.2, 0.7))]
 )
-def test_a_file_with_spoilt_data_still_promises_every_frame(dataset, stem, held):
+def test_a_file_with_spoilt_data_still_promises_every_frame(dataset, stem, share):
     (path,) = (path for path, _ in dataset.broken if path.stem == stem)
     with av.open(str(path), "r") as container:
         stream = container.streams.video[0]
@@ -289,7 +292,7 @@ def test_a_file_with_spoilt_data_still_promises_every_frame(dataset, stem, held)
     original = path.with_name("clip_000.mp4")
     assert promised == facts(original)[-1]
     assert refused > 0
-    assert held[0] < len(set(times)) / promised < held[1]
+    assert share[0] < len(set(times)) / promised < share[1]
 
 
 def test_spoiling_is_a_function_of_the_bytes(dataset):

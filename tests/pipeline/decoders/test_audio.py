@@ -65,9 +65,9 @@ def around(track_N, frame, frames=FRAMES, low=0, high=np.inf):
     """Cut by hand one second with the middle of the frame's time in its middle."""
     middle = round((frame + 0.5) / FPS * RATE)
     out = np.zeros(RATE, np.float32)
-    for i, place in enumerate(range(middle - RATE // 2, middle + RATE // 2)):
-        if max(0, low) <= place < min(len(track_N), high):
-            out[i] = track_N[place]
+    for i, sample in enumerate(range(middle - RATE // 2, middle + RATE // 2)):
+        if max(0, low) <= sample < min(len(track_N), high):
+            out[i] = track_N[sample]
     return out
 
 
@@ -78,8 +78,8 @@ def test_each_frame_has_the_second_around_it_to_the_sample(tmp_path):
     (answer,) = listen(path)
     assert (answer.facts.warning, answer.facts.sound) == ("", "")
     assert answer.frames[0].dtype == np.float32
-    for place, frame in enumerate((7, 22, 37, 52)):
-        np.testing.assert_array_equal(answer.frames[0][place], around(track_N, frame))
+    for row, frame in enumerate((7, 22, 37, 52)):
+        np.testing.assert_array_equal(answer.frames[0][row], around(track_N, frame))
 
 
 def test_pictures_and_sounds_of_a_file_come_together_and_alone_alike(tmp_path):
@@ -106,10 +106,10 @@ def test_a_clip_hears_nothing_of_its_neighbours(tmp_path):
         (first, 0, (0, 19200)), (second, 30, (19200, 38400)), (whole, 0, (0, 38400))
     ):  # fmt: skip
         count = 60 if answer is whole else 30
-        for place in range(4):
-            frame = start + (2 * place + 1) * count // 8
+        for row in range(4):
+            frame = start + (2 * row + 1) * count // 8
             expected = around(track_N, frame, low=low, high=high)
-            np.testing.assert_array_equal(answer.frames[0][place], expected)
+            np.testing.assert_array_equal(answer.frames[0][row], expected)
 
 
 def test_what_is_not_there_is_silent_and_told(tmp_path, encode):
@@ -134,16 +134,16 @@ def test_a_track_is_heard_when_it_is_heard(tmp_path):
     late = mux(tmp_path / "late.mkv", "pcm_s16le", track_N[None], RATE, late_seconds=0.5)
     shifted_N = np.concatenate([np.zeros(RATE // 2, np.float32), track_N])
     (answer,) = listen(late)
-    for place, frame in enumerate((7, 22, 37, 52)):
+    for row, frame in enumerate((7, 22, 37, 52)):
         expected = around(shifted_N, frame, high=FRAMES * RATE // FPS)
-        np.testing.assert_array_equal(answer.frames[0][place], expected)
+        np.testing.assert_array_equal(answer.frames[0][row], expected)
     holed_N = track_N.copy()
     holed_N[RATE : RATE * 3 // 2] = 0
     holed = mux(tmp_path / "holed.mkv", "pcm_s16le", track_N[None], RATE, gap=(1.0, 1.5))
     (answer,) = listen(holed)
-    for place, frame in enumerate((7, 22, 37, 52)):
-        found, expected = answer.frames[0][place], around(holed_N, frame)
-        assert (found == expected).mean() > 0.999  # libswresample fades in at the gap's end
+    for row, frame in enumerate((7, 22, 37, 52)):
+        cut, expected = answer.frames[0][row], around(holed_N, frame)
+        assert (cut == expected).mean() > 0.999  # libswresample fades in at the gap's end
 
 
 def heard(path):
@@ -165,11 +165,11 @@ def pulse(rate):
      ("b.mkv", "libopus", 48000), ("a.avi", "pcm_s16le", 22050)],
 )  # fmt: skip
 def test_what_a_codec_puts_before_a_track_delays_nothing(tmp_path, name, codec, rate):
-    found, own = heard(mux(tmp_path / name, codec, pulse(rate), rate)), pulse(RATE)[0]
-    spectra = [np.fft.rfft(x, 4 * RATE) for x in (found, own)]
+    decoded, original = heard(mux(tmp_path / name, codec, pulse(rate), rate)), pulse(RATE)[0]
+    spectra = [np.fft.rfft(x, 4 * RATE) for x in (decoded, original)]
     together = np.fft.irfft(spectra[0] * spectra[1].conj())
     assert int(together.argmax()) == 0
-    assert np.abs(found - own).max() < 0.05
+    assert np.abs(decoded - original).max() < 0.05
 
 
 @pytest.mark.parametrize("rate", [16000, 44100, 48000])
@@ -178,8 +178,8 @@ def test_the_clock_of_the_frames_is_that_of_the_sound(tmp_path, rate):
     path = mux(tmp_path / "a.mkv", "pcm_s16le", pulse(rate), rate, output_ts_offset="5")
     index = _index.read(str(path), audio=True)
     assert index.start_seconds > 4.9
-    found = heard(path)
-    assert np.abs(found - pulse(RATE)[0]).max() < 0.02
+    decoded = heard(path)
+    assert np.abs(decoded - pulse(RATE)[0]).max() < 0.02
 
 
 def test_a_track_that_changes_its_kind_goes_on(tmp_path):
@@ -189,8 +189,8 @@ def test_a_track_that_changes_its_kind_goes_on(tmp_path):
     both.write_bytes(b"".join(part.read_bytes() for part in parts))
     window = _audio.Window(0, 6 * RATE, 0, np.inf)
     index = _index.read(str(both), audio=True)
-    found = index.source.read_audio(RATE, index.start_seconds, [window]).samples[window]
-    loud = np.flatnonzero(np.abs(found) > 0.3) / RATE
+    samples = index.source.read_audio(RATE, index.start_seconds, [window]).samples[window]
+    loud = np.flatnonzero(np.abs(samples) > 0.3) / RATE
     assert loud.min() == pytest.approx(1, abs=0.15)
     assert loud.max() == pytest.approx(4, abs=0.15)
 
@@ -216,14 +216,18 @@ def damaged(path, codec, rate):
         for packet in old.demux():
             if not packet.size:
                 continue
-            own = packet
+            written = packet
             if packet.stream.type == "audio":
                 count += 1
                 if count > 20:
-                    own = av.Packet(rng.integers(0, 256, packet.size, np.uint8).tobytes())
-                    own.pts, own.dts, own.time_base = packet.pts, packet.dts, packet.time_base
-            own.stream = copies[packet.stream_index]
-            new.mux(own)
+                    written = av.Packet(rng.integers(0, 256, packet.size, np.uint8).tobytes())
+                    written.pts, written.dts, written.time_base = (
+                        packet.pts,
+                        packet.dts,
+                        packet.time_base,
+                    )
+            written.stream = copies[packet.stream_index]
+            new.mux(written)
     return path
 
 
@@ -307,19 +311,21 @@ def test_what_is_known_of_a_sound_outlives_a_build_that_does_not_listen(sounding
 
 def test_stored_sounds_are_verified_as_pictures_are(sounding):
     folder, _ = sounding
-    found = verify(folder / "s.zarr", sample=2)
-    assert not found.findings
-    assert found.equal == 6
+    report = verify(folder / "s.zarr", sample=2)
+    assert not report.findings
+    assert report.equal == 6
 
 
 def test_what_a_head_hears_is_said_by_name(sounding):
     store = FeatureStore.open(sounding[0] / "s.zarr")
     name = head_inputs.choose_backbone(store, "")
     assert name == "resnet18:random-0"
-    found = head_inputs.find_features(store, name, ["vector", "sound", "mel_resnet18:random-0/mel"])
-    own = [(feature.backbone, feature.name) for feature in found.values()]
+    features = head_inputs.find_features(
+        store, name, ["vector", "sound", "mel_resnet18:random-0/mel"]
+    )
+    backbones_and_names = [(feature.backbone, feature.name) for feature in features.values()]
     mel = "mel_resnet18:random-0"
-    assert own == [("resnet18:random-0", "pool"), (mel, "pool"), (mel, "mel")]
+    assert backbones_and_names == [("resnet18:random-0", "pool"), (mel, "pool"), (mel, "mel")]
     with pytest.raises(ValueError, match="0 of those of"):
         head_inputs.find_features(store, name, ["resnet34/pool"])
 

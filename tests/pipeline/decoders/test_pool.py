@@ -51,8 +51,8 @@ def decoders():
 def until(condition, seconds=20.0):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(0.05)
     raise AssertionError(f"not within {seconds} seconds")
 

@@ -127,9 +127,9 @@ def test_two_weight_files_of_equal_content_or_equal_name_are_two_backbones(video
     spec = BuildSpec(tuple(f"resnet18:{name}" for name in names), ("stem:pool",), frames=2)
     report = build(videos, store, spec, runtime=SERIAL)
     assert (report.clips, report.decoded) == ({"ready": 6}, 6)
-    found = FeatureStore.open(store).features()
-    assert sorted(f.backbone for f in found) == ["resnet18:loud", "resnet18:loud", "resnet18:twin"]
-    assert all(feature.valid.all() for feature in found)
+    stored = FeatureStore.open(store).features()
+    assert sorted(f.backbone for f in stored) == ["resnet18:loud", "resnet18:loud", "resnet18:twin"]
+    assert all(feature.valid.all() for feature in stored)
     result = verify(store, sample=2)
     assert (result.findings, result.equal) == ([], 6)
 
