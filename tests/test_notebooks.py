@@ -161,7 +161,7 @@ def test_videos_are_drawn_once_and_are_whole_or_not_there(tmp_path):
         assert os.listdir(videos.parent) == ["videos"]
 
 
-def test_a_store_is_built_and_what_it_holds_is_not_built_again(execute, tmp_path):
+def test_a_store_is_built_and_valid_cells_are_not_built_again(execute, tmp_path):
     videos = tmp_path / "videos"
     make_dataset(videos, 1, classes=("grow", "shrink"))
     outputs = execute(BUILD, dataset=f"Path({str(videos)!r})", runtime="Runtime(serial=True)")

@@ -162,7 +162,7 @@ def test_a_pool_that_grew_is_a_pool_made_at_once():
     assert torch.equal(slow.anchors(7), torch.from_numpy(blocks[7]))
 
 
-def test_a_state_is_tensors_of_its_own_and_goes_through_safetensors():
+def test_a_state_is_a_copy_of_the_tensors_and_survives_safetensors():
     blocks = drawn(0, (2, 5), 6)
     pool = AnchorPool(6)
     for k, key in enumerate(("", "ViT-B-16 · é")):
@@ -214,7 +214,7 @@ def test_anchors_of_another_column_refuse_the_query():
         pool.compare(ones, key="moved")
 
 
-def test_in_a_runs_own_lineage_the_newest_column_may_ask_of_older_anchors():
+def test_in_the_lineage_of_a_run_the_newest_column_may_query_older_anchors():
     pool = AnchorPool(4, lineage=True)
     pool.add(0, [0], torch.ones(1, 4), "frozen")
     ones = torch.ones(2, 2, 4)
@@ -266,7 +266,7 @@ def test_the_length_of_a_vector_does_not_matter(scale):
             same_routing(pool, blocks, scaled_residuals, 2)
 
 
-def test_what_is_asked_stays_as_it_was():
+def test_queries_are_not_changed():
     pool = grown(drawn(0, (2, 2), 4))
     residuals = torch.tensor([[[1e30, 1, 2, 3], [1e-30, 0, 0, 0]], [[0, 0, 0, 0], [1, 2, 3, 4]]])
     before = residuals.clone()
@@ -291,7 +291,7 @@ def test_numbers_that_are_none_are_refused(value):
     assert all(torch.equal(pool.state_dict()[name], before[name]) for name in before)
 
 
-def test_what_does_not_fit_is_refused_with_what_was_found():
+def test_shapes_that_do_not_fit_are_refused_and_named():
     pool = AnchorPool(4)
     with pytest.raises(ValueError, match=r"no anchors yet.*learn first"):
         route(pool, torch.ones(1, 0, 4))

@@ -42,7 +42,7 @@ def test_cosine_is_the_similarity_weighted_by_the_softmax_over_proxies(proxies):
     np.testing.assert_allclose(head(torch.from_numpy(3 * x)).detach(), similarities, rtol=1e-12)
 
 
-def test_columns_are_appended_and_old_ones_stay():
+def test_columns_are_appended_and_previous_columns_stay():
     rng = np.random.default_rng(0)
     linear, cosine = Linear(4), Cosine(4, 2)
     linear.grow(2)
@@ -92,7 +92,7 @@ def test_proxies_of_a_single_clip_are_drawn_apart():
     assert torch.cosine_similarity(first, x[0], dim=0) > 0.98
 
 
-def test_held_columns_get_no_gradient():
+def test_frozen_columns_get_no_gradient():
     head = Cosine(4)
     head.grow(3, np.random.default_rng(0))
     head.frozen = torch.tensor([True, False, True])

@@ -100,7 +100,7 @@ def test_margin_ranking(fresh, top):
     assert float(loss) == pytest.approx(sum(losses) / len(losses), rel=1e-12)
 
 
-def test_margin_ranking_of_a_batch_without_old_clips_is_zero_and_has_a_gradient():
+def test_margin_ranking_of_a_batch_without_exemplars_is_zero_and_has_a_gradient():
     cosines = torch.zeros(2, 3, requires_grad=True)
     loss = margin_ranking(cosines, torch.tensor([1, 2]), torch.tensor([False, True, True]))
     loss.backward()

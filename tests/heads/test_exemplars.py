@@ -101,7 +101,7 @@ def test_a_shared_budget_shrinks_to_the_first_of_each_order():
     assert second.rows[3:6].tolist() == first.rows[4:7].tolist()
 
 
-def test_a_class_that_comes_again_is_chosen_anew_from_old_and_new_clips():
+def test_a_repeated_class_is_chosen_anew_from_exemplars_and_new_clips():
     first, _ = learn(Exemplars(ExemplarConfig(3)), [0] * 6 + [1] * 6, [0, 1], range(12), 0)
     second, _ = learn(first, [1] * 6, [0, 1], range(12, 18), 1, memory_of(first))
     assert torch.equal(second.rows[:3], first.rows[:3])
@@ -117,7 +117,7 @@ def test_a_clip_that_is_both_new_and_kept_counts_once():
     assert sorted(second.rows.tolist()) == [0, 1, 2, 3]
 
 
-def test_a_random_choice_is_a_draw_without_replacement_from_the_generator_given():
+def test_a_random_choice_is_a_draw_without_replacement_from_the_generator():
     chosen_rows = [
         learn(Exemplars(ExemplarConfig(6, choice="random")), [0] * 20, [0], range(20), seed)[
             0
@@ -147,7 +147,7 @@ def test_nearest_is_the_cosine_to_the_renormalised_mean_of_unit_exemplars():
     assert exemplars.nearest(torch.zeros(1, 5)).tolist() == [[0.0, 0.0]]
 
 
-def test_what_cannot_be_kept_or_was_not_given_back_is_refused():
+def test_unusable_budgets_and_missing_memory_are_refused():
     with pytest.raises(ValueError, match="give at least 1"):
         Exemplars(ExemplarConfig(0))
     with pytest.raises(ValueError, match="herding, random"):

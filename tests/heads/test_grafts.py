@@ -91,13 +91,13 @@ def regularized(module, channels, prefix=0):
     return ClassRegularization(module, linear(5, 12), channels, 2, strength=0.0, prefix=prefix)
 
 
-def test_at_its_start_an_adapter_can_leave_the_identity():
+def test_at_its_start_an_adapter_can_move_from_the_identity():
     graft = Adapter(nn.Identity(), width=8, bottleneck=4)
     graft(torch.from_numpy(draw(2, 3, 8)).float()).square().sum().backward()
     assert graft.up.grad.abs().sum() > 0
 
 
-def test_at_its_start_a_gate_can_leave_the_identity():
+def test_at_its_start_a_gate_can_move_from_the_identity():
     graft = HFGate(nn.Identity(), channels=4, frames=2)
     graft(torch.from_numpy(draw(2, 4, 3, 3)).float()).square().sum().backward()
     assert graft.weight.grad.abs().sum() > 0
@@ -146,7 +146,7 @@ def test_an_adapter_starts_as_adaptformers():
     assert not graft.up.any()
 
 
-def test_an_adapter_is_token_wise_where_its_inner_says_so():
+def test_an_adapter_is_token_wise_where_its_inner_module_is():
     assert not Adapter(nn.Identity(), 4).token_wise
     vit = backbones.load("ViT-S-32:random-0")
     assert Adapter(vit.stage("blocks.11.mlp").module, 384).token_wise
@@ -217,7 +217,7 @@ def test_a_shifted_block_is_the_block_with_shifted_channels_in_its_branch(load, 
 
 
 @pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format], ids=str)
-def test_a_shift_hands_on_the_memory_format_it_was_given(form):
+def test_a_shift_keeps_the_memory_format_of_its_input(form):
     x = torch.ones(4, 8, 3, 5).contiguous(memory_format=form)
     assert Shift(nn.Identity(), frames=2, fold=4)(x).is_contiguous(memory_format=form)
 
@@ -238,7 +238,7 @@ def test_a_shift_on_what_has_no_conv1_is_refused():
             TemporalShift(Residual(8), frames=2, fold=fold)
 
 
-def test_grafts_on_one_stage_look_at_the_same_clips():
+def test_grafts_on_one_stage_read_the_same_clips():
     gated = HFGate(TemporalShift(Residual(8), frames=4), channels=8, frames=4)
     assert gated(torch.zeros(8, 8, 2, 2)).shape == (8, 8, 2, 2)
     with pytest.raises(ValueError, match="frames=2 around a TemporalShift of 4 frames"):
@@ -274,14 +274,14 @@ def gated(graft, F):
 
 
 @pytest.mark.parametrize("conservative", [True, False])
-def test_a_gate_moves_what_its_equations_say(conservative):
+def test_a_gate_moves_features_by_its_equations(conservative):
     F = draw(2, 4, 3, 5, 6)
     graft = stirred(HFGate(nn.Identity(), 3, frames=4, conservative=conservative))
     assert len(graft.bias) == (1 if conservative else 2)
     close(graft(torch.from_numpy(F).flatten(0, 1)), gated(graft, F).reshape(8, 3, 5, 6))
 
 
-def test_the_gate_is_torchs_own_conv3d_over_the_pair():
+def test_the_gate_equals_torchs_conv3d_over_the_pair():
     F = torch.from_numpy(draw(2, 4, 3, 5, 6))
     graft = stirred(HFGate(nn.Identity(), 3, frames=4))
     after = torch.cat([F[:, 1:], torch.zeros_like(F[:, :1])], dim=1)
@@ -414,7 +414,7 @@ def test_classes_that_arrive_count_at_the_next_forward(regularizer):
     assert torch.equal(graft(x), x)
 
 
-def test_of_vectors_by_cosines_what_the_classes_do_not_share_speaks():
+def test_of_vectors_by_cosines_what_the_classes_do_not_share_decides():
     theta = draw(7, 4, 11) + 3
     classifier = nn.Module()
     classifier.weight = nn.Parameter(torch.from_numpy(theta))
@@ -499,7 +499,7 @@ def test_a_class_regularization_that_cannot_work_is_refused():
             graft(torch.zeros(shape))
 
 
-def test_a_block_that_is_made_apart_from_its_classifier_looks_at_it():
+def test_a_block_that_is_constructed_apart_from_its_classifier_reads_it():
     """A network is built on the CPU, when the classifier that it is to look at may be on a GPU."""
     with FakeTensorMode():
         classifier = nn.Linear(6, 3, device="cuda")

@@ -103,7 +103,7 @@ def test_what_is_drawn_is_the_seeds(position):
     assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
 
 
-def test_both_modalities_are_heard(runner):
+def test_both_modalities_change_the_scores(runner):
     run = learned(runner)
     batch = run.batch(run.tokens([2, 9], seed=5)[0])
     whole = run.head.scores(batch)
@@ -111,7 +111,7 @@ def test_both_modalities_are_heard(runner):
         assert not torch.allclose(run.head.scores({**batch, name: batch[name].flip(0)}), whole)
 
 
-def test_a_first_task_has_nothing_to_hold_and_nothing_to_augment(runner):
+def test_a_first_task_has_nothing_to_distill_and_nothing_to_augment(runner):
     plain, whole = (learned(runner, 1, parts=parts) for parts in ("", "+".join((*HAM, *HDM))))
     states = [run.head.state_dict() for run in (plain, whole)]
     assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())

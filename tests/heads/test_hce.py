@@ -146,7 +146,7 @@ def test_class_counts_may_be_the_offsets(runner):
     np.testing.assert_allclose(epoch_losses[0], np.mean(losses), rtol=1e-5)
 
 
-def test_has_goes_on_from_task_to_task_and_is_not_there_in_the_first(runner):
+def test_has_is_trained_from_task_to_task_and_is_absent_in_the_first(runner):
     run = runner(HCE, epochs=2, first_epochs=2, has_lr=0.01)
     run.learn([4, 2])
     assert run.head._has is None
@@ -180,7 +180,7 @@ def test_with_the_offset_of_the_batch_cross_entropy_trains_has(runner):
     assert not torch.equal(still["linear.0.weight"], moved["linear.0.weight"])
 
 
-def test_it_tells_how_many_channels_has_speaks_of(runner):
+def test_the_number_of_effective_channels_of_has_is_reported(runner):
     head, parts, _ = second(runner, epochs=1)
     head._has.train()
     *_, h = passed(head, parts)
@@ -191,7 +191,7 @@ def test_it_tells_how_many_channels_has_speaks_of(runner):
     assert head.diagnostics == pytest.approx(expected, rel=1e-4)
 
 
-def test_clips_without_old_maps_are_refused(runner):
+def test_clips_without_teacher_maps_are_refused(runner):
     run = runner(HCE, blocks=1, epochs=1, first_epochs=1)
     run.learn([4, 2])
     task = run.task([7], seed=1)
@@ -208,7 +208,7 @@ def test_clips_without_old_maps_are_refused(runner):
     [{"parts": "kd+nothing"}, {"importance": "all"}, {"parts": "kd+crm"},
      {"parts": "kd+hc+crm+number"}, {"parts": "hc+crm", "importance": "multi"}],
 )  # fmt: skip
-def test_parts_that_do_not_go_together_are_refused(options):
+def test_parts_that_exclude_each_other_are_refused(options):
     with pytest.raises(ValueError, match="parts="):
         build_head(HCE, options)
 

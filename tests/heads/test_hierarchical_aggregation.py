@@ -27,7 +27,7 @@ def maps(shapes, frames, seed, dtype=torch.float32):
     }
 
 
-def test_a_hypercorrelation_is_that_of_every_pair_of_places():
+def test_a_hypercorrelation_is_that_of_every_pair_of_positions():
     shapes = {"a": (5, 2, 3), "b": (4, 2, 3)}
     new, old = (list(maps(shapes, 2, seed, torch.float64).values()) for seed in (0, 1))
     correlations = correlation(new, old).numpy()
@@ -62,7 +62,7 @@ def test_a_center_pivot_convolution_is_a_dense_one_without_its_off_pivot_weights
         torch.testing.assert_close(convolved[:, :, h, w, u, v], expected)
 
 
-def test_new_places_are_enlarged_with_corners_on_corners():
+def test_new_positions_are_enlarged_with_corners_on_corners():
     x = torch.tensor([[0.0, 2.0], [4.0, 6.0]]).view(1, 1, 2, 2, 1, 1).expand(1, 1, 2, 2, 2, 3)
     larger = enlarged(x, (3, 3))
     assert larger.shape == (1, 1, 3, 3, 2, 3)
@@ -197,7 +197,7 @@ def test_other_choices_are_refused(options):
 
 
 @pytest.mark.parametrize("mix", ["cascade", "sum"])
-def test_maps_of_spectrograms_end_at_old_places_of_one_number(mix):
+def test_maps_of_spectrograms_end_at_a_single_teacher_position(mix):
     """8 x 13, 4 x 7 and 2 x 4 do not halve alike."""
     shapes = {f"{n}": (8, h, w) for n, (h, w) in enumerate([(8, 13), (4, 7), (2, 4)])}
     has = HAS(shapes, mix=mix, last_stride=1)
@@ -205,7 +205,7 @@ def test_maps_of_spectrograms_end_at_old_places_of_one_number(mix):
     assert {h.shape for h in has(new, old).values()} == {(2, 8)}
 
 
-def test_old_places_are_averaged():
+def test_teacher_positions_are_averaged():
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 2, 2, 2, 4, 2)))
     averaged = pooled(x, (2, 1))
     expected = x.reshape(1, 2, 2, 2, 2, 2, 2).mean(dim=(5, 6))[..., None]

@@ -76,7 +76,7 @@ def test_a_clip_goes_to_the_nearest_mean_of_herded_exemplars(encoder):
     assert torch.equal(head.nearest({"vector": queries}), scores)
 
 
-def test_the_loss_is_of_new_clips_and_exemplars_with_the_old_models_answers():
+def test_the_loss_is_of_new_clips_and_exemplars_with_the_teachers_outputs():
     losses = []
     options = {"predict": "classifier", "budget": 2, "weight_decay": 0, "batch_size": 99}
     head = build_head(ICaRL, dict(first_epochs=20, epochs=1, **options))

@@ -99,7 +99,7 @@ def test_the_seed_draws_the_order_of_clips_and_nothing_else():
     assert (scores[8, 0] - scores[8, 1]).abs().max() > 0.1
 
 
-def test_a_rate_that_diverges_is_refused_and_leaves_no_trace():
+def test_a_rate_that_diverges_is_refused_and_changes_nothing():
     head = build_head(Linear, dict(first_epochs=2))
     _, first = task([0, 1] * 6)
     head.learn(first)

@@ -46,7 +46,7 @@ def test_the_contrast_is_that_of_equation_six(labels, tau, eps):
     np.testing.assert_allclose(float(loss), expected, rtol=1e-10)
 
 
-def test_the_mask_counts_each_clip_of_the_class_as_its_own():
+def test_the_mask_counts_each_clip_of_the_class_as_a_positive():
     text = unit(draw(2, 6, seed=1))
     labels = torch.tensor([0, 0, 1, 1])
     right = losses.contrastive(tensor(text[[0, 0, 1, 1]]), tensor(text[labels]), labels)

@@ -86,7 +86,7 @@ def test_the_second_task_starts_from_imprinted_columns_with_all_three_losses():
     assert losses == pytest.approx([expected], rel=1e-5)
 
 
-def test_less_forget_holds_a_representation_that_moves():
+def test_less_forget_constrains_a_representation_that_moves():
     options = {"encoder": "expert", "expert": SMALL, "lr": 0.05, "less_forget": 7.0, "margin": 0.3}
     after_one, old, feats, columns, _ = two_tasks(1, **options)
     # Both train their first epoch, one step, at the full rate: the second starts where one ends.
@@ -108,7 +108,7 @@ def test_less_forget_holds_a_representation_that_moves():
 
 
 @pytest.mark.parametrize("hold", [True, False])
-def test_old_columns_stay_to_the_bit_where_they_are_held(hold):
+def test_previous_columns_are_equal_to_the_bit_where_they_are_frozen(hold):
     head, old, _, _, _ = two_tasks(10, hold=hold, weight_decay=0.1, momentum=0.9)
     now, before = (model.state_dict()["classifier.weight"] for model in (head, old))
     assert torch.equal(now[:2], before) == hold
@@ -123,7 +123,7 @@ def test_scores_are_cosines(runner):
     np.testing.assert_allclose(run.scores(tokens), unit(x) @ unit(theta).T, atol=1e-6)
 
 
-def test_old_and_new_classes_are_told_apart(runner):
+def test_previous_and_new_classes_are_distinguished(runner):
     run = runner(LUCIR)
     for number in range(4):
         run.learn([2 * number, 2 * number + 1], clips=12, seed=number)

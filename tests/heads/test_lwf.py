@@ -35,7 +35,7 @@ def loss_by_loops(new, old, columns, taught, weight):
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.0])
-def test_the_loss_is_taught_by_labels_and_by_the_old_model(weight):
+def test_the_loss_has_targets_from_labels_and_from_the_teacher(weight):
     losses = []
     # Without decay and at one step an epoch, the first loss is that of the start.
     head = build_head(
@@ -61,7 +61,7 @@ def test_the_loss_is_taught_by_labels_and_by_the_old_model(weight):
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_moving_representation_is_held_to_what_the_old_model_answered():
+def test_a_moving_representation_is_distilled_from_the_teachers_outputs():
     """With a fixed encoder untaught columns answer as before by themselves, and nothing is seen."""
     expert = {"encoder": "expert", "expert": {"layers": 1, "heads": 1, "ffn": 16}}
     options = expert | {"lr": 0.05, "weight_decay": 0, "momentum": 0}
@@ -84,7 +84,7 @@ def test_a_moving_representation_is_held_to_what_the_old_model_answered():
     assert epoch_losses[1] == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_fine_tuning_loses_is_held_better(runner):
+def test_lwf_forgets_less_than_fine_tuning(runner):
     kept = {}
     for build in (Linear, LwF):
         run = runner(build)
@@ -97,7 +97,7 @@ def test_what_fine_tuning_loses_is_held_better(runner):
     assert kept[LwF] > kept[Linear] + 0.2
 
 
-def test_without_the_old_models_answers_old_columns_do_not_move():
+def test_without_the_teachers_outputs_previous_columns_do_not_move():
     """They have no labels either: with weight 0 nothing trains them."""
     head = build_head(LwF, dict(first_epochs=5, epochs=5, weight=0, weight_decay=0))
     head.learn(task([4, 2] * 6, 0, [])[1])

@@ -48,7 +48,7 @@ def test_scores_are_cosines_to_the_class_means(time, unit_first):
 
 
 @pytest.mark.parametrize(("time", "apart"), [("mean", False), ("order", True)])
-def test_only_order_tells_a_motion_from_its_reverse(time, apart):
+def test_only_order_distinguishes_a_motion_from_its_reverse(time, apart):
     feats = torch.from_numpy(draw(0)[0])
     head = NearestMean(time=time)
     learn(head, torch.cat([feats, feats.flip(1)]), torch.arange(2).repeat_interleave(len(feats)))

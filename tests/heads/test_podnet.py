@@ -104,7 +104,7 @@ def test_the_loss_is_nca_and_both_distillations(runner, flat):
     assert epochs[1][2] == pytest.approx(expected, rel=1e-4)
 
 
-def test_old_proxies_stay_until_the_tuning_which_moves_proxies_alone(runner):
+def test_previous_proxies_stay_until_the_tuning_which_moves_proxies_alone(runner):
     untuned, old = started(runner, epochs=5, tune_epochs=0)
     tuned, _ = started(runner, epochs=5, tune_epochs=5)
     epochs = []
@@ -169,7 +169,7 @@ def test_the_next_task_starts_from_the_blocks_that_the_last_one_trained(runner):
     assert not torch.equal(before[names[0]], start)
 
 
-def test_heavier_distillation_keeps_the_old_outputs(runner):
+def test_heavier_distillation_keeps_the_teachers_outputs(runner):
     drifts = {}
     for spatial in (0.0, 30.0):
         run, old = started(runner, spatial=spatial, flat=0.0, lr=0.1, tune_epochs=0)
@@ -178,7 +178,7 @@ def test_heavier_distillation_keeps_the_old_outputs(runner):
     assert drifts[30.0] < 0.5 * drifts[0.0]
 
 
-def test_old_and_new_classes_are_told_apart_by_both_classifiers(runner):
+def test_previous_and_new_classes_are_distinguished_by_both_classifiers(runner):
     run = runner(PODNet)
     for number in range(3):
         run.learn([2 * number, 2 * number + 1], clips=12, seed=number)

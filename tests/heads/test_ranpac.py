@@ -96,7 +96,7 @@ def test_the_ridge_of_the_first_task_has_the_least_squared_error_on_what_is_held
     assert float(head.state_dict()["ridge"]) == best
 
 
-def test_a_projection_tells_apart_what_no_linear_classifier_can():
+def test_a_projection_separates_what_no_linear_classifier_can():
     rng = np.random.default_rng(0)
     feats = rng.choice([-1.0, 1.0], size=(200, 1, 2)) + 0.1 * rng.normal(size=(200, 1, 2))
     feats = feats.astype(np.float32)

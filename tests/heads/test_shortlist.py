@@ -182,7 +182,7 @@ def test_what_was_learned_outlives_the_tensors_it_came_from():
     assert torch.equal(shortlist.encoded(queries, 1, experts, lambda e: e[..., 0])[0], before)
 
 
-def test_an_expert_runs_once_and_only_where_it_is_asked():
+def test_an_expert_runs_once_and_only_where_it_is_requested():
     spatial = torch.randn(5, T, D, generator=torch.Generator().manual_seed(0))
     experts = torch.tensor([[0, 7], [7, 3], [3, 0], [0, 3], [7, 0]])
     calls = []

@@ -112,7 +112,7 @@ def test_oas_is_the_published_formula():
     np.testing.assert_allclose(scores(head, queries), wanted, rtol=1e-5)
 
 
-def test_classes_of_one_clip_each_are_told_apart_by_distance():
+def test_classes_of_one_clip_each_are_distinguished_by_distance():
     head = StreamingLDA()
     feats = np.eye(3, D, dtype=np.float32)[:, None]
     learn(head, feats, np.arange(3))

@@ -257,7 +257,7 @@ def test_a_shortlist_that_cannot_be_is_refused(options):
         build_head(build, options)
 
 
-def test_residuals_may_be_asked_of_some_experts(learned):
+def test_residuals_may_be_requested_of_some_experts(learned):
     run = learned()
     batch = run.batch(run.tokens([0, 3], seed=9)[0])
     every = run.head.residuals(batch)
@@ -289,7 +289,7 @@ def test_tasks_are_learned_one_after_the_other(learned, adapters):
 
 
 @pytest.mark.parametrize("adapters", [0, 1, 2, "all"])
-def test_learning_goes_on_from_a_state_as_it_would_have(learned, adapters):
+def test_training_resumes_from_a_state_as_it_would_have_continued(learned, adapters):
     first = learned(adapters=adapters, labels=((3, 7), (1, 5)))
     second = learned(adapters=adapters, labels=((9,),))
     second.head.load_state_dict(first.head.state_dict())
@@ -408,7 +408,7 @@ def drift(run, task):
     return (run.head._spatial.whole(task.clips).mean(dim=1) - before).square()
 
 
-def test_what_matters_to_old_classes_drifts_less_with_distillation(learned):
+def test_what_matters_to_previous_classes_drifts_less_with_distillation(learned):
     moved = {}
     for name in ("none", "uniform", "fssd"):
         run = learned(adapters="all", labels=((3, 7, 2),), distillation=name, weight=1e3)
@@ -438,7 +438,7 @@ def motions(seed, clips=20):
 
 
 @pytest.mark.parametrize(("position", "apart"), [(None, False), ("learned", True)])
-def test_a_motion_and_its_reverse_are_told_apart_only_with_positions(position, apart):
+def test_a_motion_and_its_reverse_are_distinguished_only_with_positions(position, apart):
     head = build_head(build, dict(**SMALL, position=position, text="codes"))
     feats, labels = motions(0)
     head.learn(Task(Clips({"vector": feats}, labels)))
@@ -469,7 +469,7 @@ def test_codes_depend_on_class_and_seed_alone():
     assert float(between.abs().max()) < 0.7
 
 
-def test_what_the_projection_learns_of_a_class_leaves_the_others_where_they_are():
+def test_what_the_projection_learns_of_a_class_does_not_move_the_others():
     codes = Codes(trained="always").grown([2], None, torch.zeros(1, 1, 16))
     before = codes.rows(range(16)).detach()
     torch.manual_seed(0)
@@ -495,7 +495,7 @@ def test_the_projection_of_codes_trains_with_the_first_task_or_always(learned, c
         assert (run.predicted(tokens) == labels).float().mean() > 0.9
 
 
-def test_codes_need_no_text_and_given_text_is_asked_for(runner):
+def test_codes_need_no_text_and_given_text_is_required(runner):
     run = runner(build, **SMALL, text="codes")
     task = run.task([3, 7])
     run.head.learn(Task(task.clips))
@@ -509,7 +509,7 @@ def test_codes_need_no_text_and_given_text_is_asked_for(runner):
     assert head.classes == []
 
 
-def test_text_of_any_length_is_made_unit(learned, runner):
+def test_text_of_any_length_is_normalized(learned, runner):
     run = runner(build, **SMALL)
     task = run.task([3, 7])
     other = build_head(build, dict(**SMALL, first_epochs=25))
@@ -536,7 +536,7 @@ def test_training_in_bfloat16_learns_and_scores_in_float32(learned):
 
 
 @pytest.mark.parametrize("lr", [1e30, float("inf")])
-def test_a_training_that_diverges_leaves_adapters_and_experts_as_they_were(learned, lr):
+def test_a_training_that_diverges_changes_no_adapter_and_no_expert(learned, lr):
     run = learned(adapters=2, labels=((3, 7),))
     before = run.head.state_dict()
     run.head.optim = replace(run.head.optim, lr=lr, clip_norm=None)
@@ -593,7 +593,7 @@ def test_another_number_of_frames_is_refused_where_positions_were_learned(runner
             assert head.classes == [0, 1]
 
 
-def test_whole_tokens_where_a_class_token_is_asked_for_are_refused(learned):
+def test_whole_tokens_where_a_class_token_is_requested_are_refused(learned):
     run = learned(adapters=1, labels=((3, 7),))
     with pytest.raises(ValueError, match="suffix of the network takes"):
         run.head.scores({"blocks.-1.attn:cls": torch.ones(2, 4, 5, 16)})

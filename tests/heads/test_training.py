@@ -85,7 +85,7 @@ def test_steps_and_mean_losses_are_those_by_hand(options, hand):
     np.testing.assert_allclose([loss for _, _, loss in reports], means, rtol=1e-5)
 
 
-def test_a_group_may_have_a_rate_of_its_own():
+def test_a_group_may_have_a_separate_rate():
     clips = draw()
     options = {"schedule": "constant", "lr": 0.05}
     half, _ = trained(clips, parameters=lambda w: [{"params": [w], "lr": 0.025}], **options)
@@ -113,7 +113,7 @@ def test_equal_seeds_give_equal_bits_and_another_seed_another_order():
     assert not torch.equal(first, other)
 
 
-def test_every_clip_is_seen_once_an_epoch_and_each_epoch_in_an_order_of_its_own():
+def test_every_clip_is_seen_once_an_epoch_and_each_epoch_in_another_order():
     clips, seen = draw(), []
     weight = nn.Parameter(torch.zeros(D))
 
@@ -129,7 +129,7 @@ def test_every_clip_is_seen_once_an_epoch_and_each_epoch_in_an_order_of_its_own(
     assert first != second
 
 
-def test_the_global_generators_are_left_alone():
+def test_the_global_generators_are_not_changed():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -163,7 +163,7 @@ def test_a_parameter_that_is_not_finite_is_refused_though_its_loss_was():
         fit(step, [weight], clips, PLAIN, epochs=1, rng=np.random.default_rng(0))
 
 
-def test_training_goes_on_where_gradients_are_switched_off_outside():
+def test_training_works_where_gradients_are_switched_off_outside():
     with torch.no_grad():
         weight, _ = trained(draw())
     assert torch.equal(weight, trained(draw())[0])

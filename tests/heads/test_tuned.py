@@ -25,7 +25,7 @@ def trained(runner, build, tasks=2, **options):
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_a_gate_stands_after_each_block_that_is_asked_for(runner, blocks):
+def test_a_gate_stands_after_each_requested_block(runner, blocks):
     run = trained(runner, HFNet, blocks=blocks, epochs=2, first_epochs=2)
     gates = [m for m in run.head._suffix.modules() if isinstance(m, HFGate)]
     assert len(gates) == blocks
@@ -48,7 +48,7 @@ def test_a_gate_that_has_learned_nothing_changes_nothing(runner):
     assert torch.equal(*vectors)
 
 
-def test_classes_raise_the_channels_that_speak_for_them(runner):
+def test_classes_raise_the_channels_of_their_weights(runner):
     run = trained(runner, Regularized, blocks=2, **FLAT)
     blocks = [m for m in run.head._suffix.modules() if isinstance(m, ClassRegularization)]
     excitations = run.head.excitations()
@@ -69,7 +69,7 @@ def test_options_of_the_common_part_are_named_by_the_error_of_another(build):
 @pytest.mark.parametrize(
     ("shape", "expected"), [((8, 7, 7), (8, 0)), ((50, 16), (16, 1)), ((5, 3), (3, 1))]
 )
-def test_a_grid_is_told_by_its_shape(shape, expected):
+def test_a_grid_is_recognized_by_its_shape(shape, expected):
     assert grid(shape) == expected
 
 
@@ -103,7 +103,7 @@ def test_options_that_cannot_be_are_refused(build, options, message):
     ],
     ids=["tuned", "podnet", "hce", "had"],
 )
-def test_fine_tuning_remembers_nothing(runner, build, options):
+def test_fine_tuning_keeps_no_exemplars(runner, build, options):
     run = trained(runner, build, budget=0, epochs=1, first_epochs=1, **options)
     assert run.head.classes == [2, 4, 1, 7]
     assert len(run.head.exemplars) == 0
@@ -169,7 +169,7 @@ def test_training_in_bfloat16_is_near_and_scores_are_float32(runner):
         build_head(HFNet, dict(precision="float8"))
 
 
-def test_new_classes_start_where_their_clips_are_behind_blocks_that_look_at_them(runner):
+def test_new_classes_start_where_their_clips_are_behind_blocks_that_read_the_classifier(runner):
     """The blocks do not look at columns that mean nothing yet."""
     run = runner(Regularized, proxies=1, first_epochs=0, strengths=[0.9] * 3)
     task = run.task([4, 2])
@@ -211,7 +211,7 @@ class Upended(Regularized):
             training.classifier.weight.neg_()
 
 
-def test_means_are_those_of_blocks_that_look_at_the_tuned_classifier(runner):
+def test_means_are_those_of_blocks_that_read_the_tuned_classifier(runner):
     stored_means = []
     for build in (Upended, Regularized):
         run = trained(runner, build, budget=2, epochs=2, first_epochs=2, **FLAT)

@@ -106,7 +106,7 @@ def test_every_chunk_has_a_checksum_that_a_flipped_bit_breaks(tmp_path):
 
 
 @pytest.mark.parametrize("killed_at", ["before the shard", "before the marks"])
-def test_a_kill_while_a_row_is_replaced_never_leaves_new_cells_under_the_old_key(
+def test_after_a_kill_while_a_row_is_replaced_no_new_cells_are_under_the_previous_key(
     tmp_path, monkeypatch, killed_at
 ):
     column = Column(tmp_path, spec())

@@ -46,7 +46,7 @@ def finished_run(store, loaded_once, tmp_path_factory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def tuned(finished_run, store):
+def heads_and_clips(finished_run, store):
     """After both tasks, after the first one, and two clips."""
     new, features = restored(finished_run, store)
     old, _ = restored(finished_run, store, task=0)
@@ -110,8 +110,8 @@ def test_heat_is_that_of_finite_differences(label, sign, tokens):
     assert (heat_maps > 0).any()
 
 
-def test_heat_of_a_run_is_that_of_float64_from_each_stage_on(tuned):
-    head, _, clip, _ = tuned
+def test_heat_of_a_run_is_that_of_float64_from_each_stage_on(heads_and_clips):
+    head, _, clip, _ = heads_and_clips
     heat_maps = interpret.saliency(head, clip.batch, head.classes[1])
     assert list(heat_maps) == STAGES
     _, passed = head.traced(clip.batch)
@@ -138,8 +138,8 @@ def test_heat_of_a_run_is_that_of_float64_from_each_stage_on(tuned):
     assert head.traced(clip.batch)[0].shape == (1, 4)  # nothing is left behind
 
 
-def test_the_class_is_the_predicted_one_by_default(tuned):
-    head, _, clip, _ = tuned
+def test_the_class_is_the_predicted_one_by_default(heads_and_clips):
+    head, _, clip, _ = heads_and_clips
     predicted = head.classes[int(head.scores(clip.batch).argmax())]
     for name, heat in interpret.saliency(head, clip.batch).items():
         assert np.array_equal(heat, interpret.saliency(head, clip.batch, predicted)[name])
@@ -184,8 +184,8 @@ def eq1(new_C, old_C) -> float:
 
 
 @pytest.mark.parametrize("another", [False, True])
-def test_hypercorrelations_are_those_of_equation_1(tuned, another):
-    new, old, first_clip, second_clip = tuned
+def test_hypercorrelations_are_those_of_equation_1(heads_and_clips, another):
+    new, old, first_clip, second_clip = heads_and_clips
     other = second_clip.batch if another else None
     levels = interpret.hypercorrelations(new, old, first_clip.batch, other)
     assert {name: c.shape for name, c in levels.items()} == {
@@ -209,8 +209,8 @@ def test_hypercorrelations_are_those_of_equation_1(tuned, another):
     assert mean.shape == (2, 7, 7)
 
 
-def test_a_head_is_restored_as_it_was_after_a_task(tuned, finished_run, store, tmp_path):
-    new, old, clip, _ = tuned
+def test_a_head_is_restored_as_it_was_after_a_task(heads_and_clips, finished_run, store, tmp_path):
+    new, old, clip, _ = heads_and_clips
     assert (len(new.classes), len(old.classes)) == (4, 2)
     assert new.classes[:2] == old.classes
     same = interpret.hypercorrelations(old, old, clip.batch)["7 x 7"]
@@ -226,8 +226,8 @@ def test_a_head_is_restored_as_it_was_after_a_task(tuned, finished_run, store, t
         restored(Run.read(copied), store, 0)
 
 
-def test_the_pictures_are_those_that_the_network_saw(tuned, store):
-    clip = tuned[2]
+def test_the_pictures_are_those_that_the_network_saw(heads_and_clips, store):
+    clip = heads_and_clips[2]
     assert clip.pictures.shape == (2, 224, 224, 3)
     assert clip.pictures.dtype == np.uint8
     network = backbones.load(NAME)
@@ -238,10 +238,10 @@ def test_the_pictures_are_those_that_the_network_saw(tuned, store):
     assert clip.label == store.clips.at[4, "label"]
 
 
-def test_a_clip_is_found_by_its_path(tuned, gated, store):
+def test_a_clip_is_found_by_its_path(heads_and_clips, gated, store):
     again = interpret.clip(store, gated[1], str(store.clips.at[4, "path"]))
     assert again.row == 4
-    assert np.array_equal(again.pictures, tuned[2].pictures)
+    assert np.array_equal(again.pictures, heads_and_clips[2].pictures)
 
 
 def test_clips_that_cannot_be_looked_at_are_refused(gated, store, tmp_path):
@@ -260,8 +260,8 @@ def test_clips_that_cannot_be_looked_at_are_refused(gated, store, tmp_path):
         interpret.clip(store, features, path, tmp_path)
 
 
-def test_heads_that_have_no_such_thing_are_refused(tuned):
-    head, _, clip, _ = tuned
+def test_heads_that_have_no_such_thing_are_refused(heads_and_clips):
+    head, _, clip, _ = heads_and_clips
     both = {name: x.repeat(2, *[1] * (x.ndim - 1)) for name, x in clip.batch.items()}
     for look in (interpret.saliency, interpret.gates):
         with pytest.raises(TypeError, match="NearestMean trains no part of the network"):

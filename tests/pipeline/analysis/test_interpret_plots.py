@@ -15,7 +15,7 @@ def maps(low=0.0) -> dict[str, np.ndarray]:
     return {"coarse": RNG.uniform(low, 2, (T, 2, 2)), "fine": RNG.uniform(low, 5, (T, 4, 4))}
 
 
-def test_tubes_are_a_row_of_frames_and_a_row_a_stage_by_its_own_scale():
+def test_tubes_are_a_row_of_frames_and_a_row_a_stage_with_separate_scales():
     heat_maps = maps()
     figure = interpret_plots.tubes(PICTURES, heat_maps)
     assert len(figure.axes) == T * 3 + 1
@@ -50,7 +50,7 @@ def test_gates_have_one_scale_that_is_even_about_zero():
     assert interpret_plots.gates(PICTURES, zeros, 0.5).axes[T].images[1].get_clim() == (-0.5, 0.5)
 
 
-def test_correlations_of_a_position_are_drawn_over_the_old_frame():
+def test_correlations_of_a_position_are_drawn_over_the_previous_frame():
     levels = {"2 x 2": RNG.random((T, 1, 2, 2, 2, 2)), "4 x 4": RNG.random((T, 3, 4, 4, 4, 4))}
     positions = [(0.5, 0.99), (0.0, 0.3)]
     figure = interpret_plots.correlations(PICTURES[0], PICTURES[1], levels, 1, positions)

@@ -24,7 +24,7 @@ TASKS = (("ant", "bee"), ("cat", "dog", "elk"), ("fox",))
 CLIPS = (4, 6, 2)
 
 
-def made_run(rng: np.random.Generator, tasks=TASKS, nme=False) -> Run:
+def random_run(rng: np.random.Generator, tasks=TASKS, nme=False) -> Run:
     def matrix() -> Matrix:
         return Matrix.from_rows([rng.random(i + 1).tolist() for i in range(len(tasks))], CLIPS)
 
@@ -35,8 +35,8 @@ def made_run(rng: np.random.Generator, tasks=TASKS, nme=False) -> Run:
 @pytest.fixture
 def seeds() -> dict[str, list[Run]]:
     rng = np.random.default_rng(0)
-    return {"no position": [made_run(rng, nme=True) for _ in range(3)],
-            "position learned": [made_run(rng, nme=True) for _ in range(2)]}  # fmt: skip
+    return {"no position": [random_run(rng, nme=True) for _ in range(3)],
+            "position learned": [random_run(rng, nme=True) for _ in range(2)]}  # fmt: skip
 
 
 def by_hand(matrices: list[Matrix]) -> tuple[list[float], list[float]]:
@@ -82,11 +82,11 @@ def test_a_single_seed_has_no_band(seeds):
 
 def test_what_cannot_stand_in_one_line_is_refused(seeds):
     rng = np.random.default_rng(1)
-    other = made_run(rng, tasks=(("ant",), ("bee",), ("cat",)))
+    other = random_run(rng, tasks=(("ant",), ("bee",), ("cat",)))
     with pytest.raises(ValueError, match="tasks of"):
         plots.accuracy({"mixed": [*seeds["no position"], other]})
     with pytest.raises(ValueError, match="0 have 'nme'"):
-        plots.accuracy({"none": [made_run(rng)]}, "nme")
+        plots.accuracy({"none": [random_run(rng)]}, "nme")
     with pytest.raises(ValueError, match="'knn'"):
         plots.accuracy(seeds, "knn")
 
@@ -112,7 +112,7 @@ LABELS = ["fox", "cat", "ant", "elk", "cat", "ant", "bee"]
 ORDERED = [2, 5, 6, 1, 4, 3, 0]
 
 
-def made_routing(weights_NK: list[list[float]]) -> Routing:
+def routing_of(weights_NK: list[list[float]]) -> Routing:
     weights = torch.tensor(weights_NK)
     order = weights.argsort(dim=1, descending=True, stable=True)
     nothing = torch.zeros_like(order)
@@ -121,7 +121,7 @@ def made_routing(weights_NK: list[list[float]]) -> Routing:
 
 def test_weights_are_drawn_by_class_and_expert():
     weights_NK = np.random.default_rng(2).random((7, 3)).astype(np.float32).tolist()
-    axes = plots.routing(made_routing(weights_NK), LABELS, TASKS).axes[0]
+    axes = plots.routing(routing_of(weights_NK), LABELS, TASKS).axes[0]
     drawn = axes.images[0].get_array()
     for row, clip in enumerate(ORDERED):
         for expert in range(3):
@@ -139,14 +139,14 @@ def test_weights_are_drawn_by_class_and_expert():
 
 
 def test_an_expert_that_was_not_evaluated_is_blank():
-    routing = made_routing([[0.1, 0.7, 0.2]] * 7)
+    routing = routing_of([[0.1, 0.7, 0.2]] * 7)
     two = Routing(*(x[:, :2] for x in routing))
     drawn = plots.routing(two, LABELS, TASKS).axes[0].images[0].get_array()
     assert np.ma.getmaskarray(drawn).tolist() == [[True, False, False]] * 7
 
 
 def test_equal_weights_are_a_picture_too():
-    figure = plots.routing(made_routing([[1 / 3] * 3] * 7), LABELS, TASKS)
+    figure = plots.routing(routing_of([[1 / 3] * 3] * 7), LABELS, TASKS)
     assert figure._repr_png_()
 
 
@@ -154,7 +154,7 @@ def test_many_classes_go_without_names_and_many_tasks_without_some_numbers():
     tasks = [[f"c{task}.{i}" for i in range(3)] for task in range(20)]
     labels = [label for task in tasks for label in task]
     weights = np.random.default_rng(3).random((60, 20)).tolist()
-    axes = plots.routing(made_routing(weights), labels, tasks).axes[0]
+    axes = plots.routing(routing_of(weights), labels, tasks).axes[0]
     assert not {t.get_text() for t in axes.get_yticklabels()} & set(labels)
     assert axes.get_xticks().tolist() == list(range(0, 20, 2))
 
@@ -169,7 +169,7 @@ def test_many_classes_go_without_names_and_many_tasks_without_some_numbers():
 )
 def test_routing_that_does_not_fit_is_refused(labels, tasks, message):
     with pytest.raises(ValueError, match=message):
-        plots.routing(made_routing([[0.1, 0.7, 0.2]] * 7), labels, tasks)
+        plots.routing(routing_of([[0.1, 0.7, 0.2]] * 7), labels, tasks)
 
 
 def principal(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

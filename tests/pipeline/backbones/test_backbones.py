@@ -368,7 +368,7 @@ def drawn(seed):
     return backbones.load(f"resnet18:random-{seed}").stage("layer4.1").parameters
 
 
-def test_a_seed_leaves_the_callers_generator_alone():
+def test_a_seed_does_not_change_the_callers_generator():
     torch.manual_seed(11)
     before = torch.random.get_rng_state()
     first = drawn(4)
@@ -393,7 +393,7 @@ def clip_state():
         return open_clip.CLIP(**open_clip.get_model_config("ViT-S-32")).state_dict()
 
 
-def test_a_clip_file_may_hold_the_whole_or_the_visual_tower_alone(clip_state, tmp_path):
+def test_a_clip_file_may_contain_the_whole_or_the_visual_tower_alone(clip_state, tmp_path):
     bare = {k.removeprefix("visual."): v for k, v in clip_state.items() if "visual." in k}
     scalars = {k: torch.tensor(1) for k in ("input_resolution", "context_length", "vocab_size")}
     whole, visual, prefixed = (
@@ -514,7 +514,7 @@ def as_picture(frame, picture):
 
 
 @pytest.mark.parametrize("size", [(320, 240), (171, 303)], ids=str)
-def test_pictures_are_as_the_networks_own_preprocessing_makes_them(size, clip_state, tmp_path):
+def test_pictures_equal_those_of_the_networks_published_preprocessing(size, clip_state, tmp_path):
     width, height = size
     across, down = np.meshgrid(np.arange(width), np.arange(height))
     waves = [np.sin(across / 9 + down / 14), np.cos(across / 5), np.sin(down / 3 - across / 31)]
@@ -558,7 +558,7 @@ def tiny_chains():
         yield family, Backbone("tiny:0", "tiny", chain, Picture(16, 16), torch.float32)
 
 
-def test_fingerprints_are_the_ones_that_stores_were_made_with():
+def test_fingerprints_are_those_of_existing_stores():
     """A changed key makes every store recompute that stage. To mean it: change golden_keys.json."""
     fingerprints = {
         family: {stage: key[:16] for stage, key in backbone.keys("0" * 64).items()}
@@ -567,7 +567,7 @@ def test_fingerprints_are_the_ones_that_stores_were_made_with():
     assert fingerprints == json.loads(GOLDEN.read_text())
 
 
-def test_shapes_are_the_networks_own_and_not_of_one_with_the_same_parameters():
+def test_shapes_are_those_of_the_network_and_not_of_one_with_the_same_parameters():
     stem_shapes = {}
     for pool in (None, torch.nn.Identity()):
         network = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], 3)
@@ -580,7 +580,7 @@ def test_shapes_are_the_networks_own_and_not_of_one_with_the_same_parameters():
     assert len(set(stem_shapes.values())) == 2
 
 
-def test_a_digest_tells_names_types_and_shapes_apart():
+def test_a_digest_distinguishes_names_types_and_shapes():
     def module(**tensors):
         holder = torch.nn.Module()
         for name, tensor in tensors.items():

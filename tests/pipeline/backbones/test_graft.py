@@ -50,7 +50,7 @@ def changed_from(before, after):
     return [name for name in before.stage_names if old[name] != new[name]]
 
 
-def test_a_graft_renames_its_stage_and_all_that_follow_and_leaves_the_old_backbone(vit):
+def test_a_graft_changes_the_keys_from_its_stage_on_and_not_the_first_backbone(vit):
     keys = vit.keys(FRAMES_KEY)
     new = adapted(vit, 9, 11)
     assert changed_from(vit, new) == vit.stage_names[vit.stage_names.index("blocks.9.mlp") :]
@@ -185,7 +185,7 @@ def test_a_graft_upon_a_graft_and_upon_an_unfrozen_stage(resnet):
     assert again.changed == ["layer4.0"]
 
 
-def test_a_snapshot_keeps_the_keys_and_what_trains_on_leaves_it_alone(vit):
+def test_a_snapshot_keeps_the_keys_and_later_training_does_not_change_it(vit):
     live = adapted(vit, 11)
     live.stage("blocks.11.mlp").module.train()
     taken = backbones.snapshot(live)
@@ -215,7 +215,7 @@ def test_a_suffix_from_every_stage_gives_what_the_whole_chain_gives(network):
         assert torch.equal(clips, outputs[last][None]), name
 
 
-def test_a_suffix_gives_the_stages_asked_for_by_name(resnet):
+def test_a_suffix_gives_the_requested_stages_by_name(resnet):
     suffix = resnet.suffix("layer3.1", keep=["layer4.0", "pool"])
     outputs = suffix(torch.rand(2, 3, *resnet.shapes["layer3.1"]))
     assert {n: tuple(y.shape) for n, y in outputs.items()} == {
@@ -408,7 +408,7 @@ def test_a_module_that_declares_token_wise_wrongly_is_refused(vit):
         backbones.snapshot(late)
 
 
-def test_a_wrapper_in_training_leaves_a_frozen_batch_norm_alone(resnet):
+def test_a_wrapper_in_training_does_not_change_a_frozen_batch_norm(resnet):
     inner = resnet.stage("layer4.0").module
     before = {name: t.clone() for name, t in inner.state_dict().items()}
     new = resnet.graft("layer4.0", nn.Sequential(Scaled(inner), nn.Dropout(0.5)))
@@ -419,7 +419,7 @@ def test_a_wrapper_in_training_leaves_a_frozen_batch_norm_alone(resnet):
     assert all(torch.equal(t, before[name]) for name, t in inner.state_dict().items())
 
 
-def test_clips_of_another_length_than_a_temporal_graft_looks_across_are_refused(resnet):
+def test_clips_of_another_length_than_that_of_a_temporal_graft_are_refused(resnet):
     inner = resnet.stage("layer4.0").module
     suffix = resnet.graft("layer4.0", TemporalShift(inner, frames=4)).suffix("layer3.1")
     with pytest.raises(ValueError, match="mixes the frames of clips of 4 frames, and these have 8"):
@@ -427,7 +427,7 @@ def test_clips_of_another_length_than_a_temporal_graft_looks_across_are_refused(
     assert suffix(torch.rand(2, 4, *resnet.shapes["layer3.1"])).shape == (2, 4, 1000)
 
 
-def test_of_tokens_a_suffix_gives_the_part_that_it_was_given(vit):
+def test_of_tokens_a_suffix_returns_the_part_that_it_received(vit):
     whole = vit.suffix("blocks.11.attn", keep=["blocks.11.mlp"])(torch.ones(2, 3, 50, 384))
     assert whole["blocks.11.mlp"].shape == (2, 3, 50, 384)
     token = vit.suffix("blocks.11.attn:cls", keep=["blocks.11.mlp", "proj"])(torch.ones(2, 3, 384))

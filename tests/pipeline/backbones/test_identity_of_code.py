@@ -340,7 +340,7 @@ def test_where_a_function_was_written_decides_nothing():
     assert key(nowhere(text.replace("True", "False"))) != key(nowhere(text))
 
 
-def test_what_hangs_on_a_function_counts():
+def test_attributes_of_a_function_count():
     first, second = (run("def f(x): return x").f for _ in range(2))
     first.scale, second.scale = 1, 2
     assert key(Holder(value=first)) != key(Holder(value=second))

@@ -73,7 +73,7 @@ MY_HELPERS = """
         ("return my_helpers.made_up.g(x)", True),
     ],
 )
-def test_of_the_users_own_modules_what_is_used_counts(write, forward, whole):
+def test_of_the_users_modules_what_is_used_counts(write, forward, whole):
     def key_with(helpers):
         graft = f"""
             import my_helpers
@@ -208,7 +208,7 @@ def test_what_has_no_name_is_refused_in_code_too_even_under_torchs_decorators():
             identity(run(text.replace(*edit), RNG=np.random.default_rng(0)).Graft())
 
 
-def test_a_decorator_of_a_library_may_hold_what_has_no_name():
+def test_a_decorator_of_a_library_may_contain_what_has_no_fingerprint():
     text = """
         import functools
 

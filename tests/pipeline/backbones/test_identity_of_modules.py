@@ -133,13 +133,13 @@ class Name(str):
     """A string of its own kind."""
 
 
-def test_what_extends_a_plain_type_counts_with_what_it_holds():
+def test_what_extends_a_plain_type_counts_with_what_it_contains():
     values = [Row([1]), Row([2]), [1], Name("a"), Name("b"), "a", Row([Name("a")])]
     values += [partial("x"), partial("-x"), functools.partial(doubled)]
     assert len({key(Holder(value=value)) for value in values}) == len(values)
 
 
-def test_a_container_may_hold_itself():
+def test_a_container_may_contain_itself():
     def key_of(value):
         values = [value]
         values.append({"again": values})
@@ -167,7 +167,7 @@ UNNAMED = {
 
 
 @pytest.mark.parametrize(("make", "message"), UNNAMED.values(), ids=list(UNNAMED))
-def test_a_value_without_a_name_is_refused_with_its_path(make, message):
+def test_a_value_without_a_fingerprint_is_refused_with_its_path(make, message):
     inside = nn.Sequential(nn.ReLU(), Holder(setting=[{"deep": make()}]))
     with pytest.raises(TypeError, match=r"Sequential\.1\.setting\[0\]\[deep\] is .*which no key"):
         identity(inside)
@@ -229,7 +229,7 @@ def test_hooks_are_refused():
         assert key(network)
 
 
-def test_compiled_modules_are_refused_and_leave_no_trace():
+def test_compiled_modules_are_refused_without_side_effects():
     plain = nn.Linear(2, 2)
     before = key(plain)
     with pytest.raises(ValueError, match=r"Sequential\.0 .*is compiled"):
@@ -352,7 +352,7 @@ def test_blocks_of_published_networks_differ_by_their_options(blocks):
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "resnet18", "vit_small_patch14_dinov2"])
-def test_a_networks_own_stages_have_an_identity_that_running_them_leaves(name):
+def test_stages_of_a_network_have_an_identity_that_running_them_does_not_change(name):
     backbone = load(f"{name}:random-0")
     stages = [stage.module for stage in backbone.stages[:3]]
     before = [key(stage) for stage in stages]

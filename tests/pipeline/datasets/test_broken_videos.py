@@ -32,7 +32,7 @@ def decode_one(path, frame_set=None, **stretch):
 
 
 @pytest.mark.parametrize("name", ["mpeg4.avi", "h264.mkv", "fast.mp4"])
-def test_a_truncated_file_is_decoded_for_what_it_holds(videos, encode, tmp_path, number_of, name):
+def test_a_truncated_file_is_decoded_as_far_as_it_goes(videos, encode, tmp_path, number_of, name):
     if name == "fast.mp4":
         whole = tmp_path / name
         with (
@@ -160,7 +160,7 @@ def test_a_file_that_may_not_be_read_is_unreadable(videos, tmp_path, monkeypatch
     assert decode_one(path) == Failure("unreadable", "Permission denied")
 
 
-def test_an_interval_without_frames_says_where_the_file_ends(videos):
+def test_an_interval_without_frames_reports_where_the_file_ends(videos):
     answer = decode_one(videos["h264.mp4"].path, start_seconds=5.0, end_seconds=9.0)
     assert answer == Failure(
         "too_short", "no frame between 5 s and 9 s: the file's 60 frames end at 2.360 s"

@@ -138,20 +138,20 @@ def accuracy(feats_KCD, classes):
     return (guessed == np.arange(len(classes))).mean()
 
 
-def test_frames_in_order_tell_all_classes_and_their_mean_does_not(drawn):
+def test_frames_in_order_distinguish_all_classes_and_their_mean_does_not(drawn):
     in_order, averaged = drawn.reshape(*drawn.shape[:2], -1), drawn.mean(axis=2)
     assert accuracy(in_order, CLASSES) > 0.9
     assert accuracy(averaged, CLASSES) < 0.6
 
 
 @pytest.mark.parametrize(("a", "b"), REVERSED_PAIRS)
-def test_order_tells_twins_and_the_set_of_frames_is_at_chance(drawn, a, b):
+def test_order_distinguishes_twins_and_the_set_of_frames_is_at_chance(drawn, a, b):
     in_order, averaged = drawn.reshape(*drawn.shape[:2], -1), drawn.mean(axis=2)
     assert accuracy(in_order, (a, b)) > 0.9
     assert 0.2 < accuracy(averaged, (a, b)) < 0.8
 
 
-def test_the_set_of_frames_tells_the_oscillations_apart(drawn):
+def test_the_set_of_frames_distinguishes_the_oscillations(drawn):
     assert accuracy(drawn.mean(axis=2), ("sway ↔", "bob ↕")) > 0.8
 
 
@@ -188,7 +188,7 @@ def test_no_file_names_the_version_of_the_library_that_wrote_it(dataset):
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".avi"])
-def test_bytes_do_not_depend_on_what_memory_held_before(tmp_path, suffix):
+def test_bytes_do_not_depend_on_previous_contents_of_memory(tmp_path, suffix):
     """With x264's mbtree on, these 166 x 228 frames gave 3 to 8 different files in 8 runs."""
     clip = frames("turn counter-clockwise", np.random.default_rng([0, 12]))
     assert clip.shape[2] % 16
@@ -227,7 +227,7 @@ def test_a_file_shows_the_frames_it_was_made_of(tmp_path):
         assert (errors < shifted).all()
 
 
-def test_the_index_comes_first_where_asked(tmp_path):
+def test_the_index_comes_first_where_requested(tmp_path):
     clip = frames("grow", np.random.default_rng(0))[:12]
     for index_first in (True, False):
         write_video(tmp_path / "clip.mp4", clip, Fraction(25), index_first=index_first)
@@ -235,7 +235,7 @@ def test_the_index_comes_first_where_asked(tmp_path):
         assert (written.index(b"moov") < written.index(b"mdat")) is index_first
 
 
-def test_keyframes_come_as_often_as_asked(tmp_path):
+def test_keyframes_come_as_often_as_requested(tmp_path):
     clip = np.concatenate([frames("sway ↔", np.random.default_rng(0))] * 3)[:36]
     write_video(tmp_path / "clip.mp4", clip, Fraction(25), keyframe_every=8)
     with av.open(str(tmp_path / "clip.mp4"), "r") as container:
@@ -260,7 +260,7 @@ def test_broken_files_are_listed_with_their_reasons(dataset):
     assert {path.parent.parent.name for path, _ in listed} == {"train", "test"}
 
 
-def test_each_broken_file_is_broken_as_its_reason_says(dataset):
+def test_each_broken_file_is_broken_by_the_listed_reason(dataset):
     spoilt = {path.stem: path for path, _ in dataset.broken}
 
     assert spoilt["empty"].stat().st_size == 0
@@ -278,7 +278,7 @@ def test_each_broken_file_is_broken_as_its_reason_says(dataset):
 @pytest.mark.parametrize(
     ("stem", "share"), [("cut short", (0.4, 0.7)), ("garbage inside", (0.2, 0.7))]
 )
-def test_a_file_with_spoilt_data_still_promises_every_frame(dataset, stem, share):
+def test_a_file_with_corrupt_data_still_promises_every_frame(dataset, stem, share):
     (path,) = (path for path, _ in dataset.broken if path.stem == stem)
     with av.open(str(path), "r") as container:
         stream = container.streams.video[0]
@@ -313,7 +313,7 @@ def test_an_unknown_class_is_refused_with_the_known_ones(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_with_a_data_set_is_left_alone(dataset):
+def test_a_folder_with_a_data_set_is_not_changed(dataset):
     before = digests(dataset.root)
     with pytest.raises(FileExistsError, match="remove it or write into another folder"):
         make_dataset(dataset.root, clips_per_class=1)
@@ -333,7 +333,7 @@ def test_the_generator_is_light_to_import():
     assert synthetic.__doc__
 
 
-def test_classes_of_sound_look_alike_to_the_bit_and_sound_apart():
+def test_classes_of_audio_have_equal_frames_to_the_bit_and_different_audio():
     looks = {label: frames(label, np.random.default_rng(3)) for label in ("sway ↔", *AUDIO_CLASSES)}
     assert all(np.array_equal(look, looks["sway ↔"]) for look in looks.values())
     sounds = {

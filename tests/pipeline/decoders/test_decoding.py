@@ -279,7 +279,7 @@ def test_adjacent_intervals_share_no_frame_and_lose_none(videos):
     assert sum(a.facts.num_frames for a in answers) == 60
 
 
-def test_facts_say_what_was_counted(videos):
+def test_facts_report_what_was_counted(videos):
     facts = decode_one(videos["cut_h264.mp4"].path).facts
     assert (facts.num_frames, facts.num_frames_claimed) == (41, 60)
     assert facts.warning == "the header promises 60 frames, 41 could be decoded"

@@ -73,13 +73,13 @@ def test_uniform_fps_follows_the_clock_not_the_count():
     assert times[frame_indices].tolist() == [2.0, 4.0, 6.0]
 
 
-def test_uniform_fps_holds_a_frame_until_the_next_one_is_due():
+def test_uniform_fps_repeats_a_frame_until_the_next_is_due():
     times = np.array([0.0, 0.1, 5.0, 5.1])
     frame_indices = indices(FrameSet(frames=4, sampling="uniform_fps", fps=1.0), times)
     assert frame_indices.tolist() == [1, 1, 1, 1]
 
 
-def test_uniform_fps_at_the_clips_own_rate_takes_neighbours_despite_rounded_clocks():
+def test_uniform_fps_at_the_rate_of_the_clip_takes_neighbours_despite_rounded_clocks():
     for scale in (1 / 25, 1001 / 30000, 1 / 29.97):
         frame_indices = indices(FrameSet(frames=6, sampling="uniform_fps", fps=1 / scale),
                                 np.arange(41) * scale)  # fmt: skip
@@ -114,7 +114,7 @@ def test_pictures_equal_torchvisions_resize_and_centre_crop(size, interpolation,
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_pictures_equal_open_clips_own_preprocessing(resize_mode, interpolation):
+def test_pictures_equal_the_preprocessing_of_open_clip(resize_mode, interpolation):
     open_clip = pytest.importorskip("open_clip")
     transforms = pytest.importorskip("torchvision.transforms")
     reference = open_clip.image_transform(

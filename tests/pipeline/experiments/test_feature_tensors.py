@@ -112,7 +112,7 @@ def test_only_the_next_batches_are_read_ahead(feature, monkeypatch):
     batches.close()
 
 
-def test_a_clip_without_the_feature_is_told_of_and_not_made_up(feature):
+def test_a_clip_without_the_feature_is_reported_and_not_invented(feature):
     stored_feature, _ = feature
     for budget in (1 << 30, 0):
         tensors = FeatureTensors(stored_feature, [0, CLIPS - 1], budget_bytes=budget)

@@ -193,12 +193,12 @@ def test_processes_train_with_the_text_that_was_read(
     (head_file.parent / "rate.py").write_text("RATE = 0.05")
     head_file.write_text("from rate import RATE\n" + MINE.replace("0.05", "RATE"))
 
-    def gone(*rest, execute=sweep.execute):
+    def removing(*rest, execute=sweep.execute):
         for file in head_file.parent.iterdir():
             file.unlink()
         return execute(*rest)
 
-    monkeypatch.setattr(sweep, "execute", gone)
+    monkeypatch.setattr(sweep, "execute", removing)
     table = ablate(vector_store, ["nearest_mean", "mine.py"], SCENARIO, {"mine.lr": [0.1, 0.2]}, 1,
                    options={"mine": {"epochs": 1}}, out=tmp_path / "runs",
                    client=client)  # fmt: skip
@@ -241,7 +241,7 @@ def test_two_files_of_one_name_are_refused(vector_store, head_file, tmp_path):
         ("mine.py", "def build(): return 3", r"its build gives 'int' without classes, reads"),
     ],
 )
-def test_a_file_that_is_no_head_is_refused_before_anything_is_made(
+def test_a_file_that_is_no_head_is_refused_before_anything_is_written(
     vector_store, tmp_path, name, text, message
 ):
     (tmp_path / name).write_text(text)

@@ -63,7 +63,7 @@ def test_scores_are_those_of_the_run(done):
     assert [names[head.classes[j]] for j in best] == predictions["top1"].tolist()
 
 
-def test_a_broken_video_has_its_reason_and_the_rest_goes_on(done, videos, tmp_path):
+def test_a_broken_video_has_its_reason_and_the_rest_is_routed(done, videos, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video at all")
     good = next(videos.rglob("*.mp4"))
     broken, fine = route(done.folder, [tmp_path / "broken.mp4", good])
@@ -73,7 +73,7 @@ def test_a_broken_video_has_its_reason_and_the_rest_goes_on(done, videos, tmp_pa
     assert len(fine.experts) == 3
 
 
-def test_the_command_prints_experts_and_says_1_for_a_broken_video(done, videos, tmp_path, varve):
+def test_the_command_prints_experts_and_returns_1_for_a_broken_video(done, videos, tmp_path, varve):
     good = next(videos.rglob("*.mp4"))
     output = varve("route", done.folder, good, "--top-k", 2)
     assert output.returncode == 0

@@ -41,7 +41,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return contents
 
 
-def test_a_run_folder_holds_what_a_paper_needs(store, tmp_path):
+def test_a_run_folder_contains_what_a_paper_needs(store, tmp_path):
     done = run(store, "lucir", "2+2x2", out=tmp_path, options=QUICK)
     names = {file.name for file in done.folder.iterdir()}
     assert {"spec.json", "matrix.json", "metrics.json", "cost.json", "predictions.parquet",
@@ -236,7 +236,7 @@ def test_a_feature_that_the_store_lacks_is_refused_with_the_command_that_adds_it
         ({"splits": ("train", "validation")}, "no clip to test on"),
     ],
 )
-def test_a_wrong_request_is_refused_before_anything_is_made(store, tmp_path, requested, message):
+def test_a_wrong_request_is_refused_before_anything_is_written(store, tmp_path, requested, message):
     arguments = {"head": "nearest_mean", "scenario": "2+2x2", "out": tmp_path} | requested
     with pytest.raises(ValueError, match=message):
         run(store, **arguments)

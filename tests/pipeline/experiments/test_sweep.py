@@ -257,7 +257,7 @@ def test_checkpoints_of_runs_that_were_there_before_stay(vector_store, tmp_path)
     assert len(list(tmp_path.glob("*/checkpoints"))) == 1
 
 
-def test_a_run_that_fails_leaves_the_others_alone(vector_store, tmp_path):
+def test_a_run_that_fails_does_not_stop_the_others(vector_store, tmp_path):
     notes = Notes()
     table = ablate(vector_store, "linear", "2+2x2", {"lr": [0.01, 1e30]}, seeds=1, out=tmp_path,
                    options={"linear": {"epochs": 3}}, runtime=SERIAL, progress=notes)  # fmt: skip

@@ -333,7 +333,7 @@ def test_whatever_decides_a_value_is_another_column(videos, built, change):
     assert (planned.decodes, planned.all_columns[0].valid.sum()) == (9, 0)
 
 
-def test_the_plan_says_what_is_then_written(videos, tmp_path):
+def test_the_plan_reports_what_is_then_written(videos, tmp_path):
     store = tmp_path / "s.zarr"
     spec = BuildSpec(SPEC.backbones, ("stem:grid7", "layer1.0:pool"), frames=4, dtype="float32")
     planned, seconds = plan(videos, store, spec, runtime=SERIAL)
@@ -391,7 +391,7 @@ def test_text_features_are_kept_beside_for_a_clip_network(videos, tmp_path):
         ({"backbones": ("resnet18:/no/file.safetensors",)}, "/no/file.safetensors"),
     ],
 )
-def test_a_request_that_cannot_be_met_leaves_nothing_behind(videos, tmp_path, request_, message):
+def test_a_request_that_cannot_be_met_writes_nothing(videos, tmp_path, request_, message):
     from dataclasses import replace
 
     with pytest.raises((ValueError, OSError), match=message):
@@ -416,13 +416,13 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(videos, tmp_p
     assert not (tmp_path / "s.zarr").exists()
 
 
-def test_a_store_in_use_is_left_alone(dataset_and_store):
+def test_a_store_in_use_is_refused(dataset_and_store):
     root, store = dataset_and_store
     with lock.locked(store), pytest.raises(lock.StoreLocked, match=f"process {os.getpid()}"):
         build(root, store, SPEC, runtime=SERIAL)
 
 
-def test_every_array_says_how_to_make_it_again(built, resnet):
+def test_every_array_records_how_to_compute_it_again(built, resnet):
     spec = only_feature(built).spec
     assert spec["frames"] == SPEC.frame_sets(resnet.picture)[0].identity()
     assert [stage["stage"] for stage in spec["stages"]] == ["stem", "layer1.0"]

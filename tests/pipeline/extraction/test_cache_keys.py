@@ -219,7 +219,7 @@ def test_quick_gelu_decides_from_the_first_mlp_on(store, vit):
     assert_misses_from(planned, "blocks.0.mlp", VIT_KEEP)
 
 
-class Own(nn.Module):
+class Custom(nn.Module):
     def __init__(self, inner, power=1, table=None):
         super().__init__()
         self.inner, self.power = inner, power
@@ -234,9 +234,9 @@ GRAFTS = {
     "an adapter's width": lambda inner: Adapter(inner, width=384, bottleneck=32),
     "an adapter's form": lambda inner: Adapter(inner, width=384, form="sequential"),
     "an adapter's seed": lambda inner: Adapter(inner, width=384, seed=1),
-    "another module": lambda inner: Own(inner),
-    "its attribute": lambda inner: Own(inner, power=2),
-    "what its attribute holds": lambda inner: Own(inner, table={"a": [1, 3]}),
+    "another module": lambda inner: Custom(inner),
+    "its attribute": lambda inner: Custom(inner, power=2),
+    "what its attribute holds": lambda inner: Custom(inner, table={"a": [1, 3]}),
 }
 
 
@@ -244,7 +244,7 @@ GRAFTS = {
 def grafted_store(store, vit, tmp_path_factory):
     """A copy of the store with the columns of a network that has an adapter."""
     path = Path(shutil.copytree(store, tmp_path_factory.mktemp("grafted") / "s.zarr"))
-    grafted = vit.graft("blocks.1.attn", Own(vit.stage("blocks.1.attn").module))
+    grafted = vit.graft("blocks.1.attn", Custom(vit.stage("blocks.1.attn").module))
     base = grafted.graft("blocks.11.mlp", Adapter(vit.stage("blocks.11.mlp").module, width=384))
     update(path, base, keep=VIT_KEEP)
     return path, grafted
@@ -260,7 +260,7 @@ def test_the_options_of_a_graft_decide_from_its_stage_on(name, grafted_store, vi
     other = grafted.graft("blocks.11.mlp", GRAFTS[name](inner))
     planned, _ = plan(path, other, keep=VIT_KEEP, estimate=False)
     assert_misses_from(planned, "blocks.11.mlp", VIT_KEEP)
-    below = vit.graft("blocks.1.attn", Own(vit.stage("blocks.1.attn").module, power=3))
+    below = vit.graft("blocks.1.attn", Custom(vit.stage("blocks.1.attn").module, power=3))
     planned, _ = plan(path, below, keep=VIT_KEEP, estimate=False)
     assert_misses_from(planned, "blocks.1.attn", VIT_KEEP)
 
@@ -283,7 +283,7 @@ def dataset_and_store(videos, store, tmp_path):
     )
 
 
-def test_another_video_in_a_clips_place_misses_that_clip_in_every_column(dataset_and_store):
+def test_another_video_instead_of_a_clip_misses_that_clip_in_every_column(dataset_and_store):
     root, path = dataset_and_store
     first, other = files_of(root)[:2]
     data = bytearray(other.read_bytes())
@@ -346,7 +346,7 @@ def test_paths_times_order_and_workers_miss_nothing(dataset_and_store, tmp_path)
     assert all(len(p.copied) == CLIPS - 1 and not p.compute.any() for p in planned.all_columns)
 
 
-def test_features_asked_for_in_another_order_or_beside_others_are_the_same(videos, store):
+def test_features_requested_in_another_order_or_beside_others_are_the_same(videos, store):
     backwards = replace(SPEC, keep=tuple(reversed(RESNET_STAGES)))
     planned, _ = plan(videos, store, backwards, estimate=False)
     assert_misses_from(planned, None)

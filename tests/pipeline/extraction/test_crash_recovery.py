@@ -232,7 +232,7 @@ def test_of_many_files_the_one_that_kills_workers_is_found_and_no_other_is_lost(
     assert tried[:3] == [names, ["e", "f"], names], "tried alone before it is halved"
 
 
-def test_an_interrupt_ends_with_130_and_the_next_build_goes_on(videos, undisturbed, tmp_path):
+def test_an_interrupt_ends_with_130_and_the_next_build_resumes(videos, undisturbed, tmp_path):
     store = tmp_path / "s.zarr"
     process = start(videos, store)
     wait_for(lambda: staged(store))

@@ -102,7 +102,7 @@ def published_differences(store, spec, view=0):
     }
 
 
-def test_what_the_last_build_was_asked_for_is_current(store):
+def test_the_request_of_the_last_build_is_current(store):
     for view in (0, 1):
         differences = published_differences(store, None, view)
         assert set(differences) == set(KEEP)
@@ -151,7 +151,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_all_columns_hang_on_is_told_of_each(store, spec, change):
+def test_what_all_columns_depend_on_is_reported_for_each(store, spec, change):
     options, elements, why = CHANGES[change]
     differences = published_differences(store, replace(spec, **options))
     assert set(differences) == set(KEEP)
@@ -163,7 +163,7 @@ def test_what_all_columns_hang_on_is_told_of_each(store, spec, change):
         )
 
 
-def test_a_view_that_is_not_asked_for_is_other_frames(store, spec):
+def test_a_view_that_is_not_requested_is_other_frames(store, spec):
     alone = replace(spec, views=1, flip=False)
     assert {difference.verdict for difference in published_differences(store, alone).values()} == {
         "current"
@@ -193,7 +193,7 @@ def test_another_network_has_other_pictures(store, spec, monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["pixels", "code"])
-def test_another_version_of_the_code_is_told(store, spec, monkeypatch, version):
+def test_another_version_of_the_code_is_reported(store, spec, monkeypatch, version):
     if version == "pixels":
         monkeypatch.setattr("varve.pipeline.extraction.passes.PIXELS", "rgb48")
         difference = published_differences(store, spec)["stem:pool"]
@@ -224,7 +224,7 @@ def test_another_version_of_the_code_is_told(store, spec, monkeypatch, version):
         ("layer3.0.bn1.bias", "layer3.0", ["stem:pool"]),
     ],
 )
-def test_one_parameter_renames_its_stage_and_what_follows(
+def test_one_parameter_changes_the_keys_of_its_stage_and_what_follows(
     store, spec, weights, changed, stage, current
 ):
     differences = published_differences(store, replace(spec, backbones=(weights(changed),)))
@@ -244,7 +244,7 @@ def test_one_parameter_renames_its_stage_and_what_follows(
                        f"{stage} has other parameters: {holds}")  # fmt: skip
 
 
-def test_a_stage_that_one_network_has_not_is_told(store, spec, weights, tmp_path):
+def test_a_stage_that_one_network_lacks_is_reported(store, spec, weights, tmp_path):
     """Weights without a classifier: no stage `fc`."""
     whole = backbones.load(weights(""))
     bare = replace(whole, stages=whole.stages[:-1])
@@ -287,7 +287,7 @@ def test_of_two_networks_of_one_name_the_nearer_is_compared(store, spec, weights
         assert differences["pool"].elements[0][0] == "layer3.0 parameters"
 
 
-def test_what_was_not_asked_for_is_said_to_serve_or_not(store, spec):
+def test_for_what_was_not_requested_its_use_is_reported(store, spec):
     differences = published_differences(store, replace(spec, keep=("layer4.1", "pool")))
     assert (differences["layer4.0"].verdict, differences["layer4.0"].elements) == (
         "not asked for",
@@ -304,7 +304,7 @@ def test_what_was_not_asked_for_is_said_to_serve_or_not(store, spec):
     assert other.why.endswith("; nor does the request keep such a feature")
 
 
-def test_numbers_that_are_too_coarse_are_said_to_be(store, spec, tmp_path):
+def test_numbers_that_are_too_coarse_are_reported(store, spec, tmp_path):
     root = FeatureStore.open(store).attributes["dataset"]
     coarse = replace(spec, dtype="float16", keep=("pool",), views=1, flip=False)
     build(root, tmp_path / "s.zarr", coarse, runtime=SERIAL)
@@ -313,7 +313,7 @@ def test_numbers_that_are_too_coarse_are_said_to_be(store, spec, tmp_path):
     assert difference.why.endswith("float32 was asked for, and they are too coarse for it")
 
 
-def test_a_method_s_column_is_told_from_the_network_s_own(store):
+def test_a_column_of_a_method_is_distinguished_from_that_of_the_published_network(store):
     difference = differences_by_feature(store)["layer4.1:pool changed"]
     assert [name for name, _, _ in difference.elements] == ["layer4.1 code", "layer4.1 parameters"]
     assert difference.elements[0][1:] == ("graft", "resnet_block/1")
@@ -354,12 +354,12 @@ def test_a_trained_stage_differs_by_its_parameters_alone(store, weights):
     assert element[0] == "layer4.1 parameters"
 
 
-def test_a_live_network_can_be_asked_for_what_a_request_keeps(store, spec, grafted):
+def test_a_live_network_can_be_compared_for_what_a_request_keeps(store, spec, grafted):
     differences = differences_by_feature(store, replace(spec, keep=("pool",)), grafted())
     assert differences["layer4.0"].why.endswith("pool can be computed from it")
 
 
-def test_a_store_that_does_not_say_what_it_was_asked_for_is_an_error(store, spec):
+def test_a_store_without_its_request_is_refused(store, spec):
     opened = FeatureStore.open(store)
     del opened.attributes["request"]
     with pytest.raises(SpecMismatch, match="build it once more"):
@@ -375,7 +375,7 @@ def test_another_sampling_takes_over_no_rate_and_no_stride(store):
     assert request_of(opened, sampling="uniform_fps", fps=2.0).fps == 2.0
 
 
-def test_the_command_compares_with_the_last_build_and_what_is_asked_anew(store, varve):
+def test_the_command_compares_with_the_last_build_and_the_new_options(store, varve):
     done = varve("diff", store)
     assert done.returncode == 0
     assert len([line for line in done.stdout.splitlines() if line.startswith("current ")]) == 8

@@ -110,7 +110,7 @@ def count_calls(backbone, monkeypatch):
         ("layer4.1", "layer3.1", ["layer4.0", "layer4.1", "pool"]),
     ],
 )
-def test_only_what_follows_the_deepest_feature_that_holds_is_run(
+def test_only_what_follows_the_deepest_valid_feature_is_run(
     store, resnet, stage, source, runs, no_videos
 ):
     new = moved(resnet, stage)
@@ -146,7 +146,7 @@ def test_a_second_update_computes_nothing(store, resnet):
     assert files(store / "features") == before
 
 
-def test_the_old_columns_stay_and_stay_the_ones_found_by_name(store, resnet):
+def test_the_previous_columns_stay_and_stay_the_default_for_their_name(store, resnet):
     before = files(store / "features")
     report = update(store, moved(resnet, "layer4.0"), keep=["pool"])
     after = files(store / "features")
@@ -165,7 +165,7 @@ def test_what_has_not_changed_is_not_computed_under_another_name(store, resnet):
     assert len(list(FeatureStore.open(store).columns())) == len(KEEP)
 
 
-def test_rows_asked_for_are_computed_and_no_others(store, resnet):
+def test_requested_rows_are_computed_and_no_others(store, resnet):
     new = moved(resnet, "layer4.0")
     report = update(store, new, keep=["pool"], rows=[4, 1])
     feature = FeatureStore.open(store).feature(
@@ -187,7 +187,7 @@ def test_rows_asked_for_are_computed_and_no_others(store, resnet):
             update(store, new, keep=["pool"], rows=rows)
 
 
-def test_each_row_comes_from_the_deepest_feature_that_holds_it(store, resnet, videos):
+def test_each_row_comes_from_its_deepest_valid_feature(store, resnet, videos):
     feature = FeatureStore.open(store).feature("resnet18", "layer3.1")
     column = Column(
         store, ColumnSpec(RESNET, "layer3.1", feature.fingerprint, feature.shape[1:], "float32", {})
@@ -240,7 +240,7 @@ class Mixing(nn.Module):
         return self.inner(x + x.mean(dim=1, keepdim=True))
 
 
-def test_a_module_that_does_not_say_so_is_not_taken_to_be_token_wise(vit_store, vit, no_videos):
+def test_a_module_that_does_not_declare_it_is_not_taken_to_be_token_wise(vit_store, vit, no_videos):
     new = vit.graft("blocks.11.mlp", Mixing(vit.stage("blocks.11.mlp").module))
     planned, _ = plan(vit_store, new, keep=["proj"], estimate=False)
     assert column_facts(planned, vit_store)["proj"]["from"] == {"blocks.10.mlp float32": 6}
@@ -313,7 +313,7 @@ class Tinted(nn.Module):
         return self.inner(x) * self.tint[:, None, None]
 
 
-def test_an_update_that_was_killed_goes_on_to_the_same_bytes(store, resnet, tmp_path, monkeypatch):
+def test_an_update_that_was_killed_resumes_to_the_same_bytes(store, resnet, tmp_path, monkeypatch):
     other = Path(shutil.copytree(store, tmp_path / "other.zarr"))
     new = moved(resnet, "layer4.0")
     update(other, new, keep=["pool"])
@@ -336,7 +336,7 @@ def test_an_update_that_was_killed_goes_on_to_the_same_bytes(store, resnet, tmp_
     assert not (store / ".staging").exists()
 
 
-def test_the_callers_threads_modules_and_table_are_left_as_they_were(store, resnet):
+def test_the_callers_threads_modules_and_table_are_not_changed(store, resnet):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     new = moved(resnet, "layer4.0")
@@ -350,7 +350,7 @@ def test_the_callers_threads_modules_and_table_are_left_as_they_were(store, resn
     assert (store / "clips.parquet").read_bytes() == table
 
 
-def test_a_number_that_the_disk_cannot_hold_is_told_and_nothing_is_quarantined(store, resnet):
+def test_a_number_that_the_dtype_cannot_store_is_reported_and_nothing_is_quarantined(store, resnet):
     new = moved(resnet, "layer4.1", factor=30.0)
     half = spec(dtype="float16")
     report = update(store, new, keep=["layer4.1:pool"], spec=half)
@@ -386,7 +386,7 @@ def test_a_request_that_cannot_be_met_is_refused_before_anything_runs(
     assert files(store) == before
 
 
-def test_a_store_that_does_not_say_how_it_was_built_is_told_so(store, resnet):
+def test_a_store_without_its_build_options_is_refused(store, resnet):
     opened = FeatureStore.open(store)
     del opened.attributes["request"]
     opened.set_attributes({})
@@ -411,7 +411,7 @@ def test_every_view_of_the_clips_is_brought_up_to_date(videos, tmp_path, resnet,
     assert report.frames == 24
 
 
-def test_a_plan_says_where_each_column_comes_from_and_what_is_called(store, resnet):
+def test_a_plan_reports_where_each_column_comes_from_and_what_is_called(store, resnet):
     planned, seconds = plan(store, moved(resnet, "layer4.0"), keep=["pool"])
     text = plan_summary(planned, seconds, store)
     assert "pool  (2, 512) float32: 0 valid, 0 stale, 6 missing (6 from layer3.1 float32)" in text
