@@ -142,7 +142,7 @@ def test_similarities_that_float32_sums_cannot_order_are_in_the_right_order():
         assert near.classes[b].tolist() == order
 
 
-def test_a_pool_that_grew_is_a_pool_made_at_once():
+def test_a_pool_that_grew_equals_a_pool_built_at_once():
     sizes = [1 + k % 3 for k in range(40)]
     blocks = drawn(0, sizes, 12)
     residuals = drawn(1, [9], len(sizes) * 12)[0].reshape(9, len(sizes), 12)

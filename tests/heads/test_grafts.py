@@ -452,7 +452,7 @@ def test_an_aligned_projection_predicts_what_the_classifier_would(width, alike):
     assert np.mean(graft.predict(x).numpy() == logits.argmax(axis=1)) > 0.9
 
 
-def test_clips_of_zeros_leave_an_aligned_projection_where_it_starts():
+def test_clips_of_zeros_do_not_move_an_aligned_projection():
     graft = ClassRegularization(nn.Identity(), linear(3, 5), 5, 2, strength=0.4)
     graft.align(torch.zeros(4, 5), torch.zeros(4, 5), alike=True)
     close(graft.projection, np.eye(5))

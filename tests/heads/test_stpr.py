@@ -606,7 +606,7 @@ class Gated(StPR):
         return HFGate(adapter, 16, network.frames, prefix=1)
 
 
-def test_what_stands_around_an_adapter_trains_and_is_kept_with_it(runner):
+def test_modules_around_an_adapter_train_and_are_kept_with_it(runner):
     options = {"adapters": 2, "epochs": 3, "first_epochs": 3, "layers": 1, "ffn": 16, "lr": 0.1}
     run, plain = runner(Gated, **options), runner(StPR, **options)
     for learner in (run, plain):

@@ -80,7 +80,7 @@ def test_a_single_seed_has_no_band(seeds):
     assert "n = 1" in figure.legends[0].get_texts()[0].get_text()
 
 
-def test_what_cannot_stand_in_one_line_is_refused(seeds):
+def test_what_cannot_be_in_one_line_is_refused(seeds):
     rng = np.random.default_rng(1)
     other = random_run(rng, tasks=(("ant",), ("bee",), ("cat",)))
     with pytest.raises(ValueError, match="tasks of"):

@@ -259,7 +259,7 @@ def test_an_unknown_tag_lists_the_known_ones_and_asks_no_network(network, no_net
     assert not no_network
 
 
-def test_files_and_seeds_ask_no_network(no_network, tmp_path):
+def test_files_and_seeds_need_no_internet(no_network, tmp_path):
     save_file(torchvision.models.resnet18().state_dict(), tmp_path / "mine.safetensors")
     backbones.load(f"resnet18:{tmp_path}/mine.safetensors")
     backbones.load("resnet18:random-0")

@@ -214,7 +214,7 @@ def test_all_whole_clips_have_distinct_bytes(dataset):
     assert len(set(clips)) == len(clips) == dataset.clips == 72
 
 
-def test_a_file_shows_the_frames_it_was_made_of(tmp_path):
+def test_a_file_shows_the_frames_it_was_encoded_from(tmp_path):
     clip = frames("turn clockwise", np.random.default_rng(0))
     for name in ("clip.mp4", "clip.avi"):
         write_video(tmp_path / name, clip, Fraction(25))

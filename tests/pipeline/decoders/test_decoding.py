@@ -62,7 +62,7 @@ def decode_one(path, frame_set=None, **stretch):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_frame_shows_its_own_number(videos, number_of, name):
+def test_every_frame_shows_its_number(videos, number_of, name):
     index, frames = index_and_frames(videos[name].path)
     assert index.num_frames == len(videos[name].numbers)
     assert [number_of(frame) for frame in frames] == videos[name].numbers

@@ -268,7 +268,7 @@ def test_the_blocks_compute_every_missing_cell_once_and_are_counted_right(case):
 
 @settings(max_examples=40)
 @given(cases())
-def test_a_plan_that_is_done_leaves_nothing_to_do(case):
+def test_after_a_finished_plan_nothing_is_missing(case):
     for planned in case.plan().columns[0]:
         spec = planned.output.spec
         done = case.inventory.done(spec)

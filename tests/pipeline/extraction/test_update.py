@@ -421,7 +421,7 @@ def test_a_plan_reports_where_each_column_comes_from_and_what_is_called(store, r
     assert seconds.decode_seconds == 0 < seconds.forward_seconds
 
 
-def test_the_calls_that_are_reported_are_the_calls_that_are_made(store, resnet, monkeypatch):
+def test_the_reported_calls_are_the_actual_calls(store, resnet, monkeypatch):
     new = moved(resnet, "layer4.0")
     taken = {}
     snapshot = backbones.snapshot
