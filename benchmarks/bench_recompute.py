@@ -363,8 +363,8 @@ def main() -> int:
                     store, paths, new, source, share, options
                 )
         for layers in LAYERS[:3] if "losses" in parts else ():
-            found = losses(store, paths, vit, layers)
-            results[f"losses, last {layers}"] = found
+            measured = losses(store, paths, vit, layers)
+            results[f"losses, last {layers}"] = measured
         if "expert" in parts:
             results["StPR expert, frozen CLIP"] = expert(store, paths, vit, options)
     machine = {

@@ -85,9 +85,9 @@ def turns(ways: dict[str, Contender], draw: Callable[[], Tensor], seconds: float
     open_ones = list(ways)
     while open_ones:
         for name in rng.permutation(open_ones).tolist():
-            asked = draw()
+            query = draw()
             began = time.perf_counter()
-            ways[name](asked)
+            ways[name](query)
             spent[name].append(time.perf_counter() - began)
         open_ones = [n for n in ways if sum(spent[n]) < seconds or len(spent[n]) < 3]
     return {
@@ -121,10 +121,10 @@ def nearest(width: int, seconds: float, everything: bool) -> list[dict[str, Any]
             order = np.argsort(-np.take_along_axis(scores, top, axis=1), axis=1)
             return np.take_along_axis(top, order, axis=1)
 
-        asked = draw(200)
-        exact = (asked.double() @ anchors_ND.double().T).topk(TOP).indices
+        queries = draw(200)
+        exact = (queries.double() @ anchors_ND.double().T).topk(TOP).indices
         for pool in pools.values():
-            assert torch.equal(pool.nearest(asked, TOP).classes, exact)
+            assert torch.equal(pool.nearest(queries, TOP).classes, exact)
         ways: dict[str, Contender] = {
             "torch": lambda q, a=anchors_ND: (q @ a.T).topk(TOP),  # type: ignore[misc]
             "numpy": by_numpy,
@@ -133,8 +133,10 @@ def nearest(width: int, seconds: float, everything: bool) -> list[dict[str, Any]
         for batch in BATCHES:
             if batch * count > 3e7 and not everything:
                 continue
-            found = turns(ways, lambda batch=batch: draw(batch), seconds)  # type: ignore[misc]
-            runs.append({"anchors": count, "width": width, "batch": batch, "milliseconds": found})
+            milliseconds = turns(ways, lambda batch=batch: draw(batch), seconds)  # type: ignore[misc]
+            runs.append(
+                {"anchors": count, "width": width, "batch": batch, "milliseconds": milliseconds}
+            )
     return runs
 
 
@@ -162,9 +164,11 @@ def route(seconds: float) -> list[dict[str, Any]]:
         ways: dict[str, Contender] = {"torch": by_torch, "numpy": by_numpy, "pool": pool.route}
         for batch in (1, 32, 256):
             shape = (batch, experts, width)
-            found = turns(ways, lambda s=shape, g=generator: torch.randn(s, generator=g), seconds)  # type: ignore[misc]
+            milliseconds = turns(
+                ways, lambda s=shape, g=generator: torch.randn(s, generator=g), seconds
+            )  # type: ignore[misc]
             runs.append({"experts": experts, "classes": classes, "width": width, "batch": batch,
-                         "milliseconds": found})  # fmt: skip
+                         "milliseconds": milliseconds})  # fmt: skip
     return runs
 
 
@@ -199,15 +203,15 @@ def shortlist(width: int) -> list[dict[str, Any]]:
             optim=OptimConfig(first_epochs=30, weight_decay=0.0, clip_norm=1.0),
         )
         for k in range(EXPERTS):
-            own = torch.tensor([2 * k, 2 * k + 1])
-            clips = Clips({"vector": train[own].flatten(0, 1)}, own.repeat_interleave(20))
-            head.learn(Task(clips, k, text[own]))
+            classes = torch.tensor([2 * k, 2 * k + 1])
+            clips = Clips({"vector": train[classes].flatten(0, 1)}, classes.repeat_interleave(20))
+            head.learn(Task(clips, k, text[classes]))
         batches = test.flatten(0, 1).split(250)
 
         ran = [0]
         for expert in head.routed.experts:
             expert.register_forward_hook(
-                lambda module, given, out, ran=ran: ran.append(ran.pop() + len(out))
+                lambda module, inputs, out, ran=ran: ran.append(ran.pop() + len(out))
             )
 
         def predicted(
@@ -215,8 +219,8 @@ def shortlist(width: int) -> list[dict[str, Any]]:
         ) -> tuple[Tensor, float, float]:
             head.routed.config, ran[0] = replace(head.routed.config, shortlist=short), 0
             began = time.perf_counter()
-            found = torch.cat([head.scores({"vector": x}).argmax(dim=1) for x in batches])
-            return found, time.perf_counter() - began, ran[0] / len(found)
+            predictions = torch.cat([head.scores({"vector": x}).argmax(dim=1) for x in batches])
+            return predictions, time.perf_counter() - began, ran[0] / len(predictions)
 
         head.routed.config = replace(head.routed.config, shortlist=0)
         first = torch.cat([head.routing({"vector": x}).experts[:, 0] for x in batches])
@@ -234,10 +238,10 @@ def shortlist(width: int) -> list[dict[str, Any]]:
             head.routed.config = replace(
                 head.routed.config, softmax=softmax, keep=keep, doubt=doubts
             )
-            (every, slow, _), (few, quick, asked) = predicted(head, 0), predicted(head, SHORT)
+            (every, slow, _), (few, quick, experts_run) = predicted(head, 0), predicted(head, SHORT)
             ways[way] = {
                 "agreement": float((every == few).float().mean()),
-                "experts a clip": asked,
+                "experts a clip": experts_run,
                 "accuracy, all run": float((every == labels).float().mean()),
                 f"accuracy, {SHORT} run": float((few == labels).float().mean()),
                 "seconds, all run": slow,
@@ -281,8 +285,10 @@ def published_size() -> list[dict[str, Any]]:
     runs = []
     for batch in (1, 16):
         draw = lambda b=batch: torch.randn(b, FRAMES, width, generator=generator)  # noqa: E731
-        found = turns({"all run": everyone, f"{SHORT} run": few}, draw, 0.0)
-        runs.append({"batch": batch, "experts": EXPERTS, "width": width, "milliseconds": found})
+        milliseconds = turns({"all run": everyone, f"{SHORT} run": few}, draw, 0.0)
+        runs.append(
+            {"batch": batch, "experts": EXPERTS, "width": width, "milliseconds": milliseconds}
+        )
     return runs
 
 
@@ -299,8 +305,8 @@ def show(runs: dict[str, list[dict[str, Any]]]) -> None:
               f"expert first for {run['own expert is first']:.1%}, right by text alone "
               f"{run['accuracy of text alone']:.1%}")  # fmt: skip
         for way, of in run["weights"].items():
-            agreement, asked, all_right, few_right, slow, quick = of.values()
-            print(f"  {way:22} {agreement:7.2%} agree; {asked:5.1f} experts a clip; right "
+            agreement, experts_run, all_right, few_right, slow, quick = of.values()
+            print(f"  {way:22} {agreement:7.2%} agree; {experts_run:5.1f} experts a clip; right "
                   f"{all_right:6.1%} with all, {few_right:6.1%} with few; {slow / quick:5.1f} "
                   "times as fast")  # fmt: skip
     for run in runs.get("published size", []):
@@ -308,11 +314,11 @@ def show(runs: dict[str, list[dict[str, Any]]]) -> None:
         lines(run["milliseconds"], run["batch"], "all run")
 
 
-def lines(found: dict[str, Any], batch: int, base: str) -> None:
-    for name, each in found.items():
+def lines(timings: dict[str, Any], batch: int, base: str) -> None:
+    for name, each in timings.items():
         line = f"  {name:12} p50 {each['p50']:10.3f} ms  p99 {each['p99']:10.3f} ms  a query "
         line += (
-            f"{1e3 * each['p50'] / batch:9.2f} us  ratio {each['p50'] / found[base]['p50']:6.2f}"
+            f"{1e3 * each['p50'] / batch:9.2f} us  ratio {each['p50'] / timings[base]['p50']:6.2f}"
         )
         line += f"  {each['turns']:5} turns"
         print(line)

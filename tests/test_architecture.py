@@ -160,7 +160,7 @@ def test_a_leading_underscore_is_not_imported_from_outside_its_folder():
     assert not wrong, "\n".join(sorted(wrong))
 
 
-def test_no_folder_holds_more_than_twenty_modules():
+def test_no_folder_has_more_than_twenty_modules():
     folders = {file.parent for file in FILES}
     full = {f.relative_to(ROOT): len(list(f.glob("*.py"))) - 1 for f in folders}
     assert not {f: n for f, n in full.items() if n > MOST_MODULES}

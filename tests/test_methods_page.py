@@ -41,9 +41,9 @@ def test_the_examples_are_short_and_lines_fit(folder):
 @pytest.mark.slow
 def test_the_examples_pass_the_checks_of_every_head(folder):
     """As the page describes, outside the repository."""
-    asked = [word for name in FILES for word in ("--head", name)]
+    arguments = [word for name in FILES for word in ("--head", name)]
     done = subprocess.run(
-        [sys.executable, "-m", "varve.contracts", "-q", "-p", "no:cacheprovider", *asked],
+        [sys.executable, "-m", "varve.contracts", "-q", "-p", "no:cacheprovider", *arguments],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -53,12 +53,13 @@ def test_the_examples_pass_the_checks_of_every_head(folder):
 def test_the_page_runs(folder, monkeypatch, capsys):
     """On two motions, with fewer epochs and without worker processes."""
     make_dataset(folder / "videos", clips_per_class=3, classes=("grow", "shrink"), broken=False)
-    for place, network, *keep in (("maps", "resnet18", "layer3.1", "pool"),
-                                  ("tokens", "ViT-S-32", "blocks.10.attn", "proj")):  # fmt: skip
-        assert f"--store {place}.zarr --backbone {network}:random-0" in TEXT
+    stores = (("maps", "resnet18", "layer3.1", "pool"),
+              ("tokens", "ViT-S-32", "blocks.10.attn", "proj"))  # fmt: skip
+    for store_name, network, *keep in stores:
+        assert f"--store {store_name}.zarr --backbone {network}:random-0" in TEXT
         assert " ".join(f"--keep {name}" for name in keep) in TEXT
-        build("videos", f"{place}.zarr", BuildSpec((f"{network}:random-0",), tuple(keep), frames=2),
-              runtime=Runtime(serial=True))  # fmt: skip
+        spec = BuildSpec((f"{network}:random-0",), tuple(keep), frames=2)
+        build("videos", f"{store_name}.zarr", spec, runtime=Runtime(serial=True))
     run, ablate = varve.run, varve.ablate
     quick = {"first_epochs": 1, "epochs": 1}
 
@@ -78,10 +79,10 @@ def test_the_page_runs(folder, monkeypatch, capsys):
     for block in BLOCKS:
         exec(compile(block, "METHODS.md", "exec"), names)
     assert names["table"].attrs["errors"] == []
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     shown = TEXT.split("```text\n")[1].split("```")[0]
-    assert shown.split("\n")[0].split() == said.split("\n")[0].split()
-    first = [line.split()[0] for line in said.splitlines()[1:]]
+    assert shown.split("\n")[0].split() == printed.split("\n")[0].split()
+    first = [line.split()[0] for line in printed.splitlines()[1:]]
     assert first == ["lucir", "hf_net", "gated", "gated"]
     gated, experts = names["done"], names["experts"]
     assert gated.nme is not None

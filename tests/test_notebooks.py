@@ -50,17 +50,17 @@ def execute(tmp_path, monkeypatch):
     """Runs a notebook in a folder of its own, with other settings; gives its outputs by cell."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "jupyter"))
-    place = tmp_path / "notebooks"
-    place.mkdir()
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
 
     def run(name: str, **settings: str) -> dict[str, list[NotebookNode]]:
         notebook = read(name)
-        place_of = [cell.metadata.get("tags") for cell in notebook.cells].index(["parameters"])
-        has = set(assigned(notebook.cells[place_of].source))
+        settings_cell = [cell.metadata.get("tags") for cell in notebook.cells].index(["parameters"])
+        has = set(assigned(notebook.cells[settings_cell].source))
         assert set(settings) <= has, f"{name} has no setting {set(settings) - has}"
         lines = [f"{key} = {value}" for key, value in settings.items()]
-        notebook.cells.insert(place_of + 1, nbformat.v4.new_code_cell("\n".join(lines)))
-        where = {"metadata": {"path": str(place)}}
+        notebook.cells.insert(settings_cell + 1, nbformat.v4.new_code_cell("\n".join(lines)))
+        where = {"metadata": {"path": str(folder)}}
         NotebookClient(notebook, timeout=900, kernel_name="python3", resources=where).execute()
         return {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
 
@@ -74,27 +74,27 @@ def assigned(source: str) -> list[str]:
 
 
 def printed(outputs: list[NotebookNode]) -> str:
-    return "".join(one.text for one in outputs if one.output_type == "stream")
+    return "".join(output.text for output in outputs if output.output_type == "stream")
 
 
 def shown(outputs: list[NotebookNode]) -> str:
-    (last,) = (one.data["text/plain"] for one in outputs if "data" in one)
+    (last,) = (output.data["text/plain"] for output in outputs if "data" in output)
     return last
 
 
 def pictures(outputs: dict[str, list[NotebookNode]]) -> list[str]:
     """Cells that show one, each once."""
-    found = [(cell, one.data["image/png"]) for cell, all_of_it in outputs.items()
-             for one in all_of_it if "image/png" in one.get("data", {})]  # fmt: skip
-    for _, image in found:
+    images = [(cell, output.data["image/png"]) for cell, all_of_it in outputs.items()
+              for output in all_of_it if "image/png" in output.get("data", {})]  # fmt: skip
+    for _, image in images:
         assert base64.b64decode(image).startswith(b"\x89PNG")
-    return [cell for cell, _ in found]
+    return [cell for cell, _ in images]
 
 
 def complaints(outputs: dict[str, list[NotebookNode]]) -> list[str]:
     """Return the text on stderr, where Python's warnings go."""
-    return [one.text for all_of_it in outputs.values() for one in all_of_it
-            if one.get("name") == "stderr"]  # fmt: skip
+    return [output.text for all_of_it in outputs.values() for output in all_of_it
+            if output.get("name") == "stderr"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_videos_are_drawn_once_and_are_whole_or_not_there(tmp_path):
         assert os.listdir(videos.parent) == ["videos"]
 
 
-def test_a_store_is_built_and_what_it_holds_is_not_built_again(execute, tmp_path):
+def test_a_store_is_built_and_valid_cells_are_not_built_again(execute, tmp_path):
     videos = tmp_path / "videos"
     make_dataset(videos, 1, classes=("grow", "shrink"))
     outputs = execute(BUILD, dataset=f"Path({str(videos)!r})", runtime="Runtime(serial=True)")

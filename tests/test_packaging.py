@@ -137,8 +137,12 @@ def test_the_wheel_contains_varve_alone(wheel):
         str(file.relative_to(ROOT / "src")) for file in (ROOT / "src/varve/contracts").glob("*.py")
     }
     assert shipped | contracts <= names
-    own = {name for name in names if name.startswith("varve/")}
-    assert own - shipped - contracts == {"varve/__init__.py", "varve/__main__.py", "varve/py.typed"}
+    packaged = {name for name in names if name.startswith("varve/")}
+    assert packaged - shipped - contracts == {
+        "varve/__init__.py",
+        "varve/__main__.py",
+        "varve/py.typed",
+    }
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

@@ -99,7 +99,7 @@ def test_variants_of_varve_have_no_digest():
         (PLUGIN.replace("{result}", "[0]") + "1 / 0", "ZeroDivisionError"),
     ],
 )
-def test_a_plugin_that_raises_is_named_and_leaves_nothing(plugin, text, message):
+def test_a_plugin_that_raises_is_named_and_registers_nothing(plugin, text, message):
     plugin.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
         registry.load_plugin(plugin)

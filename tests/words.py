@@ -3,7 +3,7 @@
     python tests/words.py [PATH ...]      (default: the folders of the project)
 
 Each finding is a line `file:line: what is wrong; what to write instead`. Of tests and benchmarks
-docstrings and comments are judged, and of pages their text.
+docstrings, comments and variables are judged, and of pages their text.
 """
 
 import ast
@@ -78,7 +78,7 @@ NAMES = {
 
 _STANDARD = re.compile("|".join(rf"\b{words}\b" for words in STANDARD), re.IGNORECASE)
 _PRIVATE = {re.compile(rf"\b(?:{word})\b", re.IGNORECASE): say for word, say in PRIVATE.items()}
-_CODE = ("message", "variable")
+_MESSAGE = "message: "
 _INLINE_CODE = re.compile(r"`[^`\n]*`")
 
 
@@ -110,7 +110,7 @@ def check(paths: list[Path]) -> list[Finding]:
         path = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
         if checker := _CHECKERS.get(file.suffix or file.name):
             for line, problem in checker(file.read_text("utf-8")):
-                if path.parts[0] not in ("tests", "benchmarks") or not problem.startswith(_CODE):
+                if path.parts[0] not in ("tests", "benchmarks") or not problem.startswith(_MESSAGE):
                     findings.add(Finding(path, line, problem))
     return sorted(findings)
 
@@ -168,7 +168,7 @@ def _check_python(text: str) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             prose = id(node) in docstrings or " " in node.value.strip()
-            kind = "" if id(node) in docstrings else "message: "
+            kind = "" if id(node) in docstrings else _MESSAGE
             for offset, problem in private_words(node.value) if prose else ():
                 line = node.lineno + (offset if node.end_lineno != node.lineno else 0)
                 yield line, kind + problem

@@ -106,8 +106,8 @@ def test_routing_and_search_are_brute_force_whatever_the_ties(data):
     near = pool.nearest(torch.from_numpy(residuals[:, 0]), top_k)
     for b, row in enumerate(residuals[:, 0]):
         order = sorted(range(len(every)), key=lambda n: (-cosine(row, every[n]), n))[:top_k]
-        found = zip(near.experts[b].tolist(), near.classes[b].tolist(), strict=True)
-        assert list(found) == [labels[n] for n in order]
+        experts_and_classes = zip(near.experts[b].tolist(), near.classes[b].tolist(), strict=True)
+        assert list(experts_and_classes) == [labels[n] for n in order]
 
 
 def test_the_first_of_equal_classes_and_of_equal_experts_wins():
@@ -117,11 +117,11 @@ def test_the_first_of_equal_classes_and_of_equal_experts_wins():
     blocks = [np.concatenate([other, same.repeat(40, 0)]) for _ in range(3)]
     pool = grown(blocks)
     for batch in (1, 50):
-        asked = torch.from_numpy(same).expand(batch, 512)
-        routing = route(pool, asked[:, None].expand(-1, 3, -1))
+        queries = torch.from_numpy(same).expand(batch, 512)
+        routing = route(pool, queries[:, None].expand(-1, 3, -1))
         assert routing.experts.tolist() == [[0, 1, 2]] * batch
         assert routing.nearest.tolist() == [[40, 140, 240]] * batch
-        near = pool.nearest(asked, 45)
+        near = pool.nearest(queries, 45)
         first = [*range(40, 80), *range(140, 145)]
         assert near.classes.tolist() == [first] * batch
         assert near.similarities.unique().tolist() == [1.0]
@@ -133,16 +133,16 @@ def test_similarities_that_float32_sums_cannot_order_are_in_the_right_order():
     start = rng.normal(size=512).astype(np.float32)
     steps = 1 + 3e-6 * rng.normal(size=(64, 512))
     block = (start * steps).astype(np.float32)
-    asked = (start * (1 + 0.3 * rng.normal(size=(30, 1, 512)))).astype(np.float32)
+    residuals = (start * (1 + 0.3 * rng.normal(size=(30, 1, 512)))).astype(np.float32)
     pool = grown([block])
-    same_routing(pool, [block], asked, 1)
-    near = pool.nearest(torch.from_numpy(asked[:, 0]), 5)
-    for b in range(len(asked)):
-        order = sorted(range(64), key=lambda n: (-cosine(asked[b, 0], block[n]), n))[:5]
+    same_routing(pool, [block], residuals, 1)
+    near = pool.nearest(torch.from_numpy(residuals[:, 0]), 5)
+    for b in range(len(residuals)):
+        order = sorted(range(64), key=lambda n: (-cosine(residuals[b, 0], block[n]), n))[:5]
         assert near.classes[b].tolist() == order
 
 
-def test_a_pool_that_grew_is_a_pool_made_at_once():
+def test_a_pool_that_grew_equals_a_pool_built_at_once():
     sizes = [1 + k % 3 for k in range(40)]
     blocks = drawn(0, sizes, 12)
     residuals = drawn(1, [9], len(sizes) * 12)[0].reshape(9, len(sizes), 12)
@@ -162,7 +162,7 @@ def test_a_pool_that_grew_is_a_pool_made_at_once():
     assert torch.equal(slow.anchors(7), torch.from_numpy(blocks[7]))
 
 
-def test_a_state_is_tensors_of_its_own_and_goes_through_safetensors():
+def test_a_state_is_a_copy_of_the_tensors_and_survives_safetensors():
     blocks = drawn(0, (2, 5), 6)
     pool = AnchorPool(6)
     for k, key in enumerate(("", "ViT-B-16 · é")):
@@ -181,12 +181,12 @@ def test_a_state_is_tensors_of_its_own_and_goes_through_safetensors():
         tensor.zero_()
     assert all(torch.equal(pool.state_dict()[name], second[name]) for name in second)
     # It resumes where the first pool would have.
-    for one in (pool, again):
-        one.add(2, [50], torch.ones(1, 6), "ViT-B-16 · é")
-    asked = torch.from_numpy(drawn(1, (12,), 6)[0]).reshape(4, 3, 6)
-    for one in (pool, again):
-        one.lineage = True  # the keys of the experts differ
-    routings = [route(one, asked, key="ViT-B-16 · é") for one in (pool, again)]
+    for anchor_pool in (pool, again):
+        anchor_pool.add(2, [50], torch.ones(1, 6), "ViT-B-16 · é")
+    residuals = torch.from_numpy(drawn(1, (12,), 6)[0]).reshape(4, 3, 6)
+    for anchor_pool in (pool, again):
+        anchor_pool.lineage = True  # the keys of the experts differ
+    routings = [route(anchor_pool, residuals, key="ViT-B-16 · é") for anchor_pool in (pool, again)]
     assert all(torch.equal(*parts) for parts in zip(*routings, strict=True))
 
 
@@ -214,7 +214,7 @@ def test_anchors_of_another_column_refuse_the_query():
         pool.compare(ones, key="moved")
 
 
-def test_in_a_runs_own_lineage_the_newest_column_may_ask_of_older_anchors():
+def test_in_the_lineage_of_a_run_the_newest_column_may_query_older_anchors():
     pool = AnchorPool(4, lineage=True)
     pool.add(0, [0], torch.ones(1, 4), "frozen")
     ones = torch.ones(2, 2, 4)
@@ -261,18 +261,18 @@ def test_the_length_of_a_vector_does_not_matter(scale):
     blocks = [np.sign(block) for block in drawn(0, (3, 3), 8)]
     residuals = np.sign(drawn(1, (4,), 16)[0]).reshape(4, 2, 8)
     scaled = grown([block * np.float32(scale) for block in blocks])
-    for asked in (residuals, residuals * np.float32(scale)):
+    for scaled_residuals in (residuals, residuals * np.float32(scale)):
         for pool in (grown(blocks), scaled):
-            same_routing(pool, blocks, asked, 2)
+            same_routing(pool, blocks, scaled_residuals, 2)
 
 
-def test_what_is_asked_stays_as_it_was():
+def test_queries_are_not_changed():
     pool = grown(drawn(0, (2, 2), 4))
-    asked = torch.tensor([[[1e30, 1, 2, 3], [1e-30, 0, 0, 0]], [[0, 0, 0, 0], [1, 2, 3, 4]]])
-    before = asked.clone()
-    route(pool, asked)
-    pool.nearest(asked[:, 0], 2)
-    assert torch.equal(asked, before)
+    residuals = torch.tensor([[[1e30, 1, 2, 3], [1e-30, 0, 0, 0]], [[0, 0, 0, 0], [1, 2, 3, 4]]])
+    before = residuals.clone()
+    route(pool, residuals)
+    pool.nearest(residuals[:, 0], 2)
+    assert torch.equal(residuals, before)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -291,7 +291,7 @@ def test_numbers_that_are_none_are_refused(value):
     assert all(torch.equal(pool.state_dict()[name], before[name]) for name in before)
 
 
-def test_what_does_not_fit_is_refused_with_what_was_found():
+def test_shapes_that_do_not_fit_are_refused_and_named():
     pool = AnchorPool(4)
     with pytest.raises(ValueError, match=r"no anchors yet.*learn first"):
         route(pool, torch.ones(1, 0, 4))
@@ -299,18 +299,18 @@ def test_what_does_not_fit_is_refused_with_what_was_found():
         pool.nearest(torch.ones(1, 4), 1)
     assert pool.state_dict() == {}
     pool.add(0, [3, 5], torch.eye(4)[:2])
-    for residuals, said in (
+    for residuals, message in (
         (torch.ones(1, 1, 5), r"\[1, 1, 5\], where the pool has vectors of 4"),
         (torch.ones(1, 2, 4), r"\[1, 2, 4\] for 1 experts"),
         (torch.ones(1, 4), r"\[1, 4\] for 1 experts"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             route(pool, residuals)
     with pytest.raises(ValueError, match="ask for one anchor at least"):
         pool.nearest(torch.ones(1, 4), 0)
     with pytest.raises(ValueError, match="vectors of 4"):
         pool.nearest(torch.ones(1, 3), 1)
-    for expert, classes, anchors, said in (
+    for expert, classes, anchors, message in (
         (0, [1], torch.ones(1, 4), "0 for a pool of 1.*1 is next"),
         (2, [1], torch.ones(1, 4), "2 for a pool of 1.*1 is next"),
         (1, [], torch.ones(0, 4), "at least one"),
@@ -318,7 +318,7 @@ def test_what_does_not_fit_is_refused_with_what_was_found():
         (1, [1, 2], torch.ones(1, 4), "for 2 classes"),
         (1, [1], torch.ones(1, 5), "vectors of 4"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             pool.add(expert, classes, anchors)
     assert pool.classes == [[3, 5]]
     # A state of another width leaves the pool as it is.

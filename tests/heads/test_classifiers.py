@@ -35,14 +35,14 @@ def test_cosine_is_the_similarity_weighted_by_the_softmax_over_proxies(proxies):
     for b in range(6):
         for c in range(3):
             cosines = [unit(x[b]) @ unit(theta[c, p]) for p in range(proxies)]
-            total = sum(np.exp(one) for one in cosines)
-            expected[b, c] = sum(np.exp(one) / total * one for one in cosines)
-    found = head(torch.from_numpy(x)).detach()
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
-    np.testing.assert_allclose(head(torch.from_numpy(3 * x)).detach(), found, rtol=1e-12)
+            total = sum(np.exp(cosine) for cosine in cosines)
+            expected[b, c] = sum(np.exp(cosine) / total * cosine for cosine in cosines)
+    similarities = head(torch.from_numpy(x)).detach()
+    np.testing.assert_allclose(similarities, expected, rtol=1e-12)
+    np.testing.assert_allclose(head(torch.from_numpy(3 * x)).detach(), similarities, rtol=1e-12)
 
 
-def test_columns_are_appended_and_old_ones_stay():
+def test_columns_are_appended_and_previous_columns_stay():
     rng = np.random.default_rng(0)
     linear, cosine = Linear(4), Cosine(4, 2)
     linear.grow(2)
@@ -64,7 +64,7 @@ def test_imprinting_starts_from_the_unit_mean_at_the_length_of_other_columns():
     head = Cosine(5).double()
     head.grow(3, np.random.default_rng(0))
     theta, x = head.weight.detach().numpy()[:, 0].copy(), 9 * draw(7, 5)
-    mean = unit(sum(unit(one) for one in x) / 7)
+    mean = unit(sum(unit(vector) for vector in x) / 7)
     expected = np.linalg.norm(theta[:2], axis=1).mean() * mean
     head.imprint(2, torch.from_numpy(x), torch.arange(2), np.random.default_rng(1))
     np.testing.assert_allclose(head.weight.detach()[2, 0], expected, rtol=1e-12)
@@ -76,9 +76,9 @@ def test_proxies_are_imprinted_about_the_mean_with_the_clips_deviation():
     head.grow(1, np.random.default_rng(0))
     x = draw(9, 3)
     head.imprint(0, torch.from_numpy(x), torch.arange(0), np.random.default_rng(1))
-    found = head.weight.detach().numpy()[0]
-    np.testing.assert_allclose(found.mean(axis=0), unit(unit(x).mean(axis=0)), atol=0.05)
-    np.testing.assert_allclose(found.std(axis=0), unit(x).std(axis=0), rtol=0.05)
+    proxies = head.weight.detach().numpy()[0]
+    np.testing.assert_allclose(proxies.mean(axis=0), unit(unit(x).mean(axis=0)), atol=0.05)
+    np.testing.assert_allclose(proxies.std(axis=0), unit(x).std(axis=0), rtol=0.05)
 
 
 def test_proxies_of_a_single_clip_are_drawn_apart():
@@ -92,7 +92,7 @@ def test_proxies_of_a_single_clip_are_drawn_apart():
     assert torch.cosine_similarity(first, x[0], dim=0) > 0.98
 
 
-def test_held_columns_get_no_gradient():
+def test_frozen_columns_get_no_gradient():
     head = Cosine(4)
     head.grow(3, np.random.default_rng(0))
     head.frozen = torch.tensor([True, False, True])

@@ -20,7 +20,7 @@ def draw(*shape, seed=0):
 
 
 def tensors(*arrays):
-    return [torch.from_numpy(np.asarray(one)) for one in arrays]
+    return [torch.from_numpy(np.asarray(array)) for array in arrays]
 
 
 def unit(x):
@@ -38,17 +38,17 @@ def test_sigmoid_distillation(weight):
             q = float(c == columns[b]) if taught[c] else 1 / (1 + np.exp(-old[b, c]))
             term = -(q * np.log(g) + (1 - q) * np.log(1 - g))
             expected += term * (1.0 if taught[c] else weight) / 5
-    found = sigmoid_distillation(*tensors(logits, columns, old, taught), weight)
-    assert float(found) == pytest.approx(expected, rel=1e-12)
+    loss = sigmoid_distillation(*tensors(logits, columns, old, taught), weight)
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
 
 
 def test_sigmoid_distillation_of_a_first_task_is_the_cross_entropy_of_each_column():
     logits, columns = draw(5, 3), [0, 2, 1, 1, 0]
-    found = sigmoid_distillation(*tensors(logits, columns, draw(5, 0), [True] * 3))
+    loss = sigmoid_distillation(*tensors(logits, columns, draw(5, 0), [True] * 3))
     onehot = np.eye(3)[columns]
     g = 1 / (1 + np.exp(-logits))
     expected = -(onehot * np.log(g) + (1 - onehot) * np.log(1 - g)).sum(axis=1).mean()
-    assert float(found) == pytest.approx(expected, rel=1e-12)
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
 
 
 def test_softened():
@@ -66,16 +66,16 @@ def test_relations():
     expected = 0.0
     for i in range(6):
         for j in range(6):
-            own, held = (unit(x[i]) @ unit(x[j]) for x in (new, old))
-            expected += (own - held) ** 2 / 36
+            new_cosine, old_cosine = (unit(x[i]) @ unit(x[j]) for x in (new, old))
+            expected += (new_cosine - old_cosine) ** 2 / 36
     assert float(relations(*tensors(new, old))) == pytest.approx(expected, rel=1e-12)
     # Turned as a whole, vectors keep their cosines.
     turned = old @ np.linalg.qr(draw(4, 4, seed=2))[0]
     assert float(relations(*tensors(turned, old))) == pytest.approx(0, abs=1e-12)
     # Each clip for itself where a leading axis says so.
     parts = [float(relations(*tensors(new[a : a + 3], old[a : a + 3]))) for a in (0, 3)]
-    found = float(relations(*tensors(new.reshape(2, 3, 4), old.reshape(2, 3, 4))))
-    assert found == pytest.approx(np.mean(parts), rel=1e-12)
+    loss = float(relations(*tensors(new.reshape(2, 3, 4), old.reshape(2, 3, 4))))
+    assert loss == pytest.approx(np.mean(parts), rel=1e-12)
 
 
 def test_less_forget():
@@ -89,18 +89,18 @@ def test_less_forget():
 def test_margin_ranking(fresh, top):
     cosines, columns = np.tanh(draw(8, 6)), [0, 5, 1, 2, 3, 3, 4, 0]
     losses = []
-    for b, own in enumerate(columns):
-        if own in fresh:
+    for b, column in enumerate(columns):
+        if column in fresh:
             continue
         hardest = sorted((cosines[b, k] for k in fresh), reverse=True)[:top]
-        losses.append(sum(max(0.5 - cosines[b, own] + one, 0) for one in hardest))
+        losses.append(sum(max(0.5 - cosines[b, column] + cosine, 0) for cosine in hardest))
     assert any(losses)
     mask = np.isin(np.arange(6), fresh)
-    found = margin_ranking(*tensors(cosines, columns, mask), top, 0.5)
-    assert float(found) == pytest.approx(sum(losses) / len(losses), rel=1e-12)
+    loss = margin_ranking(*tensors(cosines, columns, mask), top, 0.5)
+    assert float(loss) == pytest.approx(sum(losses) / len(losses), rel=1e-12)
 
 
-def test_margin_ranking_of_a_batch_without_old_clips_is_zero_and_has_a_gradient():
+def test_margin_ranking_of_a_batch_without_exemplars_is_zero_and_has_a_gradient():
     cosines = torch.zeros(2, 3, requires_grad=True)
     loss = margin_ranking(cosines, torch.tensor([1, 2]), torch.tensor([False, True, True]))
     loss.backward()
@@ -111,12 +111,12 @@ def test_margin_ranking_of_a_batch_without_old_clips_is_zero_and_has_a_gradient(
 def test_nca():
     y, columns, eta, margin = np.tanh(draw(7, 4)), [0, 3, 1, 2, 0, 1, 3], 6.0, 0.6
     losses = []
-    for b, own in enumerate(columns):
-        others = sum(np.exp(eta * y[b, i]) for i in range(4) if i != own)
-        losses.append(max(-np.log(np.exp(eta * (y[b, own] - margin)) / others), 0))
+    for b, column in enumerate(columns):
+        others = sum(np.exp(eta * y[b, i]) for i in range(4) if i != column)
+        losses.append(max(-np.log(np.exp(eta * (y[b, column] - margin)) / others), 0))
     assert np.count_nonzero(losses) > 0
-    found = nca(*tensors(y, columns, eta), margin)
-    assert float(found) == pytest.approx(np.mean(losses), rel=1e-12)
+    loss = nca(*tensors(y, columns, eta), margin)
+    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-12)
 
 
 def test_nca_stops_where_a_class_is_far_enough_above_the_others():
@@ -145,7 +145,7 @@ def pool_by_loops(h):
 
 def test_pooled_outputs_of_maps():
     new = [draw(2, 3, 4, 5, 3), draw(2, 3, 6, 2, 2)]
-    old = [draw(*one.shape, seed=1) for one in new]
+    old = [draw(*maps.shape, seed=1) for maps in new]
     expected = 0.0
     for h, g in zip(new, old, strict=True):
         for b in range(2):
@@ -162,9 +162,9 @@ def test_pooled_outputs_of_tokens_are_those_of_their_grid_and_class_tokens(prefi
     for b in range(2):
         for t in range(2):
             parts = []
-            for one in (new, old):
-                grid = one[b, t, prefix:].reshape(4, 4, 3).transpose(2, 0, 1)
-                first = (one[b, t, :prefix] ** 2).ravel()
+            for tokens in (new, old):
+                grid = tokens[b, t, prefix:].reshape(4, 4, 3).transpose(2, 0, 1)
+                first = (tokens[b, t, :prefix] ** 2).ravel()
                 parts.append(unit(np.concatenate([pool_by_loops(grid), first])))
             expected += np.linalg.norm(parts[0] - parts[1]) / 4
     assert float(pooled(tensors(new), tensors(old))) == pytest.approx(expected, rel=1e-12)

@@ -20,7 +20,7 @@ def draw(*shape, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).normal(size=shape)).float()
 
 
-def test_mean_and_order_are_what_they_say_and_have_nothing_to_train():
+def test_mean_and_order_are_computed_as_defined_and_have_nothing_to_train():
     x = draw(2, 3, 4)
     mean, order = Encoder(EncoderConfig("mean"), 3, 4), Encoder(EncoderConfig("order"), 3, 4)
     torch.testing.assert_close(mean(x), (x[:, 0] + x[:, 1] + x[:, 2]) / 3)
@@ -47,14 +47,16 @@ def test_relations_are_of_ordered_tuples_of_every_length():
     x = draw(2, 4, 3)
     encoder = Encoder(EncoderConfig("trn"), 4, 3, np.random.default_rng(0))
     chosen = {2: [(0, 1), (1, 2), (2, 3)], 3: [(0, 1, 2), (0, 2, 3), (1, 2, 3)], 4: [(0, 1, 2, 3)]}
-    found = [[tuple(one) for one in tuples.tolist()] for tuples in encoder.relation.tuples]
-    assert found == [*chosen.values()]
+    relation_tuples = [
+        [tuple(indices) for indices in tuples.tolist()] for tuples in encoder.relation.tuples
+    ]
+    assert relation_tuples == [*chosen.values()]
     expected = np.zeros((2, 256))
     for (length, tuples), layer in zip(chosen.items(), encoder.relation.lengths, strict=True):
         weight, bias = (p.detach().double().numpy() for p in (layer.weight, layer.bias))
         for b in range(2):
-            for one in tuples:
-                frames = np.concatenate([x[b, t].double().numpy().clip(0) for t in one])
+            for indices in tuples:
+                frames = np.concatenate([x[b, t].double().numpy().clip(0) for t in indices])
                 assert len(frames) == 3 * length
                 expected[b] += (weight @ frames + bias).clip(0) / len(tuples)
     np.testing.assert_allclose(encoder(x).detach(), expected, rtol=1e-5, atol=1e-6)
@@ -72,7 +74,7 @@ def test_relations_are_of_ordered_tuples_of_every_length():
 
 
 @pytest.mark.parametrize("position", [None, "learned"])
-def test_only_positions_tell_an_expert_the_order(position):
+def test_only_positions_give_an_expert_the_order(position):
     x = draw(5, 3, 4)
     encoder = Encoder(EncoderConfig("expert", SMALL | {"position": position}), 3, 4)
     assert torch.allclose(encoder(x), encoder(x.flip(1)), atol=1e-5) == (position is None)
@@ -135,7 +137,7 @@ def test_a_motion_and_its_reverse_are_two_classes_only_where_order_counts(name, 
 
 
 @pytest.mark.parametrize("name", TIMED)
-def test_closed_forms_tell_a_motion_from_its_reverse_by_order(name, runner):
+def test_closed_forms_distinguish_a_motion_from_its_reverse_by_order(name, runner):
     for time in ("mean", "order"):
         small = {"projection": 64} if name == "ranpac" else {}
         run = runner(BUILDS[name], time=time, **small)

@@ -20,13 +20,13 @@ def herd_by_loops(vectors, count):
     order = []
     for k in range(1, min(count, len(phi)) + 1):
         best, least = None, np.inf
-        for place in range(len(phi)):
-            if place in order:
+        for index in range(len(phi)):
+            if index in order:
                 continue
-            so_far = phi[place] + sum(phi[j] for j in order)
+            so_far = phi[index] + sum(phi[j] for j in order)
             gap = np.sqrt(((mean - so_far / k) ** 2).sum())
             if gap < least:
-                best, least = place, gap
+                best, least = index, gap
         order.append(best)
     return order
 
@@ -56,15 +56,15 @@ def test_herding_stays_nearer_to_the_mean_than_a_draw():
     mean = vectors.mean(axis=0)
     taken = vectors[herd(torch.from_numpy(vectors), 5)].mean(axis=0)
     drawn = [vectors[rng.permutation(60)[:5]].mean(axis=0) for _ in range(200)]
-    gaps = [np.linalg.norm(mean - one) for one in drawn]
+    gaps = [np.linalg.norm(mean - drawn_mean) for drawn_mean in drawn]
     assert np.linalg.norm(mean - taken) < min(gaps)
 
 
 def learn(exemplars, labels, classes, rows, seed, memory=None):
     """One task; of every clip the vector is a function of its row."""
     feats = torch.stack([vector_of(row) for row in rows])
-    own = Clips({"vector": feats[:, None]}, torch.tensor(labels), torch.tensor(rows))
-    task = Task(own, memory=memory)
+    clips = Clips({"vector": feats[:, None]}, torch.tensor(labels), torch.tensor(rows))
+    task = Task(clips, memory=memory)
     whole = exemplars.rehearsal(task)
     vectors = torch.stack([vector_of(row) for row in whole.rows.tolist()])
     rng = np.random.default_rng(seed)
@@ -81,11 +81,11 @@ def memory_of(exemplars):
 
 
 def test_a_shared_budget_shrinks_to_the_first_of_each_order():
-    first, places = learn(
+    first, indices = learn(
         Exemplars(ExemplarConfig(9, shared=True)), [4] * 8 + [2] * 8, [2, 4], range(16), 0
     )
     assert first.labels.tolist() == [2] * 4 + [4] * 4
-    assert torch.equal(first.rows, torch.arange(16)[places])
+    assert torch.equal(first.rows, torch.arange(16)[indices])
     vectors = np.stack([vector_of(row) for row in range(16)])
     assert first.rows[4:].tolist() == herd_by_loops(vectors[:8], 4)
     assert first.rows[:4].tolist() == [8 + p for p in herd_by_loops(vectors[8:], 4)]
@@ -101,13 +101,13 @@ def test_a_shared_budget_shrinks_to_the_first_of_each_order():
     assert second.rows[3:6].tolist() == first.rows[4:7].tolist()
 
 
-def test_a_class_that_comes_again_is_chosen_anew_from_old_and_new_clips():
+def test_a_repeated_class_is_chosen_anew_from_exemplars_and_new_clips():
     first, _ = learn(Exemplars(ExemplarConfig(3)), [0] * 6 + [1] * 6, [0, 1], range(12), 0)
     second, _ = learn(first, [1] * 6, [0, 1], range(12, 18), 1, memory_of(first))
     assert torch.equal(second.rows[:3], first.rows[:3])
     candidates = [*range(12, 18), *first.rows[3:].tolist()]
     vectors = np.stack([vector_of(row) for row in candidates])
-    expected = [candidates[place] for place in herd_by_loops(vectors, 3)]
+    expected = [candidates[index] for index in herd_by_loops(vectors, 3)]
     assert second.rows[3:].tolist() == expected
 
 
@@ -117,15 +117,15 @@ def test_a_clip_that_is_both_new_and_kept_counts_once():
     assert sorted(second.rows.tolist()) == [0, 1, 2, 3]
 
 
-def test_a_random_choice_is_a_draw_without_replacement_from_the_generator_given():
-    found = [
+def test_a_random_choice_is_a_draw_without_replacement_from_the_generator():
+    chosen_rows = [
         learn(Exemplars(ExemplarConfig(6, choice="random")), [0] * 20, [0], range(20), seed)[
             0
         ].rows.tolist()
         for seed in (0, 0, 1)
     ]
-    assert found[0] == found[1] != found[2]
-    assert len(set(found[2])) == 6
+    assert chosen_rows[0] == chosen_rows[1] != chosen_rows[2]
+    assert len(set(chosen_rows[2])) == 6
 
 
 def test_no_budget_keeps_every_clip():
@@ -135,19 +135,19 @@ def test_no_budget_keeps_every_clip():
 
 def test_nearest_is_the_cosine_to_the_renormalised_mean_of_unit_exemplars():
     exemplars, _ = learn(Exemplars(ExemplarConfig(3)), [5] * 7 + [3] * 2, [3, 5], range(9), 0)
-    asked = np.random.default_rng(1).normal(size=(4, 5))
+    vectors = np.random.default_rng(1).normal(size=(4, 5))
     expected = np.zeros((4, 2))
     for column, label in enumerate([3, 5]):
         rows = exemplars.rows[exemplars.labels == label].tolist()
         mean = sum(unit(vector_of(row).numpy()) for row in rows) / len(rows)
         for b in range(4):
-            expected[b, column] = unit(asked[b]) @ unit(mean)
-    found = exemplars.nearest(torch.from_numpy(asked).float())
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+            expected[b, column] = unit(vectors[b]) @ unit(mean)
+    cosines = exemplars.nearest(torch.from_numpy(vectors).float())
+    np.testing.assert_allclose(cosines, expected, atol=1e-6)
     assert exemplars.nearest(torch.zeros(1, 5)).tolist() == [[0.0, 0.0]]
 
 
-def test_what_cannot_be_kept_or_was_not_given_back_is_refused():
+def test_unusable_budgets_and_missing_memory_are_refused():
     with pytest.raises(ValueError, match="give at least 1"):
         Exemplars(ExemplarConfig(0))
     with pytest.raises(ValueError, match="herding, random"):
@@ -170,7 +170,7 @@ def test_a_state_brings_back_rows_labels_and_means():
     again.load(state)
     for tensor in state.values():
         tensor.zero_()
-    asked = torch.from_numpy(np.random.default_rng(1).normal(size=(4, 5)))
+    vectors = torch.from_numpy(np.random.default_rng(1).normal(size=(4, 5)))
     assert torch.equal(again.rows, first.rows)
     assert torch.equal(again.labels, first.labels)
-    assert torch.equal(again.nearest(asked), first.nearest(asked))
+    assert torch.equal(again.nearest(vectors), first.nearest(vectors))

@@ -29,12 +29,12 @@ def twin(expert, heads):
         "out": "self_attn.out_proj",
     }  # fmt: skip
     state = {f"norm.{name}": p for name, p in expert.norm.state_dict().items()}
-    for i, own in enumerate(expert.layers):
+    for i, expert_layer in enumerate(expert.layers):
         for part, name in names.items():
-            for kind, p in getattr(own, part).state_dict().items():
+            for kind, p in getattr(expert_layer, part).state_dict().items():
                 state[f"layers.{i}.{name}.{kind}"] = p
-        state[f"layers.{i}.self_attn.in_proj_weight"] = own.qkv.weight
-        state[f"layers.{i}.self_attn.in_proj_bias"] = own.qkv.bias
+        state[f"layers.{i}.self_attn.in_proj_weight"] = expert_layer.qkv.weight
+        state[f"layers.{i}.self_attn.in_proj_bias"] = expert_layer.qkv.bias
     encoder.load_state_dict(state)
     return encoder.double()
 
@@ -58,8 +58,8 @@ def test_it_gives_the_numbers_and_gradients_of_torchs_encoder(layers, frames):
     with_positions = x if frames is None else x + expert.position
     tokens = 12**0.5 * torch.cat([expert.cls.expand(4, 1, 12), with_positions], dim=1)
     expected = encoder(tokens)[:, 0]
-    found = expert(x, torch.float64)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    encoded = expert(x, torch.float64)
+    torch.testing.assert_close(encoded, expected, rtol=1e-10, atol=1e-12)
 
     direction = draw(4, 12, seed=1).double()
     (dx,) = torch.autograd.grad((expected * direction).sum(), x, retain_graph=True)
@@ -132,11 +132,13 @@ def test_it_is_drawn_from_its_generator_alone_as_torchs_layers_are():
         "down.weight": layer.linear2.weight, "down.bias": layer.linear2.bias,
     }  # fmt: skip
     for name, tensor in theirs.items():
-        own = first.layers[1].get_parameter(name)
-        assert float(own.detach().abs().max()) == pytest.approx(
+        parameter = first.layers[1].get_parameter(name)
+        assert float(parameter.detach().abs().max()) == pytest.approx(
             float(tensor.detach().abs().max()), rel=0.05
         )
-        assert float(own.detach().std()) == pytest.approx(float(tensor.detach().std()), rel=0.2)
+        assert float(parameter.detach().std()) == pytest.approx(
+            float(tensor.detach().std()), rel=0.2
+        )
 
 
 def test_it_starts_as_a_mean_of_the_frames_or_as_torchs_does():

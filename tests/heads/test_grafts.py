@@ -34,9 +34,11 @@ def draw(*shape, seed=0):
 def stirred(graft, seed=1):
     """The graft in float64, its own parameters drawn anew."""
     graft = graft.double()
-    held = {id(p) for part in graft.children() for p in part.parameters()}
+    child_parameters = {id(p) for part in graft.children() for p in part.parameters()}
     with torch.no_grad():
-        for i, parameter in enumerate(p for p in graft.parameters() if id(p) not in held):
+        for i, parameter in enumerate(
+            p for p in graft.parameters() if id(p) not in child_parameters
+        ):
             parameter.copy_(torch.from_numpy(draw(*parameter.shape, seed=seed + i)))
     return graft
 
@@ -49,8 +51,8 @@ def linear(classes, width, seed=0):
     return layer
 
 
-def close(found, expected):
-    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-10, atol=1e-12)
+def close(actual, expected):
+    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=1e-10, atol=1e-12)
 
 
 # At the start
@@ -78,24 +80,24 @@ def test_at_its_start_a_graft_is_the_frozen_stage_bit_for_bit(load, network, nam
     with torch.inference_mode():
         x = backbone.run(torch.from_numpy(pictures), [before])[before]
         stage = backbone.stage(name).module
-        expected, found = stage(x), make(stage)(x)
-    assert torch.equal(found, expected)
-    assert (found.dtype, found.stride()) == (precision, expected.stride())
+        expected, grafted = stage(x), make(stage)(x)
+    assert torch.equal(grafted, expected)
+    assert (grafted.dtype, grafted.stride()) == (precision, expected.stride())
     if network == "resnet18":
-        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert grafted.is_contiguous(memory_format=torch.channels_last)
 
 
 def regularized(module, channels, prefix=0):
     return ClassRegularization(module, linear(5, 12), channels, 2, strength=0.0, prefix=prefix)
 
 
-def test_at_its_start_an_adapter_can_leave_the_identity():
+def test_at_its_start_an_adapter_can_move_from_the_identity():
     graft = Adapter(nn.Identity(), width=8, bottleneck=4)
     graft(torch.from_numpy(draw(2, 3, 8)).float()).square().sum().backward()
     assert graft.up.grad.abs().sum() > 0
 
 
-def test_at_its_start_a_gate_can_leave_the_identity():
+def test_at_its_start_a_gate_can_move_from_the_identity():
     graft = HFGate(nn.Identity(), channels=4, frames=2)
     graft(torch.from_numpy(draw(2, 4, 3, 3)).float()).square().sum().backward()
     assert graft.weight.grad.abs().sum() > 0
@@ -144,7 +146,7 @@ def test_an_adapter_starts_as_adaptformers():
     assert not graft.up.any()
 
 
-def test_an_adapter_is_token_wise_where_its_inner_says_so():
+def test_an_adapter_is_token_wise_where_its_inner_module_is():
     assert not Adapter(nn.Identity(), 4).token_wise
     vit = backbones.load("ViT-S-32:random-0")
     assert Adapter(vit.stage("blocks.11.mlp").module, 384).token_wise
@@ -194,8 +196,8 @@ def shifted(x_BTCHW, fold):
 def test_a_shift_moves_the_first_folds_channels_and_only_before_conv1(channels, fold):
     x = draw(2, 4, channels, 3, 2)
     graft = TemporalShift(Residual(channels).double(), frames=4, fold=fold)
-    found = graft(torch.from_numpy(x).flatten(0, 1))
-    close(found, (1000 * x + shifted(x, fold)).reshape(8, channels, 3, 2))
+    outputs = graft(torch.from_numpy(x).flatten(0, 1))
+    close(outputs, (1000 * x + shifted(x, fold)).reshape(8, channels, 3, 2))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -215,15 +217,15 @@ def test_a_shifted_block_is_the_block_with_shifted_channels_in_its_branch(load, 
 
 
 @pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format], ids=str)
-def test_a_shift_hands_on_the_memory_format_it_was_given(form):
+def test_a_shift_keeps_the_memory_format_of_its_input(form):
     x = torch.ones(4, 8, 3, 5).contiguous(memory_format=form)
     assert Shift(nn.Identity(), frames=2, fold=4)(x).is_contiguous(memory_format=form)
 
 
 def test_a_shift_of_a_single_frame_leaves_zeros():
     x = torch.ones(2, 8, 1, 1)
-    found = Shift(nn.Identity(), frames=1, fold=4)(x)
-    assert found.flatten(1).tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]] * 2
+    outputs = Shift(nn.Identity(), frames=1, fold=4)(x)
+    assert outputs.flatten(1).tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]] * 2
 
 
 def test_a_shift_on_what_has_no_conv1_is_refused():
@@ -236,7 +238,7 @@ def test_a_shift_on_what_has_no_conv1_is_refused():
             TemporalShift(Residual(8), frames=2, fold=fold)
 
 
-def test_grafts_on_one_stage_look_at_the_same_clips():
+def test_grafts_on_one_stage_read_the_same_clips():
     gated = HFGate(TemporalShift(Residual(8), frames=4), channels=8, frames=4)
     assert gated(torch.zeros(8, 8, 2, 2)).shape == (8, 8, 2, 2)
     with pytest.raises(ValueError, match="frames=2 around a TemporalShift of 4 frames"):
@@ -262,24 +264,24 @@ def gate(weight, bias, F):
 
 def gated(graft, F):
     weight, bias = graft.weight.detach().numpy(), graft.bias.detach().numpy()
-    toward, given = (gate(weight[g], bias[g], F) for g in (0, -1))
+    toward, removed = (gate(weight[g], bias[g], F) for g in (0, -1))
     out = np.zeros_like(F)
     for t in range(F.shape[1]):
         if t + 1 < F.shape[1]:
             out[:, t] += toward[:, t, None] * F[:, t + 1]
-        out[:, t] += (1 - (given[:, t - 1, None] if t else 0)) * F[:, t]
+        out[:, t] += (1 - (removed[:, t - 1, None] if t else 0)) * F[:, t]
     return out
 
 
 @pytest.mark.parametrize("conservative", [True, False])
-def test_a_gate_moves_what_its_equations_say(conservative):
+def test_a_gate_moves_features_by_its_equations(conservative):
     F = draw(2, 4, 3, 5, 6)
     graft = stirred(HFGate(nn.Identity(), 3, frames=4, conservative=conservative))
     assert len(graft.bias) == (1 if conservative else 2)
     close(graft(torch.from_numpy(F).flatten(0, 1)), gated(graft, F).reshape(8, 3, 5, 6))
 
 
-def test_the_gate_is_torchs_own_conv3d_over_the_pair():
+def test_the_gate_equals_torchs_conv3d_over_the_pair():
     F = torch.from_numpy(draw(2, 4, 3, 5, 6))
     graft = stirred(HFGate(nn.Identity(), 3, frames=4))
     after = torch.cat([F[:, 1:], torch.zeros_like(F[:, :1])], dim=1)
@@ -294,9 +296,9 @@ def test_the_gate_is_torchs_own_conv3d_over_the_pair():
 def test_only_a_conservative_gate_keeps_the_sum_over_the_frames(conservative):
     F = torch.from_numpy(draw(3, 8, 16, 7, 7))
     graft = stirred(HFGate(nn.Identity(), 16, frames=8, conservative=conservative))
-    found = graft(F.flatten(0, 1)).view(F.shape)
-    assert (found - F).abs().mean() > 0.3
-    error = (found.sum(dim=1) - F.sum(dim=1)).abs().max()
+    outputs = graft(F.flatten(0, 1)).view(F.shape)
+    assert (outputs - F).abs().mean() > 0.3
+    error = (outputs.sum(dim=1) - F.sum(dim=1)).abs().max()
     assert error < 1e-13 if conservative else error > 0.1
 
 
@@ -307,9 +309,9 @@ def test_on_tokens_patches_are_gated_as_a_grid_and_the_prefix_is_not(prefix, con
     first = draw(2, 3, prefix, 4, seed=9)
     tokens = np.concatenate([first, F.reshape(2, 3, 4, 25).swapaxes(2, 3)], axis=2)
     graft = stirred(HFGate(nn.Identity(), 4, 3, conservative, prefix))
-    found = graft(torch.from_numpy(tokens).flatten(0, 1)).view(tokens.shape)
-    close(found[:, :, prefix:].transpose(2, 3).reshape(F.shape), gated(graft, F))
-    assert torch.equal(found[:, :, :prefix], torch.from_numpy(first))
+    outputs = graft(torch.from_numpy(tokens).flatten(0, 1)).view(tokens.shape)
+    close(outputs[:, :, prefix:].transpose(2, 3).reshape(F.shape), gated(graft, F))
+    assert torch.equal(outputs[:, :, :prefix], torch.from_numpy(first))
 
 
 @pytest.mark.parametrize(("conservative", "expected"), [(True, 119_242), (False, 238_484)])
@@ -377,9 +379,9 @@ def test_on_tokens_the_patches_choose_and_every_token_is_scaled(regularizer, pre
     graft = regularizer(prefix=prefix)
     a = tokens.swapaxes(2, 3)
     _, expected = regularization(a[..., prefix:], rows_of(graft), 0.4)
-    found = graft(torch.from_numpy(tokens).flatten(0, 1)).view(tokens.shape)
-    close(found[:, :, prefix:], expected.swapaxes(2, 3))
-    close((found / torch.from_numpy(tokens))[:, :, 0], (expected / a[..., prefix:])[..., 0])
+    outputs = graft(torch.from_numpy(tokens).flatten(0, 1)).view(tokens.shape)
+    close(outputs[:, :, prefix:], expected.swapaxes(2, 3))
+    close((outputs / torch.from_numpy(tokens))[:, :, 0], (expected / a[..., prefix:])[..., 0])
 
 
 def test_factors_lie_between_one_less_and_one_more_than_the_strength(regularizer):
@@ -412,7 +414,7 @@ def test_classes_that_arrive_count_at_the_next_forward(regularizer):
     assert torch.equal(graft(x), x)
 
 
-def test_of_vectors_by_cosines_what_the_classes_do_not_share_speaks():
+def test_of_vectors_by_cosines_what_the_classes_do_not_share_decides():
     theta = draw(7, 4, 11) + 3
     classifier = nn.Module()
     classifier.weight = nn.Parameter(torch.from_numpy(theta))
@@ -450,7 +452,7 @@ def test_an_aligned_projection_predicts_what_the_classifier_would(width, alike):
     assert np.mean(graft.predict(x).numpy() == logits.argmax(axis=1)) > 0.9
 
 
-def test_clips_of_zeros_leave_an_aligned_projection_where_it_starts():
+def test_clips_of_zeros_do_not_move_an_aligned_projection():
     graft = ClassRegularization(nn.Identity(), linear(3, 5), 5, 2, strength=0.4)
     graft.align(torch.zeros(4, 5), torch.zeros(4, 5), alike=True)
     close(graft.projection, np.eye(5))
@@ -497,7 +499,7 @@ def test_a_class_regularization_that_cannot_work_is_refused():
             graft(torch.zeros(shape))
 
 
-def test_a_block_that_is_made_apart_from_its_classifier_looks_at_it():
+def test_a_block_that_is_constructed_apart_from_its_classifier_reads_it():
     """A network is built on the CPU, when the classifier that it is to look at may be on a GPU."""
     with FakeTensorMode():
         classifier = nn.Linear(6, 3, device="cuda")

@@ -34,8 +34,8 @@ def attended(state, name, x_SW, other_SW, heads=2):
     W = x_SW.shape[1]
     weight, bias = state[f"{name}.in_proj_weight"], state[f"{name}.in_proj_bias"]
     q, k, v = (
-        one @ weight[a : a + W].T + bias[a : a + W]
-        for one, a in ((x_SW, 0), (other_SW, W), (other_SW, 2 * W))
+        inputs @ weight[a : a + W].T + bias[a : a + W]
+        for inputs, a in ((x_SW, 0), (other_SW, W), (other_SW, 2 * W))
     )
     size = W // heads
     parts = []
@@ -56,31 +56,31 @@ def test_the_attention_is_its_equations():
     features = [3 + 2 * rng.normal(size=(2, 4, width)) for width in (5, 3)]
     model.standardize([torch.from_numpy(x) for x in features])
     with torch.no_grad():
-        found = model([torch.from_numpy(x) for x in features]).numpy()
+        outputs = model([torch.from_numpy(x) for x in features]).numpy()
     for b in range(2):
         z = []
         for m, x in enumerate(features):
             flat = x.reshape(-1, x.shape[2])
             deviation = np.sqrt(flat.var(axis=0) + 0.01 * flat.var(axis=0).mean())
-            own = (x[b] - flat.mean(axis=0)) / deviation @ state[f"project.{m}.weight"].T
-            own = own + state[f"project.{m}.bias"]
-            z.append(own + state["position"])
+            projected = (x[b] - flat.mean(axis=0)) / deviation @ state[f"project.{m}.weight"].T
+            projected = projected + state[f"project.{m}.bias"]
+            z.append(projected + state["position"])
         means = []
         for m in (0, 1):
             name = f"attend.{m}"
-            own = attended(state, f"{name}.own", z[m], z[m])
+            self_attention = attended(state, f"{name}.own", z[m], z[m])
             cross = attended(state, f"{name}.cross", z[m], z[1 - m])
             norm, last_norm = (
-                (state[f"{name}.{one}.weight"], state[f"{name}.{one}.bias"])
-                for one in ("norm", "last_norm")
+                (state[f"{name}.{layer}.weight"], state[f"{name}.{layer}.bias"])
+                for layer in ("norm", "last_norm")
             )
-            h = normed(z[m] + own + cross, *norm)
+            h = normed(z[m] + self_attention + cross, *norm)
             inner = h @ state[f"{name}.ffn.0.weight"].T + state[f"{name}.ffn.0.bias"]
             inner = torch.nn.functional.gelu(torch.from_numpy(inner)).numpy()
             out = inner @ state[f"{name}.ffn.2.weight"].T + state[f"{name}.ffn.2.bias"]
             means.append(normed(h + out, *last_norm).mean(axis=0))
         expected = np.concatenate(means) @ state["fuse.weight"].T + state["fuse.bias"]
-        np.testing.assert_allclose(found[b], expected, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(outputs[b], expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("position", [None, "learned"])
@@ -93,17 +93,17 @@ def test_without_positions_a_clip_is_the_set_of_its_segments(runner, position):
 
 @pytest.mark.parametrize("position", [None, "learned"])
 def test_what_is_drawn_is_the_seeds(position):
-    found = []
+    states = []
     for state in (1, 2):
         torch.manual_seed(state)
         before = torch.get_rng_state()
-        found.append(Hybrid((6, 4), 3, 8, 2, 8, position, seed=5).state_dict())
+        states.append(Hybrid((6, 4), 3, 8, 2, 8, position, seed=5).state_dict())
         assert torch.equal(torch.get_rng_state(), before)
-    assert ("position" in found[0]) == (position is not None)
-    assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
+    assert ("position" in states[0]) == (position is not None)
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
 
 
-def test_both_modalities_are_heard(runner):
+def test_both_modalities_change_the_scores(runner):
     run = learned(runner)
     batch = run.batch(run.tokens([2, 9], seed=5)[0])
     whole = run.head.scores(batch)
@@ -111,7 +111,7 @@ def test_both_modalities_are_heard(runner):
         assert not torch.allclose(run.head.scores({**batch, name: batch[name].flip(0)}), whole)
 
 
-def test_a_first_task_has_nothing_to_hold_and_nothing_to_augment(runner):
+def test_a_first_task_has_nothing_to_distill_and_nothing_to_augment(runner):
     plain, whole = (learned(runner, 1, parts=parts) for parts in ("", "+".join((*HAM, *HDM))))
     states = [run.head.state_dict() for run in (plain, whole)]
     assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())

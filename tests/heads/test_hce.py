@@ -28,10 +28,10 @@ def second(runner, **options):
                 noise = torch.from_numpy(rng.normal(size=cells.shape)).float()
                 features[name] = cells + 0.3 * noise
         parts.append(Clips(features, clips.labels, clips.rows))
-    told = []
-    on_epoch_end = lambda done, epochs, loss: told.append(loss)  # noqa: E731
+    losses = []
+    on_epoch_end = lambda done, epochs, loss: losses.append(loss)  # noqa: E731
     run.head.learn(Task(parts[0], 1, None, parts[1], on_epoch_end))
-    return run.head, parts, told
+    return run.head, parts, losses
 
 
 def unit(x):
@@ -48,11 +48,11 @@ def passed(head, parts):
     maps = maps[-1:] if head.importance == "single" else maps
     pairs = {}
     for name in maps:
-        made = outputs[head._suffix.trained.index(name)]
+        new_maps = outputs[head._suffix.trained.index(name)]
         # The four patches of a frame are a map of 2 x 2, behind the class token.
         pairs[name] = [
             x.flatten(0, 1)[:, 1:].mT.reshape(-1, 16, 2, 2)
-            for x in (made, cells[f"teacher {name}"])
+            for x in (new_maps, cells[f"teacher {name}"])
         ]
     h = {}
     if head._has is not None:
@@ -109,19 +109,19 @@ def log_ratio(head, parts):
     ],
 )
 def test_the_loss_is_the_sum_of_its_parts(runner, options, terms):
-    head, parts, told = second(runner, **{"epochs": 1} | options)
+    head, parts, epoch_losses = second(runner, **{"epochs": 1} | options)
     ce, kd, hc, _, _ = by_hand(head, parts)
     # In eval mode HAS's batch norms are not what they were in training.
     if head._has is not None:
         head._has.train()
         ce, kd, hc, _, _ = by_hand(head, parts)
     expected = terms[0] * ce + terms[1] * kd + terms[2] * hc
-    np.testing.assert_allclose(told[0], expected, rtol=1e-4)
+    np.testing.assert_allclose(epoch_losses[0], expected, rtol=1e-4)
     assert (terms[2] > 0) == (hc > 0)
 
 
 def test_the_logits_are_offset_from_the_second_epoch_on_by_crm(runner):
-    head, parts, told = second(runner, weight=0.0, parts="hc+crm", epochs=3)
+    head, parts, epoch_losses = second(runner, weight=0.0, parts="hc+crm", epochs=3)
     head._has.train()
     _, _, _, logits, labels = by_hand(head, parts)
     offset = log_ratio(head, parts)
@@ -133,20 +133,20 @@ def test_the_logits_are_offset_from_the_second_epoch_on_by_crm(runner):
                   for row, label in zip(moved, labels, strict=True)]  # fmt: skip
         return np.mean(losses)
 
-    np.testing.assert_allclose(told, [loss(0.0), loss(offset), loss(offset)], rtol=1e-4)
-    assert abs(told[1] - told[0]) > 1e-3
+    np.testing.assert_allclose(epoch_losses, [loss(0.0), loss(offset), loss(offset)], rtol=1e-4)
+    assert abs(epoch_losses[1] - epoch_losses[0]) > 1e-3
 
 
 def test_class_counts_may_be_the_offsets(runner):
-    head, parts, told = second(runner, weight=0.0, parts="hc+number", epochs=1)
+    head, parts, epoch_losses = second(runner, weight=0.0, parts="hc+number", epochs=1)
     _, _, _, logits, labels = by_hand(head, parts)
     moved = logits + np.array([math.log(labels.count(label)) for label in head.classes])
     losses = [np.log(np.exp(row).sum()) - row[head.classes.index(label)]
               for row, label in zip(moved, labels, strict=True)]  # fmt: skip
-    np.testing.assert_allclose(told[0], np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(epoch_losses[0], np.mean(losses), rtol=1e-5)
 
 
-def test_has_goes_on_from_task_to_task_and_is_not_there_in_the_first(runner):
+def test_has_is_trained_from_task_to_task_and_is_absent_in_the_first(runner):
     run = runner(HCE, epochs=2, first_epochs=2, has_lr=0.01)
     run.learn([4, 2])
     assert run.head._has is None
@@ -162,13 +162,13 @@ def test_has_goes_on_from_task_to_task_and_is_not_there_in_the_first(runner):
 
 
 def test_the_offset_may_be_of_the_batch_itself(runner):
-    head, parts, told = second(runner, weight=0.0, parts="hc+crm", epochs=1, crm="batch")
+    head, parts, epoch_losses = second(runner, weight=0.0, parts="hc+crm", epochs=1, crm="batch")
     head._has.train()
     _, _, _, logits, labels = by_hand(head, parts)
     moved = logits + np.array([log_ratio(head, parts)] * 2 + [0.0] * 2)
     losses = [np.log(np.exp(row).sum()) - row[head.classes.index(label)]
               for row, label in zip(moved, labels, strict=True)]  # fmt: skip
-    np.testing.assert_allclose(told, [np.mean(losses)], rtol=1e-4)
+    np.testing.assert_allclose(epoch_losses, [np.mean(losses)], rtol=1e-4)
 
 
 def test_with_the_offset_of_the_batch_cross_entropy_trains_has(runner):
@@ -180,7 +180,7 @@ def test_with_the_offset_of_the_batch_cross_entropy_trains_has(runner):
     assert not torch.equal(still["linear.0.weight"], moved["linear.0.weight"])
 
 
-def test_it_tells_how_many_channels_has_speaks_of(runner):
+def test_the_number_of_effective_channels_of_has_is_reported(runner):
     head, parts, _ = second(runner, epochs=1)
     head._has.train()
     *_, h = passed(head, parts)
@@ -191,7 +191,7 @@ def test_it_tells_how_many_channels_has_speaks_of(runner):
     assert head.diagnostics == pytest.approx(expected, rel=1e-4)
 
 
-def test_clips_without_old_maps_are_refused(runner):
+def test_clips_without_teacher_maps_are_refused(runner):
     run = runner(HCE, blocks=1, epochs=1, first_epochs=1)
     run.learn([4, 2])
     task = run.task([7], seed=1)
@@ -208,7 +208,7 @@ def test_clips_without_old_maps_are_refused(runner):
     [{"parts": "kd+nothing"}, {"importance": "all"}, {"parts": "kd+crm"},
      {"parts": "kd+hc+crm+number"}, {"parts": "hc+crm", "importance": "multi"}],
 )  # fmt: skip
-def test_parts_that_do_not_go_together_are_refused(options):
+def test_parts_that_exclude_each_other_are_refused(options):
     with pytest.raises(ValueError, match="parts="):
         build_head(HCE, options)
 

@@ -27,17 +27,17 @@ def maps(shapes, frames, seed, dtype=torch.float32):
     }
 
 
-def test_a_hypercorrelation_is_that_of_every_pair_of_places():
+def test_a_hypercorrelation_is_that_of_every_pair_of_positions():
     shapes = {"a": (5, 2, 3), "b": (4, 2, 3)}
     new, old = (list(maps(shapes, 2, seed, torch.float64).values()) for seed in (0, 1))
-    found = correlation(new, old).numpy()
-    assert found.shape == (2, 2, 2, 3, 2, 3)
-    assert (found == 0).any()
-    for n, block, h, w, u, v in np.ndindex(*found.shape):
+    correlations = correlation(new, old).numpy()
+    assert correlations.shape == (2, 2, 2, 3, 2, 3)
+    assert (correlations == 0).any()
+    for n, block, h, w, u, v in np.ndindex(*correlations.shape):
         x, y = new[block][n, :, h, w].numpy(), old[block][n, :, u, v].numpy()
         x, y = x / (np.linalg.norm(x) + 1e-5), y / (np.linalg.norm(y) + 1e-5)
         expected = max(0.0, sum(a * b for a, b in zip(x, y, strict=True)))
-        np.testing.assert_allclose(found[n, block, h, w, u, v], expected, rtol=1e-12)
+        np.testing.assert_allclose(correlations[n, block, h, w, u, v], expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("kernel", "stride", "side"), [(3, 1, 4), (3, 2, 7), (5, 4, 9)])
@@ -47,28 +47,28 @@ def test_a_center_pivot_convolution_is_a_dense_one_without_its_off_pivot_weights
     torch.manual_seed(0)
     pivot = CenterPivot4d(2, 3, kernel, stride).double()
     x = torch.randn(2, 2, 3, 4, side, side, dtype=torch.float64)
-    found = pivot(x)
+    convolved = pivot(x)
     half = kernel // 2
     dense = torch.zeros(3, 2, *[kernel] * 4, dtype=torch.float64)
     dense[:, :, :, :, half, half] += pivot.new.weight.detach()
     dense[:, :, half, half] += pivot.old.weight.detach()
     padded = functional.pad(x, [half] * 8)
-    assert found.shape[4] == -(-side // stride)
-    for h, w, u, v in np.ndindex(*found.shape[2:]):
+    assert convolved.shape[4] == -(-side // stride)
+    for h, w, u, v in np.ndindex(*convolved.shape[2:]):
         part = padded[:, :, h : h + kernel, w : w + kernel]
         part = part[..., u * stride : u * stride + kernel, v * stride : v * stride + kernel]
         expected = torch.einsum("ncabde,ocabde->no", part, dense)
         expected = expected + pivot.new.bias + pivot.old.bias
-        torch.testing.assert_close(found[:, :, h, w, u, v], expected)
+        torch.testing.assert_close(convolved[:, :, h, w, u, v], expected)
 
 
-def test_new_places_are_enlarged_with_corners_on_corners():
+def test_new_positions_are_enlarged_with_corners_on_corners():
     x = torch.tensor([[0.0, 2.0], [4.0, 6.0]]).view(1, 1, 2, 2, 1, 1).expand(1, 1, 2, 2, 2, 3)
-    found = enlarged(x, (3, 3))
-    assert found.shape == (1, 1, 3, 3, 2, 3)
+    larger = enlarged(x, (3, 3))
+    assert larger.shape == (1, 1, 3, 3, 2, 3)
     expected = torch.tensor([[0.0, 1.0, 2.0], [2.0, 3.0, 4.0], [4.0, 5.0, 6.0]])
     for u, v in np.ndindex(2, 3):
-        torch.testing.assert_close(found[0, 0, :, :, u, v], expected)
+        torch.testing.assert_close(larger[0, 0, :, :, u, v], expected)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_shapes_are_those_of_the_paper(mix, last_stride):
     has = HAS(shapes, mix, last_stride=last_stride)
     seen = []
     for squeeze in has.squeezes:
-        squeeze.register_forward_hook(lambda module, given, out: seen.append(tuple(out.shape)))
+        squeeze.register_forward_hook(lambda module, inputs, out: seen.append(tuple(out.shape)))
     new, old = (maps(shapes, 2, seed) for seed in (0, 1))
     with torch.no_grad():
         assert has.agreement(new, old).shape == (2, 128, 28, 28)
@@ -108,18 +108,18 @@ def test_shapes_are_those_of_the_paper(mix, last_stride):
 def test_frames_in_parts_give_equal_numbers_and_gradients(mix):
     shapes = groups((1, 1, 1), sizes=(12, 6, 3))
     new, old = (maps(shapes, 5, seed, torch.float64) for seed in (0, 1))
-    found = []
+    results = []
     for frames in (None, 2, 1):
         torch.manual_seed(0)
         has = HAS(shapes, mix, frames=frames).double()
-        given = {name: x.clone().requires_grad_() for name, x in new.items()}
-        h = has(given, old)
+        inputs = {name: x.clone().requires_grad_() for name, x in new.items()}
+        h = has(inputs, old)
         loss = sum((x * torch.linspace(0, 1, x.numel()).view_as(x)).sum() for x in h.values())
         loss.backward()
-        grads = [p.grad for p in has.parameters()] + [x.grad for x in given.values()]
-        found.append([loss.detach(), *grads])
-    for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
+        grads = [p.grad for p in has.parameters()] + [x.grad for x in inputs.values()]
+        results.append([loss.detach(), *grads])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -131,12 +131,12 @@ def test_importances_are_one_on_average_and_bounded(h):
     for p in has.parameters():  # far from the start
         p.data.mul_(3)
     with torch.no_grad():
-        found = has(maps(shapes, 4, 0), maps(shapes, 4, 1))
-    for x in found.values():
+        importances = has(maps(shapes, 4, 0), maps(shapes, 4, 1))
+    for x in importances.values():
         torch.testing.assert_close(x.mean(dim=1), torch.ones(4))
         assert (x > 0).all()
         assert h == "softmax" or (x.amax(dim=1) / x.amin(dim=1) <= 3).all()
-    assert any(x.std() > 1e-3 for x in found.values())
+    assert any(x.std() > 1e-3 for x in importances.values())
 
 
 def test_drift_is_the_weighted_distance_of_unit_maps():
@@ -159,7 +159,7 @@ def test_drift_is_the_weighted_distance_of_unit_maps():
 def test_spreads_add_up_and_a_common_scale_of_importances_changes_nothing():
     rng = np.random.default_rng(0)
     old_NW, new_NW = 1 + 0.1 * rng.normal(size=(7, 5)), 1 + 0.3 * rng.normal(size=(40, 5))
-    found = []
+    ratios = []
     for scale in (1.0, 20.0):
         spreads = []
         for x in (old_NW, new_NW):
@@ -169,12 +169,12 @@ def test_spreads_add_up_and_a_common_scale_of_importances_changes_nothing():
             by_hand = sum(((row - x.mean(axis=0)) ** 2).sum() for row in x)
             np.testing.assert_allclose(spread.value, scale**2 * by_hand, rtol=1e-9)
             spreads.append(spread)
-        found.append(crm.ratios(*spreads))
-    np.testing.assert_allclose(found[0], found[1], rtol=1e-9)
+        ratios.append(crm.ratios(*spreads))
+    np.testing.assert_allclose(ratios[0], ratios[1], rtol=1e-9)
     by_hand = np.log(
         ((old_NW - old_NW.mean(0)) ** 2).sum() / ((new_NW - new_NW.mean(0)) ** 2).sum()
     )
-    np.testing.assert_allclose(found[0], (by_hand, 0), rtol=1e-9)
+    np.testing.assert_allclose(ratios[0], (by_hand, 0), rtol=1e-9)
 
 
 def test_ratios_stay_within_bounds():
@@ -197,7 +197,7 @@ def test_other_choices_are_refused(options):
 
 
 @pytest.mark.parametrize("mix", ["cascade", "sum"])
-def test_maps_of_spectrograms_end_at_old_places_of_one_number(mix):
+def test_maps_of_spectrograms_end_at_a_single_teacher_position(mix):
     """8 x 13, 4 x 7 and 2 x 4 do not halve alike."""
     shapes = {f"{n}": (8, h, w) for n, (h, w) in enumerate([(8, 13), (4, 7), (2, 4)])}
     has = HAS(shapes, mix=mix, last_stride=1)
@@ -205,11 +205,11 @@ def test_maps_of_spectrograms_end_at_old_places_of_one_number(mix):
     assert {h.shape for h in has(new, old).values()} == {(2, 8)}
 
 
-def test_old_places_are_averaged():
+def test_teacher_positions_are_averaged():
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 2, 2, 2, 4, 2)))
-    found = pooled(x, (2, 1))
+    averaged = pooled(x, (2, 1))
     expected = x.reshape(1, 2, 2, 2, 2, 2, 2).mean(dim=(5, 6))[..., None]
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(averaged, expected)
     assert pooled(x, (4, 2)) is x
 
 
@@ -219,9 +219,9 @@ def test_ratios_of_a_batch_are_those_of_the_sums_and_have_gradients():
     old, new = h[:3], h[3:]
     sides = h.detach().numpy()[:3], h.detach().numpy()[3:]
     spreads = [((x - x.mean(axis=0)) ** 2).sum() for x in sides]
-    found = crm.difference(old, new)
-    np.testing.assert_allclose(found.detach(), np.log(spreads[0] / spreads[1]))
-    (gradient,) = torch.autograd.grad(found, h)
+    ratio = crm.difference(old, new)
+    np.testing.assert_allclose(ratio.detach(), np.log(spreads[0] / spreads[1]))
+    (gradient,) = torch.autograd.grad(ratio, h)
     assert gradient.abs().sum(dim=1).min() > 0
     assert crm.difference(old[:1], new) == crm.difference(old, new[:0]) == 0
 

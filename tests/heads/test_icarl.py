@@ -24,8 +24,13 @@ def clips(labels, rows, seed):
 def memory_of(head, *past):
     """The clips of the head's exemplars, from those of the past."""
     feats = {}
-    for one in past:
-        cells = zip(one.rows.tolist(), one.features["vector"], one.labels.tolist(), strict=True)
+    for task_clips in past:
+        cells = zip(
+            task_clips.rows.tolist(),
+            task_clips.features["vector"],
+            task_clips.labels.tolist(),
+            strict=True,
+        )
         feats |= {row: (cell, label) for row, cell, label in cells}
     cells, labels = zip(*(feats[row] for row in head.exemplars.tolist()), strict=True)
     return Clips({"vector": torch.stack(cells)}, torch.tensor(labels), head.exemplars)
@@ -34,7 +39,7 @@ def memory_of(head, *past):
 def herd_by_loops(phi, count):
     mean, order = phi.mean(axis=0), []
     for k in range(1, count + 1):
-        left = [place for place in range(len(phi)) if place not in order]
+        left = [index for index in range(len(phi)) if index not in order]
         total = sum((phi[j] for j in order), np.zeros(phi.shape[1]))
         order.append(min(left, key=lambda p: np.linalg.norm(mean - (phi[p] + total) / k)))
     return order
@@ -53,23 +58,26 @@ def test_a_clip_goes_to_the_nearest_mean_of_herded_exemplars(encoder):
     head.learn(Task(second, 1, memory=memory_of(head, first)))
     assert head.classes == [2, 4, 3, 7]
     assert head.trainable == 0
-    asked = clips([0] * 5, range(5), 9).features["vector"]
+    queries = clips([0] * 5, range(5), 9).features["vector"]
     expected = np.zeros((5, 4))
-    for column, (label, one) in enumerate(
+    for column, (label, task_clips) in enumerate(
         zip([2, 4, 3, 7], [first] * 2 + [second] * 2, strict=True)
     ):
-        own = one.labels == label
-        phi = vectors(one.features["vector"][own], encoder)
+        of_class = task_clips.labels == label
+        phi = vectors(task_clips.features["vector"][of_class], encoder)
         taken = herd_by_loops(phi, 3)
-        assert one.rows[own][taken].tolist() == head.exemplars[3 * column : 3 * column + 3].tolist()
-        expected[:, column] = vectors(asked, encoder) @ unit(phi[taken].mean(axis=0))
-    found = head.scores({"vector": asked})
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert torch.equal(head.nearest({"vector": asked}), found)
+        assert (
+            task_clips.rows[of_class][taken].tolist()
+            == head.exemplars[3 * column : 3 * column + 3].tolist()
+        )
+        expected[:, column] = vectors(queries, encoder) @ unit(phi[taken].mean(axis=0))
+    scores = head.scores({"vector": queries})
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    assert torch.equal(head.nearest({"vector": queries}), scores)
 
 
-def test_the_loss_is_of_new_clips_and_exemplars_with_the_old_models_answers():
-    told = []
+def test_the_loss_is_of_new_clips_and_exemplars_with_the_teachers_outputs():
+    losses = []
     options = {"predict": "classifier", "budget": 2, "weight_decay": 0, "batch_size": 99}
     head = build_head(ICaRL, dict(first_epochs=20, epochs=1, **options))
     first, second = clips([4, 2] * 8, range(16), 0), clips([7] * 6, range(16, 22), 1)
@@ -77,19 +85,19 @@ def test_the_loss_is_of_new_clips_and_exemplars_with_the_old_models_answers():
     state = head.state_dict()
     W, b = (state[f"classifier.{name}"].double().numpy() for name in ("weight", "bias"))
     memory = memory_of(head, first)
-    head.learn(Task(second, 1, None, memory, lambda done, epochs, loss: told.append(loss)))
-    feats = torch.cat([one.features["vector"] for one in (second, memory)])
+    head.learn(Task(second, 1, None, memory, lambda done, epochs, loss: losses.append(loss)))
+    feats = torch.cat([part.features["vector"] for part in (second, memory)])
     columns = [2] * 6 + [0, 0, 1, 1]
     old = 16 * vectors(feats) @ W.T + b
     g_old = 1 / (1 + np.exp(-old))
     total = 0.0
-    for n, own in enumerate(columns):
+    for n, column in enumerate(columns):
         total -= np.log(0.5)  # the new column starts at 0, for either label
         for c in range(2):
             q = g = g_old[n, c]
             total -= q * np.log(g) + (1 - q) * np.log(1 - g)
-        assert own in (0, 1, 2)
-    assert told == pytest.approx([total / 10], rel=1e-5)
+        assert column in (0, 1, 2)
+    assert losses == pytest.approx([total / 10], rel=1e-5)
 
 
 def test_with_an_expert_the_means_move_with_the_representation(runner):
@@ -111,12 +119,12 @@ def test_a_shared_budget_is_split_and_one_too_small_is_refused_before_training(r
     assert len(run.head.exemplars) == 6
     run.learn([2], seed=1)
     assert len(run.head.exemplars) == 6
-    task, told = run.task([3, 4, 5, 6, 7], seed=2), []
-    task = Task(task.clips, 2, None, task.memory, lambda *epoch: told.append(epoch))
+    task, epochs = run.task([3, 4, 5, 6, 7], seed=2), []
+    task = Task(task.clips, 2, None, task.memory, lambda *epoch: epochs.append(epoch))
     with pytest.raises(ValueError, match="shared by 8 classes"):
         run.head.learn(task)
     assert run.head.classes == [0, 1, 2]
-    assert not told
+    assert not epochs
 
 
 def test_the_papers_hybrid_scores_by_its_classifier(runner):

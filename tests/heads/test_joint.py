@@ -35,5 +35,5 @@ def test_tasks_one_after_the_other_end_where_all_at_once_does(runner):
     parts.learn([2], seed=1)
     cells, labels = zip(*(parts.seen[row] for row in range(18)), strict=True)
     once.head.learn(Task(once.clips(torch.stack(cells), torch.tensor(labels))))
-    asked, _ = parts.tokens([0, 1, 2], seed=5)
-    torch.testing.assert_close(parts.scores(asked), once.scores(asked), atol=0.01, rtol=0.01)
+    tokens, _ = parts.tokens([0, 1, 2], seed=5)
+    torch.testing.assert_close(parts.scores(tokens), once.scores(tokens), atol=0.01, rtol=0.01)

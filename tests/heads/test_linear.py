@@ -12,20 +12,20 @@ from varve.heads.parts.clips import Clips
 N, T, D = 12, 3, 5
 
 
-def task(labels, number=0, seed=0, told=None):
+def task(labels, number=0, seed=0, losses=None):
     feats = np.random.default_rng([seed, 3]).normal(size=(len(labels), T, D)).astype(np.float32)
     clips = Clips({"vector": torch.from_numpy(feats)}, torch.tensor(labels))
-    told = [] if told is None else told
-    return feats, Task(clips, number, on_epoch_end=lambda done, epochs, loss: told.append(loss))
+    losses = [] if losses is None else losses
+    return feats, Task(clips, number, on_epoch_end=lambda done, epochs, loss: losses.append(loss))
 
 
 def cross_entropy(feats, weight, bias, columns):
     """Mean over clips, of the time-mean vector made 16 long."""
     losses = []
-    for x_TD, own in zip(feats.astype(np.float64), columns, strict=True):
+    for x_TD, column in zip(feats.astype(np.float64), columns, strict=True):
         x = x_TD.sum(axis=0) / T
         logits = weight @ (16 * x / np.linalg.norm(x)) + bias
-        losses.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[own])
+        losses.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[column])
     return np.mean(losses)
 
 
@@ -35,18 +35,18 @@ def parameters(head):
 
 
 def test_the_loss_is_the_cross_entropy_over_all_columns_so_far():
-    told = []
+    losses = []
     head = build_head(Linear, dict(first_epochs=3, epochs=2, weight_decay=0))
-    feats, first = task([4, 2] * 6, told=told)
+    feats, first = task([4, 2] * 6, losses=losses)
     head.learn(first)
     # New columns start at zero, so the first loss is that of chance.
-    assert told[0] == pytest.approx(np.log(2), rel=1e-5)
+    assert losses[0] == pytest.approx(np.log(2), rel=1e-5)
     weight, bias = parameters(head)
-    feats, second = task([7, 2] * 6, 1, 1, told=told)
+    feats, second = task([7, 2] * 6, 1, 1, losses=losses)
     head.learn(second)
     weight, bias = np.vstack([weight, np.zeros(D)]), np.append(bias, 0)
-    assert len(told) == 3 + 2
-    assert told[3] == pytest.approx(cross_entropy(feats, weight, bias, [2, 0] * 6), rel=1e-5)
+    assert len(losses) == 3 + 2
+    assert losses[3] == pytest.approx(cross_entropy(feats, weight, bias, [2, 0] * 6), rel=1e-5)
 
 
 def test_one_step_is_a_gradient_of_that_loss_with_decay():
@@ -87,19 +87,19 @@ def test_fine_tuning_forgets_what_a_nearest_mean_keeps(runner):
 
 def test_the_seed_draws_the_order_of_clips_and_nothing_else():
     feats, first = task([0, 1, 2] * 16)
-    asked = {"vector": torch.from_numpy(feats)}
+    batch = {"vector": torch.from_numpy(feats)}
     scores = {}
     for size in (8, 48):
         for seed in (0, 1):
             head = build_head(Linear, dict(seed=seed, first_epochs=3, batch_size=size))
             head.learn(first)
-            scores[size, seed] = head.scores(asked)
+            scores[size, seed] = head.scores(batch)
     # All clips in one batch are the same sum in any order.
     torch.testing.assert_close(scores[48, 0], scores[48, 1], atol=1e-4, rtol=1e-4)
     assert (scores[8, 0] - scores[8, 1]).abs().max() > 0.1
 
 
-def test_a_rate_that_diverges_is_refused_and_leaves_no_trace():
+def test_a_rate_that_diverges_is_refused_and_changes_nothing():
     head = build_head(Linear, dict(first_epochs=2))
     _, first = task([0, 1] * 6)
     head.learn(first)

@@ -41,12 +41,12 @@ def contrastive_by_hand(clips, text, labels, tau, eps):
 def test_the_contrast_is_that_of_equation_six(labels, tau, eps):
     B = len(labels)
     clips, text = draw(B, 6), draw(10, 6, seed=1)[labels]
-    found = losses.contrastive(tensor(clips), tensor(text), torch.tensor(labels), tau, eps)
+    loss = losses.contrastive(tensor(clips), tensor(text), torch.tensor(labels), tau, eps)
     expected = contrastive_by_hand(clips, text, labels, tau, eps)
-    np.testing.assert_allclose(float(found), expected, rtol=1e-10)
+    np.testing.assert_allclose(float(loss), expected, rtol=1e-10)
 
 
-def test_the_mask_counts_each_clip_of_the_class_as_its_own():
+def test_the_mask_counts_each_clip_of_the_class_as_a_positive():
     text = unit(draw(2, 6, seed=1))
     labels = torch.tensor([0, 0, 1, 1])
     right = losses.contrastive(tensor(text[[0, 0, 1, 1]]), tensor(text[labels]), labels)
@@ -72,18 +72,18 @@ def importance_by_hand(frames, labels, classes, text, eps):
 def test_importance_is_text_times_mean_over_variance(eps):
     frames, labels = unit(draw(7, 3, 5)), np.array([4, 2, 2, 4, 9, 2, 4])
     classes, text = [2, 4, 9], unit(draw(3, 5, seed=1))
-    found = losses.importance(tensor(frames), tensor(labels), classes, tensor(text), eps)
+    importances = losses.importance(tensor(frames), tensor(labels), classes, tensor(text), eps)
     expected = importance_by_hand(frames, labels, classes, text, eps)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9)
+    np.testing.assert_allclose(importances.numpy(), expected, rtol=1e-9)
 
 
 def test_importance_of_a_channel_that_hardly_varies_is_exact_in_float32():
     frames = np.float32(1) + np.float32(1e-3) * unit(draw(40, 3, 5)).astype(np.float32)
     labels, text = np.zeros(40, int), unit(draw(1, 5, seed=1))
-    found = losses.importance(tensor(frames), tensor(labels), [0], tensor(text).float())
+    importances = losses.importance(tensor(frames), tensor(labels), [0], tensor(text).float())
     expected = importance_by_hand(frames.astype(np.float64), labels, [0], text, 1e-6)
-    assert found.dtype == torch.float32
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
+    assert importances.dtype == torch.float32
+    np.testing.assert_allclose(importances.numpy(), expected, rtol=1e-5)
 
 
 def test_weights_are_clamped_for_each_class_and_then_averaged():
@@ -107,6 +107,6 @@ def test_uniform_weights_have_the_mean_of_the_others_and_none_is_zero():
 def test_fssd_is_the_weighted_mean_of_squares_over_clips_and_channels():
     old, new, w = draw(4, 5), draw(4, 5, seed=1), np.abs(draw(5, seed=2))
     total = sum(w[j] * (old[b, j] - new[b, j]) ** 2 for b in range(4) for j in range(5))
-    found = losses.fssd(tensor(old), tensor(new), tensor(w))
-    np.testing.assert_allclose(float(found), total / 20, rtol=1e-12)
+    loss = losses.fssd(tensor(old), tensor(new), tensor(w))
+    np.testing.assert_allclose(float(loss), total / 20, rtol=1e-12)
     assert losses.fssd(tensor(old), tensor(old), tensor(w)) == 0

@@ -21,10 +21,14 @@ def clips(labels, rows, seed):
     return Clips({"vector": torch.from_numpy(feats)}, torch.tensor(labels), torch.tensor(rows))
 
 
-def memory_of(head, one):
-    place = {row: n for n, row in enumerate(one.rows.tolist())}
-    places = torch.tensor([place[row] for row in head.exemplars.tolist()])
-    return Clips({"vector": one.features["vector"][places]}, one.labels[places], head.exemplars)
+def memory_of(head, task_clips):
+    index_of_row = {row: n for n, row in enumerate(task_clips.rows.tolist())}
+    indices = torch.tensor([index_of_row[row] for row in head.exemplars.tolist()])
+    return Clips(
+        {"vector": task_clips.features["vector"][indices]},
+        task_clips.labels[indices],
+        head.exemplars,
+    )
 
 
 def encoded(head, feats):
@@ -35,7 +39,7 @@ def encoded(head, feats):
 
 def two_tasks(epochs, **options):
     """A head after two tasks, what it was after the first, the clips and losses of the second."""
-    told = []
+    losses = []
     options = {"budget": 2, "batch_size": 99, "weight_decay": 0, "seed": 3, "momentum": 0} | options
     head, old = (
         build_head(LUCIR, dict(first_epochs=15, epochs=epochs, **options)) for _ in range(2)
@@ -44,22 +48,22 @@ def two_tasks(epochs, **options):
     head.learn(Task(first))
     old.load_state_dict(head.state_dict())
     memory = memory_of(head, first)
-    head.learn(Task(second, 1, None, memory, lambda done, epochs, loss: told.append(loss)))
+    head.learn(Task(second, 1, None, memory, lambda done, epochs, loss: losses.append(loss)))
     feats = torch.cat([second.features["vector"], memory.features["vector"]])
     columns = [2, 4, 3] * 4 + [0, 0, 1, 1]
-    return head, old, feats, columns, told
+    return head, old, feats, columns, losses
 
 
 def loss_by_loops(theta, eta, f, f_old, columns, lambda_base=5.0, margin=0.5):
     cosines = unit(f) @ unit(theta).T
     ce, forget, ranking = [], [], []
-    for n, own in enumerate(columns):
+    for n, column in enumerate(columns):
         logits = eta * cosines[n]
-        ce.append(np.log(np.exp(logits).sum()) - logits[own])
+        ce.append(np.log(np.exp(logits).sum()) - logits[column])
         forget.append(1 - unit(f[n]) @ unit(f_old[n]))
-        if own < 2:
+        if column < 2:
             hardest = sorted((cosines[n, k] for k in (2, 3, 4)), reverse=True)[:2]
-            ranking.append(sum(max(margin - cosines[n, own] + one, 0) for one in hardest))
+            ranking.append(sum(max(margin - cosines[n, column] + cosine, 0) for cosine in hardest))
     weight = lambda_base * np.sqrt(2 / 3)
     return np.mean(ce) + weight * np.mean(forget) + np.mean(ranking)
 
@@ -73,26 +77,26 @@ def imprinted(theta_old, f, columns):
 
 
 def test_the_second_task_starts_from_imprinted_columns_with_all_three_losses():
-    _, old, feats, columns, told = two_tasks(epochs=1)
+    _, old, feats, columns, losses = two_tasks(epochs=1)
     state = old.state_dict()
     theta = state["classifier.weight"][:, 0].double().numpy()
     f = encoded(old, feats)
     start = imprinted(theta, f, columns)
     expected = loss_by_loops(start, float(state["classifier.scale"]), f, f, columns)
-    assert told == pytest.approx([expected], rel=1e-5)
+    assert losses == pytest.approx([expected], rel=1e-5)
 
 
-def test_less_forget_holds_a_representation_that_moves():
+def test_less_forget_constrains_a_representation_that_moves():
     options = {"encoder": "expert", "expert": SMALL, "lr": 0.05, "less_forget": 7.0, "margin": 0.3}
     after_one, old, feats, columns, _ = two_tasks(1, **options)
     # Both train their first epoch, one step, at the full rate: the second starts where one ends.
-    _, _, _, _, told = two_tasks(2, **options)
+    _, _, _, _, losses = two_tasks(2, **options)
     state = after_one.state_dict()
     f, f_old = encoded(after_one, feats), encoded(old, feats)
     assert np.abs(f - f_old).max() > 1e-3
     theta = state["classifier.weight"][:, 0].double().numpy()
     eta = float(state["classifier.scale"])
-    assert told[1] == pytest.approx(
+    assert losses[1] == pytest.approx(
         loss_by_loops(theta, eta, f, f_old, columns, 7.0, 0.3), rel=1e-5
     )
     forgets = {}
@@ -104,9 +108,9 @@ def test_less_forget_holds_a_representation_that_moves():
 
 
 @pytest.mark.parametrize("hold", [True, False])
-def test_old_columns_stay_to_the_bit_where_they_are_held(hold):
+def test_previous_columns_are_equal_to_the_bit_where_they_are_frozen(hold):
     head, old, _, _, _ = two_tasks(10, hold=hold, weight_decay=0.1, momentum=0.9)
-    now, before = (one.state_dict()["classifier.weight"] for one in (head, old))
+    now, before = (model.state_dict()["classifier.weight"] for model in (head, old))
     assert torch.equal(now[:2], before) == hold
 
 
@@ -119,7 +123,7 @@ def test_scores_are_cosines(runner):
     np.testing.assert_allclose(run.scores(tokens), unit(x) @ unit(theta).T, atol=1e-6)
 
 
-def test_old_and_new_classes_are_told_apart(runner):
+def test_previous_and_new_classes_are_distinguished(runner):
     run = runner(LUCIR)
     for number in range(4):
         run.learn([2 * number, 2 * number + 1], clips=12, seed=number)

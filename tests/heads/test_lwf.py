@@ -12,10 +12,10 @@ from varve.heads.parts.clips import Clips
 T, D = 3, 5
 
 
-def task(labels, number, told):
+def task(labels, number, losses):
     feats = np.random.default_rng([number, 3]).normal(size=(len(labels), T, D)).astype(np.float32)
     clips = Clips({"vector": torch.from_numpy(feats)}, torch.tensor(labels))
-    return feats, Task(clips, number, on_epoch_end=lambda done, epochs, loss: told.append(loss))
+    return feats, Task(clips, number, on_epoch_end=lambda done, epochs, loss: losses.append(loss))
 
 
 def logits(feats, weight, bias):
@@ -25,65 +25,66 @@ def logits(feats, weight, bias):
 
 def loss_by_loops(new, old, columns, taught, weight):
     total = 0.0
-    for b, own in enumerate(columns):
+    for b, column in enumerate(columns):
         for c in range(new.shape[1]):
             g = 1 / (1 + np.exp(-new[b, c]))
-            target = float(c == own) if c in taught else 1 / (1 + np.exp(-old[b, c]))
+            target = float(c == column) if c in taught else 1 / (1 + np.exp(-old[b, c]))
             scale = 1 if c in taught else weight
             total -= scale * (target * np.log(g) + (1 - target) * np.log(1 - g))
     return total / len(columns)
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.0])
-def test_the_loss_is_taught_by_labels_and_by_the_old_model(weight):
-    told = []
+def test_the_loss_has_targets_from_labels_and_from_the_teacher(weight):
+    losses = []
     # Without decay and at one step an epoch, the first loss is that of the start.
     head = build_head(
         LwF, dict(first_epochs=4, epochs=2, weight=weight, lr=0.05, weight_decay=0, momentum=0)
     )
-    head.learn(task([4, 2] * 6, 0, told)[1])
-    assert told[0] == pytest.approx(2 * np.log(2), rel=1e-6)
+    head.learn(task([4, 2] * 6, 0, losses)[1])
+    assert losses[0] == pytest.approx(2 * np.log(2), rel=1e-6)
     old = [head.state_dict()[f"classifier.{name}"].double().numpy() for name in ("weight", "bias")]
     # A twin of one epoch has the parameters after the first step: both steps are at the full rate.
     twin = build_head(LwF, dict(epochs=1, weight=weight, lr=0.05, weight_decay=0, momentum=0))
     twin.load_state_dict(head.state_dict())
-    told.clear()
-    feats, second = task([7, 2, 9] * 4, 1, told)
+    losses.clear()
+    feats, second = task([7, 2, 9] * 4, 1, losses)
     head.learn(second)
     twin.learn(task([7, 2, 9] * 4, 1, [])[1])
     columns, taught = [2, 0, 3] * 4, [0, 2, 3]
-    start = [np.concatenate([one, np.zeros((2, *one.shape[1:]))]) for one in old]
+    start = [np.concatenate([parameter, np.zeros((2, *parameter.shape[1:]))]) for parameter in old]
     moved = [
         twin.state_dict()[f"classifier.{name}"].double().numpy() for name in ("weight", "bias")
     ]
-    for found, (W, b) in zip(told, (start, moved), strict=True):
+    for loss, (W, b) in zip(losses, (start, moved), strict=True):
         expected = loss_by_loops(logits(feats, W, b), logits(feats, *old), columns, taught, weight)
-        assert found == pytest.approx(expected, rel=1e-5)
+        assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_moving_representation_is_held_to_what_the_old_model_answered():
+def test_a_moving_representation_is_distilled_from_the_teachers_outputs():
     """With a fixed encoder untaught columns answer as before by themselves, and nothing is seen."""
     expert = {"encoder": "expert", "expert": {"layers": 1, "heads": 1, "ffn": 16}}
     options = expert | {"lr": 0.05, "weight_decay": 0, "momentum": 0}
-    told = []
-    old, one, two = (
+    epoch_losses = []
+    old, one_epoch, two_epochs = (
         build_head(LwF, dict(first_epochs=15, epochs=epochs, **options)) for epochs in (0, 1, 2)
     )
     old.learn(task([4, 2] * 6, 0, [])[1])
-    for head, losses in ((one, []), (two, told)):
+    for head, losses in ((one_epoch, []), (two_epochs, epoch_losses)):
         head.load_state_dict(old.state_dict())
         feats, second = task([7, 4] * 6, 1, losses)  # 4 moves the encoder at once: it has weights
         head.learn(second)
     # Both train their first epoch, one step, at the full rate: the second starts where one ends.
     answers = [
-        head.scores({"vector": torch.from_numpy(feats)}).double().numpy() for head in (one, old)
+        head.scores({"vector": torch.from_numpy(feats)}).double().numpy()
+        for head in (one_epoch, old)
     ]
     assert np.abs(answers[0][:, 0] - answers[1][:, 0]).max() > 0.01
     expected = loss_by_loops(*answers, [2, 1] * 6, [1, 2], 1.0)
-    assert told[1] == pytest.approx(expected, rel=1e-5)
+    assert epoch_losses[1] == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_fine_tuning_loses_is_held_better(runner):
+def test_lwf_forgets_less_than_fine_tuning(runner):
     kept = {}
     for build in (Linear, LwF):
         run = runner(build)
@@ -96,7 +97,7 @@ def test_what_fine_tuning_loses_is_held_better(runner):
     assert kept[LwF] > kept[Linear] + 0.2
 
 
-def test_without_the_old_models_answers_old_columns_do_not_move():
+def test_without_the_teachers_outputs_previous_columns_do_not_move():
     """They have no labels either: with weight 0 nothing trains them."""
     head = build_head(LwF, dict(first_epochs=5, epochs=5, weight=0, weight_decay=0))
     head.learn(task([4, 2] * 6, 0, [])[1])

@@ -32,7 +32,7 @@ def unit(x):
 @pytest.mark.parametrize("unit_first", [True, False])
 def test_scores_are_cosines_to_the_class_means(time, unit_first):
     feats, labels = draw(0)
-    asked, _ = draw(1)
+    queries, _ = draw(1)
 
     def vectors(x):
         x = x.astype(np.float64)
@@ -40,15 +40,15 @@ def test_scores_are_cosines_to_the_class_means(time, unit_first):
 
     learned = unit(vectors(feats)) if unit_first else vectors(feats)
     means = np.stack([learned[labels == c].mean(axis=0) for c in range(3)])
-    expected = unit(vectors(asked)) @ unit(means).T
+    expected = unit(vectors(queries)) @ unit(means).T
 
     head = NearestMean(time=time, unit=unit_first)
     learn(head, torch.from_numpy(feats), torch.from_numpy(labels))
-    np.testing.assert_allclose(scores(head, torch.from_numpy(asked)), expected, atol=1e-6)
+    np.testing.assert_allclose(scores(head, torch.from_numpy(queries)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("time", "apart"), [("mean", False), ("order", True)])
-def test_only_order_tells_a_motion_from_its_reverse(time, apart):
+def test_only_order_distinguishes_a_motion_from_its_reverse(time, apart):
     feats = torch.from_numpy(draw(0)[0])
     head = NearestMean(time=time)
     learn(head, torch.cat([feats, feats.flip(1)]), torch.arange(2).repeat_interleave(len(feats)))
@@ -72,12 +72,12 @@ def test_a_class_learned_in_parts_is_the_class_learned_at_once():
 def test_unit_keeps_a_long_feature_from_outvoting_short_ones():
     feats = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 100.0]]])
     labels = torch.zeros(3, dtype=torch.int64)
-    asked = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    queries = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
     short_wins, long_wins = NearestMean(unit=True), NearestMean(unit=False)
     for head in (short_wins, long_wins):
         learn(head, feats, labels)
-    assert scores(short_wins, asked).argmax(dim=0).tolist() == [0]
-    assert scores(long_wins, asked).argmax(dim=0).tolist() == [1]
+    assert scores(short_wins, queries).argmax(dim=0).tolist() == [0]
+    assert scores(long_wins, queries).argmax(dim=0).tolist() == [1]
 
 
 def test_a_clip_of_zeros_scores_zero_and_not_nan():

@@ -16,19 +16,21 @@ def unit(x):
 
 def started(runner, **options):
     """A runner after one task, and the same once more, not to be trained on."""
-    made = []
+    runs = []
     for _ in range(2):
         run = runner(PODNet, batch_size=99, momentum=0, seed=3, **options)
         run.learn([4, 2])
-        made.append(run)
-    return made
+        runs.append(run)
+    return runs
 
 
-def second(run, told=None):
+def second(run, epochs=None):
     """Learn the next task; return the features and columns of all its clips."""
     task = run.task([7, 9], seed=1)
-    on_epoch_end = (lambda *epoch: told.append(epoch)) if told is not None else task.on_epoch_end
-    parts = [one.whole(run.head.reads[0]) for one in (task.clips, task.memory)]
+    on_epoch_end = (
+        (lambda *epoch: epochs.append(epoch)) if epochs is not None else task.on_epoch_end
+    )
+    parts = [part.whole(run.head.reads[0]) for part in (task.clips, task.memory)]
     labels = torch.cat([task.clips.labels, task.memory.labels]).tolist()
     run.head.learn(Task(task.clips, 1, None, task.memory, on_epoch_end))
     return torch.cat(parts), [run.head.classes.index(label) for label in labels]
@@ -40,7 +42,7 @@ def outputs(head, feats):
         vectors, tokens = head._suffix({head.reads[0]: feats})
         return (
             head._model.vectors(vectors).double().numpy(),
-            [one.double().numpy() for one in tokens],
+            [stage_tokens.double().numpy() for stage_tokens in tokens],
         )
 
 
@@ -55,9 +57,9 @@ def similarities(theta, f):
 
 def nca_by_loops(y, eta, columns, margin=0.6):
     losses = []
-    for n, own in enumerate(columns):
-        others = sum(np.exp(eta * y[n, c]) for c in range(y.shape[1]) if c != own)
-        losses.append(max(np.log(others) - eta * (y[n, own] - margin), 0))
+    for n, column in enumerate(columns):
+        others = sum(np.exp(eta * y[n, c]) for c in range(y.shape[1]) if c != column)
+        losses.append(max(np.log(others) - eta * (y[n, column] - margin), 0))
     return np.mean(losses)
 
 
@@ -84,42 +86,42 @@ def distances(new, old):
 @pytest.mark.parametrize("flat", [1.0, 0.0])
 def test_the_loss_is_nca_and_both_distillations(runner, flat):
     options = {"proxies": 3, "tune_epochs": 0, "lr": 0.4, "weight_decay": 0, "flat": flat}
-    one, old = started(runner, epochs=1, **options)
-    two, _ = started(runner, epochs=2, **options)
-    feats, columns = second(one)
-    told = []
-    second(two, told)
+    one_epoch, old = started(runner, epochs=1, **options)
+    two_epochs, _ = started(runner, epochs=2, **options)
+    feats, columns = second(one_epoch)
+    epochs = []
+    second(two_epochs, epochs)
     # Both train their first epoch, one step, at the full rate: the second starts where one ends.
-    f, tokens = outputs(one.head, feats)
+    f, tokens = outputs(one_epoch.head, feats)
     f_old, tokens_old = outputs(old.head, feats)
-    state = one.head.state_dict()
+    state = one_epoch.head.state_dict()
     y = similarities(state["classifier.weight"].double().numpy(), f)
     spatial = distances(tokens, tokens_old)
     assert spatial > 1e-3
     gaps = np.mean([1 - unit(a) @ unit(b) for a, b in zip(f, f_old, strict=True)])
     expected = nca_by_loops(y, float(state["classifier.scale"]), columns)
     expected += np.sqrt(4 / 2) * (flat * gaps + 3 * spatial)
-    assert told[1][2] == pytest.approx(expected, rel=1e-4)
+    assert epochs[1][2] == pytest.approx(expected, rel=1e-4)
 
 
-def test_old_proxies_stay_until_the_tuning_which_moves_proxies_alone(runner):
-    held, old = started(runner, epochs=5, tune_epochs=0)
+def test_previous_proxies_stay_until_the_tuning_which_moves_proxies_alone(runner):
+    untuned, old = started(runner, epochs=5, tune_epochs=0)
     tuned, _ = started(runner, epochs=5, tune_epochs=5)
-    told = []
-    second(held)
-    second(tuned, told)
-    before, after, moved = (run.head.state_dict() for run in (old, held, tuned))
+    epochs = []
+    second(untuned)
+    second(tuned, epochs)
+    before, after, moved = (run.head.state_dict() for run in (old, untuned, tuned))
     assert torch.equal(after["classifier.weight"][:2], before["classifier.weight"])
     assert not torch.equal(moved["classifier.weight"][:2], before["classifier.weight"])
     same = [name for name in after if torch.equal(after[name], moved[name])]
     assert set(after) - set(same) == {"classifier.weight"}
-    assert [(done, total) for done, total, _ in told] == [(n, 10) for n in range(1, 11)]
+    assert [(done, total) for done, total, _ in epochs] == [(n, 10) for n in range(1, 11)]
 
 
 def test_the_tuning_sees_as_many_clips_of_each_class(runner):
     run, _ = started(runner, epochs=1, tune_epochs=1, budget=2)
-    told = []
-    second(run, told)
+    epochs = []
+    second(run, epochs)
     rows = run.head.exemplars.tolist()
     labels = [run.seen[row][1] for row in rows]
     assert labels == [2, 2, 4, 4, 7, 7, 9, 9]
@@ -130,7 +132,7 @@ def test_the_tuning_sees_as_many_clips_of_each_class(runner):
     f, _ = outputs(untuned.head, run.batch(tokens)[run.head.reads[0]])
     y = similarities(state["classifier.weight"].double().numpy(), f)
     expected = nca_by_loops(y, float(state["classifier.scale"]), [0, 0, 1, 1, 2, 2, 3, 3])
-    assert told[1][2] == pytest.approx(expected, rel=1e-4)
+    assert epochs[1][2] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -167,7 +169,7 @@ def test_the_next_task_starts_from_the_blocks_that_the_last_one_trained(runner):
     assert not torch.equal(before[names[0]], start)
 
 
-def test_heavier_distillation_keeps_the_old_outputs(runner):
+def test_heavier_distillation_keeps_the_teachers_outputs(runner):
     drifts = {}
     for spatial in (0.0, 30.0):
         run, old = started(runner, spatial=spatial, flat=0.0, lr=0.1, tune_epochs=0)
@@ -176,7 +178,7 @@ def test_heavier_distillation_keeps_the_old_outputs(runner):
     assert drifts[30.0] < 0.5 * drifts[0.0]
 
 
-def test_old_and_new_classes_are_told_apart_by_both_classifiers(runner):
+def test_previous_and_new_classes_are_distinguished_by_both_classifiers(runner):
     run = runner(PODNet)
     for number in range(3):
         run.learn([2 * number, 2 * number + 1], clips=12, seed=number)

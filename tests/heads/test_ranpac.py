@@ -34,24 +34,24 @@ def learn(head, feats, labels, number=0):
 
 
 def scores(head, feats):
-    found = head.scores({"vector": torch.from_numpy(feats)}).numpy()
-    return found[:, np.argsort(head.classes)]
+    outputs = head.scores({"vector": torch.from_numpy(feats)}).numpy()
+    return outputs[:, np.argsort(head.classes)]
 
 
 @pytest.mark.parametrize("time", ["mean", "order"])
 @pytest.mark.parametrize("projection", [0, 40])
 def test_tasks_in_any_cut_are_the_ridge_regression_of_all_clips(projection, time):
     feats, labels = draw(0)
-    asked, _ = draw(1)
+    queries, _ = draw(1)
     for cut in ([np.arange(80)], [np.flatnonzero(labels == c) for c in (2, 0, 3, 1)],
                 np.array_split(np.arange(80), 7)):  # fmt: skip
         head = RanPAC(projection=projection, ridge=3.0, time=time)
-        for number, places in enumerate(cut):
-            learn(head, feats[places], labels[places], number)
+        for number, indices in enumerate(cut):
+            learn(head, feats[indices], labels[indices], number)
         H, Y = projected(head, feats, time), np.eye(4)[labels]
         W = np.linalg.solve(H.T @ H + 3.0 * np.eye(H.shape[1]), H.T @ Y)
-        expected = projected(head, asked, time) @ W
-        np.testing.assert_allclose(scores(head, asked), expected, atol=2e-5)
+        expected = projected(head, queries, time) @ W
+        np.testing.assert_allclose(scores(head, queries), expected, atol=2e-5)
 
 
 def test_the_projection_is_normal_with_the_seed_and_stays():
@@ -82,12 +82,12 @@ def test_the_ridge_of_the_first_task_has_the_least_squared_error_on_what_is_held
     head = RanPAC(projection=40, seed=7)
     learn(head, feats, labels)
     order = np.random.default_rng([7, 0, 1]).permutation(80)
-    held, used = order[:16], order[16:]
+    held_out, used = order[:16], order[16:]
     H, Y = projected(head, feats), np.eye(4)[labels]
     errors = {}
     for ridge in RIDGES:
         W = np.linalg.solve(H[used].T @ H[used] + ridge * np.eye(40), H[used].T @ Y[used])
-        errors[ridge] = ((H[held] @ W - Y[held]) ** 2).mean()
+        errors[ridge] = ((H[held_out] @ W - Y[held_out]) ** 2).mean()
     best = min(errors, key=errors.get)
     assert RIDGES[0] < best < RIDGES[-1]
     assert float(head.state_dict()["ridge"]) == best
@@ -96,7 +96,7 @@ def test_the_ridge_of_the_first_task_has_the_least_squared_error_on_what_is_held
     assert float(head.state_dict()["ridge"]) == best
 
 
-def test_a_projection_tells_apart_what_no_linear_classifier_can():
+def test_a_projection_separates_what_no_linear_classifier_can():
     rng = np.random.default_rng(0)
     feats = rng.choice([-1.0, 1.0], size=(200, 1, 2)) + 0.1 * rng.normal(size=(200, 1, 2))
     feats = feats.astype(np.float32)

@@ -76,12 +76,12 @@ def test_every_expert_runs_once_on_every_mean_clip(sizes):
     tasks, experts = drawn(0, sizes), Experts(len(sizes))
     shortlist = learned(tasks, experts)
     assert len(shortlist) == len(sizes)
-    told = shortlist.residuals_CKD
-    assert told.shape == (sum(sizes), len(sizes), D)
+    residuals = shortlist.residuals_CKD
+    assert residuals.shape == (sum(sizes), len(sizes), D)
     for c, clip in enumerate(mean_clips(tasks)):
         for k in range(len(sizes)):
             expected = experts.by_hand(k, clip) - clip.mean(axis=0)
-            np.testing.assert_allclose(told[c, k], expected, atol=1e-6)
+            np.testing.assert_allclose(residuals[c, k], expected, atol=1e-6)
     # Each once, and none of them anew when a task is added.
     assert experts.ran == dict.fromkeys(range(len(sizes)), sum(sizes))
 
@@ -91,20 +91,20 @@ def test_few_experts_run_and_the_others_are_assumed(size):
     sizes = (2, 3, 1, 2, 2)
     tasks, experts = drawn(0, sizes), Experts(5)
     shortlist, pool = learned(tasks, experts), pooled(tasks, experts)
-    asked = torch.cat([clips for clips, _, _ in drawn(1, sizes, clips=2)])
+    queries = torch.cat([clips for clips, _, _ in drawn(1, sizes, clips=2)])
     experts.ran = dict.fromkeys(range(5), 0)
 
     def similar(encoded_BKD):
-        return pool.compare(encoded_BKD - asked.mean(dim=1, keepdim=True))[0]
+        return pool.compare(encoded_BKD - queries.mean(dim=1, keepdim=True))[0]
 
-    encoded, ran = shortlist.encoded(asked, size, experts, similar)
-    assert encoded.shape == (len(asked), 5, D)
-    assert ran.shape == (len(asked), min(size, 5))
+    encoded, ran = shortlist.encoded(queries, size, experts, similar)
+    assert encoded.shape == (len(queries), 5, D)
+    assert ran.shape == (len(queries), min(size, 5))
     assert sum(experts.ran.values()) == ran.numel()
 
     means = mean_clips(tasks)
     rows = [unit(clip.reshape(-1)) for clip in means]
-    for b, clip in enumerate(np.float64(asked.numpy())):
+    for b, clip in enumerate(np.float64(queries.numpy())):
         near = max(range(len(rows)), key=lambda c: unit(clip.reshape(-1)) @ rows[c])
         tem = [experts.by_hand(k, means[near]) - means[near].mean(axis=0) for k in range(5)]
         loud = []
@@ -120,30 +120,30 @@ def test_few_experts_run_and_the_others_are_assumed(size):
         scatter = scatter / (len(errors) - 1) if len(errors) > 1 else np.inf
         common = max(0, 1 - scatter / (mean**2).sum()) * mean
         for k in range(5):
-            one = experts.by_hand(k, clip) if k in expected else assumed[k] + common
-            np.testing.assert_allclose(encoded[b, k], one, atol=2e-6)
+            expected_encoding = experts.by_hand(k, clip) if k in expected else assumed[k] + common
+            np.testing.assert_allclose(encoded[b, k], expected_encoding, atol=2e-6)
 
 
 def test_with_all_experts_on_the_shortlist_nothing_is_assumed():
     tasks, experts = drawn(0, (2, 2, 2)), Experts(3)
     shortlist = learned(tasks, experts)
-    asked = drawn(1, (6,))[0][0]
-    encoded, ran = shortlist.encoded(asked, 3, experts, lambda e: e[..., 0])
-    everyone = torch.stack([experts(k, asked) for k in range(3)], dim=1)
+    queries = drawn(1, (6,))[0][0]
+    encoded, ran = shortlist.encoded(queries, 3, experts, lambda e: e[..., 0])
+    everyone = torch.stack([experts(k, queries) for k in range(3)], dim=1)
     assert torch.equal(encoded, everyone)
-    assert ran.sort().values.tolist() == [[0, 1, 2]] * len(asked)
+    assert ran.sort().values.tolist() == [[0, 1, 2]] * len(queries)
 
 
 def test_what_errors_share_is_their_mean_as_far_as_they_agree():
     rng = np.random.default_rng(0)
-    one = torch.from_numpy(rng.normal(size=(4, 1, 50)))
+    shared = torch.from_numpy(rng.normal(size=(4, 1, 50)))
     noise = torch.from_numpy(rng.normal(size=(4, 8, 50)))
-    torch.testing.assert_close(common_error(one.expand(-1, 8, -1)), one)
+    torch.testing.assert_close(common_error(shared.expand(-1, 8, -1)), shared)
     assert torch.equal(common_error(noise[:, :1]), torch.zeros(4, 1, 50, dtype=torch.float64))
     assert torch.equal(common_error(torch.zeros(4, 8, 50)), torch.zeros(4, 1, 50))
     # Scattered errors share less than their mean, and nearer to what they share in truth.
-    found, plain = common_error(one + 5 * noise), (one + 5 * noise).mean(dim=1, keepdim=True)
-    assert ((found - one).norm(dim=2) < (plain - one).norm(dim=2)).all()
+    common, plain = common_error(shared + 5 * noise), (shared + 5 * noise).mean(dim=1, keepdim=True)
+    assert ((common - shared).norm(dim=2) < (plain - shared).norm(dim=2)).all()
 
 
 def test_a_shortlist_resumes_from_its_state():
@@ -155,15 +155,17 @@ def test_a_shortlist_resumes_from_its_state():
     before = {name: tensor.clone() for name, tensor in saved.items()}
     for tensor in saved.values():
         tensor.zero_()
-    for one in (first, again):
-        learned(tasks[3:], experts, one)
-        state = one.state_dict()
+    for shortlist in (first, again):
+        learned(tasks[3:], experts, shortlist)
+        state = shortlist.state_dict()
         assert state.keys() == whole.state_dict().keys()
         assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in state.items())
         # What was learned before stays as it was: a checkpoint has it already.
         assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
-    asked = drawn(1, (6,))[0][0]
-    results = [one.encoded(asked, 2, experts, lambda e: e[..., 0]) for one in (again, whole)]
+    queries = drawn(1, (6,))[0][0]
+    results = [
+        shortlist.encoded(queries, 2, experts, lambda e: e[..., 0]) for shortlist in (again, whole)
+    ]
     assert all(torch.equal(*parts) for parts in zip(*results, strict=True))
     again.load_state_dict({})
     assert len(again) == 0
@@ -172,38 +174,38 @@ def test_a_shortlist_resumes_from_its_state():
 def test_what_was_learned_outlives_the_tensors_it_came_from():
     tasks, experts = drawn(0, (2, 2)), Experts(2)
     shortlist = learned(tasks, experts)
-    asked = drawn(1, (4,))[0][0]
-    before, _ = shortlist.encoded(asked, 1, experts, lambda e: e[..., 0])
+    queries = drawn(1, (4,))[0][0]
+    before, _ = shortlist.encoded(queries, 1, experts, lambda e: e[..., 0])
     for clips, labels, _ in tasks:
         clips.zero_()
         labels.zero_()
-    assert torch.equal(shortlist.encoded(asked, 1, experts, lambda e: e[..., 0])[0], before)
+    assert torch.equal(shortlist.encoded(queries, 1, experts, lambda e: e[..., 0])[0], before)
 
 
-def test_an_expert_runs_once_and_only_where_it_is_asked():
+def test_an_expert_runs_once_and_only_where_it_is_requested():
     spatial = torch.randn(5, T, D, generator=torch.Generator().manual_seed(0))
-    asked = torch.tensor([[0, 7], [7, 3], [3, 0], [0, 3], [7, 0]])
+    experts = torch.tensor([[0, 7], [7, 3], [3, 0], [0, 3], [7, 0]])
     calls = []
 
     def encode(k, clips):
         calls.append((k, len(clips)))
         return clips.sum(dim=1) * (k + 1)
 
-    encoded = run(encode, spatial, asked)
+    encoded = run(encode, spatial, experts)
     assert sorted(calls) == [(0, 4), (3, 3), (7, 3)]
     for b in range(5):
         for s in range(2):
-            k = int(asked[b, s])
+            k = int(experts[b, s])
             assert torch.equal(encoded[b, s], encode(k, spatial[b : b + 1])[0])
-    assert run(encode, spatial[:0], asked[:0]).shape == (0, 2, D)
+    assert run(encode, spatial[:0], experts[:0]).shape == (0, 2, D)
 
 
 @pytest.mark.parametrize("softmax", [None, 0.1])
 @pytest.mark.parametrize("keep", [0, 1, 2, 9])
 def test_weights_are_of_the_kept(softmax, keep):
     similarities = torch.tensor([[0.5, -0.2, 0.9, 0.9], [0.1, 0.1, 0.1, 0.1], [-1, -0.5, 0, -0.2]])
-    found = weights(similarities, softmax, keep)
-    for row, out in zip(similarities.double().tolist(), found, strict=True):
+    outputs = weights(similarities, softmax, keep)
+    for row, out in zip(similarities.double().tolist(), outputs, strict=True):
         order = sorted(range(4), key=lambda s: (-row[s], s))[: keep or 4]
         powers = [np.exp(row[s] / softmax) if softmax else row[s] for s in range(4)]
         whole = sum(powers[s] for s in order) if softmax else 1
@@ -224,8 +226,8 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="not finite"):
         shortlist.encoded(torch.ones(1, T, D) / 0, 1, experts, lambda e: e[..., 0])
     longer, none = torch.ones(1, T + 1, D), torch.ones(1, T, D) / 0
-    for clips, said in ((longer, "number of frames"), (none, "not finite")):
-        with pytest.raises(ValueError, match=said):
+    for clips, message in ((longer, "number of frames"), (none, "not finite")):
+        with pytest.raises(ValueError, match=message):
             shortlist.add(clips, torch.tensor([9]), [9], experts)
     assert len(shortlist) == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in shortlist.state_dict().items())

@@ -78,10 +78,10 @@ def test_frames_are_those_of_the_network_with_its_adapters(learned, adapters, co
         for p in run.head._spatial.parameters():
             p.add_(torch.from_numpy(rng.normal(size=p.shape)))
     tokens, _ = run.tokens([0, 3], seed=9)
-    found = numpy(run.head._spatial(run.batch(tokens)))
-    np.testing.assert_allclose(found, spatial_by_hand(run, tokens, count), atol=1e-5)
+    frames = numpy(run.head._spatial(run.batch(tokens)))
+    np.testing.assert_allclose(frames, spatial_by_hand(run, tokens, count), atol=1e-5)
     if count:
-        assert np.abs(found - spatial_by_hand(run, tokens, count - 1)).max() > 1e-2
+        assert np.abs(frames - spatial_by_hand(run, tokens, count - 1)).max() > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,9 @@ def by_hand(run, tokens, routing, softmax, count, keep=0):
     frozen = spatial_by_hand(run, tokens, 0)
     B, T, _ = spatial.shape
     K, texts = len(run.tasks), numpy(head.state_dict()["text"])
-    asked, similarities, chosen, weights = (np.zeros((B, K, *more)) for more in ((16,), (), (), ()))
+    residuals, similarities, chosen, weights = (
+        np.zeros((B, K, *more)) for more in ((16,), (), (), ())
+    )
     scores = np.zeros((B, len(head.classes)))
     for b in range(B):
         mean = sum(spatial[b, t] for t in range(T)) / T
@@ -122,13 +124,15 @@ def by_hand(run, tokens, routing, softmax, count, keep=0):
         encoded = []
         for k in range(K):
             with torch.no_grad():
-                own = head.routed.experts[k](torch.from_numpy(spatial[b : b + 1]).float())[0]
-            encoded.append(unit(numpy(own)))
+                expert_output = head.routed.experts[k](
+                    torch.from_numpy(spatial[b : b + 1]).float()
+                )[0]
+            encoded.append(unit(numpy(expert_output)))
             if routing in ("td", "average"):
-                asked[b, k] = encoded[k] - mean
+                residuals[b, k] = encoded[k] - mean
             else:
-                asked[b, k] = frozen[b].mean(axis=0) if routing == "clip" else mean
-            cosines = [cosine(asked[b, k], anchor) for anchor in numpy(head.pool.anchors(k))]
+                residuals[b, k] = frozen[b].mean(axis=0) if routing == "clip" else mean
+            cosines = [cosine(residuals[b, k], anchor) for anchor in numpy(head.pool.anchors(k))]
             similarities[b, k] = max(cosines)
             chosen[b, k] = head.pool.classes[k][int(np.argmax(cosines))]
         for k in range(K):
@@ -146,7 +150,7 @@ def by_hand(run, tokens, routing, softmax, count, keep=0):
                 weights[b, k] = np.exp(similarities[b, k] / softmax) / sum(exps)
             video = video + weights[b, k] * encoded[k]
         scores[b] = [cosine(video, text) for text in texts]
-    return asked, similarities, weights, chosen, scores
+    return residuals, similarities, weights, chosen, scores
 
 
 @pytest.mark.parametrize(
@@ -162,20 +166,20 @@ def test_routing_and_scores_are_those_of_the_equations(learned, routing, softmax
     )
     tokens, _ = run.tokens([0, 3, 5], clips=2, seed=9)
     batch = run.batch(tokens)
-    asked, similarities, weights, chosen, scores = by_hand(
+    residuals, similarities, weights, chosen, scores = by_hand(
         run, tokens, routing, softmax, adapters, keep
     )
-    np.testing.assert_allclose(run.head.residuals(batch).numpy(), asked, atol=1e-5)
+    np.testing.assert_allclose(run.head.residuals(batch).numpy(), residuals, atol=1e-5)
     np.testing.assert_allclose(run.scores(tokens).numpy(), scores, atol=1e-5)
 
     routes = run.head.routing(batch)
     assert (routes.weights.diff(dim=1) <= 0).all()
     assert torch.equal(routes.experts.sort(dim=1).values, torch.arange(3).expand(6, 3))
     for b in range(6):
-        for place, k in enumerate(routes.experts[b].tolist()):
-            np.testing.assert_allclose(routes.weights[b, place], weights[b, k], atol=1e-5)
-            np.testing.assert_allclose(routes.similarities[b, place], similarities[b, k], atol=1e-5)
-            assert routes.nearest[b, place] == chosen[b, k]
+        for rank, k in enumerate(routes.experts[b].tolist()):
+            np.testing.assert_allclose(routes.weights[b, rank], weights[b, k], atol=1e-5)
+            np.testing.assert_allclose(routes.similarities[b, rank], similarities[b, k], atol=1e-5)
+            assert routes.nearest[b, rank] == chosen[b, k]
 
 
 @pytest.mark.parametrize("adapters", [0, 1])
@@ -219,7 +223,7 @@ def test_with_a_shortlist_few_experts_run_and_the_rest_is_assumed(learned):
     batch, head = run.batch(tokens), run.head
     ran = []
     for k, expert in enumerate(head.routed.experts):
-        expert.register_forward_hook(lambda module, given, out, k=k: ran.append((k, len(out))))
+        expert.register_forward_hook(lambda module, inputs, out, k=k: ran.append((k, len(out))))
     scores = head.scores(batch)
     assert sum(count for _, count in ran) == len(tokens)
     spatial = head._spatial(batch)
@@ -242,9 +246,9 @@ def test_where_two_classes_are_near_all_experts_run_after_all(learned):
     few.head.routed.config = replace(few.head.routed.config, doubt=float(gaps.median()))
     doubted = gaps < gaps.median()
     assert 0 < doubted.sum() < len(tokens)
-    found = few.scores(tokens)
-    torch.testing.assert_close(found[doubted], full[doubted])
-    torch.testing.assert_close(found[~doubted], short[~doubted])
+    scores = few.scores(tokens)
+    torch.testing.assert_close(scores[doubted], full[doubted])
+    torch.testing.assert_close(scores[~doubted], short[~doubted])
 
 
 @pytest.mark.parametrize("options", [{"shortlist": 1, "routing": "clip"}, {"keep": -1}])
@@ -253,7 +257,7 @@ def test_a_shortlist_that_cannot_be_is_refused(options):
         build_head(build, options)
 
 
-def test_residuals_may_be_asked_of_some_experts(learned):
+def test_residuals_may_be_requested_of_some_experts(learned):
     run = learned()
     batch = run.batch(run.tokens([0, 3], seed=9)[0])
     every = run.head.residuals(batch)
@@ -264,12 +268,12 @@ def test_residuals_may_be_asked_of_some_experts(learned):
 def test_an_anchor_is_the_mean_of_what_is_compared_with_it(learned, routing, adapters):
     run = learned(routing=routing, adapters=adapters)
     clips = run.tasks[-1].clips
-    asked = numpy(run.head.residuals(clips[torch.arange(len(clips))]))
+    residuals = numpy(run.head.residuals(clips[torch.arange(len(clips))]))
     assert run.head.pool.classes == [[3, 7], [1, 5], [0, 3]]
     for row, label in enumerate([0, 3]):
-        own = [asked[n, 2] for n in range(len(clips)) if clips.labels[n] == label]
-        found = run.head.pool.anchors(2)[row]
-        np.testing.assert_allclose(found, sum(own) / len(own), atol=1e-6)
+        class_residuals = [residuals[n, 2] for n in range(len(clips)) if clips.labels[n] == label]
+        anchor = run.head.pool.anchors(2)[row]
+        np.testing.assert_allclose(anchor, sum(class_residuals) / len(class_residuals), atol=1e-6)
 
 
 # Learning
@@ -285,16 +289,16 @@ def test_tasks_are_learned_one_after_the_other(learned, adapters):
 
 
 @pytest.mark.parametrize("adapters", [0, 1, 2, "all"])
-def test_learning_goes_on_from_a_state_as_it_would_have(learned, adapters):
+def test_training_resumes_from_a_state_as_it_would_have_continued(learned, adapters):
     first = learned(adapters=adapters, labels=((3, 7), (1, 5)))
     second = learned(adapters=adapters, labels=((9,),))
     second.head.load_state_dict(first.head.state_dict())
     task = first.task([0, 3], seed=2)
     for run in (first, second):
         run.head.learn(task)
-    one, other = first.head.state_dict(), second.head.state_dict()
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    state, resumed = first.head.state_dict(), second.head.state_dict()
+    assert state.keys() == resumed.keys()
+    assert all(torch.equal(state[name], resumed[name]) for name in state)
     assert first.head.trainable == second.head.trainable
 
 
@@ -332,9 +336,9 @@ def test_trainable_counts_every_number_once(learned, options, more):
 def test_the_loss_is_two_contrasts_at_the_start(learned):
     # A rate of nothing leaves the start, so that the loss is that of what was "learned".
     run = learned(labels=(), lr=0.0, batch_size=12)
-    task, told = run.task([3, 7]), []
+    task, epoch_losses = run.task([3, 7]), []
     run.head.learn(
-        Task(task.clips, 0, task.text, None, lambda done, epochs, loss: told.append(loss))
+        Task(task.clips, 0, task.text, None, lambda done, epochs, loss: epoch_losses.append(loss))
     )
     clips = task.clips
     spatial = run.head._spatial.whole(clips)
@@ -343,19 +347,19 @@ def test_the_loss_is_two_contrasts_at_the_start(learned):
     expected = sum(
         losses.contrastive(side, text, clips.labels) for side in (encoded, spatial.mean(dim=1))
     )
-    np.testing.assert_allclose(told, float(expected), rtol=1e-5)
+    np.testing.assert_allclose(epoch_losses, float(expected), rtol=1e-5)
 
 
 def test_epochs_of_the_first_task_and_of_later_ones(runner):
     run = runner(build, **SMALL, first_epochs=4, epochs=3)
     counts = []
     for labels in ([0, 1], [2]):
-        told = []
+        epochs = []
         task = run.task(labels)
-        on_epoch_end = lambda *epoch, told=told: told.append(epoch)  # noqa: E731
+        on_epoch_end = lambda *epoch, epochs=epochs: epochs.append(epoch)  # noqa: E731
         run.head.learn(Task(task.clips, run.number, task.text, None, on_epoch_end))
         run.number += 1
-        counts.append(len(told))
+        counts.append(len(epochs))
     assert counts == [4, 3]
 
 
@@ -368,8 +372,8 @@ def test_importance_is_kept_for_every_class_newest_last(learned):
     spatial = run.head._spatial.whole(clips)
     expected = losses.importance(spatial, clips.labels, [0, 3], text, 0.01)
     assert run.head.classes == [3, 7, 1, 5, 0]
-    found = run.head.importance_CD[[4, 0]]
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    importances = run.head.importance_CD[[4, 0]]
+    np.testing.assert_allclose(importances, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_distillation_compares_with_the_model_before_the_task(learned, monkeypatch):
@@ -377,18 +381,20 @@ def test_distillation_compares_with_the_model_before_the_task(learned, monkeypat
     task = run.task([1, 5], seed=1)
     before = run.head._spatial.whole(task.clips).mean(dim=1)
     weights = losses.weights(run.head.importance_CD)
-    calls, places, really = [], [], losses.fssd
+    calls, indices, really = [], [], losses.fssd
     monkeypatch.setattr(
-        losses, "fssd", lambda *given: calls.append([x.detach() for x in given]) or really(*given)
+        losses,
+        "fssd",
+        lambda *arguments: calls.append([x.detach() for x in arguments]) or really(*arguments),
     )
     batches = Clips.batches
     monkeypatch.setattr(Clips, "batches", lambda self, size, rng=None: (
-        (places.append(where) if rng is not None else None) or (where, batch)
+        (indices.append(where) if rng is not None else None) or (where, batch)
         for where, batch in batches(self, size, rng)
     ))  # fmt: skip
     run.head.learn(task)
-    assert len(calls) == len(places) == 25 * 3
-    for (old, new, w), where in zip(calls, places, strict=True):
+    assert len(calls) == len(indices) == 25 * 3
+    for (old, new, w), where in zip(calls, indices, strict=True):
         torch.testing.assert_close(old, before[where])
         torch.testing.assert_close(w, weights)
         assert new.shape == old.shape
@@ -402,7 +408,7 @@ def drift(run, task):
     return (run.head._spatial.whole(task.clips).mean(dim=1) - before).square()
 
 
-def test_what_matters_to_old_classes_drifts_less_with_distillation(learned):
+def test_what_matters_to_previous_classes_drifts_less_with_distillation(learned):
     moved = {}
     for name in ("none", "uniform", "fssd"):
         run = learned(adapters="all", labels=((3, 7, 2),), distillation=name, weight=1e3)
@@ -432,7 +438,7 @@ def motions(seed, clips=20):
 
 
 @pytest.mark.parametrize(("position", "apart"), [(None, False), ("learned", True)])
-def test_a_motion_and_its_reverse_are_told_apart_only_with_positions(position, apart):
+def test_a_motion_and_its_reverse_are_distinguished_only_with_positions(position, apart):
     head = build_head(build, dict(**SMALL, position=position, text="codes"))
     feats, labels = motions(0)
     head.learn(Task(Clips({"vector": feats}, labels)))
@@ -453,17 +459,17 @@ def test_codes_depend_on_class_and_seed_alone():
     assert not torch.equal(code(3, 64), code(4, 64))
     assert not torch.equal(code(3, 64), code(3, 64, seed=1))
     like = torch.zeros(1, 1, 64)
-    one, other = Codes().grown([3, 5], None, like), Codes().grown([5, 3], None, like)
-    assert torch.equal(one.rows([3, 5]), other.rows([5, 3]).flip(0))
+    codes, other = Codes().grown([3, 5], None, like), Codes().grown([5, 3], None, like)
+    assert torch.equal(codes.rows([3, 5]), other.rows([5, 3]).flip(0))
     for first in (0, 64):
-        rows = one.rows(range(first, first + 64)).detach()
+        rows = codes.rows(range(first, first + 64)).detach()
         torch.testing.assert_close(rows @ rows.T, torch.eye(64), rtol=0, atol=1e-6)
     # More classes than channels: no two alike.
-    between = one.rows(range(128)).detach() @ one.rows(range(128)).T.detach() - torch.eye(128)
+    between = codes.rows(range(128)).detach() @ codes.rows(range(128)).T.detach() - torch.eye(128)
     assert float(between.abs().max()) < 0.7
 
 
-def test_what_the_projection_learns_of_a_class_leaves_the_others_where_they_are():
+def test_what_the_projection_learns_of_a_class_does_not_move_the_others():
     codes = Codes(trained="always").grown([2], None, torch.zeros(1, 1, 16))
     before = codes.rows(range(16)).detach()
     torch.manual_seed(0)
@@ -489,7 +495,7 @@ def test_the_projection_of_codes_trains_with_the_first_task_or_always(learned, c
         assert (run.predicted(tokens) == labels).float().mean() > 0.9
 
 
-def test_codes_need_no_text_and_given_text_is_asked_for(runner):
+def test_codes_need_no_text_and_given_text_is_required(runner):
     run = runner(build, **SMALL, text="codes")
     task = run.task([3, 7])
     run.head.learn(Task(task.clips))
@@ -503,14 +509,14 @@ def test_codes_need_no_text_and_given_text_is_asked_for(runner):
     assert head.classes == []
 
 
-def test_text_of_any_length_is_made_unit(learned, runner):
+def test_text_of_any_length_is_normalized(learned, runner):
     run = runner(build, **SMALL)
     task = run.task([3, 7])
     other = build_head(build, dict(**SMALL, first_epochs=25))
     run.head.learn(task)
     other.learn(Task(task.clips, text=task.text * 40))
-    asked = run.batch(run.tokens([3, 7], seed=1)[0])
-    torch.testing.assert_close(run.head.scores(asked), other.scores(asked), rtol=1e-3, atol=1e-4)
+    batch = run.batch(run.tokens([3, 7], seed=1)[0])
+    torch.testing.assert_close(run.head.scores(batch), other.scores(batch), rtol=1e-3, atol=1e-4)
 
 
 # Options and refusals
@@ -530,7 +536,7 @@ def test_training_in_bfloat16_learns_and_scores_in_float32(learned):
 
 
 @pytest.mark.parametrize("lr", [1e30, float("inf")])
-def test_a_training_that_diverges_leaves_adapters_and_experts_as_they_were(learned, lr):
+def test_a_training_that_diverges_changes_no_adapter_and_no_expert(learned, lr):
     run = learned(adapters=2, labels=((3, 7),))
     before = run.head.state_dict()
     run.head.optim = replace(run.head.optim, lr=lr, clip_norm=None)
@@ -587,7 +593,7 @@ def test_another_number_of_frames_is_refused_where_positions_were_learned(runner
             assert head.classes == [0, 1]
 
 
-def test_whole_tokens_where_a_class_token_is_asked_for_are_refused(learned):
+def test_whole_tokens_where_a_class_token_is_requested_are_refused(learned):
     run = learned(adapters=1, labels=((3, 7),))
     with pytest.raises(ValueError, match="suffix of the network takes"):
         run.head.scores({"blocks.-1.attn:cls": torch.ones(2, 4, 5, 16)})
@@ -600,12 +606,12 @@ class Gated(StPR):
         return HFGate(adapter, 16, network.frames, prefix=1)
 
 
-def test_what_stands_around_an_adapter_trains_and_is_kept_with_it(runner):
+def test_modules_around_an_adapter_train_and_are_kept_with_it(runner):
     options = {"adapters": 2, "epochs": 3, "first_epochs": 3, "layers": 1, "ffn": 16, "lr": 0.1}
     run, plain = runner(Gated, **options), runner(StPR, **options)
-    for one in (run, plain):
-        one.learn([0, 1])
-        one.learn([2, 3], seed=1)
+    for learner in (run, plain):
+        learner.learn([0, 1])
+        learner.learn([2, 3], seed=1)
     assert run.head.trainable - plain.head.trainable == 18 * 16 + 1
     state = run.head.state_dict()
     assert state["adapter.2.weight"].any()

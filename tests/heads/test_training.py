@@ -24,17 +24,17 @@ def draw(seed=0):
 def trained(clips, start=0.1, seed=3, parameters=None, **options):
     """Return the weight of least squares after training, and the calls of the callback."""
     weight = nn.Parameter(torch.full((D,), start))
-    told = []
+    reports = []
 
-    def step(places, batch):
-        return (batch["x"][:, 0] @ weight - clips.labels[places]).square().mean()
+    def step(indices, batch):
+        return (batch["x"][:, 0] @ weight - clips.labels[indices]).square().mean()
 
     optim = OptimConfig(**{"epochs": 4, "batch_size": 3, "lr": 0.05, "weight_decay": 0.0} | options)
     groups = [weight] if parameters is None else parameters(weight)
     rng = np.random.default_rng(seed)
     fit(step, groups, clips, optim, epochs=optim.epochs, rng=rng,
-        on_epoch_end=lambda *epoch: told.append(epoch))  # fmt: skip
-    return weight, told
+        on_epoch_end=lambda *epoch: reports.append(epoch))  # fmt: skip
+    return weight, reports
 
 
 def by_hand(clips, start=0.1, seed=3, epochs=4, size=3, lr=0.05, momentum=0.9, decay=0.0,
@@ -77,15 +77,15 @@ def halving(epoch, epochs):
 )
 def test_steps_and_mean_losses_are_those_by_hand(options, hand):
     clips = draw()
-    weight, told = trained(clips, **options)
+    weight, reports = trained(clips, **options)
     expected, means = by_hand(clips, **hand)
     np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-5, atol=1e-6)
-    assert [done for done, _, _ in told] == [1, 2, 3, 4]
-    assert {epochs for _, epochs, _ in told} == {4}
-    np.testing.assert_allclose([loss for _, _, loss in told], means, rtol=1e-5)
+    assert [done for done, _, _ in reports] == [1, 2, 3, 4]
+    assert {epochs for _, epochs, _ in reports} == {4}
+    np.testing.assert_allclose([loss for _, _, loss in reports], means, rtol=1e-5)
 
 
-def test_a_group_may_have_a_rate_of_its_own():
+def test_a_group_may_have_a_separate_rate():
     clips = draw()
     options = {"schedule": "constant", "lr": 0.05}
     half, _ = trained(clips, parameters=lambda w: [{"params": [w], "lr": 0.025}], **options)
@@ -96,7 +96,7 @@ def test_a_group_may_have_a_rate_of_its_own():
 def test_gradients_are_clipped_group_by_group():
     clips, weights = draw(), [nn.Parameter(torch.zeros(2)) for _ in range(3)]
 
-    def step(places, batch):
+    def step(indices, batch):
         return 30 * weights[0].sum() + 0.1 * weights[1].sum() + 40 * weights[2].sum()
 
     groups = [{"params": [weights[0], weights[2]]}, {"params": [weights[1]]}]
@@ -113,23 +113,23 @@ def test_equal_seeds_give_equal_bits_and_another_seed_another_order():
     assert not torch.equal(first, other)
 
 
-def test_every_clip_is_seen_once_an_epoch_and_each_epoch_in_an_order_of_its_own():
+def test_every_clip_is_seen_once_an_epoch_and_each_epoch_in_another_order():
     clips, seen = draw(), []
     weight = nn.Parameter(torch.zeros(D))
 
-    def step(places, batch):
-        assert torch.equal(batch["x"], clips.features["x"][places])
-        seen.append(places.tolist())
+    def step(indices, batch):
+        assert torch.equal(batch["x"], clips.features["x"][indices])
+        seen.append(indices.tolist())
         return (batch["x"] @ weight).mean()
 
     fit(step, [weight], clips, replace(PLAIN, batch_size=4), epochs=2, rng=np.random.default_rng(0))
-    assert [len(places) for places in seen] == [4, 3, 4, 3]
+    assert [len(indices) for indices in seen] == [4, 3, 4, 3]
     first, second = seen[0] + seen[1], seen[2] + seen[3]
     assert sorted(first) == sorted(second) == list(range(N))
     assert first != second
 
 
-def test_the_global_generators_are_left_alone():
+def test_the_global_generators_are_not_changed():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_is_refused_though_its_gradients_were():
     clips, weight = draw(), nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match=r"epoch 1 of 1 is inf"):
         fit(
-            lambda places, batch: weight.sum() + torch.inf,
+            lambda indices, batch: weight.sum() + torch.inf,
             [weight], clips, PLAIN, epochs=1, rng=np.random.default_rng(0),
         )  # fmt: skip
 
@@ -156,22 +156,22 @@ def test_a_loss_that_is_not_finite_is_refused_though_its_gradients_were():
 def test_a_parameter_that_is_not_finite_is_refused_though_its_loss_was():
     clips, weight = draw(), nn.Parameter(torch.zeros(1))
 
-    def step(places, batch):
+    def step(indices, batch):
         return weight.sum().sqrt()  # 0, with an infinite slope
 
     with pytest.raises(ValueError, match=r"diverged.* epoch 1 of 1 is 0\.0"):
         fit(step, [weight], clips, PLAIN, epochs=1, rng=np.random.default_rng(0))
 
 
-def test_training_goes_on_where_gradients_are_switched_off_outside():
+def test_training_works_where_gradients_are_switched_off_outside():
     with torch.no_grad():
         weight, _ = trained(draw())
     assert torch.equal(weight, trained(draw())[0])
 
 
 def test_no_epochs_train_nothing():
-    weight, told = trained(draw(), epochs=0)
-    assert told == []
+    weight, reports = trained(draw(), epochs=0)
+    assert reports == []
     assert torch.equal(weight, torch.full((D,), 0.1))
 
 

@@ -25,7 +25,7 @@ def trained(runner, build, tasks=2, **options):
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_a_gate_stands_after_each_block_that_is_asked_for(runner, blocks):
+def test_a_gate_stands_after_each_requested_block(runner, blocks):
     run = trained(runner, HFNet, blocks=blocks, epochs=2, first_epochs=2)
     gates = [m for m in run.head._suffix.modules() if isinstance(m, HFGate)]
     assert len(gates) == blocks
@@ -33,8 +33,8 @@ def test_a_gate_stands_after_each_block_that_is_asked_for(runner, blocks):
     # Behind the last block only the class token is read on, which has no gate.
     assert [bool(gate.weight.any()) for gate in gates] == [True] * (blocks - 1) + [False]
     none = trained(runner, HFNet, blocks=blocks, gates=0, epochs=2, first_epochs=2)
-    own = run.head.trainable - none.head.trainable
-    assert own == blocks * (18 * 16 + 1)
+    gate_parameters = run.head.trainable - none.head.trainable
+    assert gate_parameters == blocks * (18 * 16 + 1)
 
 
 def test_a_gate_that_has_learned_nothing_changes_nothing(runner):
@@ -44,17 +44,17 @@ def test_a_gate_that_has_learned_nothing_changes_nothing(runner):
     for run in (with_gates, without):
         run.learn([4, 2])
     tokens, _ = with_gates.tokens([4, 2], seed=9)
-    found = [run.head.frame_vectors(run.batch(tokens))["vector"] for run in (with_gates, without)]
-    assert torch.equal(*found)
+    vectors = [run.head.frame_vectors(run.batch(tokens))["vector"] for run in (with_gates, without)]
+    assert torch.equal(*vectors)
 
 
-def test_classes_raise_the_channels_that_speak_for_them(runner):
+def test_classes_raise_the_channels_of_their_weights(runner):
     run = trained(runner, Regularized, blocks=2, **FLAT)
     blocks = [m for m in run.head._suffix.modules() if isinstance(m, ClassRegularization)]
-    found = run.head.excitations()
-    assert len(found) == len(blocks) > 0
-    assert all(x.shape == (4, 16) for x in found.values())
-    assert all(((x >= 0) & (x <= 1)).all() for x in found.values())
+    excitations = run.head.excitations()
+    assert len(excitations) == len(blocks) > 0
+    assert all(x.shape == (4, 16) for x in excitations.values())
+    assert all(((x >= 0) & (x <= 1)).all() for x in excitations.values())
     assert run.head._model.classifier.weight.shape[0] == 4
     assert all(block.classifier is run.head._model.classifier for block in blocks)
 
@@ -69,12 +69,12 @@ def test_options_of_the_common_part_are_named_by_the_error_of_another(build):
 @pytest.mark.parametrize(
     ("shape", "expected"), [((8, 7, 7), (8, 0)), ((50, 16), (16, 1)), ((5, 3), (3, 1))]
 )
-def test_a_grid_is_told_by_its_shape(shape, expected):
+def test_a_grid_is_recognized_by_its_shape(shape, expected):
     assert grid(shape) == expected
 
 
 @pytest.mark.parametrize(
-    ("build", "options", "said"),
+    ("build", "options", "message"),
     [
         (HFNet, {"gates": 3}, "give 0 to 2"),
         (FineTunedHead, {"blocks": 0}, "train a block at least"),
@@ -88,8 +88,8 @@ def test_a_grid_is_told_by_its_shape(shape, expected):
         (HAD, {"budget": 0, "parts": "high"}, "exemplars are what low and high augment"),
     ],
 )
-def test_options_that_cannot_be_are_refused(build, options, said):
-    with pytest.raises(ValueError, match=said):
+def test_options_that_cannot_be_are_refused(build, options, message):
+    with pytest.raises(ValueError, match=message):
         build_head(build, options)
 
 
@@ -103,7 +103,7 @@ def test_options_that_cannot_be_are_refused(build, options, said):
     ],
     ids=["tuned", "podnet", "hce", "had"],
 )
-def test_fine_tuning_remembers_nothing(runner, build, options):
+def test_fine_tuning_keeps_no_exemplars(runner, build, options):
     run = trained(runner, build, budget=0, epochs=1, first_epochs=1, **options)
     assert run.head.classes == [2, 4, 1, 7]
     assert len(run.head.exemplars) == 0
@@ -117,13 +117,13 @@ def test_fine_tuning_remembers_nothing(runner, build, options):
 
 def test_the_loss_is_cross_entropy_of_eta_times_the_cosines(runner):
     """New classes start from their clips."""
-    told, heads = [], []
+    reports, heads = [], []
     for epochs in (0, 1):
         run = runner(
             HFNet, proxies=1, batch_size=99, epochs=epochs, first_epochs=epochs, momentum=0
         )
         task = run.task([4, 2])
-        run.head.learn(Task(task.clips, on_epoch_end=lambda *epoch: told.append(epoch)))
+        run.head.learn(Task(task.clips, on_epoch_end=lambda *epoch: reports.append(epoch)))
         heads.append(run.head)
     classifier = heads[0]._model.classifier
     batch = {name: task.clips.whole(name) for name in run.head.reads}
@@ -132,7 +132,7 @@ def test_the_loss_is_cross_entropy_of_eta_times_the_cosines(runner):
     means = normalize(torch.stack([vectors[of == column].mean(0) for column in (0, 1)]), dim=1)
     torch.testing.assert_close(classifier.weight[:, 0].detach(), means)
     loss = torch.nn.functional.cross_entropy(20 * vectors @ means.T, of)
-    assert told == [(1, 1, pytest.approx(float(loss), rel=1e-4))]
+    assert reports == [(1, 1, pytest.approx(float(loss), rel=1e-4))]
     assert not torch.equal(heads[1]._model.classifier.weight, classifier.weight)
 
 
@@ -150,8 +150,8 @@ def test_balanced_tuning_moves_the_classifier_alone_after_the_first_task(runner,
     plain, tuned = (trained(runner, HFNet, tune_epochs=n, **options) for n in (0, 3))
     states = [run.head.state_dict() for run in (plain, tuned)]
     moved = {name for name, x in states[0].items() if not torch.equal(x, states[1][name])}
-    own = {"classifier.weight", "classifier.bias"}
-    assert moved == (own if "classifier" in options else {"classifier.weight"})
+    classifier_parameters = {"classifier.weight", "classifier.bias"}
+    assert moved == (classifier_parameters if "classifier" in options else {"classifier.weight"})
     first = [trained(runner, HFNet, tasks=1, tune_epochs=n, **options) for n in (0, 3)]
     states = [run.head.state_dict() for run in first]
     assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
@@ -161,26 +161,26 @@ def test_training_in_bfloat16_is_near_and_scores_are_float32(runner):
     plain, low = (trained(runner, HFNet, precision=p, first_epochs=4, epochs=4)
                   for p in ("float32", "bfloat16"))  # fmt: skip
     tokens, _ = plain.tokens([4, 2, 7, 1], seed=9)
-    whole, found = plain.scores(tokens), low.scores(tokens)
-    assert found.dtype == torch.float32
-    assert not torch.equal(found, whole)
-    torch.testing.assert_close(found, whole, atol=0.1, rtol=0.05)
+    whole, low_scores = plain.scores(tokens), low.scores(tokens)
+    assert low_scores.dtype == torch.float32
+    assert not torch.equal(low_scores, whole)
+    torch.testing.assert_close(low_scores, whole, atol=0.1, rtol=0.05)
     with pytest.raises(ValueError, match="precision"):
         build_head(HFNet, dict(precision="float8"))
 
 
-def test_new_classes_start_where_their_clips_are_behind_blocks_that_look_at_them(runner):
+def test_new_classes_start_where_their_clips_are_behind_blocks_that_read_the_classifier(runner):
     """The blocks do not look at columns that mean nothing yet."""
     run = runner(Regularized, proxies=1, first_epochs=0, strengths=[0.9] * 3)
     task = run.task([4, 2])
     run.head.learn(task)
     classifier = run.head._model.classifier
     columns = torch.tensor([[2, 4].index(label) for label in task.clips.labels.tolist()])
-    held, classifier.weight = classifier.weight, torch.nn.Parameter(classifier.weight[:0])
+    weight, classifier.weight = classifier.weight, torch.nn.Parameter(classifier.weight[:0])
     batch = {name: task.clips.whole(name) for name in run.head.reads}
     vectors = normalize(run.head._model.vectors(run.head.frame_vectors(batch)), dim=1)
     means = torch.stack([vectors[columns == c].mean(dim=0) for c in (0, 1)])
-    torch.testing.assert_close(normalize(held[:, 0], dim=1).detach(), normalize(means, dim=1))
+    torch.testing.assert_close(normalize(weight[:, 0], dim=1).detach(), normalize(means, dim=1))
 
 
 def test_blocks_predict_the_classifiers_class_from_the_start(runner):
@@ -192,9 +192,9 @@ def test_blocks_predict_the_classifiers_class_from_the_start(runner):
         run.head.learn(task)
         batch = {name: task.clips.whole(name) for name in run.head.reads}
         scores, passed = run.head.traced(batch)
-        found = [stage.module.predict(stage.inputs) for stage in passed.values()
-                 if isinstance(stage.module, ClassRegularization)]  # fmt: skip
-        agree[start] = [(c == scores.argmax(dim=1)).float().mean().item() for c in found]
+        predictions = [stage.module.predict(stage.inputs) for stage in passed.values()
+                       if isinstance(stage.module, ClassRegularization)]  # fmt: skip
+        agree[start] = [(c == scores.argmax(dim=1)).float().mean().item() for c in predictions]
         before = [m.projection.clone() for m in run.head._suffix.modules()
                   if isinstance(m, ClassRegularization)]  # fmt: skip
         run.learn([5, 6], seed=1)
@@ -211,14 +211,14 @@ class Upended(Regularized):
             training.classifier.weight.neg_()
 
 
-def test_means_are_those_of_blocks_that_look_at_the_tuned_classifier(runner):
-    found = []
+def test_means_are_those_of_blocks_that_read_the_tuned_classifier(runner):
+    stored_means = []
     for build in (Upended, Regularized):
         run = trained(runner, build, budget=2, epochs=2, first_epochs=2, **FLAT)
         kept = [run.seen[row][0] for row in run.head.exemplars.tolist()]
         batch = run.batch(torch.stack(kept))
         vectors = normalize(run.head._model.vectors(run.head.frame_vectors(batch)).double(), dim=1)
         means = torch.stack([vectors[n : n + 2].mean(dim=0) for n in range(0, 8, 2)])
-        found.append(run.head.state_dict()["exemplars.means"])
-        torch.testing.assert_close(found[-1], means, rtol=1e-5, atol=1e-6)
-    assert (found[0] - found[1]).abs().max() > 1e-3
+        stored_means.append(run.head.state_dict()["exemplars.means"])
+        torch.testing.assert_close(stored_means[-1], means, rtol=1e-5, atol=1e-6)
+    assert (stored_means[0] - stored_means[1]).abs().max() > 1e-3

@@ -23,27 +23,27 @@ def learn(head, labels, text, width=5):
 
 
 def test_scores_are_cosines_of_the_mean_unit_frame_to_the_text():
-    head, text, asked = ZeroShot(), 3 * draw(4, 5), 20 * draw(6, 3, 5, seed=1)
+    head, text, clips = ZeroShot(), 3 * draw(4, 5), 20 * draw(6, 3, 5, seed=1)
     learn(head, [7, 2], text[:2])
     learn(head, [9, 5, 9], text[2:])
     assert head.classes == [2, 7, 5, 9]
     expected = np.zeros((6, 4))
     for b in range(6):
-        mean = sum(unit(frame.astype(np.float64)) for frame in asked[b]) / 3
+        mean = sum(unit(frame.astype(np.float64)) for frame in clips[b]) / 3
         for c in range(4):
             expected[b, c] = unit(mean) @ unit(text[c].astype(np.float64))
-    found = head.scores({"vector": torch.from_numpy(asked)})
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    reversed_clips = head.scores({"vector": torch.from_numpy(asked).flip(1)})
-    torch.testing.assert_close(reversed_clips, found)
+    scores = head.scores({"vector": torch.from_numpy(clips)})
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    reversed_clips = head.scores({"vector": torch.from_numpy(clips).flip(1)})
+    torch.testing.assert_close(reversed_clips, scores)
 
 
 def test_a_class_that_comes_again_takes_its_new_text():
     head, text = ZeroShot(), draw(3, 5)
     learn(head, [0, 1], text[:2])
     learn(head, [1], text[2:])
-    asked = torch.from_numpy(text[2]).expand(1, 3, 5)
-    torch.testing.assert_close(head.scores({"vector": asked})[0, 1], torch.tensor(1.0))
+    clip = torch.from_numpy(text[2]).expand(1, 3, 5)
+    torch.testing.assert_close(head.scores({"vector": clip})[0, 1], torch.tensor(1.0))
 
 
 def test_without_text_the_next_move_is_named():

@@ -93,14 +93,14 @@ def encode_fixture():
 def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Video]:
     """One small file of every kind that hides its frames in another way."""
     folder = tmp_path_factory.mktemp("videos")
-    made = {}
+    by_name = {}
     for name, (codec, options) in MADE.items():
         path = encode(folder / name, codec, **options)
-        made[name] = Video(path, list(range(options.get("frames", 60))))
+        by_name[name] = Video(path, list(range(options.get("frames", 60))))
     for name in ("h264.mp4", "h264_open.mp4", "mpeg4_b.mp4"):
-        path = cut_copy(made[name].path, folder / f"cut_{name}", start=19)
-        made[path.name] = Video(path, list(range(19, 60)))
-    return made
+        path = cut_copy(by_name[name].path, folder / f"cut_{name}", start=19)
+        by_name[path.name] = Video(path, list(range(19, 60)))
+    return by_name
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +108,7 @@ def dataset(tmp_path_factory) -> Iterator[Callable[..., Path]]:
     """`dataset(classes, clips_per_class, broken=False)`: a synthetic one, made once for all."""
     from varve.pipeline.datasets.synthetic import make_dataset
 
-    made: dict[Path, dict[Path, tuple[int, int]]] = {}
+    states: dict[Path, dict[Path, tuple[int, int]]] = {}
 
     def state(root: Path) -> dict[Path, tuple[int, int]]:
         return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in root.rglob("*.*")}
@@ -117,11 +117,11 @@ def dataset(tmp_path_factory) -> Iterator[Callable[..., Path]]:
     def make(classes: tuple[str, ...], clips_per_class: int, broken: bool = False) -> Path:
         root = tmp_path_factory.mktemp("videos") / "set"
         make_dataset(root, clips_per_class, broken=broken, classes=classes)
-        made[root] = state(root)
+        states[root] = state(root)
         return root
 
     yield make
-    for root, before in made.items():
+    for root, before in states.items():
         assert state(root) == before, "a test changed a data set that others read"
 
 
@@ -147,18 +147,18 @@ def loaded_once() -> Iterator[None]:
 
     from varve.pipeline import backbones
 
-    made = {}
+    networks = {}
 
     def load(name: str, precision: torch.dtype = torch.float32, real=backbones.load):
-        if (name, precision) not in made:
+        if (name, precision) not in networks:
             network = backbones.seal(real(name, precision))
-            made[name, precision] = (network, network.keys(""))
-        return made[name, precision][0]
+            networks[name, precision] = (network, network.keys(""))
+        return networks[name, precision][0]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbones, "load", load)
         yield
-    for network, keys in made.values():
+    for network, keys in networks.values():
         stages = tuple(replace(stage, sealed=False) for stage in network.stages)
         assert replace(network, stages=stages).keys("") == keys, f"a test changed {network}"
 
@@ -168,12 +168,12 @@ def children_kept() -> Iterator[None]:
     """Keep decoding children from build to build of this process, until the end of the file."""
     from varve.pipeline.extraction import extract
 
-    made = []
+    pools = []
 
     class Kept(extract.DecodePool):
         def __init__(self, *arguments) -> None:
             super().__init__(*arguments)
-            made.append(self)
+            pools.append(self)
 
         def close(self) -> None:
             """Stay open until the end of the module."""
@@ -182,7 +182,7 @@ def children_kept() -> Iterator[None]:
         patch.setattr(extract, "DecodePool", cache(Kept))
         yield
         extract.close_pools()
-    for pool in made:
+    for pool in pools:
         super(Kept, pool).close()
 
 
@@ -209,7 +209,7 @@ def varve(monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
         monkeypatch.setattr(sys, "argv", ["varve", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             cli.main()
-        said = capsys.readouterr()
-        return SimpleNamespace(returncode=end.value.code, stdout=said.out, stderr=said.err)
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=end.value.code, stdout=printed.out, stderr=printed.err)
 
     return run

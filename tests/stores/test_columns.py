@@ -106,7 +106,7 @@ def test_every_chunk_has_a_checksum_that_a_flipped_bit_breaks(tmp_path):
 
 
 @pytest.mark.parametrize("killed_at", ["before the shard", "before the marks"])
-def test_a_kill_while_a_row_is_replaced_never_leaves_new_cells_under_the_old_key(
+def test_after_a_kill_while_a_row_is_replaced_no_new_cells_are_under_the_previous_key(
     tmp_path, monkeypatch, killed_at
 ):
     column = Column(tmp_path, spec())
@@ -149,7 +149,7 @@ def test_the_size_is_known_before_anything_is_written(tmp_path, dtype, present):
     assert column.spec.file_bytes(mask) == values + done
 
 
-def test_shards_hold_64_to_128_megabytes_whatever_the_cell():
+def test_shards_have_64_to_128_megabytes_whatever_the_cell():
     for cell in [(8, 384), (8, 512), (8, 197, 768), (8, 256, 14, 14)]:
         column = spec(cell=cell)
         assert 64 << 20 <= column.shard_clips * column.cell_bytes < 128 << 20

@@ -74,7 +74,7 @@ def test_a_damaged_shard_is_named_and_never_read_as_numbers(feature, damage):
         feature.read([0, 1])
 
 
-def test_the_error_of_a_damaged_table_tells_how_to_repair_it(store):
+def test_the_error_of_a_damaged_table_names_the_repair(store):
     (store.path / clips.FILE).write_bytes(b"PAR1 but not really")
     with pytest.raises(ValueError, match=r"clips\.parquet is damaged .*Move it away"):
         FeatureStore.open(store.path).clips  # noqa: B018

@@ -290,7 +290,7 @@ def test_the_size_is_requested_from_a_server_without_suffix_ranges(
     np.testing.assert_array_equal(feature.read([9, 2]), cells_of([9, 2]))
 
 
-def test_the_error_of_damage_tells_how_to_repair_it(make, server, copied, options):
+def test_the_error_of_damage_names_the_repair(make, server, copied, options):
     local = make(12)
     url, path = copied(local.store.path), local.store.path
     feature = FeatureStore.open(url, options).feature(BACKBONE, "pool")
@@ -340,8 +340,8 @@ def test_keys_and_endpoint_come_from_the_environment_too(make, copied, options, 
     monkeypatch.setenv("AWS_ENDPOINT_URL", options["endpoint"])
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    for given in (url, f"{url}/", Path(url)):
-        store = FeatureStore.open(given)
+    for address in (url, f"{url}/", Path(url)):
+        store = FeatureStore.open(address)
         assert str(store.location) == url
         assert store.feature(BACKBONE, "pool").read([3]).tobytes() == cells_of([3]).tobytes()
 

@@ -33,23 +33,23 @@ READS = "blocks.-5"
 @pytest.fixture(scope="module")
 def store(dataset, built_once, tmp_path_factory) -> FeatureStore:
     spec = BuildSpec((NAME,), keep=("layer2.1", "layer4.0", "pool"), frames=2)
-    place = tmp_path_factory.mktemp("looking") / "s.zarr"
-    shutil.copytree(built_once(dataset(CLASSES, 3), spec), place)  # runs add teacher features
-    return FeatureStore.open(place)
+    path = tmp_path_factory.mktemp("looking") / "s.zarr"
+    shutil.copytree(built_once(dataset(CLASSES, 3), spec), path)  # runs add teacher features
+    return FeatureStore.open(path)
 
 
 @pytest.fixture(scope="module")
-def held(store, loaded_once, tmp_path_factory) -> Run:
+def finished_run(store, loaded_once, tmp_path_factory) -> Run:
     options = {"blocks": 4, "first_epochs": 1, "epochs": 1, "parts": "", "lr": 0.1,
                "classifier": "linear", "tune_epochs": 0}  # fmt: skip
     return run(store, "hce", "2+2x1", options=options, out=tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
-def tuned(held, store):
+def heads_and_clips(finished_run, store):
     """After both tasks, after the first one, and two clips."""
-    new, features = restored(held, store)
-    old, _ = restored(held, store, task=0)
+    new, features = restored(finished_run, store)
+    old, _ = restored(finished_run, store, task=0)
     return new, old, interpret.clip(store, features, 4), interpret.clip(store, features, 5)
 
 
@@ -72,9 +72,9 @@ class Known(FineTunedHead):
         self.classes = [7, 3]
 
     def traced(self, batch):
-        given = batch["x"].flatten(0, 1).requires_grad_()
-        scores = torch.stack([formula(given), -formula(given)])[None]
-        return scores, {"stage": Passed(torch.nn.Identity(), given, given)}
+        outputs = batch["x"].flatten(0, 1).requires_grad_()
+        scores = torch.stack([formula(outputs), -formula(outputs)])[None]
+        return scores, {"stage": Passed(torch.nn.Identity(), outputs, outputs)}
 
 
 def formula(x):
@@ -87,14 +87,14 @@ def formula(x):
 def test_heat_is_that_of_finite_differences(label, sign, tokens):
     shape = (1, 3, 5, 4) if tokens else (1, 3, 4, 2, 2)  # one token stands before four patches
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = interpret.saliency(Known(), {"x": x}, label)["stage"]
+    heat_maps = interpret.saliency(Known(), {"x": x}, label)["stage"]
     flat = x.flatten(0, 1)
     sign = sign or (1 if formula(flat) > 0 else -1)
     slopes = torch.zeros_like(flat)
-    for place in np.ndindex(*flat.shape):
+    for index in np.ndindex(*flat.shape):
         step = torch.zeros_like(flat)
-        step[place] = 1e-5
-        slopes[place] = sign * (formula(flat + step) - formula(flat - step)) / 2e-5
+        step[index] = 1e-5
+        slopes[index] = sign * (formula(flat + step) - formula(flat - step)) / 2e-5
     for t in range(3):
         for i in range(2):
             for j in range(2):
@@ -106,24 +106,24 @@ def test_heat_is_that_of_finite_differences(label, sign, tokens):
                     else:
                         slope = sum(float(slopes[t, c, q // 2, q % 2]) for q in range(4)) / 4
                         heat += slope * float(flat[t, c, i, j])
-                assert found[t, i, j] == pytest.approx(max(0.0, heat), rel=1e-5, abs=1e-6)
-    assert (found > 0).any()
+                assert heat_maps[t, i, j] == pytest.approx(max(0.0, heat), rel=1e-5, abs=1e-6)
+    assert (heat_maps > 0).any()
 
 
-def test_heat_of_a_run_is_that_of_float64_from_each_stage_on(tuned):
-    head, _, clip, _ = tuned
-    found = interpret.saliency(head, clip.batch, head.classes[1])
-    assert list(found) == STAGES
+def test_heat_of_a_run_is_that_of_float64_from_each_stage_on(heads_and_clips):
+    head, _, clip, _ = heads_and_clips
+    heat_maps = interpret.saliency(head, clip.batch, head.classes[1])
+    assert list(heat_maps) == STAGES
     _, passed = head.traced(clip.batch)
-    modules = [copy.deepcopy(one).double() for one in head.suffix.stages]
+    modules = [copy.deepcopy(stage).double() for stage in head.suffix.stages]
     weight = head._model.classifier.weight.double()
     for number, name in enumerate(STAGES):
-        given = passed[name].outputs.detach().double().requires_grad_()
-        x = given
+        output = passed[name].outputs.detach().double().requires_grad_()
+        x = output
         for module in modules[number + 1 :]:
             x = module(x)
         mean = x.mean(0)
-        (slope,) = torch.autograd.grad(LENGTH * mean / mean.norm() @ weight[1], given)
+        (slope,) = torch.autograd.grad(LENGTH * mean / mean.norm() @ weight[1], output)
         if name == "layer4.1":
             # Behind it there are but means, and the length, which takes from the class's vector
             # what lies along the clip's.
@@ -131,15 +131,15 @@ def test_heat_of_a_run_is_that_of_float64_from_each_stage_on(tuned):
             across = LENGTH * (weight[1] - unit * (unit @ weight[1])) / mean.norm()
             closed = across.expand(2, -1) / (2 * 7 * 7)
             torch.testing.assert_close(slope.mean((2, 3)), closed)
-        maps = np.stack([[(slope[t, c].mean() * given[t, c]).detach().numpy()
-                          for c in range(given.shape[1])] for t in range(2)])  # fmt: skip
+        maps = np.stack([[(slope[t, c].mean() * output[t, c]).detach().numpy()
+                          for c in range(output.shape[1])] for t in range(2)])  # fmt: skip
         expected = np.maximum(maps.sum(axis=1), 0)
-        np.testing.assert_allclose(found[name], expected, atol=1e-3 * expected.max())
+        np.testing.assert_allclose(heat_maps[name], expected, atol=1e-3 * expected.max())
     assert head.traced(clip.batch)[0].shape == (1, 4)  # nothing is left behind
 
 
-def test_the_class_is_the_predicted_one_by_default(tuned):
-    head, _, clip, _ = tuned
+def test_the_class_is_the_predicted_one_by_default(heads_and_clips):
+    head, _, clip, _ = heads_and_clips
     predicted = head.classes[int(head.scores(clip.batch).argmax())]
     for name, heat in interpret.saliency(head, clip.batch).items():
         assert np.array_equal(heat, interpret.saliency(head, clip.batch, predicted)[name])
@@ -147,11 +147,11 @@ def test_the_class_is_the_predicted_one_by_default(tuned):
 
 def test_gates_that_learned_nothing_are_zero(gated, store):
     head, features = gated
-    found = interpret.gates(head, interpret.clip(store, features, 0).batch)
-    assert {name: x.shape for name, x in found.items()} == {
+    gate_maps = interpret.gates(head, interpret.clip(store, features, 0).batch)
+    assert {name: x.shape for name, x in gate_maps.items()} == {
         name: (2, *(2 * [14 if name < "layer4" else 7])) for name in STAGES
     }
-    assert not any(x.any() for x in found.values())
+    assert not any(x.any() for x in gate_maps.values())
 
 
 def test_a_gate_of_a_known_kernel_equals_a_loop(gated, store):
@@ -167,14 +167,14 @@ def test_a_gate_of_a_known_kernel_equals_a_loop(gated, store):
     a_TCHW = gate.inner(passed["layer4.0"].inputs).detach().double().numpy()
     padded = np.pad(a_TCHW, ((0, 1), (0, 0), (1, 1), (1, 1)))  # the last frame's next is zeros
     kernel = gate.weight[0].detach().double().numpy()  # C, 2, 3, 3
-    found = interpret.gates(head, batch)["layer4.0"]
-    assert not found[1].any()
+    gate_map = interpret.gates(head, batch)["layer4.0"]
+    assert not gate_map[1].any()
     for t, i, j in np.ndindex(1, 7, 7):
         total = -0.1
         for step in range(2):
             total += (padded[t + step, :, i : i + 3, j : j + 3] * kernel[:, step]).sum()
-        assert found[t, i, j] == pytest.approx(math.tanh(total), abs=1e-4)
-    assert np.abs(found).max() > 0.01
+        assert gate_map[t, i, j] == pytest.approx(math.tanh(total), abs=1e-4)
+    assert np.abs(gate_map).max() > 0.01
 
 
 def eq1(new_C, old_C) -> float:
@@ -184,24 +184,24 @@ def eq1(new_C, old_C) -> float:
 
 
 @pytest.mark.parametrize("another", [False, True])
-def test_hypercorrelations_are_those_of_equation_1(tuned, another):
-    new, old, one, two = tuned
-    other = two.batch if another else None
-    levels = interpret.hypercorrelations(new, old, one.batch, other)
+def test_hypercorrelations_are_those_of_equation_1(heads_and_clips, another):
+    new, old, first_clip, second_clip = heads_and_clips
+    other = second_clip.batch if another else None
+    levels = interpret.hypercorrelations(new, old, first_clip.batch, other)
     assert {name: c.shape for name, c in levels.items()} == {
         "7 x 7": (2, 2, 7, 7, 7, 7), "14 x 14": (2, 2, 14, 14, 14, 14),
     }  # fmt: skip
     with torch.no_grad():
-        _, now = new.traced(one.batch)
-        _, before = old.traced(two.batch if another else one.batch)
+        _, now = new.traced(first_clip.batch)
+        _, before = old.traced(second_clip.batch if another else first_clip.batch)
     rng = np.random.default_rng(3)
     for level, c in levels.items():
         names = [n for n in STAGES if now[n].outputs.shape[2] == c.shape[2]]
         for _ in range(10):
-            t, block, i, j, u, v = place = tuple(int(rng.integers(n)) for n in c.shape)
+            t, block, i, j, u, v = index = tuple(int(rng.integers(n)) for n in c.shape)
             name = names[block]
             expected = eq1(now[name].outputs[t, :, i, j], before[name].outputs[t, :, u, v])
-            assert c[place] == pytest.approx(expected, abs=1e-5), (level, place)
+            assert c[index] == pytest.approx(expected, abs=1e-5), (level, index)
     mean = interpret.agreement(levels)["7 x 7"]
     c = levels["7 x 7"]
     total = sum(float(c[1, b, 2, 3, u, v]) for b, u, v in np.ndindex(2, 7, 7))
@@ -209,39 +209,39 @@ def test_hypercorrelations_are_those_of_equation_1(tuned, another):
     assert mean.shape == (2, 7, 7)
 
 
-def test_a_head_is_restored_as_it_was_after_a_task(tuned, held, store, tmp_path):
-    new, old, one, _ = tuned
+def test_a_head_is_restored_as_it_was_after_a_task(heads_and_clips, finished_run, store, tmp_path):
+    new, old, clip, _ = heads_and_clips
     assert (len(new.classes), len(old.classes)) == (4, 2)
     assert new.classes[:2] == old.classes
-    same = interpret.hypercorrelations(old, old, one.batch)["7 x 7"]
+    same = interpret.hypercorrelations(old, old, clip.batch)["7 x 7"]
     for i, j in np.ndindex(7, 7):
         np.testing.assert_allclose(same[:, :, i, j, i, j], 1, atol=1e-4)
-    moved = interpret.hypercorrelations(new, old, one.batch)["7 x 7"]
+    moved = interpret.hypercorrelations(new, old, clip.batch)["7 x 7"]
     assert np.abs(moved - same).max() > 1e-3
     with pytest.raises(ValueError, match=r"task=2 of .*, whose tasks are 0 to 1"):
-        restored(held, store, 2)
-    copied = shutil.copytree(held.folder, tmp_path / "run")
+        restored(finished_run, store, 2)
+    copied = shutil.copytree(finished_run.folder, tmp_path / "run")
     (copied / "checkpoints" / "task-00.json").unlink()
     with pytest.raises(ValueError, match="no checkpoint of task 0"):
         restored(Run.read(copied), store, 0)
 
 
-def test_the_pictures_are_those_that_the_network_saw(tuned, store):
-    clip = tuned[2]
+def test_the_pictures_are_those_that_the_network_saw(heads_and_clips, store):
+    clip = heads_and_clips[2]
     assert clip.pictures.shape == (2, 224, 224, 3)
     assert clip.pictures.dtype == np.uint8
     network = backbones.load(NAME)
     with torch.no_grad():
         maps = network.run(torch.from_numpy(clip.pictures), ["layer2.1"])["layer2.1"]
-    held = clip.batch[READS][0]
-    torch.testing.assert_close(maps, held, rtol=1e-2, atol=1e-3 * float(held.abs().max()))
+    cached = clip.batch[READS][0]
+    torch.testing.assert_close(maps, cached, rtol=1e-2, atol=1e-3 * float(cached.abs().max()))
     assert clip.label == store.clips.at[4, "label"]
 
 
-def test_a_clip_is_found_by_its_path(tuned, gated, store):
+def test_a_clip_is_found_by_its_path(heads_and_clips, gated, store):
     again = interpret.clip(store, gated[1], str(store.clips.at[4, "path"]))
     assert again.row == 4
-    assert np.array_equal(again.pictures, tuned[2].pictures)
+    assert np.array_equal(again.pictures, heads_and_clips[2].pictures)
 
 
 def test_clips_that_cannot_be_looked_at_are_refused(gated, store, tmp_path):
@@ -260,8 +260,8 @@ def test_clips_that_cannot_be_looked_at_are_refused(gated, store, tmp_path):
         interpret.clip(store, features, path, tmp_path)
 
 
-def test_heads_that_have_no_such_thing_are_refused(tuned):
-    head, _, clip, _ = tuned
+def test_heads_that_have_no_such_thing_are_refused(heads_and_clips):
+    head, _, clip, _ = heads_and_clips
     both = {name: x.repeat(2, *[1] * (x.ndim - 1)) for name, x in clip.batch.items()}
     for look in (interpret.saliency, interpret.gates):
         with pytest.raises(TypeError, match="NearestMean trains no part of the network"):

@@ -15,14 +15,14 @@ def maps(low=0.0) -> dict[str, np.ndarray]:
     return {"coarse": RNG.uniform(low, 2, (T, 2, 2)), "fine": RNG.uniform(low, 5, (T, 4, 4))}
 
 
-def test_tubes_are_a_row_of_frames_and_a_row_a_stage_by_its_own_scale():
-    found = maps()
-    figure = interpret_plots.tubes(PICTURES, found)
+def test_tubes_are_a_row_of_frames_and_a_row_a_stage_with_separate_scales():
+    heat_maps = maps()
+    figure = interpret_plots.tubes(PICTURES, heat_maps)
     assert len(figure.axes) == T * 3 + 1
     tiles = np.array(figure.axes[: T * 3]).reshape(3, T)
     for t in range(T):
         np.testing.assert_array_equal(tiles[0, t].images[0].get_array(), PICTURES[t])
-        for row, map_THW in zip(tiles[1:], found.values(), strict=True):
+        for row, map_THW in zip(tiles[1:], heat_maps.values(), strict=True):
             heat = row[t].images[1]
             np.testing.assert_allclose(heat.get_array(), map_THW[t] / map_THW.max())
             assert heat.get_clim() == (0, 1)
@@ -37,12 +37,12 @@ def test_a_stage_without_heat_is_labelled():
 
 
 def test_gates_have_one_scale_that_is_even_about_zero():
-    found = maps(-1.0)
-    found["fine"][0, 0, 0] = -7
-    figure = interpret_plots.gates(PICTURES, found)
+    gate_maps = maps(-1.0)
+    gate_maps["fine"][0, 0, 0] = -7
+    figure = interpret_plots.gates(PICTURES, gate_maps)
     assert len(figure.axes) == T * 3 + 1
     drawn = [axes.images[1].get_array() for axes in figure.axes[T : T * 3]]
-    for heat, map_HW in zip(drawn, [*found["coarse"], *found["fine"]], strict=True):
+    for heat, map_HW in zip(drawn, [*gate_maps["coarse"], *gate_maps["fine"]], strict=True):
         np.testing.assert_array_equal(heat, map_HW)
     assert {axes.images[1].get_clim() for axes in figure.axes[T : T * 3]} == {(-7, 7)}
     zeros = {"a": np.zeros((T, 2, 2))}
@@ -50,7 +50,7 @@ def test_gates_have_one_scale_that_is_even_about_zero():
     assert interpret_plots.gates(PICTURES, zeros, 0.5).axes[T].images[1].get_clim() == (-0.5, 0.5)
 
 
-def test_correlations_of_a_position_are_drawn_over_the_old_frame():
+def test_correlations_of_a_position_are_drawn_over_the_previous_frame():
     levels = {"2 x 2": RNG.random((T, 1, 2, 2, 2, 2)), "4 x 4": RNG.random((T, 3, 4, 4, 4, 4))}
     positions = [(0.5, 0.99), (0.0, 0.3)]
     figure = interpret_plots.correlations(PICTURES[0], PICTURES[1], levels, 1, positions)
@@ -69,25 +69,25 @@ def test_correlations_of_a_position_are_drawn_over_the_old_frame():
 
 
 def test_a_rows_colours_may_begin_at_its_lowest_number():
-    found = {"a": 5 + RNG.random((T, 2, 2)), "b": np.ones((T, 2, 2))}
-    figure = interpret_plots.tubes(PICTURES, found, from_lowest=True)
+    heat_maps = {"a": 5 + RNG.random((T, 2, 2)), "b": np.ones((T, 2, 2))}
+    figure = interpret_plots.tubes(PICTURES, heat_maps, from_lowest=True)
     drawn = np.stack([axes.images[1].get_array() for axes in figure.axes[T : 2 * T]])
-    low, high = found["a"].min(), found["a"].max()
-    np.testing.assert_allclose(drawn, (found["a"] - low) / (high - low))
+    low, high = heat_maps["a"].min(), heat_maps["a"].max()
+    np.testing.assert_allclose(drawn, (heat_maps["a"] - low) / (high - low))
     assert not figure.axes[2 * T].images[1].get_array().any()
 
 
 def test_channels_that_differ_most_between_classes_come_first():
-    found = {"a": torch.from_numpy(RNG.random((2, 6))), "b": RNG.random((2, 3))}
-    found["a"][:, 4] = torch.tensor([0.0, 1.0])
-    figure = interpret_plots.excitations(found, ["ant", "bee"], most=4)
+    class_excitations = {"a": torch.from_numpy(RNG.random((2, 6))), "b": RNG.random((2, 3))}
+    class_excitations["a"][:, 4] = torch.tensor([0.0, 1.0])
+    figure = interpret_plots.excitations(class_excitations, ["ant", "bee"], most=4)
     assert len(figure.axes) == 3
     drawn = figure.axes[0].images[0].get_array()
     assert drawn.shape == (2, 4)
     assert drawn[:, 0].tolist() == [0, 1]
     spread = drawn.var(axis=0)
     assert (np.diff(spread) <= 0).all()
-    assert spread[-1] >= np.sort(found["a"].numpy().var(axis=0))[2]
+    assert spread[-1] >= np.sort(class_excitations["a"].numpy().var(axis=0))[2]
     assert [t.get_text() for t in figure.axes[1].get_yticklabels()] == ["ant", "bee"]
     assert figure.axes[1].get_title() == "b: 3 of 3 channels"
 
@@ -99,12 +99,12 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match=r"3 frames for maps of \{'a': 2\}"):
             draw(PICTURES, {"a": np.zeros((2, 2, 2))})
     level = {"a": np.ones((T, 1, 2, 2, 2, 2))}
-    one = PICTURES[0]
+    picture = PICTURES[0]
     with pytest.raises(ValueError, match="frame=3 of 3"):
-        interpret_plots.correlations(one, one, level, 3)
+        interpret_plots.correlations(picture, picture, level, 3)
     with pytest.raises(ValueError, match="less than 1"):
-        interpret_plots.correlations(one, one, level, 0, [(0.5, 1.0)])
+        interpret_plots.correlations(picture, picture, level, 0, [(0.5, 1.0)])
     with pytest.raises(ValueError, match="0 levels"):
-        interpret_plots.correlations(one, one, {}, 0)
+        interpret_plots.correlations(picture, picture, {}, 0)
     with pytest.raises(ValueError, match=r"3 classes for \{'a': \[2, 6\]\}"):
         interpret_plots.excitations({"a": np.ones((2, 6))}, ["x", "y", "z"])

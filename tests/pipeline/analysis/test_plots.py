@@ -24,7 +24,7 @@ TASKS = (("ant", "bee"), ("cat", "dog", "elk"), ("fox",))
 CLIPS = (4, 6, 2)
 
 
-def made_run(rng: np.random.Generator, tasks=TASKS, nme=False) -> Run:
+def random_run(rng: np.random.Generator, tasks=TASKS, nme=False) -> Run:
     def matrix() -> Matrix:
         return Matrix.from_rows([rng.random(i + 1).tolist() for i in range(len(tasks))], CLIPS)
 
@@ -35,8 +35,8 @@ def made_run(rng: np.random.Generator, tasks=TASKS, nme=False) -> Run:
 @pytest.fixture
 def seeds() -> dict[str, list[Run]]:
     rng = np.random.default_rng(0)
-    return {"no position": [made_run(rng, nme=True) for _ in range(3)],
-            "position learned": [made_run(rng, nme=True) for _ in range(2)]}  # fmt: skip
+    return {"no position": [random_run(rng, nme=True) for _ in range(3)],
+            "position learned": [random_run(rng, nme=True) for _ in range(2)]}  # fmt: skip
 
 
 def by_hand(matrices: list[Matrix]) -> tuple[list[float], list[float]]:
@@ -44,8 +44,8 @@ def by_hand(matrices: list[Matrix]) -> tuple[list[float], list[float]]:
     means, deviations = [], []
     for i in range(len(CLIPS)):
         values = []
-        for one in matrices:
-            right = sum(one.accuracy[i, j] * CLIPS[j] for j in range(i + 1))
+        for matrix in matrices:
+            right = sum(matrix.accuracy[i, j] * CLIPS[j] for j in range(i + 1))
             values.append(100 * right / sum(CLIPS[: i + 1]))
         mean = sum(values) / len(values)
         means.append(mean)
@@ -80,13 +80,13 @@ def test_a_single_seed_has_no_band(seeds):
     assert "n = 1" in figure.legends[0].get_texts()[0].get_text()
 
 
-def test_what_cannot_stand_in_one_line_is_refused(seeds):
+def test_what_cannot_be_in_one_line_is_refused(seeds):
     rng = np.random.default_rng(1)
-    other = made_run(rng, tasks=(("ant",), ("bee",), ("cat",)))
+    other = random_run(rng, tasks=(("ant",), ("bee",), ("cat",)))
     with pytest.raises(ValueError, match="tasks of"):
         plots.accuracy({"mixed": [*seeds["no position"], other]})
     with pytest.raises(ValueError, match="0 have 'nme'"):
-        plots.accuracy({"none": [made_run(rng)]}, "nme")
+        plots.accuracy({"none": [random_run(rng)]}, "nme")
     with pytest.raises(ValueError, match="'knn'"):
         plots.accuracy(seeds, "knn")
 
@@ -112,7 +112,7 @@ LABELS = ["fox", "cat", "ant", "elk", "cat", "ant", "bee"]
 ORDERED = [2, 5, 6, 1, 4, 3, 0]
 
 
-def made_routing(weights_NK: list[list[float]]) -> Routing:
+def routing_of(weights_NK: list[list[float]]) -> Routing:
     weights = torch.tensor(weights_NK)
     order = weights.argsort(dim=1, descending=True, stable=True)
     nothing = torch.zeros_like(order)
@@ -121,30 +121,32 @@ def made_routing(weights_NK: list[list[float]]) -> Routing:
 
 def test_weights_are_drawn_by_class_and_expert():
     weights_NK = np.random.default_rng(2).random((7, 3)).astype(np.float32).tolist()
-    axes = plots.routing(made_routing(weights_NK), LABELS, TASKS).axes[0]
+    axes = plots.routing(routing_of(weights_NK), LABELS, TASKS).axes[0]
     drawn = axes.images[0].get_array()
-    for place, clip in enumerate(ORDERED):
+    for row, clip in enumerate(ORDERED):
         for expert in range(3):
-            assert drawn[place, expert] == np.float32(weights_NK[clip][expert])
+            assert drawn[row, expert] == np.float32(weights_NK[clip][expert])
     ticks = {t.get_text(): at for t, at in zip(axes.get_yticklabels(), axes.get_yticks())}  # noqa: B905
     assert ticks == {"ant": 0.5, "bee": 2, "cat": 3.5, "elk": 5, "fox": 6}  # no dog
     frames = {(p.get_xy(), p.get_width(), p.get_height()) for p in axes.patches
               if isinstance(p, Rectangle)}  # fmt: skip
     assert frames == {((-0.5, -0.5), 1, 3), ((0.5, 2.5), 1, 3), ((1.5, 5.5), 1, 1)}
-    own = {"ant": 0, "bee": 0, "cat": 1, "elk": 1, "fox": 2}
-    hits = sum(max(range(3), key=weights_NK[i].__getitem__) == own[LABELS[i]] for i in range(7))
+    expert_of = {"ant": 0, "bee": 0, "cat": 1, "elk": 1, "fox": 2}
+    hits = sum(
+        max(range(3), key=weights_NK[i].__getitem__) == expert_of[LABELS[i]] for i in range(7)
+    )
     assert f"{hits / 7:.0%}" in axes.get_title()
 
 
 def test_an_expert_that_was_not_evaluated_is_blank():
-    found = made_routing([[0.1, 0.7, 0.2]] * 7)
-    two = Routing(*(x[:, :2] for x in found))
+    routing = routing_of([[0.1, 0.7, 0.2]] * 7)
+    two = Routing(*(x[:, :2] for x in routing))
     drawn = plots.routing(two, LABELS, TASKS).axes[0].images[0].get_array()
     assert np.ma.getmaskarray(drawn).tolist() == [[True, False, False]] * 7
 
 
 def test_equal_weights_are_a_picture_too():
-    figure = plots.routing(made_routing([[1 / 3] * 3] * 7), LABELS, TASKS)
+    figure = plots.routing(routing_of([[1 / 3] * 3] * 7), LABELS, TASKS)
     assert figure._repr_png_()
 
 
@@ -152,7 +154,7 @@ def test_many_classes_go_without_names_and_many_tasks_without_some_numbers():
     tasks = [[f"c{task}.{i}" for i in range(3)] for task in range(20)]
     labels = [label for task in tasks for label in task]
     weights = np.random.default_rng(3).random((60, 20)).tolist()
-    axes = plots.routing(made_routing(weights), labels, tasks).axes[0]
+    axes = plots.routing(routing_of(weights), labels, tasks).axes[0]
     assert not {t.get_text() for t in axes.get_yticklabels()} & set(labels)
     assert axes.get_xticks().tolist() == list(range(0, 20, 2))
 
@@ -167,7 +169,7 @@ def test_many_classes_go_without_names_and_many_tasks_without_some_numbers():
 )
 def test_routing_that_does_not_fit_is_refused(labels, tasks, message):
     with pytest.raises(ValueError, match=message):
-        plots.routing(made_routing([[0.1, 0.7, 0.2]] * 7), labels, tasks)
+        plots.routing(routing_of([[0.1, 0.7, 0.2]] * 7), labels, tasks)
 
 
 def principal(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -190,15 +192,15 @@ def test_residuals_and_anchors_lie_in_the_plane_of_the_clips():
     figure = plots.residuals(torch.from_numpy(x_ND), labels, anchors_CD, ["bee", "ant"])
     axes = figure.axes[0]
     vectors_2D, shares = principal(x_ND)
-    drawn = {one.get_label(): one.get_offsets() for one in axes.collections}
+    drawn = {points.get_label(): points.get_offsets() for points in axes.collections}
     assert set(drawn) == {"other classes", "bee", "ant", "_anchor of bee", "_anchor of ant"}
     for name, first in (("ant", 0), ("bee", 1), ("other classes", 2)):
-        mine = x_ND[first::3] - x_ND.mean(axis=0)
-        expected = [[float(x @ vector) for vector in vectors_2D] for x in mine]
+        class_vectors = x_ND[first::3] - x_ND.mean(axis=0)
+        expected = [[float(x @ vector) for vector in vectors_2D] for x in class_vectors]
         np.testing.assert_allclose(drawn[name], expected, atol=1e-9)
         if first < 2:
             np.testing.assert_allclose(drawn[f"_anchor of {name}"], [np.mean(expected, axis=0)])
-    colours = {one.get_label(): to_hex(one.get_facecolor()[0]) for one in axes.collections}
+    colours = {points.get_label(): to_hex(points.get_facecolor()[0]) for points in axes.collections}
     assert colours["ant"] == colours["_anchor of ant"]
     assert len({colours[name] for name in ("ant", "bee", "other classes")}) == 3
     assert axes.get_xlabel() == f"first component ({shares[0]:.0%} of the variance)"
@@ -283,13 +285,13 @@ def test_runs_are_grouped_by_what_they_differ_in_but_for_seeds(tmp_path, through
     runs = results.read(tmp_path)
     if through_records:  # as an ablation hands them on
         runs = pd.DataFrame(runs.to_dict("records"))
-    found = plots.groups(runs)
-    told = {name: sorted(run.folder.name for run in group) for name, group in found.items()}
-    assert told == {"no position": ["None1", "None2"],
-                    "position learned": ["learned1", "learned2"]}  # fmt: skip
+    groups = plots.groups(runs)
+    folders = {name: sorted(run.folder.name for run in group) for name, group in groups.items()}
+    assert folders == {"no position": ["None1", "None2"],
+                       "position learned": ["learned1", "learned2"]}  # fmt: skip
     assert set(plots.groups(runs, ["head"])) == {"stpr"}
     assert set(plots.groups(runs, ["option.tau", "head"])) == {"tau 0.1, stpr"}
-    assert len(plots.accuracy(found).axes[0].lines) == 2
+    assert len(plots.accuracy(groups).axes[0].lines) == 2
 
 
 def test_alike_runs_are_one_group_and_unfinished_ones_none(tmp_path):
@@ -315,16 +317,16 @@ def linear(colour) -> np.ndarray:
     return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
 
 
-def contrast(one, other) -> float:
-    low, high = sorted(float(linear(x) @ [0.2126, 0.7152, 0.0722]) for x in (one, other))
+def contrast(first, second) -> float:
+    low, high = sorted(float(linear(x) @ [0.2126, 0.7152, 0.0722]) for x in (first, second))
     return (high + 0.05) / (low + 0.05)
 
 
 @pytest.mark.parametrize("blind", BLIND)
 def test_lines_differ_for_who_sees_colours_otherwise(blind):
     seen = [np.clip(BLIND[blind] @ linear(to_rgb(x)), 0, 1) ** (1 / 2.2) for x in plots.PALETTE]
-    for one, other in itertools.combinations(range(len(seen)), 2):
-        assert np.linalg.norm(seen[one] - seen[other]) > 0.15, (one, other)
+    for first, second in itertools.combinations(range(len(seen)), 2):
+        assert np.linalg.norm(seen[first] - seen[second]) > 0.15, (first, second)
 
 
 @pytest.mark.parametrize("page", ["white", "black"])

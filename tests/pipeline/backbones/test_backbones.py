@@ -119,8 +119,8 @@ def test_every_option_of_the_visual_tower_is_followed(options):
     with torch.inference_mode():
         expected = visual(normalised(x, OPENAI))
     chain = clip_vit.stages(visual, *OPENAI, torch.float32)
-    found = last(Backbone("tiny:0", "tiny", chain, Picture(32, 32), torch.float32), x)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    outputs = last(Backbone("tiny:0", "tiny", chain, Picture(32, 32), torch.float32), x)
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -157,16 +157,16 @@ def test_a_tag_brings_its_activation(monkeypatch, tmp_path):
     with torch.device("meta"):
         shapes = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32")).state_dict()
     state = {key: torch.zeros(()).expand(tensor.shape) for key, tensor in shapes.items()}
-    asked = []
+    requests = []
 
     def hub_file(repo, names, name):
-        asked.append((repo, name))
+        requests.append((repo, name))
         return tmp_path / "open_clip_model.safetensors"
 
     monkeypatch.setattr(_weights, "hub_file", hub_file)
     monkeypatch.setattr(_weights, "read", lambda path: state)
     tagged = backbones.load("ViT-B-32:openai")
-    assert asked == [("timm/vit_base_patch32_clip_224.openai", "ViT-B-32:openai")]
+    assert requests == [("timm/vit_base_patch32_clip_224.openai", "ViT-B-32:openai")]
     assert tagged.name == "ViT-B-32:openai"
     assert tagged.stage("blocks.0.mlp").options["activation"] == "QuickGELU"
     assert clip_vit._config("ViT-B-32", "openai")["quick_gelu"] is True
@@ -223,10 +223,10 @@ def test_a_misspelt_network_gets_suggestions():
 @pytest.fixture
 def no_network(monkeypatch):
     """A machine that nobody answers; every question is counted."""
-    asked = []
+    urls = []
 
     def urlopen(request, timeout):
-        asked.append(request.full_url)
+        urls.append(request.full_url)
         assert timeout <= 10
         raise urllib.error.URLError("nobody there")
 
@@ -235,7 +235,7 @@ def no_network(monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: None)
-    return asked
+    return urls
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_an_unknown_tag_lists_the_known_ones_and_asks_no_network(network, no_net
     assert not no_network
 
 
-def test_files_and_seeds_ask_no_network(no_network, tmp_path):
+def test_files_and_seeds_need_no_internet(no_network, tmp_path):
     save_file(torchvision.models.resnet18().state_dict(), tmp_path / "mine.safetensors")
     backbones.load(f"resnet18:{tmp_path}/mine.safetensors")
     backbones.load("resnet18:random-0")
@@ -368,7 +368,7 @@ def drawn(seed):
     return backbones.load(f"resnet18:random-{seed}").stage("layer4.1").parameters
 
 
-def test_a_seed_leaves_the_callers_generator_alone():
+def test_a_seed_does_not_change_the_callers_generator():
     torch.manual_seed(11)
     before = torch.random.get_rng_state()
     first = drawn(4)
@@ -383,8 +383,8 @@ def test_a_seed_gives_the_same_network_in_another_process():
         "from varve.pipeline import backbones; "
         "print(backbones.load('resnet18:random-4').stage('layer4.1').parameters)"
     )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert found.stdout.strip() == drawn(4), found.stderr
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.strip() == drawn(4), result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -393,7 +393,7 @@ def clip_state():
         return open_clip.CLIP(**open_clip.get_model_config("ViT-S-32")).state_dict()
 
 
-def test_a_clip_file_may_hold_the_whole_or_the_visual_tower_alone(clip_state, tmp_path):
+def test_a_clip_file_may_contain_the_whole_or_the_visual_tower_alone(clip_state, tmp_path):
     bare = {k.removeprefix("visual."): v for k, v in clip_state.items() if "visual." in k}
     scalars = {k: torch.tensor(1) for k in ("input_resolution", "context_length", "vocab_size")}
     whole, visual, prefixed = (
@@ -402,8 +402,8 @@ def test_a_clip_file_may_hold_the_whole_or_the_visual_tower_alone(clip_state, tm
         {f"visual.{k}": v for k, v in bare.items()},
     )
     keys = []
-    for held, has_text in ((whole, True), (visual, False), (prefixed, False)):
-        torch.save(held, tmp_path / "w.pt")
+    for state, has_text in ((whole, True), (visual, False), (prefixed, False)):
+        torch.save(state, tmp_path / "w.pt")
         backbone = backbones.load(f"ViT-S-32:{tmp_path}/w.pt")
         assert (backbone.text is not None) == has_text
         keys.append(backbone.keys(""))
@@ -426,14 +426,14 @@ def test_text_features_are_those_of_encode_text(clip_state, tmp_path, monkeypatc
         tokens = open_clip.get_tokenizer("ViT-S-32")(prompts)
         expected = whole.encode_text(tokens, normalize=True)
     text = backbones.load(f"ViT-S-32:{tmp_path}/w.safetensors", torch.bfloat16).text
-    found = text.encode(prompts)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(text.encode(prompts[1:]), found[1:])
-    assert text.encode([]).shape == (0, found.shape[1])
+    features = text.encode(prompts)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(text.encode(prompts[1:]), features[1:])
+    assert text.encode([]).shape == (0, features.shape[1])
     random = backbones.load("ViT-S-32:random-2").text
     assert random.identity() == text.identity()
-    assert torch.equal(random.encode(prompts[:1]), found[:1])
+    assert torch.equal(random.encode(prompts[:1]), features[:1])
 
 
 def test_a_text_side_of_another_library_is_no_text_tower():
@@ -514,7 +514,7 @@ def as_picture(frame, picture):
 
 
 @pytest.mark.parametrize("size", [(320, 240), (171, 303)], ids=str)
-def test_pictures_are_as_the_networks_own_preprocessing_makes_them(size, clip_state, tmp_path):
+def test_pictures_equal_those_of_the_networks_published_preprocessing(size, clip_state, tmp_path):
     width, height = size
     across, down = np.meshgrid(np.arange(width), np.arange(height))
     waves = [np.sin(across / 9 + down / 14), np.cos(across / 5), np.sin(down / 3 - across / 31)]
@@ -528,13 +528,13 @@ def test_pictures_are_as_the_networks_own_preprocessing_makes_them(size, clip_st
     theirs = open_clip.image_transform(224, is_train=False)(frame)
     with torch.inference_mode():
         expected = whole.encode_image(theirs[None])
-    found = last(clip, as_picture(frame, clip.picture))
-    assert torch.cosine_similarity(found, expected).item() >= 0.999
+    features = last(clip, as_picture(frame, clip.picture))
+    assert torch.cosine_similarity(features, expected).item() >= 0.999
 
     cnn = backbones.load("resnet18:random-0")
     preset = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()
-    mine = cnn.stage("stem").module.normalise(as_picture(frame, cnn.picture))
-    torch.testing.assert_close(mine.contiguous(), preset(frame)[None], rtol=0, atol=1e-5)
+    picture = cnn.stage("stem").module.normalise(as_picture(frame, cnn.picture))
+    torch.testing.assert_close(picture.contiguous(), preset(frame)[None], rtol=0, atol=1e-5)
 
 
 def tiny_chains():
@@ -558,29 +558,29 @@ def tiny_chains():
         yield family, Backbone("tiny:0", "tiny", chain, Picture(16, 16), torch.float32)
 
 
-def test_fingerprints_are_the_ones_that_stores_were_made_with():
+def test_fingerprints_are_those_of_existing_stores():
     """A changed key makes every store recompute that stage. To mean it: change golden_keys.json."""
-    found = {
+    fingerprints = {
         family: {stage: key[:16] for stage, key in backbone.keys("0" * 64).items()}
         for family, backbone in tiny_chains()
     }
-    assert found == json.loads(GOLDEN.read_text())
+    assert fingerprints == json.loads(GOLDEN.read_text())
 
 
-def test_shapes_are_the_networks_own_and_not_of_one_with_the_same_parameters():
-    found = {}
+def test_shapes_are_those_of_the_network_and_not_of_one_with_the_same_parameters():
+    stem_shapes = {}
     for pool in (None, torch.nn.Identity()):
         network = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], 3)
         network.maxpool = pool or network.maxpool
         chain = resnet.stages(network, (0.5,) * 3, (0.5,) * 3, torch.float32)
         backbone = Backbone("tiny:0", "tiny", chain, Picture(64, 64), torch.float32)
         x = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
-        found[pool] = tuple(backbone.run(x, ["stem"])["stem"].shape[1:])
-        assert backbone.shapes["stem"] == found[pool]
-    assert len(set(found.values())) == 2
+        stem_shapes[pool] = tuple(backbone.run(x, ["stem"])["stem"].shape[1:])
+        assert backbone.shapes["stem"] == stem_shapes[pool]
+    assert len(set(stem_shapes.values())) == 2
 
 
-def test_a_digest_tells_names_types_and_shapes_apart():
+def test_a_digest_distinguishes_names_types_and_shapes():
     def module(**tensors):
         holder = torch.nn.Module()
         for name, tensor in tensors.items():

@@ -145,9 +145,9 @@ def test_training_on_cached_tokens_is_training_with_the_whole_network(layers, af
     modules = torch.nn.ModuleList(stage.module for stage in in_loop.stages)
     expected = train(whole_network, modules, [(rows, labels[rows]) for rows in batches])
     suffix = adapted(base, layers).suffix(after)
-    found = train(suffix, suffix, [(cached[rows], labels[rows]) for rows in batches])
+    losses = train(suffix, suffix, [(cached[rows], labels[rows]) for rows in batches])
     assert len(set(expected)) == 4, "nothing was learnt"
-    np.testing.assert_allclose(found, expected, rtol=2e-5)
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
 
 
 def test_training_from_rounded_tokens_stays_near_the_whole_networks():

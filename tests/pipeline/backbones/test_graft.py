@@ -50,7 +50,7 @@ def changed_from(before, after):
     return [name for name in before.stage_names if old[name] != new[name]]
 
 
-def test_a_graft_renames_its_stage_and_all_that_follow_and_leaves_the_old_backbone(vit):
+def test_a_graft_changes_the_keys_from_its_stage_on_and_not_the_first_backbone(vit):
     keys = vit.keys(FRAMES_KEY)
     new = adapted(vit, 9, 11)
     assert changed_from(vit, new) == vit.stage_names[vit.stage_names.index("blocks.9.mlp") :]
@@ -181,11 +181,11 @@ def test_a_graft_upon_a_graft_and_upon_an_unfrozen_stage(resnet):
         "layer4.0", TemporalShift(thawed.stage("layer4.0").module, frames=2, fold=8)
     )
     again = shifted.graft("layer4.0", Scaled(shifted.stage("layer4.0").module))
-    assert len({one.keys(FRAMES_KEY)["fc"] for one in (thawed, shifted, again)}) == 3
+    assert len({network.keys(FRAMES_KEY)["fc"] for network in (thawed, shifted, again)}) == 3
     assert again.changed == ["layer4.0"]
 
 
-def test_a_snapshot_keeps_the_keys_and_what_trains_on_leaves_it_alone(vit):
+def test_a_snapshot_keeps_the_keys_and_later_training_does_not_change_it(vit):
     live = adapted(vit, 11)
     live.stage("blocks.11.mlp").module.train()
     taken = backbones.snapshot(live)
@@ -209,13 +209,13 @@ def test_a_suffix_from_every_stage_gives_what_the_whole_chain_gives(network):
     last = backbone.stage_names[-1]
     for name in backbone.stage_names[:-1]:
         suffix = backbone.suffix(name)
-        found = suffix(outputs[name].clone())
-        assert torch.equal(found, outputs[last]), name
+        output = suffix(outputs[name].clone())
+        assert torch.equal(output, outputs[last]), name
         clips = suffix(outputs[name].clone()[None])
         assert torch.equal(clips, outputs[last][None]), name
 
 
-def test_a_suffix_gives_the_stages_asked_for_by_name(resnet):
+def test_a_suffix_gives_the_requested_stages_by_name(resnet):
     suffix = resnet.suffix("layer3.1", keep=["layer4.0", "pool"])
     outputs = suffix(torch.rand(2, 3, *resnet.shapes["layer3.1"]))
     assert {n: tuple(y.shape) for n, y in outputs.items()} == {
@@ -324,7 +324,7 @@ def test_what_is_put_into_an_unfrozen_or_a_frozen_stage_is_part_of_the_key():
         return backbones.load(VIT)
 
     plain = keys(load())
-    found = [
+    all_keys = [
         plain,
         *(keys(lora(load().unfreeze("blocks.10.mlp"), alpha)) for alpha in (1.0, 4.0)),
         *(keys(graft(lora(load(), alpha))) for alpha in (1.0, 4.0)),
@@ -332,8 +332,8 @@ def test_what_is_put_into_an_unfrozen_or_a_frozen_stage_is_part_of_the_key():
         keys(activation(load(), nn.Tanh())),
         keys(lora(load(), 1.0).unfreeze("blocks.10.mlp").unfreeze("blocks.10.mlp")),
     ]
-    assert found[1] == found[-1]
-    assert len(set(found)) == len(found) - 1
+    assert all_keys[1] == all_keys[-1]
+    assert len(set(all_keys)) == len(all_keys) - 1
     assert keys(load().unfreeze("blocks.10.mlp").unfreeze("blocks.10.mlp")) == plain
     assert keys(copy.deepcopy(load())) == plain
 
@@ -380,9 +380,9 @@ def test_a_graft_that_works_in_place_spoils_no_kept_output(vit):
     spoiling = vit.graft("blocks.10.mlp", InPlace(vit.stage("blocks.10.mlp").module))
     with torch.inference_mode():
         expected = vit.run(x, ["blocks.10.attn", "proj"])
-        found = spoiling.run(x, ["blocks.10.attn", "proj"])
+        outputs = spoiling.run(x, ["blocks.10.attn", "proj"])
     for name, output in expected.items():
-        assert torch.equal(found[name], output), name
+        assert torch.equal(outputs[name], output), name
 
 
 class Context(nn.Module):
@@ -408,7 +408,7 @@ def test_a_module_that_declares_token_wise_wrongly_is_refused(vit):
         backbones.snapshot(late)
 
 
-def test_a_wrapper_in_training_leaves_a_frozen_batch_norm_alone(resnet):
+def test_a_wrapper_in_training_does_not_change_a_frozen_batch_norm(resnet):
     inner = resnet.stage("layer4.0").module
     before = {name: t.clone() for name, t in inner.state_dict().items()}
     new = resnet.graft("layer4.0", nn.Sequential(Scaled(inner), nn.Dropout(0.5)))
@@ -419,7 +419,7 @@ def test_a_wrapper_in_training_leaves_a_frozen_batch_norm_alone(resnet):
     assert all(torch.equal(t, before[name]) for name, t in inner.state_dict().items())
 
 
-def test_clips_of_another_length_than_a_temporal_graft_looks_across_are_refused(resnet):
+def test_clips_of_another_length_than_that_of_a_temporal_graft_are_refused(resnet):
     inner = resnet.stage("layer4.0").module
     suffix = resnet.graft("layer4.0", TemporalShift(inner, frames=4)).suffix("layer3.1")
     with pytest.raises(ValueError, match="mixes the frames of clips of 4 frames, and these have 8"):
@@ -427,7 +427,7 @@ def test_clips_of_another_length_than_a_temporal_graft_looks_across_are_refused(
     assert suffix(torch.rand(2, 4, *resnet.shapes["layer3.1"])).shape == (2, 4, 1000)
 
 
-def test_of_tokens_a_suffix_gives_the_part_that_it_was_given(vit):
+def test_of_tokens_a_suffix_returns_the_part_that_it_received(vit):
     whole = vit.suffix("blocks.11.attn", keep=["blocks.11.mlp"])(torch.ones(2, 3, 50, 384))
     assert whole["blocks.11.mlp"].shape == (2, 3, 50, 384)
     token = vit.suffix("blocks.11.attn:cls", keep=["blocks.11.mlp", "proj"])(torch.ones(2, 3, 384))

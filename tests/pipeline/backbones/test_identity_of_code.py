@@ -219,8 +219,8 @@ DECIDES_NOTHING = {
 }
 
 
-def run(text, name="a_notebook", **given):
-    space = {"__name__": name, "torch": torch, "nn": nn, **given}
+def run(text, name="a_notebook", **variables):
+    space = {"__name__": name, "torch": torch, "nn": nn, **variables}
     exec(compile(textwrap.dedent(text), f"<{name}>", "exec"), space)
     return SimpleNamespace(**space)
 
@@ -340,10 +340,10 @@ def test_where_a_function_was_written_decides_nothing():
     assert key(nowhere(text.replace("True", "False"))) != key(nowhere(text))
 
 
-def test_what_hangs_on_a_function_counts():
-    one, two = (run("def f(x): return x").f for _ in range(2))
-    one.scale, two.scale = 1, 2
-    assert key(Holder(value=one)) != key(Holder(value=two))
+def test_attributes_of_a_function_count():
+    first, second = (run("def f(x): return x").f for _ in range(2))
+    first.scale, second.scale = 1, 2
+    assert key(Holder(value=first)) != key(Holder(value=second))
 
 
 def test_what_a_constructor_calls_is_past_unless_the_code_will_call_it():
@@ -365,7 +365,7 @@ def test_what_a_constructor_calls_is_past_unless_the_code_will_call_it():
             return {}
     """
     for part, follows in ("self.part", False), ("Part()", True):
-        keys = {key(run(text.format(part, one)).Graft()) for one in ("1", "2")}
+        keys = {key(run(text.format(part, value)).Graft()) for value in ("1", "2")}
         assert (len(keys) == 2) == follows
 
 
@@ -416,17 +416,17 @@ def test_code_is_taken_from_the_class_itself_and_never_from_a_base():
         def helper(x):
             return x
     """
-    made = run(text)
+    notebook = run(text)
     rewritten = run(
         text.replace("helper(x) * 2", "helper(x) + x").replace("return x\n", "return -x\n")
     )
-    assert identity(made.Graft())["code"] == "graft/1"
-    assert identity(made.Graft()) == identity(rewritten.Graft())
+    assert identity(notebook.Graft())["code"] == "graft/1"
+    assert identity(notebook.Graft()) == identity(rewritten.Graft())
     for edit in ("graft/1", "graft/2"), ("SCALE = 2", "SCALE = 3"):
-        assert key(run(text.replace(*edit)).Graft()) != key(made.Graft())
-        assert key(run(text.replace(*edit)).Heir()) != key(made.Heir())
-    assert key(made.Heir()) == key(rewritten.Heir())
-    assert key(run(text.replace("x * 3", "x * 4")).Heir()) != key(made.Heir())
+        assert key(run(text.replace(*edit)).Graft()) != key(notebook.Graft())
+        assert key(run(text.replace(*edit)).Heir()) != key(notebook.Heir())
+    assert key(notebook.Heir()) == key(rewritten.Heir())
+    assert key(run(text.replace("x * 3", "x * 4")).Heir()) != key(notebook.Heir())
 
 
 def test_a_function_put_into_an_instance_counts():

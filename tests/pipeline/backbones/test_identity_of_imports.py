@@ -15,8 +15,8 @@ from varve.pipeline.backbones._fingerprint import identity
 from varve.stores.digests import canonical, digest
 
 
-def run(text, name="a_notebook", **given):
-    space = {"__name__": name, "torch": torch, "nn": nn, **given}
+def run(text, name="a_notebook", **variables):
+    space = {"__name__": name, "torch": torch, "nn": nn, **variables}
     exec(compile(textwrap.dedent(text), f"<{name}>", "exec"), space)
     return SimpleNamespace(**space)
 
@@ -73,8 +73,8 @@ MY_HELPERS = """
         ("return my_helpers.made_up.g(x)", True),
     ],
 )
-def test_of_the_users_own_modules_what_is_used_counts(write, forward, whole):
-    def made(helpers):
+def test_of_the_users_modules_what_is_used_counts(write, forward, whole):
+    def key_with(helpers):
         graft = f"""
             import my_helpers
             from torch import nn
@@ -86,17 +86,17 @@ def test_of_the_users_own_modules_what_is_used_counts(write, forward, whole):
         write("files", my_helpers=helpers, my_graft=graft)
         return key(importlib.import_module("my_graft").Graft())
 
-    before = made(MY_HELPERS)
-    assert made(MY_HELPERS) == before
-    assert (made(MY_HELPERS.replace("return x\n", "return -x\n")) != before) == whole
+    before = key_with(MY_HELPERS)
+    assert key_with(MY_HELPERS) == before
+    assert (key_with(MY_HELPERS.replace("return x\n", "return -x\n")) != before) == whole
     if "made_up" in forward:
-        assert made(MY_HELPERS.replace("x + 3", "x + 4")) != before
+        assert key_with(MY_HELPERS.replace("x + 3", "x + 4")) != before
     else:
-        assert made(MY_HELPERS.replace("x + 1", "x + 2")) != before
+        assert key_with(MY_HELPERS.replace("x + 1", "x + 2")) != before
 
 
 def test_an_installed_package_counts_by_its_version_and_by_what_is_used_of_it(write, tmp_path):
-    def made(number="1.0", times=2):
+    def keys_with(number="1.0", times=2):
         package = f"""
             import torch
             from types import SimpleNamespace
@@ -122,23 +122,25 @@ def test_an_installed_package_counts_by_its_version_and_by_what_is_used_of_it(wr
         other = run(called.format("my_package.REGISTRY.get"), my_package=module).Graft()
         return [key(graft) for graft in (inside, alone, module.Part(), other)]
 
-    before = made()
-    assert made() == before
-    assert all(one != two for one, two in zip(before, made("1.1"), strict=True))
-    assert all(one != two for one, two in zip(before[:3], made(times=3)[:3], strict=True))
-    assert made("1.0+cu130") == before
+    before = keys_with()
+    assert keys_with() == before
+    assert all(first != second for first, second in zip(before, keys_with("1.1"), strict=True))
+    assert all(
+        first != second for first, second in zip(before[:3], keys_with(times=3)[:3], strict=True)
+    )
+    assert keys_with("1.0+cu130") == before
 
 
 def test_an_import_as_the_code_runs_must_be_there_before(write):
     write("files", my_helpers=MY_HELPERS)
-    made = run("""
+    notebook = run("""
         class Graft(nn.Module):
             def forward(self, x):
                 from my_helpers import f
                 return f(x)
     """)
     with pytest.raises(TypeError, match=r"Graft.*forward imports my_helpers .*load it first"):
-        identity(made.Graft())
+        identity(notebook.Graft())
     for name in ("math", "timm", "a_package_that_is_nowhere"):
         library = run(f"""
             class Graft(nn.Module):
@@ -160,7 +162,7 @@ def test_the_library_of_a_name_counts():
 
 
 def test_arguments_of_torchs_decorators_count():
-    def made(dtype):
+    def key_with(dtype):
         text = f"""
             class Graft(nn.Module):
                 @torch.autocast("cpu", dtype=torch.{dtype})
@@ -173,7 +175,7 @@ def test_arguments_of_torchs_decorators_count():
         assert key(graft) == before
         return before
 
-    assert made("bfloat16") == made("bfloat16") != made("float16")
+    assert key_with("bfloat16") == key_with("bfloat16") != key_with("float16")
 
 
 def test_a_compiled_function_counts_as_what_was_compiled():
@@ -206,7 +208,7 @@ def test_what_has_no_name_is_refused_in_code_too_even_under_torchs_decorators():
             identity(run(text.replace(*edit), RNG=np.random.default_rng(0)).Graft())
 
 
-def test_a_decorator_of_a_library_may_hold_what_has_no_name():
+def test_a_decorator_of_a_library_may_contain_what_has_no_fingerprint():
     text = """
         import functools
 

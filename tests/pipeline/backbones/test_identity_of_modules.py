@@ -25,8 +25,8 @@ from varve.pipeline.backbones._fingerprint import identity
 from varve.stores.digests import canonical, digest
 
 
-def run(text, name="a_notebook", **given):
-    space = {"__name__": name, "torch": torch, "nn": nn, **given}
+def run(text, name="a_notebook", **variables):
+    space = {"__name__": name, "torch": torch, "nn": nn, **variables}
     exec(compile(textwrap.dedent(text), f"<{name}>", "exec"), space)
     return SimpleNamespace(**space)
 
@@ -68,7 +68,7 @@ def test_a_library_class_counts_by_its_name():
 
 
 def test_options_and_the_order_of_torchs_layers_count():
-    made = [
+    modules = [
         *(nn.LayerNorm(4, eps=1e-5), nn.LayerNorm(4, eps=1e-6), nn.LayerNorm((4,), eps=1)),
         *(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 4, 3, padding=1)),
         *(nn.Conv2d(4, 4, 3, padding_mode="reflect"), nn.Conv2d(4, 4, 3, dilation=2)),
@@ -77,7 +77,7 @@ def test_options_and_the_order_of_torchs_layers_count():
         *(nn.Sequential(nn.ReLU(), nn.GELU()), nn.Sequential(nn.GELU(), nn.ReLU())),
         *(Holder(a=nn.ReLU(), b=nn.ReLU()), Holder(b=nn.ReLU(), a=nn.ReLU())),
     ]
-    keys = [key(nn.Sequential(module)) for module in made]
+    keys = [key(nn.Sequential(module)) for module in modules]
     assert len(set(keys)) == len(keys)
 
 
@@ -108,21 +108,21 @@ def test_no_two_values_of_an_attribute_look_alike():
 
 
 def test_sets_and_attributes_have_no_order():
-    one, two = {0, 8}, {8, 0}
-    assert list(one) != list(two)
-    assert key(Holder(a=one, b=1)) == key(Holder(b=1, a=two))
+    first, second = {0, 8}, {8, 0}
+    assert list(first) != list(second)
+    assert key(Holder(a=first, b=1)) == key(Holder(b=1, a=second))
     assert key(Holder(a=SimpleNamespace(b=1, c=2))) == key(Holder(a=SimpleNamespace(c=2, b=1)))
 
 
 def partial(text):
-    made = run(f"""
+    notebook = run(f"""
         import functools
 
         class Partial(functools.partial):
             def __call__(self, x):
                 return {text}
     """)
-    return made.Partial(doubled)
+    return notebook.Partial(doubled)
 
 
 class Row(list):
@@ -133,19 +133,19 @@ class Name(str):
     """A string of its own kind."""
 
 
-def test_what_extends_a_plain_type_counts_with_what_it_holds():
+def test_what_extends_a_plain_type_counts_with_what_it_contains():
     values = [Row([1]), Row([2]), [1], Name("a"), Name("b"), "a", Row([Name("a")])]
     values += [partial("x"), partial("-x"), functools.partial(doubled)]
     assert len({key(Holder(value=value)) for value in values}) == len(values)
 
 
-def test_a_container_may_hold_itself():
-    def made(value):
+def test_a_container_may_contain_itself():
+    def key_of(value):
         values = [value]
         values.append({"again": values})
         return key(Holder(values=values))
 
-    assert made(1) == made(1) != made(2)
+    assert key_of(1) == key_of(1) != key_of(2)
 
 
 class Marked(torch.Tensor):
@@ -166,12 +166,12 @@ UNNAMED = {
 }
 
 
-@pytest.mark.parametrize(("make", "found"), UNNAMED.values(), ids=list(UNNAMED))
-def test_a_value_without_a_name_is_refused_with_its_path(make, found):
+@pytest.mark.parametrize(("make", "message"), UNNAMED.values(), ids=list(UNNAMED))
+def test_a_value_without_a_fingerprint_is_refused_with_its_path(make, message):
     inside = nn.Sequential(nn.ReLU(), Holder(setting=[{"deep": make()}]))
     with pytest.raises(TypeError, match=r"Sequential\.1\.setting\[0\]\[deep\] is .*which no key"):
         identity(inside)
-    with pytest.raises(TypeError, match=found):
+    with pytest.raises(TypeError, match=message):
         identity(Holder(setting=SimpleNamespace(kept=make())))
 
 
@@ -186,19 +186,19 @@ def test_an_underscore_lets_a_class_with_code_keep_what_has_no_name():
 
 
 def test_parameters_and_buffers_do_not_count_nor_do_devices_and_modes():
-    made = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.LSTM(2, 2), Holder(at="x"))
-    made.append(Holder(device=torch.device("cpu"), same=made[0].weight))
-    before = key(made)
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.LSTM(2, 2), Holder(at="x"))
+    network.append(Holder(device=torch.device("cpu"), same=network[0].weight))
+    before = key(network)
     with torch.no_grad():
-        made[0].weight.add_(1)
-        made[1].running_mean.add_(1)
-        made[2].weight_ih_l0.add_(1)
-    assert key(made) == before
-    made[-1].device = torch.device("meta")
-    assert key(made.eval()) == before
-    assert key(copy.deepcopy(made)) == before
+        network[0].weight.add_(1)
+        network[1].running_mean.add_(1)
+        network[2].weight_ih_l0.add_(1)
+    assert key(network) == before
+    network[-1].device = torch.device("meta")
+    assert key(network.eval()) == before
+    assert key(copy.deepcopy(network)) == before
     if torch.cuda.is_available():
-        assert key(made.cuda()) == before
+        assert key(network.cuda()) == before
 
 
 def test_tensors_and_modules_outside_the_state_count_by_their_bytes():
@@ -221,15 +221,15 @@ def test_a_module_may_refer_to_its_parent():
 
 def test_hooks_are_refused():
     for register in ("register_forward_hook", "register_forward_pre_hook"):
-        made = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
-        handle = getattr(made[1], register)(lambda *given: None)
+        network = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
+        handle = getattr(network[1], register)(lambda *arguments: None)
         with pytest.raises(ValueError, match=r"Sequential\.1 \(Linear\) has forward hooks"):
-            identity(made)
+            identity(network)
         handle.remove()
-        assert key(made)
+        assert key(network)
 
 
-def test_compiled_modules_are_refused_and_leave_no_trace():
+def test_compiled_modules_are_refused_without_side_effects():
     plain = nn.Linear(2, 2)
     before = key(plain)
     with pytest.raises(ValueError, match=r"Sequential\.0 .*is compiled"):
@@ -241,25 +241,25 @@ def test_compiled_modules_are_refused_and_leave_no_trace():
 
 
 def test_a_parametrization_counts():
-    def made(function):
+    def key_with(function):
         linear = nn.Linear(3, 3)
         part = run(f"class Part(nn.Module):\n    def forward(self, x): return {function}").Part()
         return key(nn.utils.parametrize.register_parametrization(linear, "weight", part))
 
-    assert made("x.triu()") == made("x.triu()")
-    assert len({made("x.triu()"), made("x.tril()"), key(nn.Linear(3, 3))}) == 3
+    assert key_with("x.triu()") == key_with("x.triu()")
+    assert len({key_with("x.triu()"), key_with("x.tril()"), key(nn.Linear(3, 3))}) == 3
 
 
 def test_known_modules_count_by_their_description():
     stage = Holder(rng=np.random.default_rng(0))
-    stage.register_forward_hook(lambda *given: None)
-    made = Holder(inner=stage, also=[stage], scale=1)
-    keys = {key(made, [(stage, {"code": code, "options": {"a": (1, 2)}})]) for code in "ab"}
+    stage.register_forward_hook(lambda *arguments: None)
+    holder = Holder(inner=stage, also=[stage], scale=1)
+    keys = {key(holder, [(stage, {"code": code, "options": {"a": (1, 2)}})]) for code in "ab"}
     assert len(keys) == 2
-    assert identity(made, [(stage, {"code": "a"})])["children"] == [["inner", {"code": "a"}]]
+    assert identity(holder, [(stage, {"code": "a"})])["children"] == [["inner", {"code": "a"}]]
     assert key(stage, [(stage, {"code": "a"})]) == digest({"code": "a"})
     with pytest.raises(ValueError, match="hooks"):
-        identity(made, [(copy.deepcopy(stage), {"code": "a"})])
+        identity(holder, [(copy.deepcopy(stage), {"code": "a"})])
 
 
 def test_circles_of_two_and_of_three_that_are_alike_nearby_are_distinguished():
@@ -352,7 +352,7 @@ def test_blocks_of_published_networks_differ_by_their_options(blocks):
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "resnet18", "vit_small_patch14_dinov2"])
-def test_a_networks_own_stages_have_an_identity_that_running_them_leaves(name):
+def test_stages_of_a_network_have_an_identity_that_running_them_does_not_change(name):
     backbone = load(f"{name}:random-0")
     stages = [stage.module for stage in backbone.stages[:3]]
     before = [key(stage) for stage in stages]
@@ -396,7 +396,7 @@ def test_none_of_the_modules_code_is_run(monkeypatch):
     monkeypatch.setitem(sys.modules, "my_own", ModuleType("my_own"))
     sys.modules["my_own"].__getattr__ = alarm
     gone = run("class Gone: pass", "my_own").Gone
-    made = Alarmed(loud=Loud(), keyed={1: Loud()}, gone=[gone, gone()])
+    alarmed = Alarmed(loud=Loud(), keyed={1: Loud()}, gone=[gone, gone()])
     state = torch.get_rng_state()
-    assert key(made)
+    assert key(alarmed)
     assert torch.equal(torch.get_rng_state(), state)

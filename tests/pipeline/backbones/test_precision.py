@@ -13,9 +13,9 @@ def test_float32_is_not_slower_than_itself():
 def test_a_precision_without_instructions_gives_a_warning(monkeypatch, ratio, message):
     seconds = {"float32": 1e-3, "bfloat16": ratio * 1e-3}
     monkeypatch.setattr(_precision, "_seconds", seconds.__getitem__)
-    found = _precision.precision_warning("bfloat16")
-    assert message in found
-    assert bool(found) == bool(message)
+    warning = _precision.precision_warning("bfloat16")
+    assert message in warning
+    assert bool(warning) == bool(message)
 
 
 def test_a_product_takes_some_time():

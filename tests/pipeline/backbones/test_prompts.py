@@ -70,8 +70,8 @@ def test_a_class_is_the_unit_mean_of_its_prompts():
         "a sit": torch.tensor([0.0, -1.0]),
         "b sit": torch.tensor([0.0, -1.0]),
     })  # fmt: skip
-    found = _prompts.class_features(text, ["run", "sit"], ["a {}", "b {}"])
-    torch.testing.assert_close(found, torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, -1.0]]))
+    features = _prompts.class_features(text, ["run", "sit"], ["a {}", "b {}"])
+    torch.testing.assert_close(features, torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, -1.0]]))
 
 
 def test_class_features_of_a_clip_network_are_unit_and_stand_alone(monkeypatch):

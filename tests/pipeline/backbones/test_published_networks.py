@@ -59,9 +59,9 @@ def call_plain(family, network, pictures):
     return network.encode_image(x) if family == "clip_vit" else network(x)
 
 
-def shifted(module, given):
+def shifted(module, inputs):
     """TSM by loops: an eighth from the next of 8 frames, an eighth from the one before."""
-    (x,) = given
+    (x,) = inputs
     out, F = x.clone(), x.shape[1] // 8
     for n in range(len(x)):
         out[n, :F] = x[n + 1, :F] if n % 8 < 7 else 0
@@ -120,8 +120,8 @@ def test_the_chain_is_the_whole_network(family, weight_files):
     last = backbone.stage_names[-1]
     with torch.inference_mode():
         expected = call_plain(family, network.eval(), x)
-        found = backbone.run(x, [last])[last]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        output = backbone.run(x, [last])[last]
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
     assert expected.std() > 0.01
 
 

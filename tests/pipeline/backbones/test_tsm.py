@@ -26,8 +26,8 @@ def store(dataset, built_once, tmp_path_factory):
 
 def test_blocks_of_a_tsm_network_are_shifted_once(store):
     plan = prepare_run(store, "hce", "2+1x1", options={"blocks": 1})
-    own = plan.network.module("layer4.1")
-    assert isinstance(own, TemporalShift)
+    block = plan.network.module("layer4.1")
+    assert isinstance(block, TemporalShift)
     assert plan.head.grafts(plan.network, None) == {}
 
 
@@ -46,13 +46,15 @@ def test_another_number_of_frames_is_refused(dataset, tmp_path):
 
 def test_files_by_the_names_of_its_authors_are_read(tmp_path):
     plain = resnet.construct("resnet18", "random-0", None, "resnet18")
-    own = {}
+    state = {}
     for name, tensor in plain.state_dict().items():
         block = name.startswith("layer") and ".conv1." in name
         renamed = name.replace(".conv1.", ".conv1.net.") if block else name
-        own[renamed.replace("fc.", "new_fc.") if "fc" in name else f"base_model.{renamed}"] = tensor
+        state[renamed.replace("fc.", "new_fc.") if "fc" in name else f"base_model.{renamed}"] = (
+            tensor
+        )
     file = tmp_path / "tsm.pt"
-    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in own.items()}}, file)
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, file)
     network, same = backbones.load(f"tsm_resnet18:{file}"), backbones.load(NAME)
     assert network.keys("") == same.keys("")
-    assert tsm_resnet.renamed(own).keys() == plain.state_dict().keys()
+    assert tsm_resnet.renamed(state).keys() == plain.state_dict().keys()

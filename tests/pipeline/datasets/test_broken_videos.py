@@ -24,7 +24,7 @@ from varve.pipeline.decoders import (
 SMALL = Picture(size=96, resize=96)
 
 
-def one(path, frame_set=None, **stretch):
+def decode_one(path, frame_set=None, **stretch):
     (answer,) = decode(
         Request(str(path), (Stretch(**stretch),), (frame_set or FrameSet(picture=SMALL),))
     )
@@ -32,7 +32,7 @@ def one(path, frame_set=None, **stretch):
 
 
 @pytest.mark.parametrize("name", ["mpeg4.avi", "h264.mkv", "fast.mp4"])
-def test_a_truncated_file_is_decoded_for_what_it_holds(videos, encode, tmp_path, number_of, name):
+def test_a_truncated_file_is_decoded_as_far_as_it_goes(videos, encode, tmp_path, number_of, name):
     if name == "fast.mp4":
         whole = tmp_path / name
         with (
@@ -50,13 +50,13 @@ def test_a_truncated_file_is_decoded_for_what_it_holds(videos, encode, tmp_path,
     content = whole.read_bytes()
     part = tmp_path / f"part_{name}"
     part.write_bytes(content[: len(content) // 2])
-    answer = one(part)
+    answer = decode_one(part)
     assert 5 < answer.facts.num_frames < (60 if name == "fast.mp4" else 110)
     assert "header promises" in answer.facts.warning
     # Up to the last, which may be half a picture.
     wanted = list(range(answer.facts.num_frames - 1))
-    found = pyav.pictures(str(part), _index.read(str(part), proof=False), wanted)
-    assert [number_of(np.asarray(image)) for _, image in found] == wanted
+    pictures = pyav.pictures(str(part), _index.read(str(part), proof=False), wanted)
+    assert [number_of(np.asarray(image)) for _, image in pictures] == wanted
 
 
 @pytest.mark.parametrize("name", ["mpeg4_b.avi", "h264.mp4", "vp9.webm", "mpeg2.mpg"])
@@ -66,7 +66,7 @@ def test_damaged_bytes_give_ffmpegs_count_or_a_reason(videos, tmp_path, name):
     content[middle : middle + 900] = np.random.default_rng(0).bytes(900)
     damaged = tmp_path / name
     damaged.write_bytes(content)
-    answer = one(damaged, FrameSet(frames=60, picture=SMALL))
+    answer = decode_one(damaged, FrameSet(frames=60, picture=SMALL))
     assert isinstance(answer, Decoded)
     if shutil.which("ffmpeg") is None:
         pytest.skip("ffmpeg is not installed: its count is not compared")
@@ -136,7 +136,7 @@ def broken_files(folder, videos, encode):
 def test_every_broken_file_has_its_reason(videos, encode, tmp_path):
     for name, (make, reason) in broken_files(tmp_path, videos, encode).items():
         make(tmp_path / name)
-        answer = one(tmp_path / name)
+        answer = decode_one(tmp_path / name)
         assert isinstance(answer, Failure), name
         assert (name, answer.reason) == (name, reason), answer
         assert answer.reason in REASONS
@@ -147,7 +147,7 @@ def test_a_socket_is_no_video(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a socket's path is short
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("s.mp4")
-        assert one("s.mp4") == Failure("not_video", "a socket, not a regular file")
+        assert decode_one("s.mp4") == Failure("not_video", "a socket, not a regular file")
 
 
 def test_a_file_that_may_not_be_read_is_unreadable(videos, tmp_path, monkeypatch):
@@ -157,11 +157,11 @@ def test_a_file_that_may_not_be_read_is_unreadable(videos, tmp_path, monkeypatch
     if os.access(path, os.R_OK):  # root reads everything
         refused = PermissionError(13, "Permission denied")
         monkeypatch.setattr("builtins.open", lambda *args, **more: (_ for _ in ()).throw(refused))
-    assert one(path) == Failure("unreadable", "Permission denied")
+    assert decode_one(path) == Failure("unreadable", "Permission denied")
 
 
-def test_an_interval_without_frames_says_where_the_file_ends(videos):
-    answer = one(videos["h264.mp4"].path, start_seconds=5.0, end_seconds=9.0)
+def test_an_interval_without_frames_reports_where_the_file_ends(videos):
+    answer = decode_one(videos["h264.mp4"].path, start_seconds=5.0, end_seconds=9.0)
     assert answer == Failure(
         "too_short", "no frame between 5 s and 9 s: the file's 60 frames end at 2.360 s"
     )
@@ -171,8 +171,8 @@ def test_names_with_colons_percents_and_other_bytes_are_only_names(videos, tmp_p
     monkeypatch.chdir(tmp_path)
     for name in ("a:b.mp4", "http:x.mp4", "100%d.mp4", "sp ace 'q' \"é\".mp4", "\udcff\udcfe.mp4"):
         shutil.copy(videos["h264.mp4"].path, name)
-        assert isinstance(one(name), Decoded), ascii(name)
-        assert isinstance(one(os.path.join(tmp_path, name)), Decoded), ascii(name)
+        assert isinstance(decode_one(name), Decoded), ascii(name)
+        assert isinstance(decode_one(os.path.join(tmp_path, name)), Decoded), ascii(name)
 
 
 def test_metadata_in_another_encoding_is_no_reason_to_fail(encode, tmp_path):
@@ -180,4 +180,4 @@ def test_metadata_in_another_encoding_is_no_reason_to_fail(encode, tmp_path):
     content = path.read_bytes()
     assert content.count(b"caf@@") == 1
     path.write_bytes(content.replace(b"caf@@", b"caf\xe9\xff"))
-    assert one(path).facts.num_frames == 10
+    assert decode_one(path).facts.num_frames == 10

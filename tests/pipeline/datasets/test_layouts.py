@@ -53,7 +53,7 @@ def test_a_root_that_is_a_video_is_refused_with_the_next_move(tmp_path):
         read(tmp_path / "a.mp4")
 
 
-def test_an_empty_directory_is_told_what_each_layout_needs(tmp_path):
+def test_for_an_empty_directory_the_needs_of_each_layout_are_reported(tmp_path):
     with pytest.raises(ValueError, match="it holds no file") as caught:
         read(tmp_path)
     for name in ("class_folders", "hmdb51", "kinetics", "something_something", "table", "ucf101"):
@@ -71,7 +71,7 @@ def test_an_unknown_layout_lists_those_there_are(tmp_path):
         read(tmp_path, "folders")
 
 
-def test_two_datasets_in_one_directory_are_a_question(tmp_path):
+def test_two_datasets_in_one_directory_are_refused_as_ambiguous(tmp_path):
     put(tmp_path, "ucf/trainlist01.txt", "hmdb/hmdb51_trainlist01.txt")
     with pytest.raises(ValueError, match=r"2 ways[\s\S]*--layout hmdb51[\s\S]*--layout ucf101"):
         read(tmp_path)
@@ -218,7 +218,7 @@ LISTED = "HandstandPushups/v_HandStandPushups_g01_c01.avi"
 
 
 @pytest.mark.parametrize(
-    "place",
+    "path",
     [
         LISTED,
         f"UCF-101/{LISTED}",
@@ -230,12 +230,12 @@ LISTED = "HandstandPushups/v_HandStandPushups_g01_c01.avi"
         "frames/HandstandPushups/v_HandStandPushups_g01_c01/00001.jpg",
     ],
 )
-def test_ucf101_videos_are_found_wherever_they_lie(tmp_path, place):
+def test_ucf101_videos_are_found_wherever_they_lie(tmp_path, path):
     write(tmp_path / "classInd.txt", "37 HandstandPushups\n38 HandstandWalking\n")
     write(tmp_path / "testlist01.txt", LISTED + "\n")
-    put(tmp_path, place)
+    put(tmp_path, path)
     clip = read(tmp_path).clips[0]
-    assert clip == ListedClip(place.removesuffix("/00001.jpg"), "HandstandPushups", "test")
+    assert clip == ListedClip(path.removesuffix("/00001.jpg"), "HandstandPushups", "test")
 
 
 def test_a_missing_ucf101_clip_is_expected_beside_the_others(tmp_path):
@@ -321,7 +321,7 @@ def test_hmdb51_flags_are_train_test_and_neither(tmp_path):
     assert listing.classes == ("brush_hair", "wave")
 
 
-def test_the_asked_hmdb51_split_decides(tmp_path):
+def test_the_requested_hmdb51_split_decides(tmp_path):
     official_hmdb51(tmp_path, {"wave/a.avi": "1"}, split=1)
     official_hmdb51(tmp_path, {"wave/a.avi": "2"}, split=2)
     assert [read(tmp_path, split=k).clips[0].split for k in "12"] == ["train", "test"]
@@ -359,7 +359,7 @@ CUT = f"{ID}_000003_000013"
 
 
 @pytest.mark.parametrize(
-    "place",
+    "path",
     [
         f"train/riding a bike/{CUT}.mp4",
         f"train/riding_a_bike/{CUT}.mp4",
@@ -369,10 +369,10 @@ CUT = f"{ID}_000003_000013"
         f"{CUT}.mp4",
     ],
 )
-def test_cut_kinetics_files_are_whole_clips_wherever_they_lie(tmp_path, place):
+def test_cut_kinetics_files_are_whole_clips_wherever_they_lie(tmp_path, path):
     write(tmp_path / "train.csv", f"{KINETICS}riding a bike,{ID},3,13,train,0\n")
-    put(tmp_path, place, f"{ID}.mp4")
-    assert read(tmp_path).clips == (ListedClip(place, "riding a bike", "train"),)
+    put(tmp_path, path, f"{ID}.mp4")
+    assert read(tmp_path).clips == (ListedClip(path, "riding a bike", "train"),)
 
 
 def test_an_uncut_kinetics_file_gives_its_stretch(tmp_path):
@@ -397,7 +397,7 @@ def test_kinetics_ids_that_differ_in_case_are_different_and_a_missing_file_is_li
     assert "listed but not on the disk: 1" in listing.summary
 
 
-def test_a_kinetics_file_is_taken_from_its_own_split_and_class(tmp_path):
+def test_a_kinetics_file_is_taken_from_its_split_and_class(tmp_path):
     write(tmp_path / "train.csv", f"{KINETICS}a b,{ID},3,13,train,0\n")
     write(tmp_path / "val.csv", f"{KINETICS}c,{ID},3,13,val,0\n")
     put(tmp_path, f"val/c/{CUT}.mp4", f"train/a_b/{CUT}.mp4")
@@ -538,7 +538,7 @@ def test_a_column_named_path_goes_before_others_that_could_be_it(tmp_path):
     assert "ignored file, class" in listing.summary
 
 
-def test_a_list_given_by_name_has_paths_relative_to_its_own_directory(tmp_path):
+def test_a_list_given_by_name_has_paths_relative_to_its_directory(tmp_path):
     path = write(tmp_path / "lists" / "mine.TSV", "file\tcategory\nv/a.mp4\tx\n")
     listing = read(path)
     assert listing.root == tmp_path / "lists"

@@ -117,9 +117,12 @@ def drawn():
     second = {b: a for a, b in REVERSED_PAIRS}
 
     def clips(k):
-        made = {name: frames(name, np.random.default_rng([9, k])) for name in CLASSES
-                if name not in second}  # fmt: skip
-        return [grey8(made[second[n]][::-1] if n in second else made[n]) for n in CLASSES]
+        class_frames = {name: frames(name, np.random.default_rng([9, k])) for name in CLASSES
+                        if name not in second}  # fmt: skip
+        return [
+            grey8(class_frames[second[n]][::-1] if n in second else class_frames[n])
+            for n in CLASSES
+        ]
 
     return np.stack([np.stack(clips(k)) for k in range(24)])
 
@@ -135,26 +138,26 @@ def accuracy(feats_KCD, classes):
     return (guessed == np.arange(len(classes))).mean()
 
 
-def test_frames_in_order_tell_all_classes_and_their_mean_does_not(drawn):
+def test_frames_in_order_distinguish_all_classes_and_their_mean_does_not(drawn):
     in_order, averaged = drawn.reshape(*drawn.shape[:2], -1), drawn.mean(axis=2)
     assert accuracy(in_order, CLASSES) > 0.9
     assert accuracy(averaged, CLASSES) < 0.6
 
 
 @pytest.mark.parametrize(("a", "b"), REVERSED_PAIRS)
-def test_order_tells_twins_and_the_set_of_frames_is_at_chance(drawn, a, b):
+def test_order_distinguishes_twins_and_the_set_of_frames_is_at_chance(drawn, a, b):
     in_order, averaged = drawn.reshape(*drawn.shape[:2], -1), drawn.mean(axis=2)
     assert accuracy(in_order, (a, b)) > 0.9
     assert 0.2 < accuracy(averaged, (a, b)) < 0.8
 
 
-def test_the_set_of_frames_tells_the_oscillations_apart(drawn):
+def test_the_set_of_frames_distinguishes_the_oscillations(drawn):
     assert accuracy(drawn.mean(axis=2), ("sway ↔", "bob ↕")) > 0.8
 
 
 def test_sizes_rates_lengths_and_codecs_vary(tmp_path):
-    made = make_dataset(tmp_path / "set", clips_per_class=30, broken=False, classes=["grow"])
-    seen = [facts(path) for path in (made.root).glob("*/*/*")]
+    dataset = make_dataset(tmp_path / "set", clips_per_class=30, broken=False, classes=["grow"])
+    seen = [facts(path) for path in (dataset.root).glob("*/*/*")]
     codecs, widths, heights, rates, counts = (set(column) for column in zip(*seen, strict=True))
     assert codecs == {"h264", "mpeg4"}
     assert min(widths | heights) >= 128
@@ -185,7 +188,7 @@ def test_no_file_names_the_version_of_the_library_that_wrote_it(dataset):
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".avi"])
-def test_bytes_do_not_depend_on_what_memory_held_before(tmp_path, suffix):
+def test_bytes_do_not_depend_on_previous_contents_of_memory(tmp_path, suffix):
     """With x264's mbtree on, these 166 x 228 frames gave 3 to 8 different files in 8 runs."""
     clip = frames("turn counter-clockwise", np.random.default_rng([0, 12]))
     assert clip.shape[2] % 16
@@ -211,20 +214,20 @@ def test_all_whole_clips_have_distinct_bytes(dataset):
     assert len(set(clips)) == len(clips) == dataset.clips == 72
 
 
-def test_a_file_shows_the_frames_it_was_made_of(tmp_path):
+def test_a_file_shows_the_frames_it_was_encoded_from(tmp_path):
     clip = frames("turn clockwise", np.random.default_rng(0))
     for name in ("clip.mp4", "clip.avi"):
         write_video(tmp_path / name, clip, Fraction(25))
         decoded = np.stack(decode(tmp_path / name))
         assert decoded.shape == clip.shape
         # Codec and colour subsampling cost about 3 levels on average, another frame over 5.
-        own = np.abs(decoded.astype(int) - clip).mean(axis=(1, 2, 3))
+        errors = np.abs(decoded.astype(int) - clip).mean(axis=(1, 2, 3))
         shifted = np.abs(np.roll(decoded, 3, axis=0).astype(int) - clip).mean(axis=(1, 2, 3))
-        assert own.max() < 5
-        assert (own < shifted).all()
+        assert errors.max() < 5
+        assert (errors < shifted).all()
 
 
-def test_the_index_comes_first_where_asked(tmp_path):
+def test_the_index_comes_first_where_requested(tmp_path):
     clip = frames("grow", np.random.default_rng(0))[:12]
     for index_first in (True, False):
         write_video(tmp_path / "clip.mp4", clip, Fraction(25), index_first=index_first)
@@ -232,7 +235,7 @@ def test_the_index_comes_first_where_asked(tmp_path):
         assert (written.index(b"moov") < written.index(b"mdat")) is index_first
 
 
-def test_keyframes_come_as_often_as_asked(tmp_path):
+def test_keyframes_come_as_often_as_requested(tmp_path):
     clip = np.concatenate([frames("sway ↔", np.random.default_rng(0))] * 3)[:36]
     write_video(tmp_path / "clip.mp4", clip, Fraction(25), keyframe_every=8)
     with av.open(str(tmp_path / "clip.mp4"), "r") as container:
@@ -241,23 +244,23 @@ def test_keyframes_come_as_often_as_asked(tmp_path):
 
 
 def test_a_data_set_without_broken_files_lists_none(tmp_path):
-    made = make_dataset(tmp_path / "set", clips_per_class=1, broken=False)
-    assert made.broken == ()
-    assert broken_files(made.root) == []
-    assert len(list(made.root.glob("*/*/*"))) == made.clips == len(CLASSES)
+    dataset = make_dataset(tmp_path / "set", clips_per_class=1, broken=False)
+    assert dataset.broken == ()
+    assert broken_files(dataset.root) == []
+    assert len(list(dataset.root.glob("*/*/*"))) == dataset.clips == len(CLASSES)
 
 
 def test_broken_files_are_listed_with_their_reasons(dataset):
-    found = broken_files(dataset.root)
-    assert tuple(found) == dataset.broken
-    assert {path.stem: reason for path, reason in found} == {
+    listed = broken_files(dataset.root)
+    assert tuple(listed) == dataset.broken
+    assert {path.stem: reason for path, reason in listed} == {
         stem: corruption.reason for stem, corruption in CORRUPTIONS.items()
     }
-    assert {reason for _, reason in found} <= {*REASONS, ""}
-    assert {path.parent.parent.name for path, _ in found} == {"train", "test"}
+    assert {reason for _, reason in listed} <= {*REASONS, ""}
+    assert {path.parent.parent.name for path, _ in listed} == {"train", "test"}
 
 
-def test_each_broken_file_is_broken_as_its_reason_says(dataset):
+def test_each_broken_file_is_broken_by_the_listed_reason(dataset):
     spoilt = {path.stem: path for path, _ in dataset.broken}
 
     assert spoilt["empty"].stat().st_size == 0
@@ -273,9 +276,9 @@ def test_each_broken_file_is_broken_as_its_reason_says(dataset):
 
 
 @pytest.mark.parametrize(
-    ("stem", "held"), [("cut short", (0.4, 0.7)), ("garbage inside", (0.2, 0.7))]
+    ("stem", "share"), [("cut short", (0.4, 0.7)), ("garbage inside", (0.2, 0.7))]
 )
-def test_a_file_with_spoilt_data_still_promises_every_frame(dataset, stem, held):
+def test_a_file_with_corrupt_data_still_promises_every_frame(dataset, stem, share):
     (path,) = (path for path, _ in dataset.broken if path.stem == stem)
     with av.open(str(path), "r") as container:
         stream = container.streams.video[0]
@@ -289,7 +292,7 @@ def test_a_file_with_spoilt_data_still_promises_every_frame(dataset, stem, held)
     original = path.with_name("clip_000.mp4")
     assert promised == facts(original)[-1]
     assert refused > 0
-    assert held[0] < len(set(times)) / promised < held[1]
+    assert share[0] < len(set(times)) / promised < share[1]
 
 
 def test_spoiling_is_a_function_of_the_bytes(dataset):
@@ -310,7 +313,7 @@ def test_an_unknown_class_is_refused_with_the_known_ones(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_with_a_data_set_is_left_alone(dataset):
+def test_a_folder_with_a_data_set_is_not_changed(dataset):
     before = digests(dataset.root)
     with pytest.raises(FileExistsError, match="remove it or write into another folder"):
         make_dataset(dataset.root, clips_per_class=1)
@@ -330,7 +333,7 @@ def test_the_generator_is_light_to_import():
     assert synthetic.__doc__
 
 
-def test_classes_of_sound_look_alike_to_the_bit_and_sound_apart():
+def test_classes_of_audio_have_equal_frames_to_the_bit_and_different_audio():
     looks = {label: frames(label, np.random.default_rng(3)) for label in ("sway ↔", *AUDIO_CLASSES)}
     assert all(np.array_equal(look, looks["sway ↔"]) for look in looks.values())
     sounds = {

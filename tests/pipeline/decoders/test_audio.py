@@ -21,12 +21,12 @@ from varve.stores import FeatureStore, SpecMismatch
 
 pytestmark = pytest.mark.usefixtures("loaded_once", "children_kept")
 RATE, FPS, FRAMES = 16000, 25, 60
-HEARD = FrameSet(frames=4, picture=Sound())
+AUDIO = FrameSet(frames=4, picture=Sound())
 SEEN = FrameSet(frames=4)
 SPEC = BuildSpec(("mel_resnet18:random-0", "resnet18:random-0"), ("mel", "pool"), frames=1)
 
 
-def listen(path, *stretches, frame_set=HEARD):
+def decode_audio(path, *stretches, frame_set=AUDIO):
     return decode(Request(str(path), stretches or (Stretch(),), (frame_set,)))
 
 
@@ -65,9 +65,9 @@ def around(track_N, frame, frames=FRAMES, low=0, high=np.inf):
     """Cut by hand one second with the middle of the frame's time in its middle."""
     middle = round((frame + 0.5) / FPS * RATE)
     out = np.zeros(RATE, np.float32)
-    for i, place in enumerate(range(middle - RATE // 2, middle + RATE // 2)):
-        if max(0, low) <= place < min(len(track_N), high):
-            out[i] = track_N[place]
+    for i, sample in enumerate(range(middle - RATE // 2, middle + RATE // 2)):
+        if max(0, low) <= sample < min(len(track_N), high):
+            out[i] = track_N[sample]
     return out
 
 
@@ -75,78 +75,78 @@ def test_each_frame_has_the_second_around_it_to_the_sample(tmp_path):
     path, track_N = tmp_path / "a.avi", steps()
     shown = np.zeros((FRAMES, 48, 64, 3), np.uint8)
     write_video(path, shown, Fraction(FPS), audio_N=track_N)
-    (answer,) = listen(path)
+    (answer,) = decode_audio(path)
     assert (answer.facts.warning, answer.facts.sound) == ("", "")
     assert answer.frames[0].dtype == np.float32
-    for place, frame in enumerate((7, 22, 37, 52)):
-        np.testing.assert_array_equal(answer.frames[0][place], around(track_N, frame))
+    for row, frame in enumerate((7, 22, 37, 52)):
+        np.testing.assert_array_equal(answer.frames[0][row], around(track_N, frame))
 
 
 def test_pictures_and_sounds_of_a_file_come_together_and_alone_alike(tmp_path):
     path = tmp_path / "a.avi"
     shown = np.random.default_rng(0).integers(0, 256, (FRAMES, 48, 64, 3), np.uint8)
     write_video(path, shown, Fraction(FPS), audio_N=steps())
-    (both,) = decode(Request(str(path), (Stretch(),), (SEEN, HEARD)))
-    (seen,), (heard,) = listen(path, frame_set=SEEN), listen(path)
+    (both,) = decode(Request(str(path), (Stretch(),), (SEEN, AUDIO)))
+    (seen,), (audio,) = decode_audio(path, frame_set=SEEN), decode_audio(path)
     np.testing.assert_array_equal(both.frames[0], seen.frames[0])
-    np.testing.assert_array_equal(both.frames[1], heard.frames[0])
+    np.testing.assert_array_equal(both.frames[1], audio.frames[0])
     # Two rates: the track is decoded for each.
-    slow = replace(HEARD, picture=Sound(rate=8000))
-    (rates,) = decode(Request(str(path), (Stretch(),), (HEARD, slow)))
-    np.testing.assert_array_equal(rates.frames[0], heard.frames[0])
-    np.testing.assert_array_equal(rates.frames[1], listen(path, frame_set=slow)[0].frames[0])
+    slow = replace(AUDIO, picture=Sound(rate=8000))
+    (rates,) = decode(Request(str(path), (Stretch(),), (AUDIO, slow)))
+    np.testing.assert_array_equal(rates.frames[0], audio.frames[0])
+    np.testing.assert_array_equal(rates.frames[1], decode_audio(path, frame_set=slow)[0].frames[0])
 
 
-def test_a_clip_hears_nothing_of_its_neighbours(tmp_path):
+def test_a_clip_has_no_audio_of_its_neighbours(tmp_path):
     path, track_N = tmp_path / "a.avi", steps()
     write_video(path, np.zeros((FRAMES, 48, 64, 3), np.uint8), Fraction(FPS), audio_N=track_N)
     parts = (Stretch(0.0, 1.2), Stretch(1.2, 2.4), Stretch())
-    first, second, whole = listen(path, *parts)
+    first, second, whole = decode_audio(path, *parts)
     for answer, start, (low, high) in (
         (first, 0, (0, 19200)), (second, 30, (19200, 38400)), (whole, 0, (0, 38400))
     ):  # fmt: skip
         count = 60 if answer is whole else 30
-        for place in range(4):
-            frame = start + (2 * place + 1) * count // 8
+        for row in range(4):
+            frame = start + (2 * row + 1) * count // 8
             expected = around(track_N, frame, low=low, high=high)
-            np.testing.assert_array_equal(answer.frames[0][place], expected)
+            np.testing.assert_array_equal(answer.frames[0][row], expected)
 
 
-def test_what_is_not_there_is_silent_and_told(tmp_path, encode):
+def test_missing_audio_is_silent_and_reported(tmp_path, encode):
     silent = encode(tmp_path / "none.mp4", "libx264")
-    (answer,) = listen(silent)
+    (answer,) = decode_audio(silent)
     assert not answer.frames[0].any()
     assert answer.facts.sound == "no track, replaced by silence"
     short = mux(tmp_path / "short.mkv", "pcm_s16le", steps(0.6)[None], RATE)
-    start, end = listen(short, Stretch(0.0, 1.2), Stretch(1.2, 2.4))
+    start, end = decode_audio(short, Stretch(0.0, 1.2), Stretch(1.2, 2.4))
     assert start.facts.sound == ""
     assert start.frames[0][0].any()
     assert end.facts.sound == "none at 4 of 4 moments"
-    (whole,) = listen(short)
+    (whole,) = decode_audio(short)
     assert whole.facts.sound == "none at 2 of 4 moments"
     mute = mux(tmp_path / "mute.mkv", "pcm_s16le", 0 * steps()[None], RATE)
-    assert listen(mute)[0].facts.sound == "nothing but silence"
+    assert decode_audio(mute)[0].facts.sound == "nothing but silence"
     assert not end.frames[0].any()
 
 
-def test_a_track_is_heard_when_it_is_heard(tmp_path):
+def test_samples_of_a_track_have_the_times_of_the_file(tmp_path):
     track_N = steps()
     late = mux(tmp_path / "late.mkv", "pcm_s16le", track_N[None], RATE, late_seconds=0.5)
     shifted_N = np.concatenate([np.zeros(RATE // 2, np.float32), track_N])
-    (answer,) = listen(late)
-    for place, frame in enumerate((7, 22, 37, 52)):
+    (answer,) = decode_audio(late)
+    for row, frame in enumerate((7, 22, 37, 52)):
         expected = around(shifted_N, frame, high=FRAMES * RATE // FPS)
-        np.testing.assert_array_equal(answer.frames[0][place], expected)
+        np.testing.assert_array_equal(answer.frames[0][row], expected)
     holed_N = track_N.copy()
     holed_N[RATE : RATE * 3 // 2] = 0
     holed = mux(tmp_path / "holed.mkv", "pcm_s16le", track_N[None], RATE, gap=(1.0, 1.5))
-    (answer,) = listen(holed)
-    for place, frame in enumerate((7, 22, 37, 52)):
-        found, expected = answer.frames[0][place], around(holed_N, frame)
-        assert (found == expected).mean() > 0.999  # libswresample fades in at the gap's end
+    (answer,) = decode_audio(holed)
+    for row, frame in enumerate((7, 22, 37, 52)):
+        cut, expected = answer.frames[0][row], around(holed_N, frame)
+        assert (cut == expected).mean() > 0.999  # libswresample fades in at the gap's end
 
 
-def heard(path):
+def samples_of(path):
     window = _audio.Window(0, 2 * RATE, 0, np.inf)
     index = _index.read(str(path), audio=True)
     return index.source.read_audio(RATE, index.start_seconds, [window]).samples[window]
@@ -165,11 +165,11 @@ def pulse(rate):
      ("b.mkv", "libopus", 48000), ("a.avi", "pcm_s16le", 22050)],
 )  # fmt: skip
 def test_what_a_codec_puts_before_a_track_delays_nothing(tmp_path, name, codec, rate):
-    found, own = heard(mux(tmp_path / name, codec, pulse(rate), rate)), pulse(RATE)[0]
-    spectra = [np.fft.rfft(x, 4 * RATE) for x in (found, own)]
+    decoded, original = samples_of(mux(tmp_path / name, codec, pulse(rate), rate)), pulse(RATE)[0]
+    spectra = [np.fft.rfft(x, 4 * RATE) for x in (decoded, original)]
     together = np.fft.irfft(spectra[0] * spectra[1].conj())
     assert int(together.argmax()) == 0
-    assert np.abs(found - own).max() < 0.05
+    assert np.abs(decoded - original).max() < 0.05
 
 
 @pytest.mark.parametrize("rate", [16000, 44100, 48000])
@@ -178,27 +178,27 @@ def test_the_clock_of_the_frames_is_that_of_the_sound(tmp_path, rate):
     path = mux(tmp_path / "a.mkv", "pcm_s16le", pulse(rate), rate, output_ts_offset="5")
     index = _index.read(str(path), audio=True)
     assert index.start_seconds > 4.9
-    found = heard(path)
-    assert np.abs(found - pulse(RATE)[0]).max() < 0.02
+    decoded = samples_of(path)
+    assert np.abs(decoded - pulse(RATE)[0]).max() < 0.02
 
 
-def test_a_track_that_changes_its_kind_goes_on(tmp_path):
+def test_a_track_that_changes_its_format_is_read_to_its_end(tmp_path):
     parts = [mux(tmp_path / f"{rate}.ts", "mp2", pulse(rate), rate, output_ts_offset=str(late))
              for rate, late in ((44100, 0), (48000, 3))]  # fmt: skip
     both = tmp_path / "both.ts"
     both.write_bytes(b"".join(part.read_bytes() for part in parts))
     window = _audio.Window(0, 6 * RATE, 0, np.inf)
     index = _index.read(str(both), audio=True)
-    found = index.source.read_audio(RATE, index.start_seconds, [window]).samples[window]
-    loud = np.flatnonzero(np.abs(found) > 0.3) / RATE
+    samples = index.source.read_audio(RATE, index.start_seconds, [window]).samples[window]
+    loud = np.flatnonzero(np.abs(samples) > 0.3) / RATE
     assert loud.min() == pytest.approx(1, abs=0.15)
     assert loud.max() == pytest.approx(4, abs=0.15)
 
 
-def test_frames_far_apart_are_each_shown_for_their_own_time(tmp_path, encode):
+def test_frames_far_apart_are_each_shown_for_their_time(tmp_path, encode):
     ticks = [40 * n + 3000 * (n >= 5) for n in range(10)]
     path = encode(tmp_path / "a.mkv", "libx264", frames=10, ticks=ticks)
-    answer = _child._FileReader(Request(str(path), (Stretch(),), (HEARD,)), _index.read(str(path)))
+    answer = _child._FileReader(Request(str(path), (Stretch(),), (AUDIO,)), _index.read(str(path)))
     windows = [answer.window(Sound(), Stretch(), number) for number in range(10)]
     middles = [(window.begin + RATE // 2) / RATE for window in windows]
     expected = [0.02, 0.06, 0.1, 0.14, 1.68, 3.22, 3.26, 3.3, 3.34, 3.38]
@@ -216,31 +216,35 @@ def damaged(path, codec, rate):
         for packet in old.demux():
             if not packet.size:
                 continue
-            own = packet
+            written = packet
             if packet.stream.type == "audio":
                 count += 1
                 if count > 20:
-                    own = av.Packet(rng.integers(0, 256, packet.size, np.uint8).tobytes())
-                    own.pts, own.dts, own.time_base = packet.pts, packet.dts, packet.time_base
-            own.stream = copies[packet.stream_index]
-            new.mux(own)
+                    written = av.Packet(rng.integers(0, 256, packet.size, np.uint8).tobytes())
+                    written.pts, written.dts, written.time_base = (
+                        packet.pts,
+                        packet.dts,
+                        packet.time_base,
+                    )
+            written.stream = copies[packet.stream_index]
+            new.mux(written)
     return path
 
 
 @pytest.mark.parametrize("codec", ["aac", "libmp3lame", "alac"])
-def test_a_damaged_track_takes_no_picture_with_it_and_is_told(tmp_path, codec):
+def test_a_damaged_track_loses_no_picture_and_is_reported(tmp_path, codec):
     path = damaged(tmp_path / "a.mkv", codec, 44100)
     (seen,) = decode(Request(str(path), (Stretch(),), (SEEN,)))
-    (both,) = decode(Request(str(path), (Stretch(),), (SEEN, HEARD)))
+    (both,) = decode(Request(str(path), (Stretch(),), (SEEN, AUDIO)))
     np.testing.assert_array_equal(both.frames[0], seen.frames[0])
     assert "could not be decoded" in both.facts.sound or "none at" in both.facts.sound
     assert np.isfinite(both.frames[1]).all()
 
 
-def test_numbers_that_are_none_are_silent_and_told(tmp_path):
+def test_numbers_that_are_not_finite_are_silent_and_reported(tmp_path):
     samples = steps()[None].copy()
     samples[:, RATE:] = np.nan
-    (answer,) = listen(mux(tmp_path / "a.mkv", "pcm_f32le", samples, RATE))
+    (answer,) = decode_audio(mux(tmp_path / "a.mkv", "pcm_f32le", samples, RATE))
     assert np.isfinite(answer.frames[0]).all()
     assert "could not be decoded" in answer.facts.sound
 
@@ -255,7 +259,7 @@ def test_samples_are_those_of_ffmpeg(tmp_path, codec, rate):
     raw = subprocess.run(command, capture_output=True, check=True).stdout
     expected = np.frombuffer(raw, np.float32)[: 2 * RATE]
     # To a bit of 16 where the codec's arithmetic is another release's.
-    np.testing.assert_allclose(heard(path)[: len(expected)], expected, atol=2**-16)
+    np.testing.assert_allclose(samples_of(path)[: len(expected)], expected, atol=2**-16)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +274,7 @@ def sounding(tmp_path_factory):
     return folder, report
 
 
-def test_a_network_that_listens_is_a_column_like_any_other(sounding):
+def test_an_audio_backbone_is_a_column_like_any_other(sounding):
     folder, report = sounding
     assert (report.decoded, report.clips) == (3, {"ready": 3})
     store = FeatureStore.open(folder / "s.zarr")
@@ -280,7 +284,7 @@ def test_a_network_that_listens_is_a_column_like_any_other(sounding):
     assert pool.spec["pixels"] == "mono float32, libswresample, 2"
     network = backbones.load("mel_resnet18:random-0")
     for row, clip in store.clips.iterrows():
-        (answer,) = listen(folder / "set" / clip["path"], frame_set=replace(HEARD, frames=1))
+        (answer,) = decode_audio(folder / "set" / clip["path"], frame_set=replace(AUDIO, frames=1))
         with torch.inference_mode():
             expected = network.run(torch.from_numpy(answer.frames[0]), ["pool"])["pool"]
         np.testing.assert_allclose(pool.read([row])[0], expected, atol=2e-3, rtol=2e-3)
@@ -293,7 +297,7 @@ def test_a_network_that_listens_is_a_column_like_any_other(sounding):
     assert (again.decoded, again.computed) == (0, 0)
 
 
-def test_what_is_known_of_a_sound_outlives_a_build_that_does_not_listen(sounding, tmp_path):
+def test_facts_of_a_track_outlive_a_build_without_audio(sounding, tmp_path):
     folder, _ = sounding
     shutil.copytree(folder, tmp_path / "copy")
     more = BuildSpec(("resnet18:random-0",), ("layer1.0:pool",), frames=2)
@@ -307,24 +311,26 @@ def test_what_is_known_of_a_sound_outlives_a_build_that_does_not_listen(sounding
 
 def test_stored_sounds_are_verified_as_pictures_are(sounding):
     folder, _ = sounding
-    found = verify(folder / "s.zarr", sample=2)
-    assert not found.findings
-    assert found.equal == 6
+    report = verify(folder / "s.zarr", sample=2)
+    assert not report.findings
+    assert report.equal == 6
 
 
-def test_what_a_head_hears_is_said_by_name(sounding):
+def test_audio_features_of_a_head_are_chosen_by_name(sounding):
     store = FeatureStore.open(sounding[0] / "s.zarr")
     name = head_inputs.choose_backbone(store, "")
     assert name == "resnet18:random-0"
-    found = head_inputs.find_features(store, name, ["vector", "sound", "mel_resnet18:random-0/mel"])
-    own = [(feature.backbone, feature.name) for feature in found.values()]
+    features = head_inputs.find_features(
+        store, name, ["vector", "sound", "mel_resnet18:random-0/mel"]
+    )
+    backbones_and_names = [(feature.backbone, feature.name) for feature in features.values()]
     mel = "mel_resnet18:random-0"
-    assert own == [("resnet18:random-0", "pool"), (mel, "pool"), (mel, "mel")]
+    assert backbones_and_names == [("resnet18:random-0", "pool"), (mel, "pool"), (mel, "mel")]
     with pytest.raises(ValueError, match="0 of those of"):
         head_inputs.find_features(store, name, ["resnet34/pool"])
 
 
-def test_a_store_that_hears_nothing_is_told_the_command(dataset, built_once):
+def test_for_a_store_without_audio_the_command_is_named(dataset, built_once):
     spec = BuildSpec(("resnet18:random-0",), ("layer1.0:pool",), frames=2)
     store = FeatureStore.open(built_once(dataset(("grow",), 1), spec))
     with pytest.raises(SpecMismatch, match="no audio backbone"):

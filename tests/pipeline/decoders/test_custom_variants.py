@@ -106,12 +106,12 @@ def test_a_sampling_rule_of_a_user_is_one_file(clips, plugin, tmp_path, varve):
                  "stem:pool", "--frames", 4, "--sampling", "middles")  # fmt: skip
     assert command.returncode == 0
     assert set(json.loads(os.environ[registry.VARIABLE])) == {str(path)}
-    made, _ = plan(clips, store, spec, runtime=SERIAL, estimate=False)
-    assert made.decodes == 0
+    planned, _ = plan(clips, store, spec, runtime=SERIAL, estimate=False)
+    assert planned.decodes == 0
     # An edited rule is another feature, even where it chooses the same frames.
     plugin(SAMPLING + "# edited\n")
-    made, _ = plan(clips, store, spec, runtime=SERIAL, estimate=False)
-    assert made.decodes == 4
+    planned, _ = plan(clips, store, spec, runtime=SERIAL, estimate=False)
+    assert planned.decodes == 4
     # Worker processes and their decoding children load the file too.
     report = build(clips, store, spec, runtime=Runtime(workers=1))
     assert report.computed == 4

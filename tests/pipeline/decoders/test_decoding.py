@@ -54,7 +54,7 @@ def ffmpeg_frames(path, height, width):
     return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
 
 
-def one(path, frame_set=None, **stretch):
+def decode_one(path, frame_set=None, **stretch):
     (answer,) = decode(
         Request(str(path), (Stretch(**stretch),), (frame_set or FrameSet(picture=SMALL),))
     )
@@ -62,7 +62,7 @@ def one(path, frame_set=None, **stretch):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_frame_shows_its_own_number(videos, number_of, name):
+def test_every_frame_shows_its_number(videos, number_of, name):
     index, frames = index_and_frames(videos[name].path)
     assert index.num_frames == len(videos[name].numbers)
     assert [number_of(frame) for frame in frames] == videos[name].numbers
@@ -165,10 +165,10 @@ def test_what_is_too_large_to_be_kept_is_read_again_to_the_same_frames(
         monkeypatch.setattr(_index, "KEPT_PACKET_BYTES", 1000)
     if kept != "frames":
         monkeypatch.setattr(_index, "KEPT_FRAME_BYTES", 1000)
-    index, found = index_and_frames(videos[name].path, [3, 30, 40])
+    index, frames = index_and_frames(videos[name].path, [3, 30, 40])
     assert (index.source.packets is None) == (kept != "packets")
     assert (index.source.frames is None) == (index.proven or kept != "frames")
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(frames, expected)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_contradicted_index_is_replaced_by_counting(videos):
     path = str(videos["h264.avi"].path)  # this container has no presentation times: guesses
     with pytest.raises(_index.Contradicted):
         list(pyav.pictures(path, _index.read(path), [30]))
-    assert one(path).facts.num_frames == 60
+    assert decode_one(path).facts.num_frames == 60
 
 
 def test_times_follow_a_variable_rate_from_zero(videos):
@@ -236,7 +236,9 @@ def test_decord_is_trusted_with_plain_files_alone(videos, name, hazard, monkeypa
         monkeypatch.setitem(sys.modules, "decord", None)  # not even loaded
     else:
         pytest.importorskip("decord")
-    assert one(videos[name].path, frame_set).facts.decoder == ("pyav" if hazard else "decord")
+    assert decode_one(videos[name].path, frame_set).facts.decoder == (
+        "pyav" if hazard else "decord"
+    )
 
 
 def test_packed_b_frames_are_counted_by_decoding():
@@ -277,11 +279,11 @@ def test_adjacent_intervals_share_no_frame_and_lose_none(videos):
     assert sum(a.facts.num_frames for a in answers) == 60
 
 
-def test_facts_say_what_was_counted(videos):
-    facts = one(videos["cut_h264.mp4"].path).facts
+def test_facts_report_what_was_counted(videos):
+    facts = decode_one(videos["cut_h264.mp4"].path).facts
     assert (facts.num_frames, facts.num_frames_claimed) == (41, 60)
     assert facts.warning == "the header promises 60 frames, 41 could be decoded"
-    plain = one(videos["h264.mp4"].path).facts
+    plain = decode_one(videos["h264.mp4"].path).facts
     assert (plain.num_frames, plain.num_frames_claimed, plain.fps) == (60, 60, 25.0)
     assert (plain.width, plain.height, plain.decoder, plain.warning) == (160, 96, "pyav", "")
 
@@ -290,10 +292,12 @@ def test_a_folder_of_frames_is_read_in_natural_order(tmp_path, number_of, videos
     path = str(videos["h264.mp4"].path)
     for number, image in pyav.pictures(path, _index.read(path), list(range(60))):
         image.save(tmp_path / f"{number}.png")
-    answer = one(tmp_path, FrameSet(frames=60, picture=Picture(size=96, resize=96)))
+    answer = decode_one(tmp_path, FrameSet(frames=60, picture=Picture(size=96, resize=96)))
     assert (answer.facts.num_frames, answer.facts.fps) == (60, 12.0)
     assert (answer.facts.decoder, answer.facts.width) == ("images", 160)
-    clip = one(tmp_path, FrameSet(frames=1, picture=SMALL), start_seconds=1.0, end_seconds=2.0)
+    clip = decode_one(
+        tmp_path, FrameSet(frames=1, picture=SMALL), start_seconds=1.0, end_seconds=2.0
+    )
     assert clip.facts.num_frames == 12
     _, expected = index_and_frames(path, [18])
     np.testing.assert_array_equal(clip.frames[0][0], expected[0][:, 32:128])
@@ -311,4 +315,4 @@ def test_a_decoding_child_loads_neither_torch_nor_dask():
 def test_a_decoder_that_is_not_installed_is_no_fault_of_the_file(videos, monkeypatch):
     monkeypatch.setitem(sys.modules, "decord", None)
     with pytest.raises(ModuleNotFoundError):
-        one(videos["h264.mp4"].path, FrameSet(decoder="decord"))
+        decode_one(videos["h264.mp4"].path, FrameSet(decoder="decord"))

@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("wanted", [WANTED, [0], [59], [25]])
-def test_frames_are_those_asked_for_in_order_and_unchanged(folder, wanted):
+def test_frames_are_those_requested_in_order_and_unchanged(folder, wanted):
     frames = list(_images.pictures(folder, read_index(folder), wanted))
     assert [index for index, _ in frames] == wanted
     for index, image in frames:
@@ -29,7 +29,7 @@ def test_frames_are_those_asked_for_in_order_and_unchanged(folder, wanted):
 
 
 @pytest.mark.parametrize("decoder", ["auto", "decord", "torchcodec"])
-def test_no_decoder_is_asked_for_a_folder(folder, decoder):
+def test_no_decoder_is_used_for_a_folder(folder, decoder):
     frame_set = FrameSet(frames=60, decoder=decoder, picture=Picture(size=96, resize=96))
     (answer,) = decode(Request(folder, (Stretch(),), (frame_set,)))
     assert (answer.facts.decoder, answer.facts.num_frames) == ("images", 60)

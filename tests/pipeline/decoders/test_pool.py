@@ -51,8 +51,8 @@ def decoders():
 def until(condition, seconds=20.0):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(0.05)
     raise AssertionError(f"not within {seconds} seconds")
 
@@ -69,7 +69,7 @@ def at_work(seconds=0.6):
     return until(busy)[0]
 
 
-def test_answers_come_back_and_every_child_is_gone_after_close(quick):
+def test_answers_come_back_and_every_child_has_ended_after_close(quick):
     with DecodePool(2, 60) as pool:
         answers = [future.result() for future in [pool.submit(quick) for _ in range(6)]]
         children = decoders()
@@ -87,7 +87,7 @@ def test_a_file_past_its_deadline_is_a_timeout_and_the_next_is_decoded(quick, sl
         assert isinstance(after.result()[0], Decoded)
 
 
-def test_a_child_that_hears_no_signal_is_killed_all_the_same(quick, slow):
+def test_a_suspended_child_is_killed_all_the_same(quick, slow):
     with DecodePool(1, 5) as pool:
         hung = pool.submit(slow)
         child = at_work()
@@ -97,7 +97,7 @@ def test_a_child_that_hears_no_signal_is_killed_all_the_same(quick, slow):
         assert isinstance(pool.submit(quick).result()[0], Decoded)
 
 
-def test_a_child_that_is_killed_costs_its_own_file_alone(quick, slow):
+def test_a_child_that_is_killed_loses_its_file_alone(quick, slow):
     with DecodePool(2, 60) as pool:
         lost = pool.submit(slow)
         others = [pool.submit(quick) for _ in range(4)]
@@ -118,7 +118,7 @@ def test_an_idle_child_that_dies_costs_nothing(quick):
             assert isinstance(pool.submit(quick).result()[0], Decoded)
 
 
-def test_ctrl_c_is_left_to_the_parent(quick):
+def test_ctrl_c_is_handled_by_the_parent(quick):
     with DecodePool(1, 60) as pool:
         pool.submit(quick).result()
         (child,) = decoders()
@@ -188,11 +188,11 @@ def test_children_die_with_a_parent_that_is_killed(slow, tmp_path):
         assert all(psutil.pid_exists(pid) for pid in pids)
         parent.kill()
 
-    def gone(pid):
+    def has_ended(pid):
         # Without an init to reap it, a dead orphan stays as a zombie.
         return not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"
 
-    until(lambda: all(gone(pid) for pid in pids), seconds=3)
+    until(lambda: all(has_ended(pid) for pid in pids), seconds=3)
 
 
 def test_children_that_cannot_start_are_an_error_and_no_fault_of_the_file(quick, monkeypatch):
@@ -202,7 +202,7 @@ def test_children_that_cannot_start_are_an_error_and_no_fault_of_the_file(quick,
         pool.submit(quick).result()
 
 
-def test_a_daemonic_process_is_told_what_to_set(monkeypatch):
+def test_for_a_daemonic_process_the_option_to_set_is_named(monkeypatch):
     monkeypatch.setitem(_pool.multiprocessing.current_process()._config, "daemon", True)
     with pytest.raises(RuntimeError, match=r"distributed\.worker\.daemon: False"):
         DecodePool(1, 60)
@@ -217,7 +217,7 @@ def test_a_decoder_that_is_not_installed_is_refused_on_submitting(quick, monkeyp
     _pool.require.cache_clear()
 
 
-def test_a_file_that_says_much_on_stderr_is_decoded_in_silence(videos, tmp_path, capfd):
+def test_a_file_with_many_messages_on_stderr_is_decoded_in_silence(videos, tmp_path, capfd):
     content = bytearray(videos["mpeg4_b.avi"].path.read_bytes())
     content[len(content) // 2 :: 50] = bytes(len(content[len(content) // 2 :: 50]))
     noisy = tmp_path / "noisy.avi"

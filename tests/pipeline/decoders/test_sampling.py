@@ -30,12 +30,12 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 def test_indices_are_ordered_and_inside_the_clip_whatever_its_length(options, num_frames, frames):
     frame_set = FrameSet(frames=frames, **options)
     for seed in "abcdefgh":
-        found = indices(frame_set, np.arange(num_frames) / 25, seed)
-        assert found.dtype == np.int64
-        assert found.shape == (frames,)
-        assert (np.diff(found) >= 0).all()
-        assert found[0] >= 0
-        assert found[-1] < num_frames
+        frame_indices = indices(frame_set, np.arange(num_frames) / 25, seed)
+        assert frame_indices.dtype == np.int64
+        assert frame_indices.shape == (frames,)
+        assert (np.diff(frame_indices) >= 0).all()
+        assert frame_indices[0] >= 0
+        assert frame_indices[-1] < num_frames
 
 
 def test_a_clip_without_frames_is_refused():
@@ -68,22 +68,22 @@ def test_draws_follow_the_clip_and_the_view_and_repeat_exactly():
 def test_uniform_fps_follows_the_clock_not_the_count():
     # Ten frames in the first second, then one a second: the moment decides, not the middle index.
     times = np.concatenate([np.arange(10) / 10, np.arange(1, 10)])
-    found = indices(FrameSet(frames=3, sampling="uniform_fps", fps=0.5), times)
+    frame_indices = indices(FrameSet(frames=3, sampling="uniform_fps", fps=0.5), times)
     # Shown for 9 + 9/18 seconds: the moments are 2.75, 4.75 and 6.75 s.
-    assert times[found].tolist() == [2.0, 4.0, 6.0]
+    assert times[frame_indices].tolist() == [2.0, 4.0, 6.0]
 
 
-def test_uniform_fps_holds_a_frame_until_the_next_one_is_due():
+def test_uniform_fps_repeats_a_frame_until_the_next_is_due():
     times = np.array([0.0, 0.1, 5.0, 5.1])
-    found = indices(FrameSet(frames=4, sampling="uniform_fps", fps=1.0), times)
-    assert found.tolist() == [1, 1, 1, 1]
+    frame_indices = indices(FrameSet(frames=4, sampling="uniform_fps", fps=1.0), times)
+    assert frame_indices.tolist() == [1, 1, 1, 1]
 
 
-def test_uniform_fps_at_the_clips_own_rate_takes_neighbours_despite_rounded_clocks():
+def test_uniform_fps_at_the_rate_of_the_clip_takes_neighbours_despite_rounded_clocks():
     for scale in (1 / 25, 1001 / 30000, 1 / 29.97):
-        found = indices(FrameSet(frames=6, sampling="uniform_fps", fps=1 / scale),
-                        np.arange(41) * scale)  # fmt: skip
-        assert np.diff(found).tolist() == [1] * 5
+        frame_indices = indices(FrameSet(frames=6, sampling="uniform_fps", fps=1 / scale),
+                                np.arange(41) * scale)  # fmt: skip
+        assert np.diff(frame_indices).tolist() == [1] * 5
 
 
 def test_dense_starts_are_drawn_from_all_that_fit():
@@ -107,14 +107,14 @@ def test_pictures_equal_torchvisions_resize_and_centre_crop(size, interpolation,
     reference = transforms.Compose([transforms.Resize(resize, mode), transforms.CenterCrop(crop)])
     image = noise(*size)
     spec = Picture(size=crop, resize=resize, interpolation=interpolation)
-    made = apply_crop(image, choose_crop(FrameSet(picture=spec), *size))
-    assert made.dtype == np.uint8
-    np.testing.assert_array_equal(made, np.asarray(reference(image)))
+    cropped = apply_crop(image, choose_crop(FrameSet(picture=spec), *size))
+    assert cropped.dtype == np.uint8
+    np.testing.assert_array_equal(cropped, np.asarray(reference(image)))
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_pictures_equal_open_clips_own_preprocessing(resize_mode, interpolation):
+def test_pictures_equal_the_preprocessing_of_open_clip(resize_mode, interpolation):
     open_clip = pytest.importorskip("open_clip")
     transforms = pytest.importorskip("torchvision.transforms")
     reference = open_clip.image_transform(
@@ -125,8 +125,8 @@ def test_pictures_equal_open_clips_own_preprocessing(resize_mode, interpolation)
     before = transforms.Compose(reference.transforms[:to_tensor])
     image = noise(352, 240)
     spec = Picture(resize_mode=resize_mode, interpolation=interpolation)
-    made = apply_crop(image, choose_crop(FrameSet(picture=spec), 352, 240))
-    np.testing.assert_array_equal(made, np.asarray(before(image)))
+    cropped = apply_crop(image, choose_crop(FrameSet(picture=spec), 352, 240))
+    np.testing.assert_array_equal(cropped, np.asarray(before(image)))
 
 
 def test_the_plain_view_is_never_cropped_or_mirrored():
@@ -165,28 +165,28 @@ def test_a_mirrored_picture_is_the_picture_mirrored():
     image = noise(320, 240)
     flips = {}
     for seed in range(20):
-        made = choose_crop(FrameSet(view=1, flip=True), 320, 240, str(seed))
-        flips[made.flip] = apply_crop(image, made)
+        crop = choose_crop(FrameSet(view=1, flip=True), 320, 240, str(seed))
+        flips[crop.flip] = apply_crop(image, crop)
     np.testing.assert_array_equal(flips[True], flips[False][:, ::-1])
 
 
 def test_a_drawn_square_shows_that_part_of_the_frame():
     image = noise(320, 240)
     spec = Picture(size=64, resize=64, interpolation="bilinear")
-    made = choose_crop(FrameSet(view=1, random_crop=True, picture=spec), 320, 240, "clip")
-    part = image.crop(made.box).resize((64, 64), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(apply_crop(image, made), np.asarray(part))
+    crop = choose_crop(FrameSet(view=1, random_crop=True, picture=spec), 320, 240, "clip")
+    part = image.crop(crop.box).resize((64, 64), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(apply_crop(image, crop), np.asarray(part))
 
 
 def test_grey_and_transparent_images_become_rgb():
     for mode in ("L", "RGBA", "P", "CMYK"):
-        made = apply_crop(noise(40, 30).convert(mode), choose_crop(FrameSet(), 40, 30))
-        assert made.shape == (224, 224, 3)
+        cropped = apply_crop(noise(40, 30).convert(mode), choose_crop(FrameSet(), 40, 30))
+        assert cropped.shape == (224, 224, 3)
 
 
 def test_the_drawn_view_has_not_changed():
-    made = choose_crop(FrameSet(view=1, random_crop=True, flip=True), 320, 240, "clip")
-    assert (made.box, made.flip) == ((18, 28, 223, 233), True)
+    crop = choose_crop(FrameSet(view=1, random_crop=True, flip=True), 320, 240, "clip")
+    assert (crop.box, crop.flip) == ((18, 28, 223, 233), True)
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ def feature(request, tmp_path):
 
 @pytest.mark.parametrize("budget", [1 << 30, 0])
 def test_batches_are_the_cells_in_the_drawn_order_each_once(feature, budget):
-    found, stored = feature
-    tensors = FeatureTensors(found, budget_bytes=budget)
+    stored_feature, stored = feature
+    tensors = FeatureTensors(stored_feature, budget_bytes=budget)
     assert (len(tensors), tensors.in_memory) == (CLIPS - 1, budget > 0)
     for generator in (None, np.random.default_rng(3)):
         seen = []
@@ -49,42 +49,42 @@ def test_batches_are_the_cells_in_the_drawn_order_each_once(feature, budget):
 
 
 def test_rows_may_be_chosen_and_repeat(feature):
-    found, stored = feature
+    stored_feature, stored = feature
     for budget in (1 << 30, 0):
-        tensors = FeatureTensors(found, [7, 2, 7], budget_bytes=budget)
+        tensors = FeatureTensors(stored_feature, [7, 2, 7], budget_bytes=budget)
         assert torch.equal(tensors[torch.tensor([0, 1, 2])], stored[[7, 2, 7]])
 
 
 @pytest.mark.parametrize("budget", [1 << 30, 0])
 def test_a_mask_selects_clips_and_a_wrong_index_is_refused(feature, budget):
-    found, stored = feature
+    stored_feature, stored = feature
     mask = np.zeros(CLIPS, bool)
     mask[[3, 5]] = True
-    tensors = FeatureTensors(found, mask, budget_bytes=budget)
+    tensors = FeatureTensors(stored_feature, mask, budget_bytes=budget)
     assert tensors.rows.tolist() == [3, 5]
     assert torch.equal(tensors[torch.tensor([False, True])], stored[[5]])
     for indices in ([2], [-1], [0.5], [True]):
         with pytest.raises(IndexError, match=r"^indices of 2 clips: "):
             tensors[indices]
     with pytest.raises(IndexError, match="rows are whole numbers"):
-        FeatureTensors(found, np.array([0.5]))
+        FeatureTensors(stored_feature, np.array([0.5]))
 
 
 def test_cells_that_fit_are_read_once_and_others_batch_by_batch(feature, monkeypatch):
-    found, stored = feature
+    stored_feature, stored = feature
     reads = []
-    real = type(found).read
+    real = type(stored_feature).read
     monkeypatch.setattr(
-        type(found), "read",
+        type(stored_feature), "read",
         lambda self, rows, **kw: (reads.append(len(rows)), real(self, rows, **kw))[1],
     )  # fmt: skip
-    kept = FeatureTensors(found)
+    kept = FeatureTensors(stored_feature)
     for _ in range(2):
         list(kept.batches(4))
     assert reads == [CLIPS - 1]
     assert torch.equal(kept.whole, stored)
     reads.clear()
-    streamed = FeatureTensors(found, budget_bytes=0)
+    streamed = FeatureTensors(stored_feature, budget_bytes=0)
     list(streamed.batches(5))
     assert reads == [5, 5, 5, 5, 2]
     with pytest.raises(ValueError, match="more than the budget: use `batches`"):
@@ -92,9 +92,9 @@ def test_cells_that_fit_are_read_once_and_others_batch_by_batch(feature, monkeyp
 
 
 def test_only_the_next_batches_are_read_ahead(feature, monkeypatch):
-    found, _ = feature
+    stored_feature, _ = feature
     reads = []
-    real = type(found).read
+    real = type(stored_feature).read
     third = threading.Event()
 
     def read(self, rows, **kw):
@@ -103,8 +103,8 @@ def test_only_the_next_batches_are_read_ahead(feature, monkeypatch):
             third.set()
         return real(self, rows, **kw)
 
-    monkeypatch.setattr(type(found), "read", read)
-    batches = FeatureTensors(found, budget_bytes=0).batches(3)
+    monkeypatch.setattr(type(stored_feature), "read", read)
+    batches = FeatureTensors(stored_feature, budget_bytes=0).batches(3)
     next(batches)
     assert third.wait(10)
     assert len(reads) == 3
@@ -112,24 +112,26 @@ def test_only_the_next_batches_are_read_ahead(feature, monkeypatch):
     batches.close()
 
 
-def test_a_clip_without_the_feature_is_told_of_and_not_made_up(feature):
-    found, _ = feature
+def test_a_clip_without_the_feature_is_reported_and_not_invented(feature):
+    stored_feature, _ = feature
     for budget in (1 << 30, 0):
-        tensors = FeatureTensors(found, [0, CLIPS - 1], budget_bytes=budget)
+        tensors = FeatureTensors(stored_feature, [0, CLIPS - 1], budget_bytes=budget)
         with pytest.raises(LookupError, match=f"row {CLIPS - 1}"):
             list(tensors.batches(2))
     with pytest.raises(IndexError, match=f"rows 0 to {CLIPS} are not all in"):
-        FeatureTensors(found, [0, CLIPS])
+        FeatureTensors(stored_feature, [0, CLIPS])
     with pytest.raises(ValueError, match="at least one clip"):
-        list(FeatureTensors(found).batches(0))
+        list(FeatureTensors(stored_feature).batches(0))
 
 
 @pytest.mark.gpu
 def test_batches_arrive_on_the_gpu_from_pinned_memory(feature):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    found, stored = feature
+    stored_feature, stored = feature
     for budget in (1 << 30, 0):
-        for indices, cells in FeatureTensors(found, device="cuda", budget_bytes=budget).batches(4):
+        for indices, cells in FeatureTensors(
+            stored_feature, device="cuda", budget_bytes=budget
+        ).batches(4):
             assert cells.device.type == "cuda"
             assert torch.equal(cells.cpu(), stored[indices])

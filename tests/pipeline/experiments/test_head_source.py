@@ -27,7 +27,7 @@ build = Mine
 
 
 @pytest.fixture
-def mine(tmp_path):
+def head_file(tmp_path):
     file = tmp_path / "methods" / "mine.py"
     file.parent.mkdir()
     file.write_text(MINE)
@@ -38,22 +38,22 @@ def states(folder):
     return [f.read_bytes() for f in sorted((folder / "checkpoints").glob("*.safetensors"))]
 
 
-def test_a_file_is_a_head_and_is_called_by_its_stem(vector_store, mine, tmp_path):
-    done = run(vector_store, str(mine), SCENARIO, out=tmp_path / "runs", options={"lr": 0.1})
+def test_a_file_is_a_head_and_is_called_by_its_stem(vector_store, head_file, tmp_path):
+    done = run(vector_store, str(head_file), SCENARIO, out=tmp_path / "runs", options={"lr": 0.1})
     assert done.folder.name.startswith(f"mine-{SCENARIO}-1000-")
     assert done.spec["head"] == "mine"
     assert done.spec["options"] == {"lr": 0.1, "epochs": 2, "seed": 1000}
-    assert str(mine) not in (done.folder / "spec.json").read_text()
+    assert str(head_file) not in (done.folder / "spec.json").read_text()
     plain = run(vector_store, "linear", SCENARIO, out=tmp_path / "runs",
                 options={"lr": 0.1, "epochs": 2, "first_epochs": 2})  # fmt: skip
     assert states(plain.folder) == states(done.folder)
 
 
 def test_a_moved_file_finds_its_run_and_an_edited_one_is_another(
-    vector_store, mine, tmp_path, monkeypatch
+    vector_store, head_file, tmp_path, monkeypatch
 ):
-    done = run(vector_store, mine, SCENARIO, out=tmp_path)
-    moved = mine.rename(tmp_path / "mine.py")
+    done = run(vector_store, head_file, SCENARIO, out=tmp_path)
+    moved = head_file.rename(tmp_path / "mine.py")
     with monkeypatch.context() as patch:
         patch.setattr("varve.pipeline.experiments.run.RunState", None)
         assert run(vector_store, moved, SCENARIO, out=tmp_path).folder == done.folder
@@ -69,23 +69,23 @@ def test_a_moved_file_finds_its_run_and_an_edited_one_is_another(
     assert run(vector_store, moved, SCENARIO, out=tmp_path).folder == done.folder
 
 
-def test_modules_beside_it_are_read_with_it(vector_store, mine, tmp_path):
-    mine.write_text("import rate\nfrom base import Base\n" + MINE.replace("(Linear)", "(Base)")
-                    .replace("0.05", "rate.RATE"))  # fmt: skip
-    (mine.parent / "base.py").write_text(
+def test_modules_beside_it_are_read_with_it(vector_store, head_file, tmp_path):
+    head_file.write_text("import rate\nfrom base import Base\n" + MINE.replace("(Linear)", "(Base)")
+                         .replace("0.05", "rate.RATE"))  # fmt: skip
+    (head_file.parent / "base.py").write_text(
         "from varve.heads.linear import Linear as Base\nimport rate\n"
     )
-    (mine.parent / "other.py").write_text("")
+    (head_file.parent / "other.py").write_text("")
     for rate in (0.05, 0.06):  # one is not left over from the other
-        (mine.parent / "rate.py").write_text(f"RATE = {rate}")
-        assert set(find_head(mine).files) == {"mine.py", "base.py", "rate.py"}
-        assert run_spec.option_defaults(find_head(mine).build)["lr"] == rate
-    first = code_digest(find_head(mine))
-    (mine.parent / "rate.py").write_text("RATE = 0.05")
-    assert code_digest(find_head(mine)) != first
-    done = run(vector_store, mine, SCENARIO, out=tmp_path / "runs")
-    (mine.parent / "other.py").write_text("x = 1")
-    assert run(vector_store, mine, SCENARIO, out=tmp_path / "runs").folder == done.folder
+        (head_file.parent / "rate.py").write_text(f"RATE = {rate}")
+        assert set(find_head(head_file).files) == {"mine.py", "base.py", "rate.py"}
+        assert run_spec.option_defaults(find_head(head_file).build)["lr"] == rate
+    first = code_digest(find_head(head_file))
+    (head_file.parent / "rate.py").write_text("RATE = 0.05")
+    assert code_digest(find_head(head_file)) != first
+    done = run(vector_store, head_file, SCENARIO, out=tmp_path / "runs")
+    (head_file.parent / "other.py").write_text("x = 1")
+    assert run(vector_store, head_file, SCENARIO, out=tmp_path / "runs").folder == done.folder
     assert {f.name for f in (done.folder / "head_source").iterdir()} == {
         "mine.py",
         "base.py",
@@ -94,29 +94,29 @@ def test_modules_beside_it_are_read_with_it(vector_store, mine, tmp_path):
     assert not {"rate", "base", "mine"} & set(sys.modules)
 
 
-def test_a_head_that_it_imports_is_part_of_its_code(mine, tmp_path, monkeypatch):
+def test_a_head_that_it_imports_is_part_of_its_code(head_file, tmp_path, monkeypatch):
     for folder in ("parts", "grafts"):
         (tmp_path / "heads" / folder).mkdir(parents=True)
     for name in ("__init__", "linear", "lwf"):
         (tmp_path / "heads" / f"{name}.py").write_text("")
     monkeypatch.setattr(head_source, "HEADS", tmp_path / "heads")
-    before = code_digest(find_head(mine))
+    before = code_digest(find_head(head_file))
     (tmp_path / "heads" / "lwf.py").write_text("edited = 1")
-    assert code_digest(find_head(mine)) == before
+    assert code_digest(find_head(head_file)) == before
     (tmp_path / "heads" / "linear.py").write_text("from varve.heads import lwf")
-    after = code_digest(find_head(mine))
+    after = code_digest(find_head(head_file))
     assert after != before
     (tmp_path / "heads" / "lwf.py").write_text("edited = 2")
-    assert code_digest(find_head(mine)) != after
+    assert code_digest(find_head(head_file)) != after
 
 
-def test_a_run_folder_is_restored_without_the_file(vector_store, mine, tmp_path):
-    done = run(vector_store, mine, SCENARIO, out=tmp_path / "runs")
-    mine.write_text("raise RuntimeError")
+def test_a_run_folder_is_restored_without_the_file(vector_store, head_file, tmp_path):
+    done = run(vector_store, head_file, SCENARIO, out=tmp_path / "runs")
+    head_file.write_text("raise RuntimeError")
     head, _ = routing.restored(Run.read(done.folder), vector_store)
     assert type(head).__name__ == "Mine"
     assert head.classes == list(head.state_dict()["classes"])
-    mine.unlink()
+    head_file.unlink()
     done.folder.rename(tmp_path / "moved")
     again, _ = routing.restored(Run.read(tmp_path / "moved"), vector_store)
     assert all(torch.equal(x, again.state_dict()[n]) for n, x in head.state_dict().items())
@@ -137,28 +137,30 @@ def test_a_file_put_beside_a_run_of_heads_is_not_run(vector_store, tmp_path):
     assert type(head).__module__ == "varve.heads.nearest_mean"
 
 
-def test_what_is_imported_for_types_alone_is_not_looked_at(mine):
-    mine.write_text(
+def test_what_is_imported_for_types_alone_is_not_looked_at(head_file):
+    head_file.write_text(
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from varve import pipeline\n"
         + MINE
     )
-    assert find_head(mine).build
+    assert find_head(head_file).build
 
 
-def test_a_head_named_by_an_attribute_counts_too(mine, tmp_path, monkeypatch):
-    mine.write_text("import varve.heads.linear\nMine = varve.heads.linear.Linear\nbuild = Mine\n")
-    assert {file.stem for file in head_source.imported_heads(find_head(mine))} == {"linear"}
-    mine.write_text(
+def test_a_head_named_by_an_attribute_counts_too(head_file, tmp_path, monkeypatch):
+    head_file.write_text(
+        "import varve.heads.linear\nMine = varve.heads.linear.Linear\nbuild = Mine\n"
+    )
+    assert {file.stem for file in head_source.imported_heads(find_head(head_file))} == {"linear"}
+    head_file.write_text(
         "from varve import heads\nimport varve.heads.parts.fine_tuned_head\n"
         "build = lambda: heads.lwf.LwF\n"
     )
-    assert {file.stem for file in head_source.imported_heads(find_head(mine))} == {"lwf"}
+    assert {file.stem for file in head_source.imported_heads(find_head(head_file))} == {"lwf"}
 
 
 def test_a_killed_run_resumes_with_the_code_that_it_started_with(
-    vector_store, mine, tmp_path, monkeypatch
+    vector_store, head_file, tmp_path, monkeypatch
 ):
-    whole = run(vector_store, mine, SCENARIO, out=tmp_path / "whole", threads=1)
+    whole = run(vector_store, head_file, SCENARIO, out=tmp_path / "whole", threads=1)
 
     class Stop(BaseException):
         pass
@@ -170,10 +172,10 @@ def test_a_killed_run_resumes_with_the_code_that_it_started_with(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "write", stopping)
         with pytest.raises(Stop):
-            run(vector_store, mine, SCENARIO, out=tmp_path / "parts", threads=1)
+            run(vector_store, head_file, SCENARIO, out=tmp_path / "parts", threads=1)
     (begun,) = (tmp_path / "parts").iterdir()
-    mine.write_text(MINE.replace("lr=lr", "lr=9 * lr"))
-    edited = run(vector_store, mine, SCENARIO, out=tmp_path / "parts", threads=1)
+    head_file.write_text(MINE.replace("lr=lr", "lr=9 * lr"))
+    edited = run(vector_store, head_file, SCENARIO, out=tmp_path / "parts", threads=1)
     assert edited.folder != begun
     assert not (begun / "metrics.json").exists()
     kept = begun / "head_source" / "mine.py"
@@ -184,19 +186,19 @@ def test_a_killed_run_resumes_with_the_code_that_it_started_with(
 
 
 def test_processes_train_with_the_text_that_was_read(
-    vector_store, mine, tmp_path, monkeypatch, client
+    vector_store, head_file, tmp_path, monkeypatch, client
 ):
     """A grid over its own options; the file is gone before the first of them begins."""
-    monkeypatch.chdir(mine.parent)
-    (mine.parent / "rate.py").write_text("RATE = 0.05")
-    mine.write_text("from rate import RATE\n" + MINE.replace("0.05", "RATE"))
+    monkeypatch.chdir(head_file.parent)
+    (head_file.parent / "rate.py").write_text("RATE = 0.05")
+    head_file.write_text("from rate import RATE\n" + MINE.replace("0.05", "RATE"))
 
-    def gone(*rest, execute=sweep.execute):
-        for file in mine.parent.iterdir():
+    def removing(*rest, execute=sweep.execute):
+        for file in head_file.parent.iterdir():
             file.unlink()
         return execute(*rest)
 
-    monkeypatch.setattr(sweep, "execute", gone)
+    monkeypatch.setattr(sweep, "execute", removing)
     table = ablate(vector_store, ["nearest_mean", "mine.py"], SCENARIO, {"mine.lr": [0.1, 0.2]}, 1,
                    options={"mine": {"epochs": 1}}, out=tmp_path / "runs",
                    client=client)  # fmt: skip
@@ -205,17 +207,17 @@ def test_processes_train_with_the_text_that_was_read(
     assert set(table["option.lr"].dropna()) == {0.1, 0.2}
 
 
-def test_a_sweep_finds_files_from_where_it_lies(mine, tmp_path):
-    file = mine.parent / "s.toml"
+def test_a_sweep_finds_files_from_where_it_lies(head_file, tmp_path):
+    file = head_file.parent / "s.toml"
     file.write_text('heads = ["linear", "mine.py"]\nscenario = "demo"\nseeds = [1]\n'
                     '[grid]\n"mine.lr" = [0.1]\n[options.mine]\nepochs = 3\n')  # fmt: skip
     assert Sweep.read(file).runs() == [("linear", 1, {}), ("mine", 1, {"epochs": 3, "lr": 0.1})]
 
 
-def test_two_files_of_one_name_are_refused(vector_store, mine, tmp_path):
+def test_two_files_of_one_name_are_refused(vector_store, head_file, tmp_path):
     (tmp_path / "mine.py").write_text(MINE + "\n")
     with pytest.raises(ValueError, match=r"methods/mine\.py.*by its name alone, so rename one"):
-        ablate(vector_store, [mine, tmp_path / "mine.py"], SCENARIO, out=tmp_path / "runs")
+        ablate(vector_store, [head_file, tmp_path / "mine.py"], SCENARIO, out=tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,7 @@ def test_two_files_of_one_name_are_refused(vector_store, mine, tmp_path):
         ("mine.py", "def build(): return 3", r"its build gives 'int' without classes, reads"),
     ],
 )
-def test_a_file_that_is_no_head_is_refused_before_anything_is_made(
+def test_a_file_that_is_no_head_is_refused_before_anything_is_written(
     vector_store, tmp_path, name, text, message
 ):
     (tmp_path / name).write_text(text)
@@ -255,9 +257,9 @@ def test_a_missing_file_is_named(vector_store, tmp_path, varve):
         run(vector_store, "mine", SCENARIO, out=tmp_path)
 
 
-def test_the_command_takes_a_file(vector_store, mine, tmp_path, varve):
-    output = varve("run", vector_store.path, "--head", mine, "--scenario", SCENARIO, "--out",
-                  tmp_path / "runs", "--set", "lr=0.1", "--json")  # fmt: skip
+def test_the_command_takes_a_file(vector_store, head_file, tmp_path, varve):
+    output = varve("run", vector_store.path, "--head", head_file, "--scenario", SCENARIO, "--out",
+                   tmp_path / "runs", "--set", "lr=0.1", "--json")  # fmt: skip
     assert output.returncode == 0, output.stderr
     assert json.loads(output.stdout)["spec"]["head"] == "mine"
     output = varve("run", vector_store.path, "--head", "gone.py", "--scenario", SCENARIO)

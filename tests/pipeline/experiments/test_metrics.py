@@ -37,37 +37,37 @@ HAND = {
 
 
 def test_figures_of_a_matrix_worked_by_hand():
-    found = BY_HAND.figures()
+    figures = BY_HAND.figures()
     for name, values in HAND.items():
-        assert found["after_each_task"][name] == pytest.approx(values)
-    assert found["final"] == pytest.approx(52 / 120)
-    assert found["final_over_tasks"] == pytest.approx(0.5)  # (0.6 + 0.2 + 0.7) / 3
-    assert found["average_incremental"] == pytest.approx((0.9 + 0.725 + 52 / 120) / 3)
-    assert found["bwf"] == pytest.approx(0.45)
-    assert set(found) == {*names(), "after_each_task"}
+        assert figures["after_each_task"][name] == pytest.approx(values)
+    assert figures["final"] == pytest.approx(52 / 120)
+    assert figures["final_over_tasks"] == pytest.approx(0.5)  # (0.6 + 0.2 + 0.7) / 3
+    assert figures["average_incremental"] == pytest.approx((0.9 + 0.725 + 52 / 120) / 3)
+    assert figures["bwf"] == pytest.approx(0.45)
+    assert set(figures) == {*names(), "after_each_task"}
 
 
 def test_the_first_the_best_and_the_best_before_differ_where_a_task_gets_better():
     #   task 0: 0.5, then 0.7, then 0.8; task 1: 0.9, then 0.6
-    found = Matrix.from_rows([[0.5], [0.7, 0.9], [0.8, 0.6, 1.0]], [1, 1, 1])
-    after_1 = found.after(1)
+    matrix = Matrix.from_rows([[0.5], [0.7, 0.9], [0.8, 0.6, 1.0]], [1, 1, 1])
+    after_1 = matrix.after(1)
     assert bwf(after_1) == pytest.approx(-0.2)  # positive is forgetting, this is gain
     assert forgetting(after_1) == 0
     assert forgetting(after_1, include_last=False) == pytest.approx(-0.2)
-    assert bwf(found) == pytest.approx((-0.3 + 0.3) / 2)
-    assert forgetting(found) == pytest.approx((0 + 0.3) / 2)
-    assert forgetting(found, include_last=False) == pytest.approx((-0.1 + 0.3) / 2)
+    assert bwf(matrix) == pytest.approx((-0.3 + 0.3) / 2)
+    assert forgetting(matrix) == pytest.approx((0 + 0.3) / 2)
+    assert forgetting(matrix, include_last=False) == pytest.approx((-0.1 + 0.3) / 2)
 
 
 def test_a_single_task_has_no_forgetting():
-    found = Matrix.from_rows([[0.25]], [4])
-    assert math.isnan(bwf(found))
-    assert math.isnan(forgetting(found))
-    assert math.isnan(forgetting(found, include_last=False))
-    assert found.figures()["bwf"] is None
+    matrix = Matrix.from_rows([[0.25]], [4])
+    assert math.isnan(bwf(matrix))
+    assert math.isnan(forgetting(matrix))
+    assert math.isnan(forgetting(matrix, include_last=False))
+    assert matrix.figures()["bwf"] is None
     for name in ("final", "final_over_tasks", "average_incremental"):
-        assert found.metric(name) == 0.25
-    json.dumps(found.figures(), allow_nan=False)
+        assert matrix.metric(name) == 0.25
+    json.dumps(matrix.figures(), allow_nan=False)
 
 
 # The definitions as loops over Python numbers, tasks counted from 1 as in the papers.
@@ -137,8 +137,8 @@ def test_json_gives_back_every_bit(cnn, nme):
 
 
 def test_rows_make_the_matrix():
-    found = Matrix.from_rows([[0.9], [0.5, 0.8], [0.6, 0.2, 0.7]], [20, 60, 40])
-    np.testing.assert_array_equal(found.accuracy, BY_HAND.accuracy)
+    matrix = Matrix.from_rows([[0.9], [0.5, 0.8], [0.6, 0.2, 0.7]], [20, 60, 40])
+    np.testing.assert_array_equal(matrix.accuracy, BY_HAND.accuracy)
     with pytest.raises(ValueError, match="after task 1 there are 2 tasks to test, not 1"):
         Matrix.from_rows([[0.9], [0.5]], [1, 1])
 
@@ -171,10 +171,10 @@ def test_a_stage_that_is_not_there_is_refused(i):
 
 def test_cnn_and_nme_stand_side_by_side():
     nme = Matrix.from_rows([[1.0], [0.5, 0.5], [0.0, 0.5, 1.0]], BY_HAND.clips)
-    found = side_by_side(cnn=BY_HAND, nme=nme)
-    assert list(found.columns) == names()
-    assert found.loc["cnn", "final"] == BY_HAND.metric("final")
-    assert found.loc["nme", "bwf"] == bwf(nme)
+    table = side_by_side(cnn=BY_HAND, nme=nme)
+    assert list(table.columns) == names()
+    assert table.loc["cnn", "final"] == BY_HAND.metric("final")
+    assert table.loc["nme", "bwf"] == bwf(nme)
     alone = side_by_side(cnn=Matrix.from_rows([[0.5]], [2]), nme=None)
     assert list(alone.index) == ["cnn"]
     assert math.isnan(alone.loc["cnn", "bwf"])
@@ -202,9 +202,9 @@ def predictions():
 
 def test_predictions_give_the_matrix_whatever_the_order_of_their_rows():
     table = predictions().sample(frac=1, random_state=0)
-    found = from_predictions(table, TASKS)
-    np.testing.assert_allclose(found.accuracy, [[2 / 3, NAN], [1 / 3, 1 / 2]])
-    np.testing.assert_array_equal(found.clips, [3, 2])
+    matrix = from_predictions(table, TASKS)
+    np.testing.assert_allclose(matrix.accuracy, [[2 / 3, NAN], [1 / 3, 1 / 2]])
+    np.testing.assert_array_equal(matrix.clips, [3, 2])
     assert from_predictions(table, TASKS, "nme").metric("final") == 1
 
 

@@ -67,9 +67,9 @@ def test_rows_of_the_paper_are_one_call(store, tmp_path, name):
 @pytest.fixture(scope="module")
 def maps(dataset, built_once, tmp_path_factory) -> FeatureStore:
     spec = BuildSpec(("resnet18:random-0",), keep=("layer2.1", "layer3.1", "pool"), frames=2)
-    place = tmp_path_factory.mktemp("maps") / "s.zarr"
-    shutil.copytree(built_once(dataset(CLASSES, 3), spec), place)  # runs add teacher features
-    return FeatureStore.open(place)
+    path = tmp_path_factory.mktemp("maps") / "s.zarr"
+    shutil.copytree(built_once(dataset(CLASSES, 3), spec), path)  # runs add teacher features
+    return FeatureStore.open(path)
 
 
 @pytest.mark.parametrize(
@@ -105,32 +105,32 @@ def test_the_parts_of_had_are_one_call(dataset, built_once, tmp_path):
 
 
 def test_the_command_line_runs_and_sweeps(vector_store, tmp_path, varve):
-    place, out = vector_store.path, tmp_path / "runs"
-    output = varve("run", place, "--head", "nearest_mean", "--scenario", "2+2x2", "--out", out,
-                  "--set", "time=order")  # fmt: skip
+    store, out = vector_store.path, tmp_path / "runs"
+    output = varve("run", store, "--head", "nearest_mean", "--scenario", "2+2x2", "--out", out,
+                   "--set", "time=order")  # fmt: skip
     assert output.returncode == 0
     assert "final accuracy" in output.stdout
-    told = varve("run", place, "--head", "nearest_mean", "--scenario", "2+2x2", "--out", out,
-                  "--set", "time=order", "--json")  # fmt: skip
-    facts = json.loads(told.stdout)
+    json_output = varve("run", store, "--head", "nearest_mean", "--scenario", "2+2x2", "--out", out,
+                        "--set", "time=order", "--json")  # fmt: skip
+    facts = json.loads(json_output.stdout)
     assert facts["spec"]["options"]["time"] == "order"
-    assert varve("run", place, "--head", "nearest_mean", "--scenario", "2+2x2", "--set",
-                  "time").returncode == 2  # fmt: skip
+    assert varve("run", store, "--head", "nearest_mean", "--scenario", "2+2x2", "--set",
+                 "time").returncode == 2  # fmt: skip
 
     sweep = tmp_path / "sweep.toml"
     sweep.write_text(
         'heads = ["nearest_mean"]\nscenario = "demo"\n[grid]\ntime = ["mean", "order"]\n'
     )
     for form in ("csv", "parquet", "tex"):
-        output = varve("ablate", place, sweep, "--scenario", "2+2x2", "--out", out, "--serial",
-                      "--table", tmp_path / f"table.{form}")  # fmt: skip
+        output = varve("ablate", store, sweep, "--scenario", "2+2x2", "--out", out, "--serial",
+                       "--table", tmp_path / f"table.{form}")  # fmt: skip
         assert output.returncode == 0
         assert [line.split()[:2] for line in output.stdout.splitlines()[-2:]] == [
             ["nearest_mean", "mean"], ["nearest_mean", "order"],
         ]  # fmt: skip
         assert (tmp_path / f"table.{form}").stat().st_size > 100
-    records = json.loads(varve("ablate", place, sweep, "--scenario", "2+2x2", "--out", out,
-                                "--serial", "--json").stdout)  # fmt: skip
+    records = json.loads(varve("ablate", store, sweep, "--scenario", "2+2x2", "--out", out,
+                               "--serial", "--json").stdout)  # fmt: skip
     assert [record["n"] for record in records] == [3, 3]
     finished = results.read(out)
     assert finished["finished"].all()

@@ -53,10 +53,10 @@ def make_run(
     (folder / "checkpoints").mkdir()
     (folder / "spec.json").write_text(json.dumps(spec))
     if finished:
-        made = {kind: Matrix.from_rows(x, [3, 1]) for kind, x in matrices.items()}
-        figures = {"nme": None} | {kind: matrix.figures() for kind, matrix in made.items()}
+        matrix_of = {kind: Matrix.from_rows(x, [3, 1]) for kind, x in matrices.items()}
+        figures = {"nme": None} | {kind: matrix.figures() for kind, matrix in matrix_of.items()}
         figures |= {"left_out": {"quarantined": 4}, "diagnostics": [{}, {}]}
-        content = {"nme": None} | {kind: matrix.to_json() for kind, matrix in made.items()}
+        content = {"nme": None} | {kind: matrix.to_json() for kind, matrix in matrix_of.items()}
         content |= {"clips": [3, 1], "tasks": spec["tasks"]}
         (folder / "matrix.json").write_text(json.dumps(content))
         (folder / "metrics.json").write_text(json.dumps(figures))
@@ -177,17 +177,17 @@ def test_seeds_are_put_together_as_by_hand(groups):
     ]
     # Configurations appear in the order of their first run, however their seeds are mixed.
     records.sort(key=lambda record: record["seed"])
-    found = summary(pd.DataFrame(records))
-    assert found["n"].tolist() == [len(group) for group in groups]
+    table = summary(pd.DataFrame(records))
+    assert table["n"].tolist() == [len(group) for group in groups]
     for i, group in enumerate(groups):
         for k, name in enumerate(("cnn.final", "nme.final", "cost.seconds")):
-            numbers = [one[k] for one in group]
-            assert found[f"{name}.mean"][i] == pytest.approx(statistics.fmean(numbers))
+            numbers = [figures[k] for figures in group]
+            assert table[f"{name}.mean"][i] == pytest.approx(statistics.fmean(numbers))
             if len(numbers) > 1:
                 expected = statistics.stdev(numbers)
-                assert found[f"{name}.std"][i] == pytest.approx(expected, abs=1e-9)
+                assert table[f"{name}.std"][i] == pytest.approx(expected, abs=1e-9)
             else:
-                assert math.isnan(found[f"{name}.std"][i])
+                assert math.isnan(table[f"{name}.std"][i])
 
 
 def test_configurations_differ_by_all_that_was_requested(tmp_path):
@@ -196,9 +196,9 @@ def test_configurations_differ_by_all_that_was_requested(tmp_path):
             options = {"seed": seed, "fssd": lam}
             make_run(tmp_path / f"{lam}-{seed}", seed=seed, options=options)
         make_run(tmp_path / f"frames-{seed}", seed=seed, features={"vector": "other"})
-    found = summary(read(tmp_path))
-    assert found["n"].tolist() == [3, 3, 3]
-    assert "option.seed" not in found
+    table = summary(read(tmp_path))
+    assert table["n"].tolist() == [3, 3, 3]
+    assert "option.seed" not in table
     by_head = summary(read([tmp_path / "0-1000", tmp_path / "0-1993"]), by=["head"])
     assert list(by_head.columns[:2]) == ["head", "n"]
     with pytest.raises(ValueError, match=r"one configuration and seed: .*, \.\.\."):
@@ -216,10 +216,10 @@ def test_a_figure_that_one_seed_lacks_has_no_mean(tmp_path):
     make_run(tmp_path / "a", seed=1, nme=((1.0,), (0.5, 0.5)))
     make_run(tmp_path / "b", seed=2)
     make_run(tmp_path / "c", seed=3, nme=((1.0,), (0.5, 0.6)))
-    found = summary(read(tmp_path))
-    assert found[["nme.final.mean", "nme.final.std"]].isna().all(axis=None)
-    assert found[["cnn.final.mean", "cnn.final.std"]].notna().all(axis=None)
-    assert "NME" not in text(found)
+    table = summary(read(tmp_path))
+    assert table[["nme.final.mean", "nme.final.std"]].isna().all(axis=None)
+    assert table[["cnn.final.mean", "cnn.final.std"]].notna().all(axis=None)
+    assert "NME" not in text(table)
 
 
 def test_a_cost_that_one_head_lacks_is_left_blank(tmp_path):
@@ -227,9 +227,9 @@ def test_a_cost_that_one_head_lacks_is_left_blank(tmp_path):
     other = make_run(tmp_path / "b", head="linear")
     cost = json.loads((other / "cost.json").read_text())
     (other / "cost.json").write_text(json.dumps(cost | {"bytes_read": None, "trainable": None}))
-    found = latex(summary(read(tmp_path)), ("cost.bytes_read", "cost.trainable"))
-    assert r"stpr & 1 & 23 GB & 1,179,648 \\" in found
-    assert r"linear & 1 &  &  \\" in found
+    latex_table = latex(summary(read(tmp_path)), ("cost.bytes_read", "cost.trainable"))
+    assert r"stpr & 1 & 23 GB & 1,179,648 \\" in latex_table
+    assert r"linear & 1 &  &  \\" in latex_table
 
 
 def ablated(tmp_path):
@@ -254,8 +254,8 @@ def test_tables_come_back_from_disk(ending, tmp_path):
 
 
 def test_latex_is_a_booktabs_table(tmp_path):
-    found = ablated(tmp_path / "runs")
-    write(found, tmp_path / "t.tex", figures=("cnn.final", "nme.bwf", "cost.bytes_read"))
+    table = ablated(tmp_path / "runs")
+    write(table, tmp_path / "t.tex", figures=("cnn.final", "nme.bwf", "cost.bytes_read"))
     # hf_net: 57.5 and 72.5, whose deviation is 15 / sqrt(2)
     assert (tmp_path / "t.tex").read_text() == (
         r"""\begin{tabular}{llrrrr}
@@ -271,17 +271,17 @@ icarl & a\&b & 2 & 57.5 $\pm$ 0.0 & 0.0 $\pm$ 0.0 & 23 GB \\
 
 
 def test_bold_is_the_best_among_rows_of_one_scenario_and_backbone(tmp_path):
-    def one(name, last, **spec):
+    def add_run(name, last, **spec):
         make_run(tmp_path / name, rows=((0.9,), (last, 0.8)), options={"way": name}, **spec)
 
-    one("low", 0.5)
-    one("high", 0.7)
-    one("as high", 0.70001)
-    one("elsewhere", 0.1, scenario="3")
-    one("otherwise", 0.2, backbone="resnet18")
+    add_run("low", 0.5)
+    add_run("high", 0.7)
+    add_run("as high", 0.70001)
+    add_run("elsewhere", 0.1, scenario="3")
+    add_run("otherwise", 0.2, backbone="resnet18")
     figures = ("cnn.final_over_tasks", "cnn.bwf", "cost.trainable")
-    found = latex(summary(read(tmp_path)), figures, bold=True)
-    rows = [line.split(" & ") for line in found.splitlines() if " & " in line]
+    latex_table = latex(summary(read(tmp_path)), figures, bold=True)
+    rows = [line.split(" & ") for line in latex_table.splitlines() if " & " in line]
     way = rows[0].index("way")
     cells = {row[way]: row[-3:] for row in rows[1:]}
     assert cells["low"] == ["65.0", "40.0", r"1,179,648 \\"]
@@ -363,8 +363,8 @@ def test_changes_of_classes_and_what_they_were_confused_with(tmp_path):
     # run: 0 of 3, taken for walk twice and jump once -> 2 of 3. walk: 2 of 2 -> 1 of 2.
     before = predict(tmp_path / "before", {3: "walk", 5: "walk", 7: "jump"})
     after = predict(tmp_path / "after", {5: "jump", 8: "jump"}, stages=(0, 1, 2))
-    found = changes(before, after)
-    assert list(found.index) == ["run", "jump", "walk"]
+    table = changes(before, after)
+    assert list(table.index) == ["run", "jump", "walk"]
     expected = {
         "clips": [3, 1, 2],
         "before": [0, 1, 1],
@@ -375,15 +375,15 @@ def test_changes_of_classes_and_what_they_were_confused_with(tmp_path):
         "confused_after": ["jump", "", "jump"],
         "confused_share_after": [1 / 3, 0, 1 / 2],
     }
-    assert list(found) == list(expected)
+    assert list(table) == list(expected)
     for name, column in expected.items():
         if isinstance(column[0], str):
-            assert found[name].tolist() == column
+            assert table[name].tolist() == column
         else:
-            np.testing.assert_allclose(found[name], column)
+            np.testing.assert_allclose(table[name], column)
     assert not changes(before, after, stage=0)["change"].any()
     back = changes(after, before)
-    assert back.loc["run", "change"] == -found.loc["run", "change"]
+    assert back.loc["run", "change"] == -table.loc["run", "change"]
 
 
 def test_classes_of_one_run(tmp_path):
@@ -420,7 +420,7 @@ def test_predictions_that_are_not_there_are_refused_with_those_that_are(tmp_path
 
 
 def test_every_shown_figure_is_one_that_runs_have(tmp_path):
-    made = summary(read(make_run(tmp_path / "a", nme=((1.0,), (0.5, 0.5)))))
+    table = summary(read(make_run(tmp_path / "a", nme=((1.0,), (0.5, 0.5)))))
     for name in results.default_columns():
-        assert made[f"{name}.mean"].notna().all(), name
-    assert {f"{kind}.{figure}.mean" for kind in ("cnn", "nme") for figure in names()} <= set(made)
+        assert table[f"{name}.mean"].notna().all(), name
+    assert {f"{kind}.{figure}.mean" for kind in ("cnn", "nme") for figure in names()} <= set(table)

@@ -34,36 +34,36 @@ def test_a_video_of_the_store_is_routed_as_its_cached_features_are(done, videos)
     store = FeatureStore.open(done.spec["store"])
     table = store.clips
     rows = table.index[table["split"] == "test"][:2]
-    found = route(done.folder, [videos / table.at[row, "path"] for row in rows], top_k=2)
+    answers = route(done.folder, [videos / table.at[row, "path"] for row in rows], top_k=2)
     head, features = routing.restored(done, store)
     (name,) = features
     batch = {name: torch.from_numpy(features[name].read(rows)).float()}
     scores, expected = head.scores(batch), head.routing(batch)
     names = store.attributes["classes"]
-    for i, one in enumerate(found):
+    for i, answer in enumerate(answers):
         order = scores[i].argsort(descending=True)[:2].tolist()
-        assert [label for label, _ in one.classes] == [names[head.classes[j]] for j in order]
-        assert one.classes[0][1] == pytest.approx(scores[i].max().item(), rel=1e-5)
-        assert [e.number for e in one.experts] == expected.experts[i, :2].tolist()
-        assert [e.similarity for e in one.experts] == pytest.approx(
+        assert [label for label, _ in answer.classes] == [names[head.classes[j]] for j in order]
+        assert answer.classes[0][1] == pytest.approx(scores[i].max().item(), rel=1e-5)
+        assert [e.number for e in answer.experts] == expected.experts[i, :2].tolist()
+        assert [e.similarity for e in answer.experts] == pytest.approx(
             expected.similarities[i, :2].tolist(), rel=1e-5
         )
-        assert [e.nearest for e in one.experts] == [
+        assert [e.nearest for e in answer.experts] == [
             names[label] for label in expected.nearest[i, :2].tolist()
         ]
 
 
 def test_scores_are_those_of_the_run(done):
     head, features = routing.restored(done, FeatureStore.open(done.spec["store"]))
-    told = done.predictions.query("stage == 2")
+    predictions = done.predictions.query("stage == 2")
     (name,) = features
-    batch = {name: torch.from_numpy(features[name].read(told["row"].to_numpy())).float()}
+    batch = {name: torch.from_numpy(features[name].read(predictions["row"].to_numpy())).float()}
     names = FeatureStore.open(done.spec["store"]).attributes["classes"]
     best = head.scores(batch).argmax(dim=1).tolist()
-    assert [names[head.classes[j]] for j in best] == told["top1"].tolist()
+    assert [names[head.classes[j]] for j in best] == predictions["top1"].tolist()
 
 
-def test_a_broken_video_has_its_reason_and_the_rest_goes_on(done, videos, tmp_path):
+def test_a_broken_video_has_its_reason_and_the_rest_is_routed(done, videos, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video at all")
     good = next(videos.rglob("*.mp4"))
     broken, fine = route(done.folder, [tmp_path / "broken.mp4", good])
@@ -73,15 +73,15 @@ def test_a_broken_video_has_its_reason_and_the_rest_goes_on(done, videos, tmp_pa
     assert len(fine.experts) == 3
 
 
-def test_the_command_prints_experts_and_says_1_for_a_broken_video(done, videos, tmp_path, varve):
+def test_the_command_prints_experts_and_returns_1_for_a_broken_video(done, videos, tmp_path, varve):
     good = next(videos.rglob("*.mp4"))
-    said = varve("route", done.folder, good, "--top-k", 2)
-    assert said.returncode == 0
-    assert "expert  weight  similarity  nearest class" in said.stdout
+    output = varve("route", done.folder, good, "--top-k", 2)
+    assert output.returncode == 0
+    assert "expert  weight  similarity  nearest class" in output.stdout
     (tmp_path / "broken.mp4").write_bytes(b"")
-    said = varve("route", done.folder, tmp_path / "broken.mp4", good, "--json")
-    assert said.returncode == 1
-    broken, fine = json.loads(said.stdout)
+    output = varve("route", done.folder, tmp_path / "broken.mp4", good, "--json")
+    assert output.returncode == 1
+    broken, fine = json.loads(output.stdout)
     assert broken["reason"].startswith("empty: ")
     assert len(fine["experts"]) == 3
     assert set(fine["experts"][0]) == {"number", "weight", "nearest", "similarity"}

@@ -35,13 +35,13 @@ def store(vector_store):
 def files_of(folder: Path) -> dict[str, bytes]:
     """Files whose bytes equal runs share: none that records time."""
     names = ("matrix.json", "metrics.json", "predictions.parquet")
-    found = {name: (folder / name).read_bytes() for name in names}
+    contents = {name: (folder / name).read_bytes() for name in names}
     for file in sorted((folder / "checkpoints").glob("*.safetensors")):
-        found[file.name] = file.read_bytes()
-    return found
+        contents[file.name] = file.read_bytes()
+    return contents
 
 
-def test_a_run_folder_holds_what_a_paper_needs(store, tmp_path):
+def test_a_run_folder_contains_what_a_paper_needs(store, tmp_path):
     done = run(store, "lucir", "2+2x2", out=tmp_path, options=QUICK)
     names = {file.name for file in done.folder.iterdir()}
     assert {"spec.json", "matrix.json", "metrics.json", "cost.json", "predictions.parquet",
@@ -103,9 +103,9 @@ def test_a_finished_run_is_returned_and_not_run_again(store, tmp_path, monkeypat
     ids=["seed", "option", "scenario", "own"],
 )
 def test_whatever_decides_the_numbers_is_another_run(store, tmp_path, other):
-    asked = {"scenario": "2+2x2", "out": tmp_path}
-    first = run(store, "nearest_mean", **asked)
-    second = run(store, "nearest_mean", **asked | other)
+    arguments = {"scenario": "2+2x2", "out": tmp_path}
+    first = run(store, "nearest_mean", **arguments)
+    second = run(store, "nearest_mean", **arguments | other)
     assert first.folder != second.folder
 
 
@@ -226,7 +226,7 @@ def test_a_feature_that_the_store_lacks_is_refused_with_the_command_that_adds_it
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("requested", "message"),
     [
         ({"head": "nearest"}, "no 'nearest' in heads/; found"),
         ({"options": {"tiem": 1}}, "nearest_mean has no option tiem; it has feature='vector'"),
@@ -236,10 +236,10 @@ def test_a_feature_that_the_store_lacks_is_refused_with_the_command_that_adds_it
         ({"splits": ("train", "validation")}, "no clip to test on"),
     ],
 )
-def test_a_wrong_request_is_refused_before_anything_is_made(store, tmp_path, asked, message):
-    given = {"head": "nearest_mean", "scenario": "2+2x2", "out": tmp_path} | asked
+def test_a_wrong_request_is_refused_before_anything_is_written(store, tmp_path, requested, message):
+    arguments = {"head": "nearest_mean", "scenario": "2+2x2", "out": tmp_path} | requested
     with pytest.raises(ValueError, match=message):
-        run(store, **given)
+        run(store, **arguments)
     assert not list(tmp_path.iterdir())
 
 

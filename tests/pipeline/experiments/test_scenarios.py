@@ -62,12 +62,12 @@ def sizes(scenario):
 @pytest.mark.parametrize(("count", "seed"), FIRST)
 def test_orders_are_the_published_ones(count, seed):
     name = {101: "ucf101-10x5", 51: "hmdb51-5x5", 174: "ssv2-10x9"}[count]
-    found = make_scenario(name, names(count), seed)
+    scenario = make_scenario(name, names(count), seed)
     first = FIRST[count, seed]
-    assert list(found.order[: len(first)]) == first
-    assert sorted(found.order) == list(range(count))
-    assert list(found.classes) == [f"class {i:03}" for i in found.order]
-    assert found.seed == seed
+    assert list(scenario.order[: len(first)]) == first
+    assert sorted(scenario.order) == list(range(count))
+    assert list(scenario.classes) == [f"class {i:03}" for i in scenario.order]
+    assert scenario.seed == seed
 
 
 def test_orders_of_all_of_ucf101_are_those_that_tcd_published():
@@ -91,16 +91,16 @@ def test_a_name_is_its_written_form():
 
 
 def test_without_a_seed_classes_arrive_as_they_are_numbered():
-    found = make_scenario("demo", names(12), seed=None)
-    assert found.order == tuple(range(12))
-    assert found.seed is None
+    scenario = make_scenario("demo", names(12), seed=None)
+    assert scenario.order == tuple(range(12))
+    assert scenario.seed is None
 
 
 def test_the_seed_alone_decides_and_no_global_generator_is_touched():
     before = np.random.get_state()[1].tolist(), np.random.get_state()[2]  # noqa: NPY002
-    one = make_scenario("3+3x3", names(12), 5)
-    assert make_scenario("3+3x3", names(12), 5) == one
-    assert make_scenario("3+3x3", names(12), 6) != one
+    scenario = make_scenario("3+3x3", names(12), 5)
+    assert make_scenario("3+3x3", names(12), 5) == scenario
+    assert make_scenario("3+3x3", names(12), 6) != scenario
     assert (np.random.get_state()[1].tolist(), np.random.get_state()[2]) == before  # noqa: NPY002
 
 
@@ -135,9 +135,9 @@ def test_the_numbers_of_hmdb51_are_the_alphabets_and_not_the_index_files():
         _, number, path = line.split("\t")
         numbers[path.split("/")[0]] = int(number)
     index = official("splits/hmdb51/ClassInd.txt")
-    found = make_scenario("hmdb51-5x5", index, seed=None)
-    assert [numbers[label] for label in found.classes] == list(range(51))
-    assert list(found.classes) != index
+    scenario = make_scenario("hmdb51-5x5", index, seed=None)
+    assert [numbers[label] for label in scenario.classes] == list(range(51))
+    assert list(scenario.classes) != index
 
 
 def test_a_listing_of_ucf101_fits(tmp_path):
@@ -151,23 +151,23 @@ def test_a_listing_of_ucf101_fits(tmp_path):
             "status": "ready",
         }
     )
-    found = make_scenario("ucf101-10x5", listing.classes)
-    clips = divide(table, found)
+    scenario = make_scenario("ucf101-10x5", listing.classes)
+    clips = divide(table, scenario)
     assert sum(map(len, clips.train)) == 9537
     assert sum(map(len, clips.test)) == 3783
     assert not clips.left_out
-    assert set(table["label"][clips.test[2]]) == set(found.tasks[2])
+    assert set(table["label"][clips.test[2]]) == set(scenario.tasks[2])
 
 
 def test_tasks_may_come_from_vclimbs_file():
     file = shared("splits/vclimb/UCF101_data.json")
     index = official("splits/ucf101/classInd.txt")
-    found = make_scenario("given", index, order=file)
-    assert sizes(found) == [11] + [10] * 9
-    assert found.tasks[0][:3] == ("Surfing", "SalsaSpin", "PlayingTabla")
-    assert [index[i] for i in found.order[:3]] == ["Surfing", "SalsaSpin", "PlayingTabla"]
-    assert found.seed is None
-    assert make_scenario("11+10x9", index, order=file).tasks == found.tasks
+    scenario = make_scenario("given", index, order=file)
+    assert sizes(scenario) == [11] + [10] * 9
+    assert scenario.tasks[0][:3] == ("Surfing", "SalsaSpin", "PlayingTabla")
+    assert [index[i] for i in scenario.order[:3]] == ["Surfing", "SalsaSpin", "PlayingTabla"]
+    assert scenario.seed is None
+    assert make_scenario("11+10x9", index, order=file).tasks == scenario.tasks
     with pytest.raises(ValueError, match=r"51, 10, 10, 10, 10, 10 classes, the order of 11, 10"):
         make_scenario("ucf101-10x5", index, order=file)
 
@@ -198,9 +198,9 @@ def test_an_order_may_be_a_list_or_a_file(order, tmp_path):
             "2+1x2", ABC, order=file
         )
         order = file
-    found = make_scenario("2+1x2", ABC, order=order)
-    assert found.tasks == (("cat", "ant"), ("dog",), ("bee",))
-    assert found.order == (2, 0, 3, 1)
+    scenario = make_scenario("2+1x2", ABC, order=order)
+    assert scenario.tasks == (("cat", "ant"), ("dog",), ("bee",))
+    assert scenario.order == (2, 0, 3, 1)
 
 
 def test_numbers_that_are_names_are_names():
@@ -223,9 +223,9 @@ def test_an_order_may_leave_classes_out_and_only_may_choose_them():
 def test_avk_takes_the_users_classes_and_task_sizes(name):
     count = FROM_A_LIST[name]
     classes, chosen = names(400), names(400)[::-1][:count]
-    found = make_scenario(f"{name}:0+{count // 5}x5", classes, only=chosen)
-    assert sizes(found) == [count // 5] * 5
-    assert set(found.classes) == set(chosen)
+    scenario = make_scenario(f"{name}:0+{count // 5}x5", classes, only=chosen)
+    assert sizes(scenario) == [count // 5] * 5
+    assert set(scenario.classes) == set(chosen)
     halves = [chosen[: count // 2], chosen[count // 2 :]]
     assert make_scenario(name, classes, order=halves).tasks == tuple(map(tuple, halves))
     for wrong in ({}, {"only": chosen[1:]}):
@@ -303,8 +303,8 @@ def test_split_classes_gives_each_class_once_or_refuses():
 
 
 def table(rows):
-    made = pd.DataFrame(rows, columns=["label", "split", "status"])
-    return made.rename_axis(index="row")
+    frame = pd.DataFrame(rows, columns=["label", "split", "status"])
+    return frame.rename_axis(index="row")
 
 
 ROWS = [
@@ -324,8 +324,8 @@ ROWS = [
 
 
 def test_each_task_has_its_clips_and_the_others_are_counted():
-    found = make_scenario("1+2x1", ["ant", "bee", "cat"], order=["cat", "bee", "ant"])
-    clips = divide(table(ROWS), found)
+    scenario = make_scenario("1+2x1", ["ant", "bee", "cat"], order=["cat", "bee", "ant"])
+    clips = divide(table(ROWS), scenario)
     assert [rows.tolist() for rows in clips.train] == [[1], [2, 4, 10]]
     assert [rows.tolist() for rows in clips.test] == [[6], [0, 5]]
     assert clips.left_out == {
@@ -341,20 +341,20 @@ def test_each_task_has_its_clips_and_the_others_are_counted():
 
 def test_splits_may_have_other_names():
     rows = [(label, {"test": "val", "val": "x"}.get(s, s), status) for label, s, status in ROWS]
-    found = make_scenario("1+2x1", ["ant", "bee", "cat"])
-    clips = divide(table(rows), found, test="val")
+    scenario = make_scenario("1+2x1", ["ant", "bee", "cat"])
+    clips = divide(table(rows), scenario, test="val")
     assert sorted(np.concatenate(clips.test)) == [0, 5, 6]
     with pytest.raises(ValueError, match=r"no clip to test on \(split 'test'\).*4 in split 'val'"):
-        divide(table(rows), found)
+        divide(table(rows), scenario)
     with pytest.raises(ValueError, match="cannot be for both"):
-        divide(table(rows), found, test="train")
+        divide(table(rows), scenario, test="train")
 
 
 def test_classes_without_clips_are_named():
     rows = [*ROWS, ("dog", "train", "ready"), ("fly", "test", "quarantined")]
-    found = make_scenario("3+1x2", ["ant", "bee", "cat", "dog", "fly"], seed=None)
+    scenario = make_scenario("3+1x2", ["ant", "bee", "cat", "dog", "fly"], seed=None)
     with pytest.raises(ValueError) as refused:  # noqa: PT011
-        divide(table(rows), found)
+        divide(table(rows), scenario)
     message = str(refused.value)
     assert "no clip to learn from (split 'train'): fly; " in message
     assert "no clip to test on (split 'test'): dog, fly. " in message

@@ -31,9 +31,9 @@ class Notes(Progress):
 
 
 def test_a_grid_is_every_combination_for_every_seed():
-    found = Sweep(("nearest_mean",), "demo", GRID, seeds=2).runs()
-    assert len(found) == 8
-    assert {(seed, o["time"], o["unit"]) for _, seed, o in found} == {
+    runs = Sweep(("nearest_mean",), "demo", GRID, seeds=2).runs()
+    assert len(runs) == 8
+    assert {(seed, o["time"], o["unit"]) for _, seed, o in runs} == {
         (seed, time, unit)
         for seed in (1000, 1993)
         for time in ("mean", "order")
@@ -42,17 +42,17 @@ def test_a_grid_is_every_combination_for_every_seed():
 
 
 def test_options_of_the_command_line_replace_those_of_the_sweep():
-    heads, own = ("nearest_mean", "linear"), {"linear": {"lr": 0.5, "epochs": 3}}
-    sweep = Sweep(heads, "demo", {"nearest_mean.time": ["mean", "order"]}, options=own)
-    found = sweep.with_options({"lr": 0.1, "nearest_mean.unit": False})
-    assert found.options == {"nearest_mean": {"unit": False}, "linear": {"lr": 0.1, "epochs": 3}}
-    assert sweep.options == own
-    for given, message in (({"nosuch": 1}, "none of nearest_mean, linear has it"),
-                        ({"nearest_mean.time": "mean"}, "the grid has it"),
-                        ({"time": "mean"}, "the grid has it"),
-                        ({"linear.unit": 1}, "none of")):  # fmt: skip
+    heads, options = ("nearest_mean", "linear"), {"linear": {"lr": 0.5, "epochs": 3}}
+    sweep = Sweep(heads, "demo", {"nearest_mean.time": ["mean", "order"]}, options=options)
+    replaced = sweep.with_options({"lr": 0.1, "nearest_mean.unit": False})
+    assert replaced.options == {"nearest_mean": {"unit": False}, "linear": {"lr": 0.1, "epochs": 3}}
+    assert sweep.options == options
+    for overrides, message in (({"nosuch": 1}, "none of nearest_mean, linear has it"),
+                               ({"nearest_mean.time": "mean"}, "the grid has it"),
+                               ({"time": "mean"}, "the grid has it"),
+                               ({"linear.unit": 1}, "none of")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            sweep.with_options(given)
+            sweep.with_options(overrides)
 
 
 def test_an_option_of_one_head_is_not_given_to_another():
@@ -85,12 +85,12 @@ def test_a_table_has_mean_and_deviation_over_the_seeds(vector_store, tmp_path):
 
 def test_finished_runs_are_not_run_again(vector_store, tmp_path, monkeypatch):
     first = ablate(vector_store, "nearest_mean", "2+2x2", seeds=2, out=tmp_path, runtime=SERIAL)
-    asked = []
-    monkeypatch.setattr(sweep, "run", lambda *rest, **options: asked.append(options["seed"]))
+    seeds = []
+    monkeypatch.setattr(sweep, "run", lambda *rest, **options: seeds.append(options["seed"]))
     notes = Notes()
     again = ablate(vector_store, "nearest_mean", "2+2x2", seeds=[1000, 1993], out=tmp_path,
                    runtime=SERIAL, progress=notes)  # fmt: skip
-    assert asked == []
+    assert seeds == []
     assert notes.lines == ["2 runs, 2 of them finished before"]
     pd.testing.assert_frame_equal(first, again)
 
@@ -189,10 +189,10 @@ def test_a_run_trains_where_the_states_of_another_are_missing(vector_store, tmp_
     first = run(vector_store, "stpr", "2+2x2", options=STPR, out=tmp_path / "a")
     (first.folder / "checkpoints" / "task-01.json").unlink()
     options = STPR | {"routing": "average"}
-    found = run(vector_store, "stpr", "2+2x2", options=options, out=tmp_path / "a",
-                states_from=first.folder)  # fmt: skip
+    trained = run(vector_store, "stpr", "2+2x2", options=options, out=tmp_path / "a",
+                  states_from=first.folder)  # fmt: skip
     alone = run(vector_store, "stpr", "2+2x2", options=options, out=tmp_path / "b")
-    assert numbers(found.folder) == numbers(alone.folder)
+    assert numbers(trained.folder) == numbers(alone.folder)
 
 
 def test_equal_numbers_are_one_run_and_an_option_comes_once(vector_store, tmp_path):
@@ -257,7 +257,7 @@ def test_checkpoints_of_runs_that_were_there_before_stay(vector_store, tmp_path)
     assert len(list(tmp_path.glob("*/checkpoints"))) == 1
 
 
-def test_a_run_that_fails_leaves_the_others_alone(vector_store, tmp_path):
+def test_a_run_that_fails_does_not_stop_the_others(vector_store, tmp_path):
     notes = Notes()
     table = ablate(vector_store, "linear", "2+2x2", {"lr": [0.01, 1e30]}, seeds=1, out=tmp_path,
                    options={"linear": {"epochs": 3}}, runtime=SERIAL, progress=notes)  # fmt: skip
@@ -275,19 +275,21 @@ def test_where_every_run_fails_there_is_no_table(vector_store, tmp_path):
 
 
 def test_processes_give_the_numbers_of_one_after_the_other(vector_store, tmp_path):
-    asked = {"grid": {"time": ["mean", "order"]}, "seeds": 2}
-    one = ablate(vector_store, "nearest_mean", "2+2x2", out=tmp_path / "a", runtime=SERIAL, **asked)
+    arguments = {"grid": {"time": ["mean", "order"]}, "seeds": 2}
+    serial = ablate(
+        vector_store, "nearest_mean", "2+2x2", out=tmp_path / "a", runtime=SERIAL, **arguments
+    )
     notes = Notes()
     both = ablate(vector_store, "nearest_mean", "2+2x2", out=tmp_path / "b", progress=notes,
-                  runtime=Runtime(workers=2), **asked)  # fmt: skip
-    numbers = [name for name in one if name.startswith("cnn.")]
-    pd.testing.assert_frame_equal(one[numbers], both[numbers])
+                  runtime=Runtime(workers=2), **arguments)  # fmt: skip
+    numbers = [name for name in serial if name.startswith("cnn.")]
+    pd.testing.assert_frame_equal(serial[numbers], both[numbers])
     assert any("Dask dashboard: http" in line for line in notes.lines)
     assert notes.done == 4
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("requested", "message"),
     [
         ({"heads": "stprr"}, "no 'stprr' in heads/"),
         ({"grid": {"nearest_mean.tiem": [1]}}, r"tiem: none of nearest_mean has it; options are"),
@@ -299,10 +301,12 @@ def test_processes_give_the_numbers_of_one_after_the_other(vector_store, tmp_pat
         ({"grid": {"time": ["max"]}}, "choose from mean, order"),
     ],
 )
-def test_a_wrong_request_is_refused_before_anything_is_run(vector_store, tmp_path, asked, message):
-    given = {"heads": "nearest_mean", "scenario": "2+2x2", "out": tmp_path, "runtime": SERIAL}
+def test_a_wrong_request_is_refused_before_anything_is_run(
+    vector_store, tmp_path, requested, message
+):
+    defaults = {"heads": "nearest_mean", "scenario": "2+2x2", "out": tmp_path, "runtime": SERIAL}
     with pytest.raises(ValueError, match=message):
-        ablate(vector_store, **given | asked)
+        ablate(vector_store, **defaults | requested)
     assert not list(tmp_path.iterdir())
 
 
@@ -317,8 +321,8 @@ def test_a_sweep_is_read_from_toml(tmp_path):
         'heads = ["stpr"]\nscenario = "demo"\nseeds = 1\n[grid]\nposition = ["null", "learned"]\n'
         '[options.stpr]\nclip_norm = "null"\n'
     )
-    found = [options for _, _, options in Sweep.read(tmp_path / "s.toml").runs()]
-    assert found == [{"clip_norm": None, "position": each} for each in (None, "learned")]
+    all_options = [options for _, _, options in Sweep.read(tmp_path / "s.toml").runs()]
+    assert all_options == [{"clip_norm": None, "position": each} for each in (None, "learned")]
     (tmp_path / "s.toml").write_text('head = "stpr"\n')
     with pytest.raises(ValueError, match=r"s.toml is no sweep: .*head"):
         Sweep.read(tmp_path / "s.toml")

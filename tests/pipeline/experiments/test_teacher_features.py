@@ -73,8 +73,8 @@ def test_teacher_features_of_a_run_are_no_features_of_another(store, tmp_path):
     again = FeatureStore.open(store.path)
     assert "pool" in {f.name for f in again.features() if f.spec.get("grafts")}
     before = {
-        name: one.fingerprint
-        for name, one in head_inputs.find_features(store, NAME, ["vector"]).items()
+        name: feature.fingerprint
+        for name, feature in head_inputs.find_features(store, NAME, ["vector"]).items()
     }
     done = run(again, "nearest_mean", "2+1x2", out=tmp_path)
     assert done.spec["features"] == before
@@ -90,9 +90,9 @@ def test_teacher_features_are_of_the_frames_that_the_head_reads(whole, tmp_path)
     dataset = store.attributes["dataset"]
     other = BuildSpec(("ViT-S-32:random-0",), ("proj",), 3, "dense", stride=1, dtype="bfloat16")
     build(dataset, store.path, other, runtime=Runtime(serial=True))
-    found = run(store.path, "hce", "2+1x2", options=QUICK, backbone=NAME, out=tmp_path / "b")
-    assert found.matrix.to_json() == alone.matrix.to_json()
-    assert found.cost["stages_recomputed"] != alone.cost["stages_recomputed"]  # they were there
+    finished = run(store.path, "hce", "2+1x2", options=QUICK, backbone=NAME, out=tmp_path / "b")
+    assert finished.matrix.to_json() == alone.matrix.to_json()
+    assert finished.cost["stages_recomputed"] != alone.cost["stages_recomputed"]  # they were there
     changed = [f for f in FeatureStore.open(store.path).features() if f.spec.get("grafts")]
     assert {f.spec["frames"]["sampling"] for f in changed} == {"tsn"}
 
@@ -101,9 +101,9 @@ def test_a_store_of_another_precision_is_refused_before_anything_is_learned(
     dataset, built_once, tmp_path
 ):
     spec = BuildSpec((NAME,), keep=("layer4.0", "pool"), frames=2, precision="bfloat16")
-    place = built_once(dataset(CLASSES, 3), spec)
+    store = built_once(dataset(CLASSES, 3), spec)
     with pytest.raises(SpecMismatch, match="--precision float32"):
-        run(place, "hce", "2+1x2", options=QUICK, out=tmp_path)
+        run(store, "hce", "2+1x2", options=QUICK, out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -133,8 +133,8 @@ def test_a_stopped_run_resumes_with_the_teacher_features_of_the_store(
         return report
 
     monkeypatch.setattr(teacher_features, "update", noting)
-    found = run(store, "hce", "2+1x2", options=QUICK, out=tmp_path / "b")
+    resumed = run(store, "hce", "2+1x2", options=QUICK, out=tmp_path / "b")
     assert computed == [0]
-    assert found.matrix.to_json() == complete.matrix.to_json()
+    assert resumed.matrix.to_json() == complete.matrix.to_json()
     for name in ("predictions.parquet", "matrix.json"):
-        assert (found.folder / name).read_bytes() == (complete.folder / name).read_bytes()
+        assert (resumed.folder / name).read_bytes() == (complete.folder / name).read_bytes()

@@ -39,7 +39,7 @@ def built(videos, built_once) -> Path:
 
 
 @pytest.fixture
-def mine(videos, built, tmp_path) -> tuple[Path, Path]:
+def dataset_and_store(videos, built, tmp_path) -> tuple[Path, Path]:
     """A data set and its store, to be changed."""
     shutil.copytree(videos, tmp_path / "set")
     shutil.copytree(built, tmp_path / "s.zarr")
@@ -118,8 +118,8 @@ def _same_times(root: Path, store: Path) -> None:
         os.utime(root / clip["path"], ns=(clip["mtime_ns"], clip["mtime_ns"]))
 
 
-def test_touching_every_file_recomputes_nothing(mine):
-    root, store = mine
+def test_touching_every_file_recomputes_nothing(dataset_and_store):
+    root, store = dataset_and_store
     before = features(store)
     for file in root.rglob("*.*"):
         os.utime(file, ns=(1, 1))
@@ -128,8 +128,8 @@ def test_touching_every_file_recomputes_nothing(mine):
     assert features(store) == before
 
 
-def test_five_added_videos_are_five_computed(mine, videos, tmp_path):
-    root, store = mine
+def test_five_added_videos_are_five_computed(dataset_and_store, videos, tmp_path):
+    root, store = dataset_and_store
     make_dataset(tmp_path / "more", clips_per_class=5, seed=5, classes=("grow",), broken=False)
     for i, file in enumerate(sorted((tmp_path / "more").rglob("*.*"))):
         shutil.copy(file, root / "train" / "shrink" / f"added {i}{file.suffix}")
@@ -142,8 +142,10 @@ def test_five_added_videos_are_five_computed(mine, videos, tmp_path):
     assert FeatureStore.open(store).clips.index.tolist() == list(range(14))
 
 
-def test_a_replaced_video_is_recomputed_in_every_column_and_nothing_else(mine, tmp_path):
-    root, store = mine
+def test_a_replaced_video_is_recomputed_in_every_column_and_nothing_else(
+    dataset_and_store, tmp_path
+):
+    root, store = dataset_and_store
     both = BuildSpec(SPEC.backbones, (*SPEC.keep, "stem:pool"), frames=2)
     build(root, store, both, runtime=SERIAL)
     table = FeatureStore.open(store).clips
@@ -160,8 +162,8 @@ def test_a_replaced_video_is_recomputed_in_every_column_and_nothing_else(mine, t
         np.testing.assert_array_equal(feature.read([3])[0], old[feature.name][7])
 
 
-def test_equal_bytes_are_computed_once_and_noted(mine):
-    root, store = mine
+def test_equal_bytes_are_computed_once_and_noted(dataset_and_store):
+    root, store = dataset_and_store
     table = FeatureStore.open(store).clips
     shutil.copy(root / table.at[2, "path"], root / "train" / "grow" / "copy of an old one.mp4")
     fresh = (root / table.at[0, "path"]).read_bytes() + b"\0"
@@ -178,8 +180,8 @@ def test_equal_bytes_are_computed_once_and_noted(mine):
     assert only_feature(store).valid.all()
 
 
-def test_two_clips_that_trade_their_bytes_keep_their_features_without_decoding(mine):
-    root, store = mine
+def test_two_clips_that_trade_their_bytes_keep_their_features_without_decoding(dataset_and_store):
+    root, store = dataset_and_store
     table = FeatureStore.open(store).clips
     a, b = (root / table.at[row, "path"] for row in (1, 5))
     old = only_feature(store).read()
@@ -194,8 +196,8 @@ def test_two_clips_that_trade_their_bytes_keep_their_features_without_decoding(m
     assert after.at[1, "num_frames"] == table.at[5, "num_frames"]
 
 
-def test_a_removed_video_keeps_its_row_and_a_returned_one_costs_nothing(mine):
-    root, store = mine
+def test_a_removed_video_keeps_its_row_and_a_returned_one_costs_nothing(dataset_and_store):
+    root, store = dataset_and_store
     path = root / FeatureStore.open(store).clips.at[4, "path"]
     data = path.read_bytes()
     path.unlink()
@@ -271,9 +273,9 @@ def test_several_backbones_stages_and_views_come_out_of_one_pass(videos, tmp_pat
     )
     report = build(videos, tmp_path / "s.zarr", spec, runtime=SERIAL)
     assert report.decoded == 9
-    found = FeatureStore.open(tmp_path / "s.zarr").features()
-    assert len(found) == 8
-    assert len({feature.read([0]).tobytes() for feature in found}) == 8
+    columns = FeatureStore.open(tmp_path / "s.zarr").features()
+    assert len(columns) == 8
+    assert len({feature.read([0]).tobytes() for feature in columns}) == 8
     store = FeatureStore.open(tmp_path / "s.zarr")
     with pytest.raises(SpecMismatch, match=r"(?s)(?=.*frames\.view=0).*frames\.view=1"):
         store.feature("resnet18:random-1", "stem:grid7")
@@ -281,8 +283,10 @@ def test_several_backbones_stages_and_views_come_out_of_one_pass(videos, tmp_pat
     assert drawn.spec["frames"]["flip"]
 
 
-def test_a_removed_shard_is_computed_anew_and_a_removed_table_costs_no_computing(mine, built):
-    root, store = mine
+def test_a_removed_shard_is_computed_anew_and_a_removed_table_costs_no_computing(
+    dataset_and_store, built
+):
+    root, store = dataset_and_store
     _same_times(root, store)
     (feature,) = FeatureStore.open(store).features()
     (store / feature.shard_of(0)).unlink()
@@ -295,15 +299,15 @@ def test_a_removed_shard_is_computed_anew_and_a_removed_table_costs_no_computing
     pd.testing.assert_frame_equal(FeatureStore.open(store).clips, FeatureStore.open(built).clips)
 
 
-def test_what_decides_no_value_misses_nothing(mine, tmp_path, monkeypatch):
+def test_what_decides_no_value_misses_nothing(dataset_and_store, tmp_path, monkeypatch):
     """Paths, times, workers: the plan finds every cell valid."""
-    root, store = mine
+    root, store = dataset_and_store
     moved = tmp_path / "elsewhere"
     root.rename(moved)
     monkeypatch.chdir(tmp_path)
     for runtime in (SERIAL, Runtime(workers=3), Runtime(deadline_seconds=5.0)):
-        made, _ = plan("elsewhere", store, SPEC, runtime=runtime)
-        assert made.decodes == 0
+        planned, _ = plan("elsewhere", store, SPEC, runtime=runtime)
+        assert planned.decodes == 0
 
 
 CHANGES = {
@@ -323,21 +327,23 @@ CHANGES = {
 def test_whatever_decides_a_value_is_another_column(videos, built, change):
     from dataclasses import replace
 
-    made, _ = plan(videos, built, replace(SPEC, **CHANGES[change]), runtime=SERIAL, estimate=False)
-    assert (made.decodes, made.all_columns[0].valid.sum()) == (9, 0)
+    planned, _ = plan(
+        videos, built, replace(SPEC, **CHANGES[change]), runtime=SERIAL, estimate=False
+    )
+    assert (planned.decodes, planned.all_columns[0].valid.sum()) == (9, 0)
 
 
-def test_the_plan_says_what_is_then_written(videos, tmp_path):
+def test_the_plan_reports_what_is_then_written(videos, tmp_path):
     store = tmp_path / "s.zarr"
     spec = BuildSpec(SPEC.backbones, ("stem:grid7", "layer1.0:pool"), frames=4, dtype="float32")
-    made, seconds = plan(videos, store, spec, runtime=SERIAL)
+    planned, seconds = plan(videos, store, spec, runtime=SERIAL)
     assert not store.exists()
-    assert (made.decodes, made.clips) == (9, 9)
+    assert (planned.decodes, planned.clips) == (9, 9)
     assert seconds is not None
     assert seconds.seconds > 0
     build(videos, store, spec, runtime=SERIAL)
     written = sum(len(data) for data in features(store).values())
-    assert abs(made.file_bytes - written) < 0.02 * written
+    assert abs(planned.file_bytes - written) < 0.02 * written
     again, nothing = plan(videos, store, spec, runtime=SERIAL)
     assert (again.decodes, nothing) == (0, None)
 
@@ -363,17 +369,17 @@ def test_text_features_are_kept_beside_for_a_clip_network(videos, tmp_path):
     store = tmp_path / "s.zarr"
     spec = BuildSpec(("ViT-S-32:random-0",), ("stem:cls",), frames=1)
     build(videos, store, spec, runtime=SERIAL)
-    found = FeatureStore.open(store).text("ViT-S-32:random-0")
-    assert found.values.shape == (3, 384)
-    np.testing.assert_allclose(np.linalg.norm(found.values, axis=1), 1, atol=1e-5)
-    turned = FeatureStore.open(store).text("ViT-S-32:random-0", found.classes[::-1])
-    np.testing.assert_array_equal(turned.values, found.values[::-1])
+    text_features = FeatureStore.open(store).text("ViT-S-32:random-0")
+    assert text_features.values.shape == (3, 384)
+    np.testing.assert_allclose(np.linalg.norm(text_features.values, axis=1), 1, atol=1e-5)
+    turned = FeatureStore.open(store).text("ViT-S-32:random-0", text_features.classes[::-1])
+    np.testing.assert_array_equal(turned.values, text_features.values[::-1])
     with pytest.raises(LookupError, match="no text features"):
         FeatureStore.open(store).text("ViT-S-32:random-0", ["juggling"])
 
 
 @pytest.mark.parametrize(
-    ("request_", "said"),
+    ("request_", "message"),
     [
         (
             {"keep": ("blocks.3.mlp",)},
@@ -385,10 +391,10 @@ def test_text_features_are_kept_beside_for_a_clip_network(videos, tmp_path):
         ({"backbones": ("resnet18:/no/file.safetensors",)}, "/no/file.safetensors"),
     ],
 )
-def test_a_request_that_cannot_be_met_leaves_nothing_behind(videos, tmp_path, request_, said):
+def test_a_request_that_cannot_be_met_writes_nothing(videos, tmp_path, request_, message):
     from dataclasses import replace
 
-    with pytest.raises((ValueError, OSError), match=said):
+    with pytest.raises((ValueError, OSError), match=message):
         build(videos, tmp_path / "s.zarr", replace(SPEC, **request_), runtime=SERIAL)
     assert not (tmp_path / "s.zarr").exists()
 
@@ -410,13 +416,13 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(videos, tmp_p
     assert not (tmp_path / "s.zarr").exists()
 
 
-def test_a_store_in_use_is_left_alone(mine):
-    root, store = mine
+def test_a_store_in_use_is_refused(dataset_and_store):
+    root, store = dataset_and_store
     with lock.locked(store), pytest.raises(lock.StoreLocked, match=f"process {os.getpid()}"):
         build(root, store, SPEC, runtime=SERIAL)
 
 
-def test_every_array_says_how_to_make_it_again(built, resnet):
+def test_every_array_records_how_to_compute_it_again(built, resnet):
     spec = only_feature(built).spec
     assert spec["frames"] == SPEC.frame_sets(resnet.picture)[0].identity()
     assert [stage["stage"] for stage in spec["stages"]] == ["stem", "layer1.0"]

@@ -98,8 +98,8 @@ def test_a_kill_at_any_write_costs_nothing_but_that_write(dataset, tmp_path, mon
     real, kinds = atomic.write, []
 
     def noting(store, target, *pieces):
-        place = target.relative_to(store).parts
-        kinds.append((place[0], len(place)))
+        parts = target.relative_to(store).parts
+        kinds.append((parts[0], len(parts)))
         real(store, target, *pieces)
 
     monkeypatch.setattr(atomic, "write", noting)
@@ -202,9 +202,9 @@ def test_a_file_that_kills_its_worker_is_given_up_alone(tmp_path, monkeypatch):
     assert sorted(done) == ["a", "b"]
 
 
-@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("position", range(5))
 def test_of_many_files_the_one_that_kills_workers_is_found_and_no_other_is_lost(
-    tmp_path, monkeypatch, place
+    tmp_path, monkeypatch, position
 ):
     """Without workers: what is tried next after a block was lost."""
     tried = []
@@ -220,7 +220,7 @@ def test_of_many_files_the_one_that_kills_workers_is_found_and_no_other_is_lost(
     monkeypatch.setattr(schedule, "_client", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(schedule, "_slots", lambda *_: 1)
     monkeypatch.setattr(schedule, "_run", run)
-    names = [*"abcd"[:place], "poison", *"abcd"[place:]]
+    names = [*"abcd"[:position], "poison", *"abcd"[position:]]
     blocks = [Block(0, named(*names)), Block(1, named("e", "f"))]
     job = Job(tmp_path, (), 1, 10.0)
     answers = list(schedule.run_blocks(job, blocks, Runtime(), Events()))
@@ -232,7 +232,7 @@ def test_of_many_files_the_one_that_kills_workers_is_found_and_no_other_is_lost(
     assert tried[:3] == [names, ["e", "f"], names], "tried alone before it is halved"
 
 
-def test_an_interrupt_ends_with_130_and_the_next_build_goes_on(videos, undisturbed, tmp_path):
+def test_an_interrupt_ends_with_130_and_the_next_build_resumes(videos, undisturbed, tmp_path):
     store = tmp_path / "s.zarr"
     process = start(videos, store)
     wait_for(lambda: staged(store))

@@ -80,28 +80,34 @@ def store(dataset, built_once, spec, grafted, tmp_path_factory) -> Path:
     return store
 
 
-def told(store, spec=None, backbone=None, view=0):
+def differences_by_feature(store, spec=None, backbone=None, view=0):
     """Differences by feature; those of columns that a method made as "<feature> changed"."""
     columns = FeatureStore.open(store).features()
     grafts = {f.fingerprint for f in columns if f.spec.get("grafts")}
     return {
-        f"{one.feature} changed" if one.fingerprint in grafts else one.feature: one
-        for one in diff(store, spec, backbone)
-        if one.view == view
+        f"{difference.feature} changed"
+        if difference.fingerprint in grafts
+        else difference.feature: difference
+        for difference in diff(store, spec, backbone)
+        if difference.view == view
     }
 
 
-def own(store, spec, view=0):
+def published_differences(store, spec, view=0):
     """Those of the network as published."""
-    return {name: one for name, one in told(store, spec, None, view).items() if name in KEEP}
+    return {
+        name: difference
+        for name, difference in differences_by_feature(store, spec, None, view).items()
+        if name in KEEP
+    }
 
 
-def test_what_the_last_build_was_asked_for_is_current(store):
+def test_the_request_of_the_last_build_is_current(store):
     for view in (0, 1):
-        found = own(store, None, view)
-        assert set(found) == set(KEEP)
-        assert {one.verdict for one in found.values()} == {"current"}
-        assert not any(one.elements for one in found.values())
+        differences = published_differences(store, None, view)
+        assert set(differences) == set(KEEP)
+        assert {difference.verdict for difference in differences.values()} == {"current"}
+        assert not any(difference.elements for difference in differences.values())
     assert len(diff(store)) == 12
 
 
@@ -145,21 +151,31 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_all_columns_hang_on_is_told_of_each(store, spec, change):
+def test_what_all_columns_depend_on_is_reported_for_each(store, spec, change):
     options, elements, why = CHANGES[change]
-    found = own(store, replace(spec, **options))
-    assert set(found) == set(KEEP)
-    for one in found.values():
-        assert (one.verdict, one.elements, one.why) == ("differs", elements, why)
+    differences = published_differences(store, replace(spec, **options))
+    assert set(differences) == set(KEEP)
+    for difference in differences.values():
+        assert (difference.verdict, difference.elements, difference.why) == (
+            "differs",
+            elements,
+            why,
+        )
 
 
-def test_a_view_that_is_not_asked_for_is_other_frames(store, spec):
+def test_a_view_that_is_not_requested_is_other_frames(store, spec):
     alone = replace(spec, views=1, flip=False)
-    assert {one.verdict for one in own(store, alone).values()} == {"current"}
-    for one in own(store, alone, view=1).values():
-        assert one.elements == [("frames.view", 1, 0), ("frames.flip", True, False)]
-        assert one.why.startswith("the request shows 1 view of a clip and this is view 1: other")
-    cropped = own(store, replace(spec, flip=False, random_crop=True), view=1)["pool"]
+    assert {difference.verdict for difference in published_differences(store, alone).values()} == {
+        "current"
+    }
+    for difference in published_differences(store, alone, view=1).values():
+        assert difference.elements == [("frames.view", 1, 0), ("frames.flip", True, False)]
+        assert difference.why.startswith(
+            "the request shows 1 view of a clip and this is view 1: other"
+        )
+    cropped = published_differences(store, replace(spec, flip=False, random_crop=True), view=1)[
+        "pool"
+    ]
     assert cropped.elements == [("frames.flip", True, False), ("frames.random_crop", False, True)]
 
 
@@ -171,18 +187,18 @@ def test_another_network_has_other_pictures(store, spec, monkeypatch):
         return replace(backbone, picture=replace(backbone.picture, resize=240))
 
     monkeypatch.setattr(backbones, "load", load)
-    found = own(store, spec)["stem:pool"]
-    assert found.elements == [("frames.picture.resize", 256, 240)]
-    assert found.why.startswith("the same frames as other pictures")
+    difference = published_differences(store, spec)["stem:pool"]
+    assert difference.elements == [("frames.picture.resize", 256, 240)]
+    assert difference.why.startswith("the same frames as other pictures")
 
 
 @pytest.mark.parametrize("version", ["pixels", "code"])
-def test_another_version_of_the_code_is_told(store, spec, monkeypatch, version):
+def test_another_version_of_the_code_is_reported(store, spec, monkeypatch, version):
     if version == "pixels":
         monkeypatch.setattr("varve.pipeline.extraction.passes.PIXELS", "rgb48")
-        found = own(store, spec)["stem:pool"]
-        assert found.elements == [("pixels", "rgb24, libswscale bicubic, 1", "rgb48")]
-        assert found.why == f"other pictures of the same frames, {FRAMES}"
+        difference = published_differences(store, spec)["stem:pool"]
+        assert difference.elements == [("pixels", "rgb24, libswscale bicubic, 1", "rgb48")]
+        assert difference.why == f"other pictures of the same frames, {FRAMES}"
         return
     real = backbones.load
 
@@ -193,10 +209,10 @@ def test_another_version_of_the_code_is_told(store, spec, monkeypatch, version):
         return replace(backbone, stages=tuple(stages))
 
     monkeypatch.setattr(backbones, "load", load)
-    found = own(store, spec)
-    assert found["stem:pool"].verdict == "current"
-    assert found["pool"].elements == [("layer3.0 code", "resnet_block/1", "resnet_block/2")]
-    assert found["pool"].why.startswith(
+    differences = published_differences(store, spec)
+    assert differences["stem:pool"].verdict == "current"
+    assert differences["pool"].elements == [("layer3.0 code", "resnet_block/1", "resnet_block/2")]
+    assert differences["pool"].why.startswith(
         "layer3.0 has other code: columns before it are still valid"
     )
 
@@ -208,127 +224,147 @@ def test_another_version_of_the_code_is_told(store, spec, monkeypatch, version):
         ("layer3.0.bn1.bias", "layer3.0", ["stem:pool"]),
     ],
 )
-def test_one_parameter_renames_its_stage_and_what_follows(
+def test_one_parameter_changes_the_keys_of_its_stage_and_what_follows(
     store, spec, weights, changed, stage, current
 ):
-    found = own(store, replace(spec, backbones=(weights(changed),)))
-    assert [name for name in KEEP if found[name].verdict == "current"] == current
+    differences = published_differences(store, replace(spec, backbones=(weights(changed),)))
+    assert [name for name in KEEP if differences[name].verdict == "current"] == current
     for name in set(KEEP) - set(current):
-        (element, old, asked), why = found[name].elements[0], found[name].why
+        (element, old, new), why = differences[name].elements[0], differences[name].why
         assert element == f"{stage} parameters"
-        assert (len(found[name].elements), len(old), len(asked), old != asked) == (1, 16, 16, True)
+        assert (len(differences[name].elements), len(old), len(new), old != new) == (
+            1,
+            16,
+            16,
+            True,
+        )
         holds = "columns before it are still valid, this one is not"
         after = "and every stage after it is another computation"
         assert why == (f"stem has other parameters, {after}" if stage == "stem" else
                        f"{stage} has other parameters: {holds}")  # fmt: skip
 
 
-def test_a_stage_that_one_network_has_not_is_told(store, spec, weights, tmp_path):
+def test_a_stage_that_one_network_lacks_is_reported(store, spec, weights, tmp_path):
     """Weights without a classifier: no stage `fc`."""
     whole = backbones.load(weights(""))
     bare = replace(whole, stages=whole.stages[:-1])
-    mine = shutil.copytree(store, tmp_path / "s.zarr")
-    update(mine, whole, ("fc",), rows=[0], spec=replace(spec, views=1, flip=False))
-    (found,) = (one for one in diff(mine, backbone=bare) if one.feature == "fc")
-    assert (found.verdict, found.elements) == ("differs", [("fc", "present", "absent")])
-    assert found.why.startswith("the request's network has no fc: columns before it are still")
-    assert told(mine, backbone=bare)["pool"].verdict == "current"
+    copied = shutil.copytree(store, tmp_path / "s.zarr")
+    update(copied, whole, ("fc",), rows=[0], spec=replace(spec, views=1, flip=False))
+    (fc_difference,) = (
+        difference for difference in diff(copied, backbone=bare) if difference.feature == "fc"
+    )
+    assert (fc_difference.verdict, fc_difference.elements) == (
+        "differs",
+        [("fc", "present", "absent")],
+    )
+    assert fc_difference.why.startswith(
+        "the request's network has no fc: columns before it are still"
+    )
+    assert differences_by_feature(copied, backbone=bare)["pool"].verdict == "current"
 
 
 def test_a_network_of_another_name_is_compared_with_its_like(store, spec):
-    found = own(store, replace(spec, backbones=("resnet18:random-1", "resnet34:random-0")))
-    for one in found.values():
-        assert [name for name, _, _ in one.elements] == ["stem parameters"]
-        assert one.why.startswith("resnet18:random-1 is asked for instead: stem has other")
-    found = own(store, replace(spec, backbones=("resnet34:random-0",), keep=()))
-    for one in found.values():
-        assert one.verdict == "not asked for"
-        assert one.elements == [("backbone", "resnet18:w", "resnet34:random-0")]
-        assert "the request has no resnet18" in one.why
+    differences = published_differences(
+        store, replace(spec, backbones=("resnet18:random-1", "resnet34:random-0"))
+    )
+    for difference in differences.values():
+        assert [name for name, _, _ in difference.elements] == ["stem parameters"]
+        assert difference.why.startswith("resnet18:random-1 is asked for instead: stem has other")
+    differences = published_differences(
+        store, replace(spec, backbones=("resnet34:random-0",), keep=())
+    )
+    for difference in differences.values():
+        assert difference.verdict == "not asked for"
+        assert difference.elements == [("backbone", "resnet18:w", "resnet34:random-0")]
+        assert "the request has no resnet18" in difference.why
 
 
 def test_of_two_networks_of_one_name_the_nearer_is_compared(store, spec, weights):
     names = (weights("layer3.0.bn1.bias"), weights("conv1.weight"))
     for order in (names, names[::-1]):
-        found = own(store, replace(spec, backbones=order))
-        assert found["stem:pool"].verdict == "current"
-        assert found["pool"].elements[0][0] == "layer3.0 parameters"
+        differences = published_differences(store, replace(spec, backbones=order))
+        assert differences["stem:pool"].verdict == "current"
+        assert differences["pool"].elements[0][0] == "layer3.0 parameters"
 
 
-def test_what_was_not_asked_for_is_said_to_serve_or_not(store, spec):
-    found = own(store, replace(spec, keep=("layer4.1", "pool")))
-    assert (found["layer4.0"].verdict, found["layer4.0"].elements) == ("not asked for", [])
-    assert found["layer4.0"].why.endswith("layer4.1, pool can be computed from it")
-    part = found["layer4.1:pool"]
+def test_for_what_was_not_requested_its_use_is_reported(store, spec):
+    differences = published_differences(store, replace(spec, keep=("layer4.1", "pool")))
+    assert (differences["layer4.0"].verdict, differences["layer4.0"].elements) == (
+        "not asked for",
+        [],
+    )
+    assert differences["layer4.0"].why.endswith("layer4.1, pool can be computed from it")
+    part = differences["layer4.1:pool"]
     assert (part.verdict, part.elements) == ("not asked for", [("reduction", "pool", "whole")])
     assert "layer4.1:pool is an aggregate, and has no inverse" in part.why
-    found = own(store, replace(spec, keep=("stem",), dtype="float16"))
-    assert found["pool"].elements == [("dtype", "float32", "float16")]
-    assert "none of its own can come from it: pool comes after stem" in found["pool"].why
-    other = own(store, replace(spec, keep=("stem",), frames=3))["pool"]
+    differences = published_differences(store, replace(spec, keep=("stem",), dtype="float16"))
+    assert differences["pool"].elements == [("dtype", "float32", "float16")]
+    assert "none of its own can come from it: pool comes after stem" in differences["pool"].why
+    other = published_differences(store, replace(spec, keep=("stem",), frames=3))["pool"]
     assert other.why.endswith("; nor does the request keep such a feature")
 
 
-def test_numbers_that_are_too_coarse_are_said_to_be(store, spec, tmp_path):
+def test_numbers_that_are_too_coarse_are_reported(store, spec, tmp_path):
     root = FeatureStore.open(store).attributes["dataset"]
     coarse = replace(spec, dtype="float16", keep=("pool",), views=1, flip=False)
     build(root, tmp_path / "s.zarr", coarse, runtime=SERIAL)
-    (found,) = diff(tmp_path / "s.zarr", replace(coarse, dtype="float32"))
-    assert found.elements == [("dtype", "float16", "float32")]
-    assert found.why.endswith("float32 was asked for, and they are too coarse for it")
+    (difference,) = diff(tmp_path / "s.zarr", replace(coarse, dtype="float32"))
+    assert difference.elements == [("dtype", "float16", "float32")]
+    assert difference.why.endswith("float32 was asked for, and they are too coarse for it")
 
 
-def test_a_method_s_column_is_told_from_the_network_s_own(store):
-    found = told(store)["layer4.1:pool changed"]
-    assert [name for name, _, _ in found.elements] == ["layer4.1 code", "layer4.1 parameters"]
-    assert found.elements[0][1:] == ("graft", "resnet_block/1")
-    assert found.why.startswith("a method had changed layer4.1: columns before it are still valid")
+def test_a_column_of_a_method_is_distinguished_from_that_of_the_published_network(store):
+    difference = differences_by_feature(store)["layer4.1:pool changed"]
+    assert [name for name, _, _ in difference.elements] == ["layer4.1 code", "layer4.1 parameters"]
+    assert difference.elements[0][1:] == ("graft", "resnet_block/1")
+    assert difference.why.startswith(
+        "a method had changed layer4.1: columns before it are still valid"
+    )
 
 
 @pytest.mark.parametrize(
-    ("options", "element", "said"),
+    ("options", "element", "reason"),
     [
         ({"scale": 3.0}, ("layer4.1 options.attributes.scale", 2.0, 3.0), "has other options"),
         ({"gain": 3.0}, ("layer4.1 parameters",), "has other parameters"),
         ({"kind": Shifted}, ("layer4.1 options.code.class", "Scaled", "Shifted"), "other code"),
     ],
 )
-def test_a_live_network_is_compared_as_it_is(store, grafted, options, element, said):
-    now = told(store, backbone=grafted())
+def test_a_live_network_is_compared_as_it_is(store, grafted, options, element, reason):
+    now = differences_by_feature(store, backbone=grafted())
     for name in ("layer4.1:pool changed", "layer4.1:grid7 changed"):
         assert now[name].verdict == "current"
-    found = told(store, backbone=grafted(**options))
-    assert {name for name, one in found.items() if one.verdict == "current"} == {
-        "stem:pool", "layer4.0"
-    }  # fmt: skip
-    changed = found["layer4.1:pool changed"]
-    assert element in [one[: len(element)] for one in changed.elements]
-    assert said in changed.why
-    for one in (now["pool"], found["pool"]):
-        assert one.elements[0] == ("layer4.1 code", "resnet_block/1", "graft")
-        assert one.why.startswith("a method has changed layer4.1 since: columns before")
+    differences = differences_by_feature(store, backbone=grafted(**options))
+    current = {name for name, difference in differences.items() if difference.verdict == "current"}
+    assert current == {"stem:pool", "layer4.0"}
+    changed = differences["layer4.1:pool changed"]
+    assert element in [part[: len(element)] for part in changed.elements]
+    assert reason in changed.why
+    for difference in (now["pool"], differences["pool"]):
+        assert difference.elements[0] == ("layer4.1 code", "resnet_block/1", "graft")
+        assert difference.why.startswith("a method has changed layer4.1 since: columns before")
 
 
 def test_a_trained_stage_differs_by_its_parameters_alone(store, weights):
     backbone = backbones.load(weights("")).unfreeze("layer4.1")
-    assert told(store, backbone=backbone)["pool"].verdict == "current"
+    assert differences_by_feature(store, backbone=backbone)["pool"].verdict == "current"
     with torch.no_grad():
         backbone.stage("layer4.1").module.conv1.weight[0, 0, 0, 0] += 1
-    (element,) = told(store, backbone=backbone)["pool"].elements
+    (element,) = differences_by_feature(store, backbone=backbone)["pool"].elements
     assert element[0] == "layer4.1 parameters"
 
 
-def test_a_live_network_can_be_asked_for_what_a_request_keeps(store, spec, grafted):
-    found = told(store, replace(spec, keep=("pool",)), grafted())
-    assert found["layer4.0"].why.endswith("pool can be computed from it")
+def test_a_live_network_can_be_compared_for_what_a_request_keeps(store, spec, grafted):
+    differences = differences_by_feature(store, replace(spec, keep=("pool",)), grafted())
+    assert differences["layer4.0"].why.endswith("pool can be computed from it")
 
 
-def test_a_store_that_does_not_say_what_it_was_asked_for_is_an_error(store, spec):
+def test_a_store_without_its_request_is_refused(store, spec):
     opened = FeatureStore.open(store)
     del opened.attributes["request"]
     with pytest.raises(SpecMismatch, match="build it once more"):
         diff(opened)
-    assert {one.verdict for one in diff(opened, spec)} == {"current", "differs"}
+    assert {difference.verdict for difference in diff(opened, spec)} == {"current", "differs"}
 
 
 def test_another_sampling_takes_over_no_rate_and_no_stride(store):
@@ -339,14 +375,18 @@ def test_another_sampling_takes_over_no_rate_and_no_stride(store):
     assert request_of(opened, sampling="uniform_fps", fps=2.0).fps == 2.0
 
 
-def test_the_command_compares_with_the_last_build_and_what_is_asked_anew(store, varve):
+def test_the_command_compares_with_the_last_build_and_the_new_options(store, varve):
     done = varve("diff", store)
     assert done.returncode == 0
     assert len([line for line in done.stdout.splitlines() if line.startswith("current ")]) == 8
     done = varve("diff", store, "--frames=3", "--keep=pool", "--json")
-    told = json.loads(done.stdout)
-    assert (done.returncode, len(told), {one["verdict"] for one in told}) == (0, 12, {"differs"})
-    assert told[0]["elements"][0] == {"element": "frames.frames", "old": 2, "asked": 3}
+    records = json.loads(done.stdout)
+    assert (done.returncode, len(records), {record["verdict"] for record in records}) == (
+        0,
+        12,
+        {"differs"},
+    )
+    assert records[0]["elements"][0] == {"element": "frames.frames", "old": 2, "asked": 3}
     for options, column in (
         (["--backbone=resnet18:random-3"], "[stem parameters "),
         (["--sampling=uniform_fps", "--fps=2"], "[frames.fps 0.0, asked 2.0]"),
@@ -363,7 +403,7 @@ def test_the_command_compares_with_the_last_build_and_what_is_asked_anew(store, 
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--views=1", "--flip"], "--views 2"),
         (["--keep=blocks.3"], "no backbone has a stage 'blocks.3'"),
@@ -371,10 +411,10 @@ def test_the_command_compares_with_the_last_build_and_what_is_asked_anew(store, 
         (["--backbone=resnet18"], "names no weights"),
     ],
 )
-def test_a_request_that_no_build_could_meet_is_refused(store, varve, options, said):
+def test_a_request_that_no_build_could_meet_is_refused(store, varve, options, message):
     done = varve("diff", store, *options)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 def test_nothing_is_written(store, spec, grafted):
@@ -388,9 +428,9 @@ def test_nothing_is_written(store, spec, grafted):
 
 
 def test_a_long_list_is_cut_for_a_person_and_whole_for_a_program(store, spec):
-    found = diff(store, replace(spec, frames=3, sampling="dense", stride=1, decoder="decord",
-                                precision="bfloat16", dtype="float16"))  # fmt: skip
-    first, second, *_ = lines(found)
+    differences = diff(store, replace(spec, frames=3, sampling="dense", stride=1, decoder="decord",
+                                      precision="bfloat16", dtype="float16"))  # fmt: skip
+    first, second, *_ = lines(differences)
     assert first.endswith("[and 2 more]")
-    assert second.strip() == found[0].why
-    assert len(asdict(found[0])["elements"]) == 6
+    assert second.strip() == differences[0].why
+    assert len(asdict(differences[0])["elements"]) == 6

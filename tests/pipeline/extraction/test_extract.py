@@ -52,9 +52,9 @@ def test_cells_are_those_of_a_build_to_the_bit_and_failures_have_its_reasons(
              for row, clip in table[table["digest"] != ""].iloc[::-1].iterrows()]  # fmt: skip
     results = list(extract(files, requested))
     assert [clip.work.rows[0] for clip in results] == [file.clips[0].rows[0] for file in files]
-    (one,) = requested
+    (requested_pass,) = requested
     features = {output.spec.relative_path: store.feature(NETWORK, output.spec.feature)
-                for output in one.outputs}  # fmt: skip
+                for output in requested_pass.outputs}  # fmt: skip
     for clip in results:
         (row,) = clip.work.rows
         assert (clip.failure.reason if clip.failure else "") == table.at[row, "reason"]
@@ -64,8 +64,10 @@ def test_cells_are_those_of_a_build_to_the_bit_and_failures_have_its_reasons(
             continue
         assert clip.facts.num_frames == table.at[row, "num_frames"]
         assert clip.cells.keys() == features.keys()
-        for place, feature in features.items():
-            np.testing.assert_array_equal(clip.cells[place], feature.bits(np.array([row]))[0])
+        for relative_path, feature in features.items():
+            np.testing.assert_array_equal(
+                clip.cells[relative_path], feature.bits(np.array([row]))[0]
+            )
     assert {clip.failure.reason for clip in results if clip.failure} == {
         reason for path, reason in broken_files(videos) if reason
     }
@@ -78,7 +80,8 @@ def test_a_pass_without_outputs_gives_the_same_frames_in_this_process_and_runs_n
     frame_set = requested[0].frame_set
     (computed,) = extract([file_work(path, content_digest(path), requested)], requested)
     monkeypatch.setattr(
-        "varve.pipeline.extraction.forward.network_of", lambda one: pytest.fail("a network ran")
+        "varve.pipeline.extraction.forward.network_of",
+        lambda requested_pass: pytest.fail("a network ran"),
     )
     only = (frames_only(frame_set),)
     (decoded,) = extract([file_work(path, content_digest(path), only)], only, children=0)

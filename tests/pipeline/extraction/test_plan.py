@@ -95,13 +95,13 @@ class Case:
     table: pd.DataFrame
     inventory: Inventory
     rows: np.ndarray
-    one: Pass
+    single_pass: Pass
     describe: bool
 
     def plan(self) -> Plan:
-        networks = {self.one.backbone: NETWORK}
-        return make_plan(self.inventory, self.table, self.rows, Path("set"), (self.one,), networks,
-                         self.describe)  # fmt: skip
+        networks = {self.single_pass.backbone: NETWORK}
+        return make_plan(self.inventory, self.table, self.rows, Path("set"), (self.single_pass,),
+                         networks, self.describe)  # fmt: skip
 
     def requested(self, spec: ColumnSpec, row: int) -> bool:
         """Return whether a cell is requested: its clip is readable, its value representable."""
@@ -119,7 +119,9 @@ def cases(draw) -> Case:
     specs = [column(*feature, dtype) for feature in features]
     outputs = tuple(Output(s, *feature) for s, feature in zip(specs, features, strict=True))
     frame_set = FrameSet(frames=FRAMES)
-    one = Pass("net:own", precision, frame_set, Execution("cpu", BATCH, 1), outputs, STAGE_KEYS)
+    single_pass = Pass(
+        "net:own", precision, frame_set, Execution("cpu", BATCH, 1), outputs, STAGE_KEYS
+    )
     records = []
     for row in range(count):
         record = clips.blank(f"{row}.mp4", "label", "train")
@@ -162,7 +164,7 @@ def cases(draw) -> Case:
         {spec.relative_path: (spec, done()) for spec in stored}, waiting, clips=count
     )
     rows = draw(st.sets(st.integers(0, count - 1), min_size=1))
-    return Case(table, inventory, np.array(sorted(rows)), one, draw(st.booleans()))
+    return Case(table, inventory, np.array(sorted(rows)), single_pass, draw(st.booleans()))
 
 
 def usable(case: Case, output: Output, key: bytes) -> list[tuple[tuple, ColumnSpec]]:
@@ -175,11 +177,11 @@ def usable(case: Case, output: Output, key: bytes) -> list[tuple[tuple, ColumnSp
             source = Source(stage, reduction, spec.dtype, "", "", "", 0)
             if (
                 spec.relative_path != output.spec.relative_path
-                and not refusal(source, output, case.one, NETWORK)
+                and not refusal(source, output, case.single_pass, NETWORK)
                 and case.inventory.rows_of(spec, key)
             ):
                 depth = list(FORMS).index(stage)
-                exact = lossless(spec.dtype, case.one.precision)
+                exact = lossless(spec.dtype, case.single_pass.precision)
                 candidates.append(((-depth, not exact, spec.cell_bytes), spec))
     return sorted(candidates, key=lambda candidate: candidate[0])
 
@@ -188,25 +190,25 @@ def usable(case: Case, output: Output, key: bytes) -> list[tuple[tuple, ColumnSp
 @given(cases())
 def test_a_plan_computes_exactly_the_missing_cells_each_from_the_deepest_valid_source(case):
     plan = case.plan()
-    for output, made in zip(case.one.outputs, plan.columns[0], strict=True):
+    for output, planned in zip(case.single_pass.outputs, plan.columns[0], strict=True):
         done = case.inventory.done(output.spec)
         for row, key in enumerate(plan.keys):
             valid = bool(key.any()) and (done[row] == key).all()
-            work = [row in made.staged, row in made.copied, bool(made.compute[row])]
-            assert made.valid[row] == valid
+            work = [row in planned.staged, row in planned.copied, bool(planned.compute[row])]
+            assert planned.valid[row] == valid
             if valid or not case.requested(output.spec, row):
                 assert not any(work)
                 continue
             same = case.inventory.rows_of(output.spec, key.tobytes())
             is_staged = case.inventory.waiting[output.spec.relative_path].get(row) == key.tobytes()
             assert work == [is_staged, bool(same) and not is_staged, not (is_staged or same)]
-            if made.copied.get(row) is not None:
-                assert made.copied[row] in same
-            if not made.compute[row]:
+            if planned.copied.get(row) is not None:
+                assert planned.copied[row] in same
+            if not planned.compute[row]:
                 continue
             candidates = usable(case, output, key.tobytes())
-            chosen = [(source, rows[row]) for source, rows in made.sources if rows[row] >= 0]
-            assert made.from_video[row] == (not candidates)
+            chosen = [(source, rows[row]) for source, rows in planned.sources if rows[row] >= 0]
+            assert planned.from_video[row] == (not candidates)
             assert len(chosen) == bool(candidates)
             for source, source_row in chosen:
                 best = [spec for rank, spec in candidates if rank == candidates[0][0]]
@@ -238,17 +240,17 @@ def test_the_blocks_compute_every_missing_cell_once_and_are_counted_right(case):
                             for row in clip.rows}  # fmt: skip
         video_keys |= {clip.key for file in block.files for clip in file.clips}
         for number, count in in_block.items():
-            one = plan.passes[number]
-            needed = [one.outputs[c].stage for clip in block.clips
+            pass_plan = plan.passes[number]
+            needed = [pass_plan.outputs[c].stage for clip in block.clips
                       for c in clip.needs.get(number, ())]  # fmt: skip
-            first = list(FORMS).index(one.source.stage) if one.source else -1
+            first = list(FORMS).index(pass_plan.source.stage) if pass_plan.source else -1
             deepest = max((list(FORMS).index(stage) for stage in needed), default=first)
-            calls[number] += -(-count // one.batch_clips) * (deepest - first)
+            calls[number] += -(-count // pass_plan.batch_clips) * (deepest - first)
     expected = [
-        (row, next(n for n, one in enumerate(plan.passes)
-                   if one.source == next((s for s, rows in made.sources if rows[row] >= 0), None)),
-         made.output.spec.relative_path)
-        for made in plan.columns[0] for row in np.flatnonzero(made.compute).tolist()
+        (row, next(n for n, pass_plan in enumerate(plan.passes) if pass_plan.source ==
+                   next((s for s, rows in planned.sources if rows[row] >= 0), None)),
+         planned.output.spec.relative_path)
+        for planned in plan.columns[0] for row in np.flatnonzero(planned.compute).tolist()
     ]  # fmt: skip
     # Clips with the same bytes are computed once, for all of their rows.
     assert sorted(work) == sorted({(plan.keys[row].tobytes(), *cell) for row, *cell in expected})
@@ -266,14 +268,14 @@ def test_the_blocks_compute_every_missing_cell_once_and_are_counted_right(case):
 
 @settings(max_examples=40)
 @given(cases())
-def test_a_plan_that_is_done_leaves_nothing_to_do(case):
-    for made in case.plan().columns[0]:
-        spec = made.output.spec
+def test_after_a_finished_plan_nothing_is_missing(case):
+    for planned in case.plan().columns[0]:
+        spec = planned.output.spec
         done = case.inventory.done(spec)
-        rows = [*np.flatnonzero(made.compute), *made.staged, *made.copied]
+        rows = [*np.flatnonzero(planned.compute), *planned.staged, *planned.copied]
         done[rows] = clips.row_keys(case.table)[rows]
         case.inventory.stored[spec.relative_path] = (spec, done)
     case.describe = False
     again = case.plan()
     assert (again.blocks, again.bytes_read) == ((), 0)
-    assert not any(made.missing for made in again.columns[0])
+    assert not any(planned.missing for planned in again.columns[0])

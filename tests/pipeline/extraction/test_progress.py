@@ -22,7 +22,7 @@ print(type(progress).__name__)
 """
 
 
-def test_a_log_gets_a_line_when_a_bar_is_full_and_no_more_than_asked():
+def test_a_log_gets_a_line_when_a_bar_is_full_and_no_more_than_requested():
     out = io.StringIO()
     lines = Lines(out, every_seconds=3600)
     with lines.bars(decode=(3, "clips"), write=(6, "cells")):
@@ -35,7 +35,7 @@ def test_a_log_gets_a_line_when_a_bar_is_full_and_no_more_than_asked():
     assert line.endswith("frames/s")
 
 
-def test_a_log_tells_the_time_left():
+def test_a_log_reports_the_remaining_time():
     out = io.StringIO()
     lines = Lines(out, every_seconds=0)
     with lines.bars(forward=(1000, "clips")):
@@ -43,7 +43,7 @@ def test_a_log_tells_the_time_left():
     assert out.getvalue().rstrip().endswith("left")
 
 
-def test_a_rate_is_of_the_time_since_the_work_began():
+def test_a_rate_is_of_the_time_since_the_work_started():
     """A task's bar comes with its first epoch, when that is done already."""
     out = io.StringIO()
     lines = Lines(out)

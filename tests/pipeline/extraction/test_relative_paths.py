@@ -23,7 +23,7 @@ def bytes_of(store: Path) -> dict[str, bytes]:
     return {str(p.relative_to(store)): p.read_bytes() for p in files}
 
 
-def test_a_killed_build_of_a_relative_store_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+def test_a_killed_build_of_a_relative_store_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("varve.pipeline.extraction.blocks.CPU_BLOCK_PICTURES", 4)
     make_dataset(Path("set"), clips_per_class=3, classes=("grow", "shrink"), broken=False)

@@ -96,7 +96,7 @@ def test_a_retry_after_a_kill_knows_what_was_learnt(videos, store, monkeypatch):
     assert set(table["status"]) == {"ready"}
 
 
-def test_an_overflow_costs_its_own_cell_and_no_other(videos, store, tmp_path, monkeypatch):
+def test_an_overflow_loses_its_cell_and_no_other(videos, store, tmp_path, monkeypatch):
     weights = loud_weights(tmp_path)
     spec = BuildSpec((f"resnet18:{weights}", "resnet18:random-0"), ("stem:pool", "layer1.0:pool"),
                      frames=2)  # fmt: skip
@@ -127,9 +127,9 @@ def test_two_weight_files_of_equal_content_or_equal_name_are_two_backbones(video
     spec = BuildSpec(tuple(f"resnet18:{name}" for name in names), ("stem:pool",), frames=2)
     report = build(videos, store, spec, runtime=SERIAL)
     assert (report.clips, report.decoded) == ({"ready": 6}, 6)
-    found = FeatureStore.open(store).features()
-    assert sorted(f.backbone for f in found) == ["resnet18:loud", "resnet18:loud", "resnet18:twin"]
-    assert all(feature.valid.all() for feature in found)
+    stored = FeatureStore.open(store).features()
+    assert sorted(f.backbone for f in stored) == ["resnet18:loud", "resnet18:loud", "resnet18:twin"]
+    assert all(feature.valid.all() for feature in stored)
     result = verify(store, sample=2)
     assert (result.findings, result.equal) == ([], 6)
 
@@ -158,7 +158,7 @@ def test_a_clip_that_changed_under_the_build_is_tried_again(videos, store, monke
     assert build(videos, store, SPEC, runtime=SERIAL).clips == {"ready": 6}
 
 
-def test_a_clip_that_left_is_not_learnt_from_and_no_fault_to_verify(videos, built):
+def test_a_removed_clip_is_not_learnt_from_and_no_fault_to_verify(videos, built):
     gone = FeatureStore.open(built).clips.at[1, "path"]
     (videos / gone).rename(videos / "train" / "shrink" / "elsewhere.mp4")
     report = build(videos, built, SPEC, runtime=SERIAL)

@@ -66,19 +66,19 @@ def moved(backbone, *stages, factor=1.01):
 
 
 def read(store, report, feature, backbone=RESNET):
-    found = FeatureStore.open(store).feature(
+    column = FeatureStore.open(store).feature(
         backbone, feature, fingerprint=report.fingerprints[feature]
     )
-    return found.read(np.flatnonzero(found.valid))
+    return column.read(np.flatnonzero(column.valid))
 
 
-def column_facts(made, store):
-    return {column["feature"]: column for column in plan_facts(made, None, store)["columns"]}
+def column_facts(planned, store):
+    return {column["feature"]: column for column in plan_facts(planned, None, store)["columns"]}
 
 
 def files(root: Path) -> dict[str, bytes]:
-    found = [p for p in root.rglob("*") if p.is_file() and p.name != lock.FILE]
-    return {str(p.relative_to(root)): p.read_bytes() for p in found}
+    paths = [p for p in root.rglob("*") if p.is_file() and p.name != lock.FILE]
+    return {str(p.relative_to(root)): p.read_bytes() for p in paths}
 
 
 @pytest.fixture
@@ -110,13 +110,13 @@ def count_calls(backbone, monkeypatch):
         ("layer4.1", "layer3.1", ["layer4.0", "layer4.1", "pool"]),
     ],
 )
-def test_only_what_follows_the_deepest_feature_that_holds_is_run(
+def test_only_what_follows_the_deepest_valid_feature_is_run(
     store, resnet, stage, source, runs, no_videos
 ):
     new = moved(resnet, stage)
-    made, _ = plan(store, new, keep=["pool"], estimate=False)
-    assert column_facts(made, store)["pool"]["from"] == {f"{source} float32": 6}
-    assert (made.decodes, made.clips, made.calls(1)) == (0, 6, len(runs) * 2)
+    planned, _ = plan(store, new, keep=["pool"], estimate=False)
+    assert column_facts(planned, store)["pool"]["from"] == {f"{source} float32": 6}
+    assert (planned.decodes, planned.clips, planned.calls(1)) == (0, 6, len(runs) * 2)
     report = update(store, new, keep=["pool"])
     batches = 2  # of four clips of two frames
     assert report.calls == {f"{RESNET} {name}": batches for name in runs}
@@ -127,14 +127,14 @@ def test_only_what_follows_the_deepest_feature_that_holds_is_run(
 
 def test_an_update_equals_a_build_of_the_changed_network_bit_for_bit(store, resnet, videos):
     new = moved(resnet, "layer4.0")
-    found = read(store, update(store, new, keep=["layer4.0", "pool"]), "pool")
+    vectors = read(store, update(store, new, keep=["layer4.0", "pool"]), "pool")
     everything = moved(resnet, "layer4.0")
     # The same from the videos: no feature of the store is the new network's.
     shutil.rmtree(store / "features")
     report = update(store, everything, keep=["layer4.0", "pool"])
     assert report.decoded == 6
     assert report.calls[f"{RESNET} stem"] == 2
-    np.testing.assert_array_equal(read(store, report, "pool"), found)
+    np.testing.assert_array_equal(read(store, report, "pool"), vectors)
 
 
 def test_a_second_update_computes_nothing(store, resnet):
@@ -146,17 +146,17 @@ def test_a_second_update_computes_nothing(store, resnet):
     assert files(store / "features") == before
 
 
-def test_the_old_columns_stay_and_stay_the_ones_found_by_name(store, resnet):
+def test_the_previous_columns_stay_and_stay_the_default_for_their_name(store, resnet):
     before = files(store / "features")
     report = update(store, moved(resnet, "layer4.0"), keep=["pool"])
     after = files(store / "features")
     assert {name: after[name] for name in before} == before
     opened = FeatureStore.open(store)
-    own = opened.feature("resnet18", "pool")
-    assert own.spec.get("grafts") is None
+    published = opened.feature("resnet18", "pool")
+    assert published.spec.get("grafts") is None
     new = opened.feature("resnet18", "pool", fingerprint=report.fingerprints["pool"])
     assert new.spec["grafts"] == ["layer4.0"]
-    assert not np.array_equal(own.read(), new.read())
+    assert not np.array_equal(published.read(), new.read())
 
 
 def test_what_has_not_changed_is_not_computed_under_another_name(store, resnet):
@@ -165,7 +165,7 @@ def test_what_has_not_changed_is_not_computed_under_another_name(store, resnet):
     assert len(list(FeatureStore.open(store).columns())) == len(KEEP)
 
 
-def test_rows_asked_for_are_computed_and_no_others(store, resnet):
+def test_requested_rows_are_computed_and_no_others(store, resnet):
     new = moved(resnet, "layer4.0")
     report = update(store, new, keep=["pool"], rows=[4, 1])
     feature = FeatureStore.open(store).feature(
@@ -187,16 +187,16 @@ def test_rows_asked_for_are_computed_and_no_others(store, resnet):
             update(store, new, keep=["pool"], rows=rows)
 
 
-def test_each_row_comes_from_the_deepest_feature_that_holds_it(store, resnet, videos):
-    found = FeatureStore.open(store).feature("resnet18", "layer3.1")
+def test_each_row_comes_from_its_deepest_valid_feature(store, resnet, videos):
+    feature = FeatureStore.open(store).feature("resnet18", "layer3.1")
     column = Column(
-        store, ColumnSpec(RESNET, "layer3.1", found.fingerprint, found.shape[1:], "float32", {})
+        store, ColumnSpec(RESNET, "layer3.1", feature.fingerprint, feature.shape[1:], "float32", {})
     )
     marks = column.done(6)
     marks[[0, 3]] = 0
     column._write_done(marks)
-    made, _ = plan(store, moved(resnet, "layer4.0"), keep=["pool"], estimate=False)
-    assert column_facts(made, store)["pool"]["from"] == {
+    planned, _ = plan(store, moved(resnet, "layer4.0"), keep=["pool"], estimate=False)
+    assert column_facts(planned, store)["pool"]["from"] == {
         "layer3.1 float32": 4, "layer2.1 float32": 2,
     }  # fmt: skip
     report = update(store, moved(resnet, "layer4.0"), keep=["pool"])
@@ -208,8 +208,8 @@ def test_each_row_comes_from_the_deepest_feature_that_holds_it(store, resnet, vi
 def test_a_pooled_map_feeds_no_block(videos, tmp_path, resnet):
     store = tmp_path / "s.zarr"
     build(videos, store, spec(keep=("layer3.1:pool", "layer3.1:grid7")), runtime=SERIAL)
-    made, _ = plan(store, moved(resnet, "layer4.0"), keep=["pool"], estimate=False)
-    assert column_facts(made, store)["pool"]["from"] == {"the video": 6}
+    planned, _ = plan(store, moved(resnet, "layer4.0"), keep=["pool"], estimate=False)
+    assert column_facts(planned, store)["pool"]["from"] == {"the video": 6}
 
 
 def test_a_class_token_stands_in_after_the_last_attention_alone(
@@ -220,13 +220,13 @@ def test_a_class_token_stands_in_after_the_last_attention_alone(
     report = update(store, last, keep=["proj", "blocks.11.mlp:cls"])
     assert report.calls == {f"{VIT} blocks.11.mlp": 1, f"{VIT} proj": 1}
     assert report.bytes_read == 6 * 2 * 384 * 4
-    own = FeatureStore.open(store).feature(VIT, "proj").read()
-    np.testing.assert_allclose(read(store, report, "proj", VIT), own, rtol=1e-5, atol=1e-5)
+    published = FeatureStore.open(store).feature(VIT, "proj").read()
+    np.testing.assert_allclose(read(store, report, "proj", VIT), published, rtol=1e-5, atol=1e-5)
     # All its tokens, or a change before the attention: the class token is not enough.
-    made, _ = plan(store, last, keep=["blocks.11.mlp"], estimate=False)
-    assert column_facts(made, store)["blocks.11.mlp"]["from"] == {"blocks.10.mlp float32": 6}
-    made, _ = plan(store, moved(vit, "blocks.11.attn"), keep=["proj"], estimate=False)
-    assert column_facts(made, store)["proj"]["from"] == {"blocks.10.mlp float32": 6}
+    planned, _ = plan(store, last, keep=["blocks.11.mlp"], estimate=False)
+    assert column_facts(planned, store)["blocks.11.mlp"]["from"] == {"blocks.10.mlp float32": 6}
+    planned, _ = plan(store, moved(vit, "blocks.11.attn"), keep=["proj"], estimate=False)
+    assert column_facts(planned, store)["proj"]["from"] == {"blocks.10.mlp float32": 6}
 
 
 class Mixing(nn.Module):
@@ -240,10 +240,10 @@ class Mixing(nn.Module):
         return self.inner(x + x.mean(dim=1, keepdim=True))
 
 
-def test_a_module_that_does_not_say_so_is_not_taken_to_be_token_wise(vit_store, vit, no_videos):
+def test_a_module_that_does_not_declare_it_is_not_taken_to_be_token_wise(vit_store, vit, no_videos):
     new = vit.graft("blocks.11.mlp", Mixing(vit.stage("blocks.11.mlp").module))
-    made, _ = plan(vit_store, new, keep=["proj"], estimate=False)
-    assert column_facts(made, vit_store)["proj"]["from"] == {"blocks.10.mlp float32": 6}
+    planned, _ = plan(vit_store, new, keep=["proj"], estimate=False)
+    assert column_facts(planned, vit_store)["proj"]["from"] == {"blocks.10.mlp float32": 6}
 
 
 def test_no_feature_claims_more_precision_than_it_was_computed_from(videos, tmp_path, resnet):
@@ -252,13 +252,13 @@ def test_no_feature_claims_more_precision_than_it_was_computed_from(videos, tmp_
     for dtype, source in [
         ("bfloat16", "layer3.1 bfloat16"), ("float16", "the video"), ("float32", "the video"),
     ]:  # fmt: skip
-        made, _ = plan(store, resnet, keep=["pool"], spec=spec(dtype=dtype), estimate=False)
-        assert column_facts(made, store)["pool"]["from"] == {source: 6}, dtype
+        planned, _ = plan(store, resnet, keep=["pool"], spec=spec(dtype=dtype), estimate=False)
+        assert column_facts(planned, store)["pool"]["from"] == {source: 6}, dtype
     assert update(store, resnet, keep=["pool"], spec=spec(dtype="bfloat16")).decoded == 0
     column = FeatureStore.open(store).feature("resnet18", "pool")
     assert column.spec["resumed"] == ["bfloat16"]
-    found = verify(store, sample=3)
-    assert (found.findings, found.equal + found.close) == ([], 6)
+    verified = verify(store, sample=3)
+    assert (verified.findings, verified.equal + verified.close) == ([], 6)
 
 
 def test_a_build_that_adds_a_feature_decodes_nothing(store, videos, no_videos):
@@ -313,7 +313,7 @@ class Tinted(nn.Module):
         return self.inner(x) * self.tint[:, None, None]
 
 
-def test_an_update_that_was_killed_goes_on_to_the_same_bytes(store, resnet, tmp_path, monkeypatch):
+def test_an_update_that_was_killed_resumes_to_the_same_bytes(store, resnet, tmp_path, monkeypatch):
     other = Path(shutil.copytree(store, tmp_path / "other.zarr"))
     new = moved(resnet, "layer4.0")
     update(other, new, keep=["pool"])
@@ -336,7 +336,7 @@ def test_an_update_that_was_killed_goes_on_to_the_same_bytes(store, resnet, tmp_
     assert not (store / ".staging").exists()
 
 
-def test_the_callers_threads_modules_and_table_are_left_as_they_were(store, resnet):
+def test_the_callers_threads_modules_and_table_are_not_changed(store, resnet):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     new = moved(resnet, "layer4.0")
@@ -350,7 +350,7 @@ def test_the_callers_threads_modules_and_table_are_left_as_they_were(store, resn
     assert (store / "clips.parquet").read_bytes() == table
 
 
-def test_a_number_that_the_disk_cannot_hold_is_told_and_nothing_is_quarantined(store, resnet):
+def test_a_number_that_the_dtype_cannot_store_is_reported_and_nothing_is_quarantined(store, resnet):
     new = moved(resnet, "layer4.1", factor=30.0)
     half = spec(dtype="float16")
     report = update(store, new, keep=["layer4.1:pool"], spec=half)
@@ -365,7 +365,7 @@ def test_a_number_that_the_disk_cannot_hold_is_told_and_nothing_is_quarantined(s
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda b: (b, ["layer9"]), "no backbone has a stage 'layer9'; stages are"),
         (lambda b: (b, ["layer3.1:cls"]), "layer3.1:cls: the stage gives a map"),
@@ -375,16 +375,18 @@ def test_a_number_that_the_disk_cannot_hold_is_told_and_nothing_is_quarantined(s
                     ["pool"]), "layer4.0 is a temporal module over 4 frames, and the clips have 2"),
     ],
 )  # fmt: skip
-def test_a_request_that_cannot_be_met_is_refused_before_anything_runs(store, resnet, change, said):
+def test_a_request_that_cannot_be_met_is_refused_before_anything_runs(
+    store, resnet, change, message
+):
     before = files(store)
     backbone, keep = change(resnet)
     for call in (update, plan):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             call(store, backbone, keep=keep)
     assert files(store) == before
 
 
-def test_a_store_that_does_not_say_how_it_was_built_is_told_so(store, resnet):
+def test_a_store_without_its_build_options_is_refused(store, resnet):
     opened = FeatureStore.open(store)
     del opened.attributes["request"]
     opened.set_attributes({})
@@ -409,9 +411,9 @@ def test_every_view_of_the_clips_is_brought_up_to_date(videos, tmp_path, resnet,
     assert report.frames == 24
 
 
-def test_a_plan_says_where_each_column_comes_from_and_what_is_called(store, resnet):
-    made, seconds = plan(store, moved(resnet, "layer4.0"), keep=["pool"])
-    text = plan_summary(made, seconds, store)
+def test_a_plan_reports_where_each_column_comes_from_and_what_is_called(store, resnet):
+    planned, seconds = plan(store, moved(resnet, "layer4.0"), keep=["pool"])
+    text = plan_summary(planned, seconds, store)
     assert "pool  (2, 512) float32: 0 valid, 0 stale, 6 missing (6 from layer3.1 float32)" in text
     assert ("from layer3.1 float32: 6 clips in 2 batches through layer4.0 to pool "
             "(3 of 11 stages), 6 block calls") in text  # fmt: skip
@@ -419,7 +421,7 @@ def test_a_plan_says_where_each_column_comes_from_and_what_is_called(store, resn
     assert seconds.decode_seconds == 0 < seconds.forward_seconds
 
 
-def test_the_calls_that_are_reported_are_the_calls_that_are_made(store, resnet, monkeypatch):
+def test_the_reported_calls_are_the_actual_calls(store, resnet, monkeypatch):
     new = moved(resnet, "layer4.0")
     taken = {}
     snapshot = backbones.snapshot
@@ -434,8 +436,8 @@ def test_the_calls_that_are_reported_are_the_calls_that_are_made(store, resnet, 
 
     monkeypatch.setattr("varve.pipeline.extraction.update.snapshot", counting)
     report = update(store, new, keep=["pool"])
-    made = {f"{RESNET} {name}": n for name, n in taken["calls"].items() if n}
-    assert made == report.calls
+    calls = {f"{RESNET} {name}": n for name, n in taken["calls"].items() if n}
+    assert calls == report.calls
 
 
 def test_what_is_around_a_call_decides_no_value(store, resnet, tmp_path):
@@ -451,10 +453,10 @@ def test_two_stores_are_updated_by_one_network_at_once(store, resnet, tmp_path):
     stores = [Path(shutil.copytree(store, tmp_path / f"{i}.zarr")) for i in range(3)]
     new = moved(resnet, "layer4.0")
     with ThreadPoolExecutor(3) as pool:
-        reports = list(pool.map(lambda one: update(one, new, keep=["pool"]), stores))
+        reports = list(pool.map(lambda path: update(path, new, keep=["pool"]), stores))
     assert [report.computed for report in reports] == [6, 6, 6]
-    found = [files(one / "features") for one in stores]
-    assert found[0] == found[1] == found[2]
+    contents = [files(path / "features") for path in stores]
+    assert contents[0] == contents[1] == contents[2]
 
 
 @pytest.mark.parametrize("puts", [5, 6, 7])
@@ -463,8 +465,8 @@ def test_builds_stopped_twice_end_in_the_bytes_of_an_undisturbed_one(
 ):
     """A rounded feature of the same request must not stand in for the video it came from."""
     monkeypatch.setattr("varve.pipeline.extraction.blocks.CPU_BLOCK_PICTURES", 8)
-    asked = spec(keep=("layer4.0", "layer4.0:grid7", "layer4.0:pool", "pool"), dtype="float16")
-    whole, store = built_once(videos, asked), tmp_path / "s.zarr"
+    requested = spec(keep=("layer4.0", "layer4.0:grid7", "layer4.0:pool", "pool"), dtype="float16")
+    whole, store = built_once(videos, requested), tmp_path / "s.zarr"
     real, left = {"put": staging.put, "write": Column.write_shard}, {}
 
     def dying(name):
@@ -482,6 +484,6 @@ def test_builds_stopped_twice_end_in_the_bytes_of_an_undisturbed_one(
             patch.setattr("varve.stores.staging.put", dying("put"))
             patch.setattr(Column, "write_shard", dying("write"))
             with pytest.raises(KeyboardInterrupt):
-                build(videos, store, asked, runtime=SERIAL)
-    build(videos, store, asked, runtime=SERIAL)
+                build(videos, store, requested, runtime=SERIAL)
+    build(videos, store, requested, runtime=SERIAL)
     assert files(store / "features") == files(whole / "features")
