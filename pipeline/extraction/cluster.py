@@ -13,13 +13,16 @@ ALLOWED_FAILURES = 1
 
 
 @contextlib.contextmanager
-def connected(scheduler: str, workers: Sequence[Mapping[str, Any]], threads: int) -> Iterator[Any]:
+def connected(
+    scheduler: str, workers: Sequence[Mapping[str, Any]], threads: int, kinds: Sequence[str]
+) -> Iterator[Any]:
     """Give a client of a running scheduler, or of a local cluster that ends with the block.
 
     Args:
         scheduler: Address of a running scheduler; "" for a local cluster.
         workers: Arguments of each local `distributed.Worker`, with `nthreads`.
         threads: OpenMP threads of each local worker.
+        kinds: Kinds of variants that the work uses and local workers must find.
     """
     import dask
     from distributed import Client
@@ -28,7 +31,7 @@ def connected(scheduler: str, workers: Sequence[Mapping[str, Any]], threads: int
         if scheduler:
             yield stack.enter_context(Client(scheduler))
             return
-        require_guard("backbones", "reductions", "scenarios", "metrics")
+        require_guard(*kinds)
         settings = {
             # Workers have decoding children, which a daemonic process may not.
             "distributed.worker.daemon": False,

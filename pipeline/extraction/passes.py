@@ -7,7 +7,7 @@ the number of threads and the memory format. A column keeps the execution of its
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def passes(
 
 
 def keep_of_each(
-    keep: tuple[str, ...], backbones: Mapping[str, Backbone]
+    keep: Sequence[str], backbones: Mapping[str, Backbone]
 ) -> dict[str, list[tuple[Stage, str]]]:
     """Return the stages and canonical reductions to keep of each backbone, in chain order."""
     chosen: dict[str, dict[tuple[str, str], tuple[Stage, str]]] = {name: {} for name in backbones}

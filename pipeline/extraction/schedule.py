@@ -211,7 +211,9 @@ def _offering(client: Any, device: str) -> int:
 @contextlib.contextmanager
 def _client(job: Job, runtime: Runtime, device: str, events: Events) -> Iterator[Any]:
     threads = max((pass_.execution.threads for pass_ in job.passes), default=1)
-    with connected(runtime.scheduler, _workers(threads, runtime, device), threads) as client:
+    workers = _workers(threads, runtime, device)
+    kinds = ("backbones", "reductions")
+    with connected(runtime.scheduler, workers, threads, kinds) as client:
         _require(client, device, runtime.scheduler)
         events.message(f"Dask dashboard: {client.dashboard_link}")
         yield client

@@ -1,6 +1,7 @@
 """Stores and data sets that were damaged or changed in odd ways, and what the next build makes."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import safetensors.torch
 import torchvision
 from PIL import Image
 
+from varve import load_plugin
+from varve.pipeline import registry
 from varve.pipeline.config import BuildSpec, Runtime
 from varve.pipeline.extraction.build import build
 from varve.pipeline.extraction.verify import verify
@@ -203,3 +206,25 @@ def test_damage_is_named_by_verify_and_mended_by_removal(videos, built, undistur
     assert build(videos, built, SPEC, runtime=SERIAL).clips == {"ready": 6}
     assert features(built) == features(undisturbed)
     assert verify(built, sample=6).findings == []
+
+
+def test_frames_of_a_rule_that_is_not_loaded_are_a_finding_and_the_rest_is_verified(
+    videos, built, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(registry.VARIABLE, "")
+    monkeypatch.setattr(registry, "_LOADED", {})
+    plugin = tmp_path / "rule.py"
+    plugin.write_text(
+        "from varve import register\n@register('samplings')\ndef edges(times, frames):\n"
+        "    return [0, len(times) - 1][:frames]\n"
+    )
+    load_plugin(plugin)
+    try:
+        build(videos, built, replace(SPEC, sampling="edges"), runtime=SERIAL)
+        assert verify(built, sample=2).findings == []
+    finally:
+        registry.unregister("samplings", "edges")
+    result = verify(built, sample=2)
+    assert result.equal == 2
+    (finding,) = result.findings
+    assert finding.problem.startswith("cannot be computed again: no sampling 'edges'")
