@@ -217,6 +217,9 @@ def _client(job: Job, runtime: Runtime, device: str, events: Events) -> Iterator
         _require(client, device, runtime.scheduler)
         events.message(f"Dask dashboard: {client.dashboard_link}")
         yield client
+        if not runtime.scheduler:
+            # A worker would wait for its decoding children, which wait for more files.
+            client.run(close_pools)
 
 
 def _workers(threads: int, runtime: Runtime, device: str) -> list[dict[str, Any]]:
