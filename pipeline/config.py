@@ -6,7 +6,7 @@ are made from the declaration. Light to import: the child processes of the decod
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -264,14 +264,14 @@ class BuildSpec:
         ValueError: A value is not allowed, or two options contradict each other.
     """
 
-    backbones: tuple[str, ...] = field(
+    backbones: Sequence[str] = field(
         metadata={
             "option": Option(
                 "NAME:TAG, NAME:/path/weights.safetensors or NAME:random-SEED.", flag="backbone"
             )
         }
     )
-    keep: tuple[str, ...] = option(
+    keep: Sequence[str] = option(
         (),
         choices="reductions",
         help="STAGE or STAGE:REDUCTION to keep, of every backbone that has the stage. "
@@ -299,8 +299,8 @@ class BuildSpec:
 
     def __post_init__(self) -> None:
         for name in ("backbones", "keep"):
-            if isinstance(getattr(self, name), str):  # ("a") is no tuple, and easily written
-                object.__setattr__(self, name, (getattr(self, name),))
+            names = getattr(self, name)  # ("a") is no tuple, and easily written
+            object.__setattr__(self, name, (names,) if isinstance(names, str) else tuple(names))
         if not self.backbones:
             raise ValueError("no backbone asked for; name one, such as --backbone ViT-B-16:openai")
         _check_choices(self)
@@ -325,11 +325,7 @@ class BuildSpec:
         Raises:
             ValueError: The options contradict each other.
         """
-        changes = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in changes.items()
-            if value is not None
-        }
+        changes = {name: value for name, value in changes.items() if value is not None}
         if changes.get("sampling", self.sampling) != self.sampling:
             changes = {"fps": 0.0, "stride": 0} | changes
         if changes.get("views") == 1:

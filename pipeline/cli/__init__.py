@@ -7,6 +7,7 @@ surroundings were wrong; the message says what and what to do), 130 interrupted.
 """
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -20,8 +21,23 @@ from varve.pipeline import registry
 INTERRUPTED = 130
 
 
+def run_and_exit() -> None:
+    """Run the command line, and end the process at once: the teardown of torch takes seconds."""
+    try:
+        main()
+    except SystemExit as end:
+        with contextlib.suppress(OSError):  # whoever read the output has gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else end.code is not None)
+
+
 def main() -> None:
-    """Run the command line; an error is one sentence, with --debug a traceback."""
+    """Run the command line; an error is one sentence, with --debug a traceback.
+
+    Raises:
+        SystemExit: Always, with the exit code.
+    """
     debug = "--debug" in sys.argv[1:]
     try:
         with _noted_interrupts() as interrupts:

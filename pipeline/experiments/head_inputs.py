@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -60,14 +61,19 @@ def _block_from_the_end(backbone: Backbone, name: str, number: int, step: str) -
             f"counts from the end. Its stages are {', '.join(backbone.stage_names)}; name one of "
             "them, or choose a head that trains no blocks"
         )
-    before = backbone.stage_names[backbone.stage_names.index(next(iter(stages_of.values()))[0]) - 1]
-    if number > len(stages_of) + (not step):
-        raise ValueError(
-            f"{name}: {backbone.name} has {len(stages_of)} blocks, so that a head trains at most "
-            f"blocks={len(stages_of)}, all of them, and reads {before}"
+    count = len(stages_of)
+    before = [*takewhile(lambda stage: not _BLOCK.fullmatch(stage), backbone.stage_names)][-1:]
+    if number > count + bool(before and not step):
+        most = (
+            f"blocks={count}, all of them, and reads {before[0]}"
+            if before
+            else (f"blocks={count - 1}, since no stage comes before the first of them")
         )
-    if number > len(stages_of):
-        return before
+        raise ValueError(
+            f"{name}: {backbone.name} has {count} blocks, so that a head trains at most {most}"
+        )
+    if number > count:
+        return before[0]
     block = list(stages_of)[-number]
     return f"{block}.{step}" if step else stages_of[block][-1]
 

@@ -26,6 +26,8 @@ from varve.stores import FeatureStore
 
 # Marks a run folder whose checkpoints are there only for other runs of the sweep.
 TEMPORARY_CHECKPOINTS = "temporary_checkpoints"
+# Kinds of variants that runs use; worker processes must find those of the user.
+USED_KINDS = ("backbones", "reductions", "scenarios", "metrics")
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def execute(
     with contextlib.ExitStack() as stack:
         if client is None:
             workers = [{"nthreads": 1}] * min(count, runtime.workers or os.cpu_count() or 1)
-            client = stack.enter_context(connected(runtime.scheduler, workers, threads=1))
+            client = stack.enter_context(connected(runtime.scheduler, workers, 1, USED_KINDS))
         progress.message(f"Dask dashboard: {client.dashboard_link}")
         # One thread: as many runs as cores run side by side.
         common = {**common, "threads": 1, "plugins": os.environ.get(VARIABLE, ""), "pure": False}

@@ -1,8 +1,11 @@
 """Cluster: a Dask client of a local cluster, or of a scheduler that is already running."""
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import forkserver
 from typing import Any
 
 from varve.pipeline.main_guard import require_guard
@@ -10,16 +13,24 @@ from varve.pipeline.main_guard import require_guard
 # Deaths of its worker before a block is tried alone. At 0, blocks that ran beside the one that
 # killed the worker would be blamed with it.
 ALLOWED_FAILURES = 1
+# Imported once for all workers of a process, where the process itself has imported them.
+PRELOADED = (
+    *("distributed", "torch", "torchvision", "open_clip", "timm"),
+    "varve.pipeline.extraction.worker",
+)
 
 
 @contextlib.contextmanager
-def connected(scheduler: str, workers: Sequence[Mapping[str, Any]], threads: int) -> Iterator[Any]:
+def connected(
+    scheduler: str, workers: Sequence[Mapping[str, Any]], threads: int, kinds: Sequence[str]
+) -> Iterator[Any]:
     """Give a client of a running scheduler, or of a local cluster that ends with the block.
 
     Args:
         scheduler: Address of a running scheduler; "" for a local cluster.
         workers: Arguments of each local `distributed.Worker`, with `nthreads`.
         threads: OpenMP threads of each local worker.
+        kinds: Kinds of variants that the work uses and local workers must find.
     """
     import dask
     from distributed import Client
@@ -28,27 +39,54 @@ def connected(scheduler: str, workers: Sequence[Mapping[str, Any]], threads: int
         if scheduler:
             yield stack.enter_context(Client(scheduler))
             return
-        require_guard("backbones", "reductions", "scenarios", "metrics")
+        require_guard(*kinds)
         settings = {
             # Workers have decoding children, which a daemonic process may not.
             "distributed.worker.daemon": False,
             "distributed.scheduler.allowed-failures": ALLOWED_FAILURES,
             # Its two sampling threads wake every 10 ms on cores that the forward fills.
             "distributed.worker.profile.enabled": False,
-            "distributed.nanny.pre-spawn-environ": _environment(threads),
+            "distributed.worker.multiprocessing-method": "forkserver",
         }
+        environment = _environment(threads)
         stack.enter_context(dask.config.set(settings))
         with _ctrl_c_for_us_alone():
-            cluster = stack.enter_context(_cluster(workers))
+            _start_fork_server(environment)
+            cluster = stack.enter_context(_cluster(workers, {**os.environ, **environment}))
         yield stack.enter_context(Client(cluster))
 
 
-def _cluster(workers: Sequence[Mapping[str, Any]]) -> Any:
+def _start_fork_server(environment: Mapping[str, str]) -> None:
+    """Start the process of which all workers of this process's clusters are forks, once.
+
+    It imports the large libraries, which takes seconds, so that its forks need not. The allocator
+    reads the environment as a process starts, and Python the path of modules.
+    """
+    from distributed.utils import get_mp_context
+
+    modules = [name for name in PRELOADED if name in sys.modules]
+    get_mp_context().set_forkserver_preload(modules)
+    changes = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _cluster(workers: Sequence[Mapping[str, Any]], environment: Mapping[str, str]) -> Any:
     from distributed import Nanny, Scheduler, SpecCluster
 
     common = {"memory_limit": 0, "dashboard_address": None, "silence_logs": 40}
     specs = {
-        f"worker-{i}": {"cls": Nanny, "options": {**common, **worker}}
+        f"worker-{i}": {
+            "cls": Nanny,
+            "options": {**common, **worker, "env": {**environment, **worker.get("env", {})}},
+        }
         for i, worker in enumerate(workers)
     }
     scheduler = {"cls": Scheduler, "options": {"dashboard_address": "127.0.0.1:0",

@@ -216,6 +216,8 @@ def _stage_differences(
         elements.append((f"{name} code", old["code"], new["code"]))
     else:
         elements += _flat_differences(f"{name} options.", old["options"], new["options"])
+        altered = (stage.get("altered", {}) for stage in (old, new))
+        elements += _flat_differences(f"{name} altered.", *altered)
     if old["precision"] != new["precision"]:
         # Parameters in another precision have other bytes, whatever the weights.
         return [*elements, ("precision", old["precision"], new["precision"])]
@@ -238,7 +240,7 @@ def _why(
     number = _common(stored["stages"], chain.stages)
     name = stages[0][0].partition(" ")[0]
     parts = [element.removeprefix(f"{name} ").split(".") for element, _, _ in stages]
-    kinds = {"code" if "code" in part else part[0] for part in parts}
+    kinds = {"code" if {"code", "altered"} & {*part} else part[0] for part in parts}
     element, old, new = stages[-1]
     if element == "precision":
         second = f"it ran in {old} and every stage rounds otherwise in {new}"

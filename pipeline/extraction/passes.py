@@ -7,7 +7,7 @@ the number of threads and the memory format. A column keeps the execution of its
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -169,7 +169,7 @@ def passes(
 
 
 def keep_of_each(
-    keep: tuple[str, ...], backbones: Mapping[str, Backbone]
+    keep: Sequence[str], backbones: Mapping[str, Backbone]
 ) -> dict[str, list[tuple[Stage, str]]]:
     """Return the stages and canonical reductions to keep of each backbone, in chain order."""
     # By backbone: the index of the stage, and the reduction.

@@ -206,10 +206,14 @@ def _offering(client: Any, need: str) -> int:
 @contextlib.contextmanager
 def _client(job: Job, runtime: Runtime, need: str, events: Events) -> Iterator[Any]:
     threads = max((pass_.execution.threads for pass_ in job.passes), default=1)
-    with connected(runtime.scheduler, _workers(threads, runtime, need), threads) as client:
+    workers, kinds = _workers(threads, runtime, need), ("backbones", "reductions")
+    with connected(runtime.scheduler, workers, threads, kinds) as client:
         _require(client, need, runtime.scheduler)
         events.message(f"Dask dashboard: {client.dashboard_link}")
         yield client
+        if not runtime.scheduler:
+            # A worker would wait for its decoding children, which wait for more files.
+            client.run(close_pools)
 
 
 def _workers(threads: int, runtime: Runtime, need: str) -> list[dict[str, Any]]:

@@ -97,7 +97,7 @@ def verify(
     if not sample or not unchanged:
         return result
     root = _dataset_root(opened, dataset)
-    for pass_, members in _passes(unchanged):
+    for pass_, members in _passes(unchanged, result):
         rows = _draw(opened, members, sample, seed)
         files = list(_unchanged_files(opened, pass_, rows, root, result))
         recorded = opened.attributes.get("backbones", {}).get(pass_.backbone, [pass_.backbone])
@@ -105,8 +105,7 @@ def verify(
         try:
             pass_ = _with_network(pass_, [name] if name else recorded)
         except (NetworkDiffers, ValueError, OSError) as error:
-            problem = f"cannot be computed again: {error}"
-            result.findings += [Finding(_label(f), "", "", problem) for f in members]
+            result.findings += _not_recomputed(members, error)
             pass_ = replace(pass_, outputs=())  # the videos are decoded all the same
         _recompute(opened, pass_, members, files, deadline_seconds, result)
     return result
@@ -209,12 +208,19 @@ def _recompute(
                 result.findings.append(_at(feature, row, path, problem))
 
 
+def _not_recomputed(features: list[Feature], error: Exception) -> list[Finding]:
+    return [Finding(_label(f), "", "", f"cannot be computed again: {error}") for f in features]
+
+
 def _no_clip(path: str, failure: Failure) -> Finding:
     return Finding("every column", "", path, f"{failure.reason}: {failure.detail}")
 
 
-def _passes(features: list[Feature]) -> Iterator[tuple[Pass, list[Feature]]]:
-    """Group the features that one run of one network over one frame set gives."""
+def _passes(features: list[Feature], result: Verified) -> Iterator[tuple[Pass, list[Feature]]]:
+    """Group the features that one run of one network over one frame set gives.
+
+    Features of frames that cannot be chosen again are findings.
+    """
     groups: list[list[Feature]] = []
     for feature in sorted(features, key=lambda feature: -len(feature.spec["stages"])):
         for members in groups:
@@ -225,7 +231,11 @@ def _passes(features: list[Feature]) -> Iterator[tuple[Pass, list[Feature]]]:
             groups.append([feature])
     for members in groups:
         spec, name = members[0].spec, members[0].backbone
-        frame_set = FrameSet.of(spec["frames"])
+        try:
+            frame_set = FrameSet.of(spec["frames"])
+        except (ValueError, RuntimeError) as error:
+            result.findings += _not_recomputed(members, error)
+            continue
         keys = {}
         key = frames_key(frame_set)
         for stage in spec["stages"]:

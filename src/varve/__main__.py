@@ -1,6 +1,6 @@
 """Run the command line: `python -m varve`."""
 
-from varve.pipeline.cli import main
+from varve.pipeline.cli import run_and_exit
 
 if __name__ == "__main__":
-    main()
+    run_and_exit()

@@ -631,3 +631,10 @@ def test_a_block_counted_from_the_end_of_a_network_without_blocks_is_refused(res
     bare = replace(resnet, stages=(resnet.stages[0], *resnet.stages[-2:]))
     with pytest.raises(ValueError, match=r"has no stages named blocks\.N\.STEP or .*pool, fc"):
         resolve_name("blocks.-1", bare)
+
+
+def test_a_network_whose_chain_begins_with_its_blocks_trains_all_but_the_first(resnet):
+    bare = replace(resnet, stages=resnet.stages[1:])
+    assert resolve_name("blocks.-8", bare) == "layer1.0"
+    with pytest.raises(ValueError, match="at most blocks=7, since no stage comes before"):
+        resolve_name("blocks.-9", bare)

@@ -354,6 +354,16 @@ def test_a_trained_stage_differs_by_its_parameters_alone(store, weights):
     assert element[0] == "layer4.1 parameters"
 
 
+def test_a_module_that_was_altered_in_place_differs_by_what_was_altered(store, weights):
+    backbone = backbones.load(weights(""))
+    backbone.stage("layer4.1").module.bn1.eps = 0.125
+    pool = differences_by_feature(store, backbone=backbone)["pool"]
+    assert {name.partition(".attributes")[0] for name, _, _ in pool.elements} == {
+        "layer4.1 altered.code", "layer4.1 altered"
+    }  # fmt: skip
+    assert "has other code" in pool.why
+
+
 def test_a_live_network_can_be_compared_for_what_a_request_keeps(store, spec, grafted):
     differences = differences_by_feature(store, replace(spec, keep=("pool",)), grafted())
     assert differences["layer4.0"].why.endswith("pool can be computed from it")
