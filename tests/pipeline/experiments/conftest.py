@@ -8,5 +8,5 @@ from varve.pipeline.extraction.cluster import connected
 @pytest.fixture(scope="session")
 def client():
     """A client of one worker process."""
-    with connected("", [{"nthreads": 1}], threads=1) as opened:
+    with connected("", [{"nthreads": 1}], threads=1, kinds=()) as opened:
         yield opened

@@ -47,7 +47,7 @@ def test_a_sweep_names_options_that_there_are(name):
 def test_rows_of_the_paper_are_one_call(store, tmp_path, name):
     sweep = Sweep.read(FOLDER / f"{name}.toml")
     options, grid = {"stpr": {**sweep.options.get("stpr", {}), **SMALL}}, ends(sweep.grid)
-    table = ablate(store, sweep.heads, "2+1x2", grid, 1, options=options, out=tmp_path,
+    table = ablate(store, sweep.heads, "2+2x1", grid, 1, options=options, out=tmp_path,
                    runtime=Runtime(serial=True))  # fmt: skip
     assert table.attrs["errors"] == []
     assert len(table) == math.prod(map(len, grid.values()))

@@ -14,7 +14,7 @@ from varve.stores import FeatureStore, SpecMismatch
 
 NAME = "resnet18:random-0"
 CLASSES = ("grow", "shrink", "fade in", "fade out")
-QUICK = {"blocks": 1, "first_epochs": 2, "epochs": 2, "last_stride": 1}
+QUICK = {"blocks": 1, "first_epochs": 1, "epochs": 2, "last_stride": 1}
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ def test_a_kill_at_any_write_costs_nothing_but_that_write(dataset, tmp_path, mon
 def test_a_sigkill_of_the_whole_group_at_random_moments(videos, undisturbed, tmp_path):
     store, seed = tmp_path / "s.zarr", int(time.time())
     rng = random.Random(seed)
-    for options, seconds in (((), 6), (("--serial",), 2), (("--serial",), 2)):
+    for options, seconds in (((), 6), (("--serial",), 2)):
         process = start(videos, store, *options)
         wait_for_lock(process, store)
         time.sleep(seconds * rng.random())
