@@ -216,8 +216,11 @@ def _stage_differences(
         elements.append((f"{name} code", old["code"], new["code"]))
     else:
         elements += _flat_differences(f"{name} options.", old["options"], new["options"])
-        altered = (stage.get("altered", {}) for stage in (old, new))
-        elements += _flat_differences(f"{name} altered.", *altered)
+        # Only a module that was changed in place is described part by part.
+        present = [{"altered": "present"} if "altered" in s else {} for s in (old, new)]
+        elements += _flat_differences(f"{name} ", *present)
+        if all(present):
+            elements += _flat_differences(f"{name} altered.", old["altered"], new["altered"])
     if old["precision"] != new["precision"]:
         # Parameters in another precision have other bytes, whatever the weights.
         return [*elements, ("precision", old["precision"], new["precision"])]
@@ -240,7 +243,8 @@ def _why(
     number = _common(stored["stages"], chain.stages)
     name = stages[0][0].partition(" ")[0]
     parts = [element.removeprefix(f"{name} ").split(".") for element, _, _ in stages]
-    kinds = {"code" if {"code", "altered"} & {*part} else part[0] for part in parts}
+    kinds = {"code" if "code" in part else part[0] for part in parts}
+    kinds = {"parts or attributes" if kind == "altered" else kind for kind in kinds}
     element, old, new = stages[-1]
     if element == "precision":
         second = f"it ran in {old} and every stage rounds otherwise in {new}"
