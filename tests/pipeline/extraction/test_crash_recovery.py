@@ -130,15 +130,24 @@ def test_a_kill_at_any_write_costs_nothing_but_that_write(dataset, tmp_path, mon
         assert bytes_of(store) == undisturbed, (n, after)
 
 
-def test_a_sigkill_of_the_whole_group_at_random_moments(videos, undisturbed, tmp_path):
+def test_kills_at_random_moments_leave_no_process_and_cost_no_byte(videos, undisturbed, tmp_path):
     store, seed = tmp_path / "s.zarr", int(time.time())
     rng = random.Random(seed)
-    for options, seconds in (((), 6), (("--serial",), 2)):
-        process = start(videos, store, *options)
-        wait_for_lock(process, store)
-        time.sleep(seconds * rng.random())
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process = start(videos, store)
+    builder = psutil.Process(process.pid)
+    wait_for(lambda: len(builder.children(recursive=True)) >= 3)
+    time.sleep(6 * rng.random())
+    family = builder.children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)  # the builder alone
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive, [p.cmdline() for p in alive]
+
+    process = start(videos, store, "--serial")
+    wait_for_lock(process, store)
+    time.sleep(2 * rng.random())
+    os.killpg(process.pid, signal.SIGKILL)  # the whole group
+    process.wait()
     build(videos, store, SPEC)
     assert bytes_of(store) == undisturbed, seed
 
@@ -156,17 +165,6 @@ def test_what_was_staged_before_a_kill_is_not_computed_again(
     assert report.adopted
     assert report.computed < 23
     assert bytes_of(store) == undisturbed
-
-
-def test_workers_and_children_end_with_a_killed_builder(videos, tmp_path):
-    process = start(videos, tmp_path / "s.zarr")
-    builder = psutil.Process(process.pid)
-    wait_for(lambda: len(builder.children(recursive=True)) >= 3)
-    family = builder.children(recursive=True)
-    os.kill(process.pid, signal.SIGKILL)  # the builder alone
-    process.wait()
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert not alive, [p.cmdline() for p in alive]
 
 
 def test_many_small_blocks_over_workers_give_the_bytes_of_one_process(
