@@ -6,7 +6,8 @@ are made from the declaration. Light to import: the child processes of the decod
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -300,7 +301,18 @@ class BuildSpec:
     def __post_init__(self) -> None:
         for name in ("backbones", "keep"):
             names = getattr(self, name)  # ("a") is no tuple, and easily written
-            object.__setattr__(self, name, (names,) if isinstance(names, str) else tuple(names))
+            names = (names,) if isinstance(names, str) else names
+            if not isinstance(names, Iterable) or isinstance(names, Set | bytes):
+                raise ValueError(f"{name}={names!r}: give a name, or names in an order")
+            object.__setattr__(self, name, names := tuple(names))
+            if not all(isinstance(text, str) and text for text in names):
+                raise ValueError(f"{name}={names!r}: each is a text that is not empty")
+        for name in ("frames", "stride", "views"):
+            number = getattr(self, name)
+            try:
+                object.__setattr__(self, name, operator.index(number))
+            except TypeError:  # 8.0 would be another cache key than 8
+                raise ValueError(f"{name}={number!r}: give a whole number") from None
         if not self.backbones:
             raise ValueError("no backbone asked for; name one, such as --backbone ViT-B-16:openai")
         _check_choices(self)

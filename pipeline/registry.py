@@ -91,9 +91,10 @@ def register(kind: str, name: str = "") -> Callable[[Variant], Variant]:
             label in _shipped(kind) | _declared(kind) and not shipped
         ):
             users = before.source if before and shipped else source
+            other = f", of {before.source}" if before and not shipped and before.source else ""
             raise ValueError(
-                f"{kind} has {label!r} already; give the one in {users or 'the notebook'} another "
-                "name"
+                f"{kind} has {label!r} already{other}; give the one in {users or 'the notebook'} "
+                "another name"
             )
         _REGISTERED[kind][label] = _Registered(thing, source, shipped, digest, definition)
         if source and not shipped and source not in _LOADED and module_name != "__main__":
@@ -197,7 +198,9 @@ def load_plugin(path: str | Path, expected: str = "") -> None:
     except BaseException as error:
         del sys.modules[name]
         _forget(source)
-        if not isinstance(error, Exception):
+        # Worker processes must not load it either; loaded again, it is announced again.
+        os.environ[VARIABLE] = json.dumps({k: v for k, v in _announced().items() if k != source})
+        if not isinstance(error, Exception | SystemExit):
             raise
         raise ValueError(f"{file} cannot be loaded: {type(error).__name__}: {error}") from error
     _announce(source, digest)
@@ -250,7 +253,14 @@ def _forget(source: str) -> None:
 
 
 def _announced() -> dict[str, str]:
-    return dict(json.loads(os.environ.get(VARIABLE) or "{}"))
+    text = os.environ.get(VARIABLE) or "{}"
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the environment variable {VARIABLE} is {text!r}; it is a JSON object, such as "
+            '{"/path/mine.py": ""}'
+        ) from error
 
 
 def _announce(source: str, digest: str) -> None:

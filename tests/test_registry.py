@@ -105,7 +105,7 @@ def test_a_plugin_that_raises_is_named_and_registers_nothing(plugin, text, messa
         registry.load_plugin(plugin)
     assert str(plugin) in str(error.value)
     assert "first" not in registry.available("samplings")
-    assert not os.environ[registry.VARIABLE]
+    assert os.environ[registry.VARIABLE] in ("", "{}")
 
 
 @pytest.mark.parametrize("name", ["nothing.py", "."])
@@ -208,3 +208,18 @@ require_guard("samplings")
 def test_a_class_of_a_session_whose_text_is_unknown_is_refused():
     code = "from varve import register\n@register('samplings')\nclass First: pass"
     assert "call varve.load_plugin('mine.py')" in child(code).stderr
+
+
+def test_a_plugin_that_fails_is_loaded_by_no_later_request(plugin):
+    registry.load_plugin(plugin)
+    plugin.write_text("raise SystemExit(0)")
+    with pytest.raises(ValueError, match="cannot be loaded: SystemExit"):
+        registry.load_plugin(plugin)
+    assert "first" not in registry.available("samplings")
+    assert json.loads(os.environ[registry.VARIABLE]) == {}
+
+
+def test_a_variable_that_is_no_json_is_named(monkeypatch):
+    monkeypatch.setenv(registry.VARIABLE, "mine.py")
+    with pytest.raises(ValueError, match=r"VARVE_PLUGINS is 'mine\.py'; it is a JSON object"):
+        registry.plugins()

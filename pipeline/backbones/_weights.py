@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import pickle
 import re
+import threading
 import urllib.error
 import urllib.request
 import zipfile
@@ -56,11 +57,18 @@ def seed_of(weights: str) -> int | None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the CPU generator inside the block, and restore the caller's generators after it."""
-    with torch.random.fork_rng(devices=[]):
+    """Seed the CPU generator inside the block, and restore the caller's generators after it.
+
+    The generator is that of the whole process: one thread is in the block at a time, and others
+    must not draw from it meanwhile.
+    """
+    with _SEEDING, torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that one reseeds the generators of every GPU as well.
         torch.default_generator.manual_seed(seed)
         yield
+
+
+_SEEDING = threading.RLock()
 
 
 def make_network(make: Callable[[], nn.Module], network: str, weights: str) -> nn.Module:

@@ -18,18 +18,28 @@ import typer
 
 from varve.pipeline import registry
 
-INTERRUPTED = 130
+REFUSED, INTERRUPTED = 2, 130
 
 
 def run_and_exit() -> None:
     """Run the command line, and end the process at once: the teardown of torch takes seconds."""
+    code = 0
     try:
         main()
     except SystemExit as end:
-        with contextlib.suppress(OSError):  # whoever read the output has gone
+        code = int(end.code or 0)
+    try:
+        if sys.stdout is not None:  # a service may have closed it
             sys.stdout.flush()
+    except BrokenPipeError:
+        pass  # whoever read the output has what it wanted
+    except OSError as error:
+        _complain(error)
+        code = REFUSED
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:
             sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else end.code is not None)
+    os._exit(code)
 
 
 def main() -> None:
@@ -49,13 +59,13 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; what was finished is kept, the same command resumes", file=sys.stderr)
+        _print_error("interrupted; what was finished is kept, the same command resumes")
         sys.exit(INTERRUPTED)
     except Exception as error:
         if debug:
             raise
         _complain(error)
-        sys.exit(2)
+        sys.exit(REFUSED)
 
 
 @contextlib.contextmanager
@@ -82,14 +92,22 @@ def _noted_interrupts() -> Iterator[list[int]]:
 def _complain(error: Exception) -> None:
     show = getattr(error, "show", None)
     if show is not None:  # an error of the option parser, with the usage
-        show()
+        with contextlib.suppress(OSError):
+            show()
         return
     expected = isinstance(error, ValueError | OSError | LookupError | RuntimeError)
     text = str(error.strerror if isinstance(error, OSError) and error.strerror else error)
     if isinstance(error, OSError) and error.filename:
         text += f": {error.filename}"
     kind = "error" if expected else f"unexpected {type(error).__name__} (--debug shows where)"
-    print(f"varve: {kind}: {text}", file=sys.stderr)
+    _print_error(f"varve: {kind}: {text}")
+
+
+def _print_error(text: str) -> None:
+    """Print to the standard error, if there is one that takes it."""
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:
+            print(text, file=sys.stderr)
 
 
 def _load_plugins(words: list[str]) -> list[str]:

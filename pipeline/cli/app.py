@@ -7,6 +7,8 @@ import typer
 
 from varve.pipeline.cli import run_commands, store_commands
 
+EVERYWHERE = "--plugin FILE and --debug may be given to every command, anywhere in the line."
+
 app = typer.Typer(
     name="varve",
     help="A layered feature store for video: decode once, run frozen networks once, keep layers.",
@@ -41,4 +43,4 @@ for command in (
     run_commands.ablate,
     run_commands.route,
 ):
-    app.command()(command)
+    app.command(epilog=EVERYWHERE)(command)

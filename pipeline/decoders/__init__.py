@@ -9,6 +9,8 @@ module has one function; a registered function is that function itself:
         is sorted and distinct, in display order. `index` has the presentation times of all frames.
         Raise `Contradicted` where the file has other frames than the index: it is then decoded
         by PyAV from its start. Raise `Undecodable` with one of REASONS where it cannot be decoded.
+        Any other error, but for one of the operating system or of PyAV, ends the build: it is an
+        error in the decoder's code, and no clip is blamed for it.
 
 and may have two constants:
 

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import av.error
 import numpy as np
 from PIL import Image
 
@@ -18,7 +19,7 @@ from varve.pipeline.decoders._crop import Crop, apply_crop, choose_crop
 from varve.pipeline.decoders._stream import Undecodable, error_text, from_os_error
 from varve.pipeline.decoders._values import Decoded, Facts, Failure, Request, Stretch
 from varve.pipeline.decoders.sampling import CLOCK_SLACK_SECONDS, SamplingError
-from varve.pipeline.registry import variant
+from varve.pipeline.registry import source_digest, variant
 
 # Where one frame goes: (clip, frame set, position in T).
 Target = tuple[int, FrameSet, int]
@@ -33,6 +34,7 @@ def decode(request: Request) -> list[Decoded | Failure]:
     Raises:
         ModuleNotFoundError: The decoder's library is not installed: no fault of the file.
         SamplingError: The sampling rule failed: no fault of the file.
+        DecoderError: A decoder of the user's failed: no fault of the file.
         RuntimeError: A rule or decoder of the user's is not loaded here, or has changed.
     """
     for frame_set in request.frame_sets:
@@ -41,7 +43,7 @@ def decode(request: Request) -> list[Decoded | Failure]:
         return _read(request)
     except Undecodable as error:
         failure = Failure(error.reason, error.detail)
-    except (ModuleNotFoundError, SamplingError):
+    except (ModuleNotFoundError, SamplingError, DecoderError):
         raise
     except OSError as error:
         undecodable = from_os_error(error)
@@ -126,6 +128,8 @@ class _FileReader:
         frames: Iterator[tuple[int, Image.Image]] = pictures(
             self.request.path, self.index, sorted(targets)
         )
+        if decoder != "images" and source_digest("decoders", decoder):
+            frames = _checked(decoder, frames)
         count = 0
         for index, image in frames:
             self.size = image.size if count == 0 else self.size
@@ -212,6 +216,25 @@ class _FileReader:
         )
         frames = tuple(self.arrays[clip, frame_set] for frame_set in self.request.frame_sets)
         return Decoded(frames, facts)
+
+
+class DecoderError(RuntimeError):
+    """A user's decoder failed, or gave what it may not: an error in its code, not in the file."""
+
+
+def _checked(
+    decoder: str, frames: Iterator[tuple[int, Image.Image]]
+) -> Iterator[tuple[int, Image.Image]]:
+    """Yield the frames of a user's decoder, whose errors other than of a file end the build."""
+    try:
+        for number, image in frames:
+            if not isinstance(image, Image.Image):
+                raise TypeError(f"frame {number} is a {type(image).__name__}, not a PIL image")
+            yield number, image
+    except (Undecodable, _index.Contradicted, OSError, av.error.FFmpegError):
+        raise
+    except Exception as error:
+        raise DecoderError(f"decoder {decoder!r}: {type(error).__name__}: {error}") from error
 
 
 def _span(stretch: Stretch, times_N: np.ndarray) -> tuple[int, int]:

@@ -226,7 +226,7 @@ def _last_vector(store: FeatureStore, backbone: str) -> Feature | None:
 
 def build_command(store: FeatureStore, backbone: str, keep: str) -> str:
     """Return the command that adds a feature, with the settings of the last build of the store."""
-    request, default = recorded_request(store), BuildSpec(("",))
+    request, default = recorded_request(store), BuildSpec("any")
     words = ["varve", "build", str(store.attributes.get("dataset", "DATASET")), "--store",
              str(store.location), "--backbone", weights_of(store, backbone)]  # fmt: skip
     words += [] if keep == VECTOR else ["--keep", keep]

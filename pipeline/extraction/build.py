@@ -22,7 +22,7 @@ import torch
 
 from varve.pipeline import backbones as networks
 from varve.pipeline.backbones import Backbone, class_features, class_features_key
-from varve.pipeline.config import BuildSpec, Runtime
+from varve.pipeline.config import BuildSpec, FrameSet, Runtime
 from varve.pipeline.datasets import layouts
 from varve.pipeline.datasets.layouts import Listing
 from varve.pipeline.decoders import require
@@ -260,10 +260,14 @@ def prepare(
     requested = passes(spec, backbones, opened, device_of(runtime))
     old = opened.clips if opened else clips.empty()
     base = listing.root.absolute()
-    scanned = scan(old, listing, base, runtime.retry)
+    # What another decoder, or another version of it, could not read is tried again.
+    decoder = FrameSet(decoder=spec.decoder).code or spec.decoder
+    known = opened.attributes.get("decoder", decoder) if opened else decoder
+    retry = runtime.retry or known != decoder
+    scanned = scan(old, listing, base, retry)
     enter_known(old, scanned.table)
     left = map(Outcome.from_json, staging.all_facts(path))
-    enter(scanned.table, (o for o in left if not (runtime.retry and (o.reason or o.overflowed))))
+    enter(scanned.table, (o for o in left if not (retry and (o.reason or o.overflowed))))
     inventory = StoreInventory(path, opened, len(scanned.table))
     plan = make_plan(inventory, scanned.table, scanned.rows, base, requested, backbones)
     here = device_of(runtime) == "cpu" and not runtime.scheduler
@@ -303,6 +307,7 @@ def _record(opened: FeatureStore, ready: Prepared, root: Path, spec: BuildSpec) 
             "classes": list(ready.listing.classes),
             "backbones": names,
             "request": {**asdict(spec), "backbones": list(ready.backbones)},
+            "decoder": FrameSet(decoder=spec.decoder).code or spec.decoder,
         }
     )
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from multiprocessing import forkserver
 from typing import Any
 
@@ -52,21 +52,30 @@ def connected(
         stack.enter_context(dask.config.set(settings))
         with _ctrl_c_for_us_alone():
             _start_fork_server(environment)
-            cluster = stack.enter_context(_cluster(workers, {**os.environ, **environment}))
-        yield stack.enter_context(Client(cluster))
+            environment = {**os.environ, **environment}
+            cluster = stack.enter_context(_cluster(workers, environment))
+        client = stack.enter_context(Client(cluster))
+        names = {*environment, *(name for worker in workers for name in worker.get("env", ()))}
+        client.register_plugin(_without_others(names), name="varve-environment")
+        yield client
 
 
 def _start_fork_server(environment: Mapping[str, str]) -> None:
     """Start the process of which all workers of this process's clusters are forks, once.
 
     It imports the large libraries, which takes seconds, so that its forks need not. The allocator
-    reads the environment as a process starts, and Python the path of modules.
+    reads the environment as a process starts, and Python the path of modules. It stays until this
+    process ends, which has one such server: pools of the user's with the start method "forkserver"
+    are its forks too, from then on.
     """
     from distributed.utils import get_mp_context
 
     modules = [name for name in PRELOADED if name in sys.modules]
     get_mp_context().set_forkserver_preload(modules)
-    changes = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # A safe path, since the present folder would come before it: a file `fractions.py` of the
+    # user's is no part of a library.
+    path = os.pathsep.join(filter(None, sys.path))
+    changes = {**environment, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -76,6 +85,21 @@ def _start_fork_server(environment: Mapping[str, str]) -> None:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+
+
+def _without_others(names: Set[str]) -> Any:
+    """Return a plugin that removes all but some variables from the environment of a worker.
+
+    A fork has those of the server, of which this process may have removed some since.
+    """
+    from distributed import WorkerPlugin
+
+    class Environment(WorkerPlugin):  # type: ignore[misc]
+        def setup(self, worker: Any) -> None:
+            for name in os.environ.keys() - names:
+                del os.environ[name]
+
+    return Environment()
 
 
 def _cluster(workers: Sequence[Mapping[str, Any]], environment: Mapping[str, str]) -> Any:

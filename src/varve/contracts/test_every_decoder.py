@@ -1,12 +1,15 @@
 """Tests of every decoder, on videos whose every frame shows its number."""
 
+import contextlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from varve.contracts.options import names
 from varve.contracts.videos import encode, number_of
-from varve.pipeline.decoders import read_index, require
+from varve.pipeline.decoders import Contradicted, Undecodable, read_index, require
 from varve.pipeline.registry import variant
 
 WANTED = [0, 1, 11, 12, 13, 30, 47, 59]
@@ -67,6 +70,33 @@ def test_pictures_are_rgb_at_the_videos_own_size(decode):
     ((_, image),) = decode([7])
     assert isinstance(image, Image.Image)
     assert (image.mode, image.size) == ("RGB", (160, 96))
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_damage_is_reported_and_no_other_frame_is_given(decoder, decode, paths, tmp_path, damage):
+    """The file is damaged after it was indexed; PyAV is then asked, which needs `Contradicted`."""
+    path, whole = tmp_path / "damaged.mkv", decode(WANTED, "h264.mkv")
+    data = bytearray(Path(paths["h264.mkv"]).read_bytes())
+    path.write_bytes(data)
+    index = read_index(str(path))
+    middle = len(data) // 2
+    if damage == "cut":
+        del data[middle:]
+    else:
+        data[middle : middle + 600] = bytes(range(250)) * 2 + bytes(100)
+    path.write_bytes(data)
+    if index.source is not None:
+        index.source.packets = None  # read the file as it is now
+    module = variant("decoders", decoder)
+    frames = []
+    with contextlib.suppress(Contradicted, Undecodable):
+        for index_and_image in getattr(module, "pictures", module)(str(path), index, WANTED):
+            frames.append(index_and_image)
+        assert len(frames) == len(WANTED), "fewer frames than wanted, and no error"
+    for (number, image), (expected_number, expected) in zip(frames, whole, strict=False):
+        assert number == expected_number
+        difference = np.abs(np.asarray(image, np.int16) - np.asarray(expected, np.int16))
+        assert difference.mean() <= 2, f"frame {number} is another picture than before the damage"
 
 
 def test_pictures_agree_between_decoders(decode, paths):

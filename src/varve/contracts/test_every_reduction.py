@@ -70,6 +70,10 @@ def test_an_inverse_gives_back_what_was_kept(reduction, stage):
     restored = declared.expand(features)
     assert restored.ndim == len(SHAPES[stage.form]) + 1
     assert torch.equal(declared.apply(restored), features)
+    # Later stages are computed from it, so the declared tokens must come back as they were.
+    parts = {"all": slice(None), "class": slice(1), "patches": slice(stage.prefix, None)}
+    part = parts[declared.tokens] if stage.form == "tokens" else slice(None)
+    assert torch.equal(restored[:, part], outputs(stage)[:, part]), "expand(apply(x)) is not x"
 
 
 def test_it_has_one_name(reduction, stage):

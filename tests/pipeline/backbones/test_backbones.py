@@ -6,6 +6,7 @@ import subprocess
 import sys
 import urllib.error
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -638,3 +639,10 @@ def test_a_network_whose_chain_begins_with_its_blocks_trains_all_but_the_first(r
     assert resolve_name("blocks.-8", bare) == "layer1.0"
     with pytest.raises(ValueError, match="at most blocks=7, since no stage comes before"):
         resolve_name("blocks.-9", bare)
+
+
+def test_threads_that_load_networks_at_once_load_the_same():
+    expected = backbones.load("resnet18:random-0").keys("")
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(backbones.load, ["resnet18:random-0"] * 4))
+    assert [network.keys("") for network in loaded] == [expected] * 4

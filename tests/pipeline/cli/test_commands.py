@@ -6,6 +6,7 @@ clips, refused, a traceback, help) is seen from outside once, and otherwise with
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -187,3 +188,25 @@ def test_an_interrupt_that_a_callback_swallows_is_reported_at_the_end(varve, mon
     assert "interrupted; what was finished is kept" in done.stderr
     monkeypatch.setattr("varve.pipeline.cli.app.app", lambda **_: 0)
     assert varve("anything").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("redirections", "arguments", "code"),
+    [
+        (">/dev/full", "info STORE --json", 2),
+        (">&-", "info STORE", 0),
+        ("2>&-", "info no-such-store", 2),
+        ("2>/dev/full", "info no-such-store", 2),
+        ("| true", "info STORE --json", 0),
+    ],
+)
+def test_exit_codes_are_true_whatever_became_of_the_output(built, redirections, arguments, code):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    command = f"{sys.executable} -m varve {arguments.replace('STORE', str(built))} {redirections}"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], env=environment,
+                          capture_output=True, text=True, timeout=180,
+                          cwd=Path(__file__).parents[3])  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    if ">&-" in redirections:
+        assert done.stdout == ""

@@ -231,3 +231,28 @@ def test_the_contract_suites_judge_a_file_of_a_user(tmp_path):
     assert bad.returncode == 1
     for kind in SUITE:
         assert f"test_every_{kind}.py" in bad.stdout.partition("short test summary")[2], kind
+
+
+def test_an_error_in_a_users_decoder_ends_the_build_and_blames_no_clip(clips, plugin, tmp_path):
+    store = tmp_path / "s.zarr"
+    build(clips, store, SPEC, runtime=SERIAL)
+    plugin(DECODER.replace("yield from", "misspelt; yield from"))
+    spec = replace(SPEC, decoder="wrapped")
+    with pytest.raises(RuntimeError, match="decoder 'wrapped': NameError: name 'misspelt'"):
+        build(clips, store, spec, runtime=SERIAL)
+    assert set(FeatureStore.open(store).clips["status"]) == {"ready"}
+
+
+def test_another_decoder_tries_again_what_one_could_not_read(clips, plugin, tmp_path):
+    store = tmp_path / "s.zarr"
+    error = "from varve.pipeline.decoders import Undecodable; raise Undecodable('corrupt', 'no')"
+    refusing = DECODER.replace("yield from", f"{error}; yield from")
+    plugin(refusing)
+    spec = replace(SPEC, decoder="wrapped")
+    assert build(clips, store, spec, runtime=SERIAL).clips == {"quarantined": 4}
+    assert build(clips, store, spec, runtime=SERIAL).decoded == 0  # nothing has changed
+    plugin(DECODER)
+    assert build(clips, store, spec, runtime=SERIAL).clips == {"ready": 4}
+    plugin(refusing)
+    build(clips, store, spec, runtime=SERIAL)
+    assert build(clips, store, SPEC, runtime=SERIAL).clips == {"ready": 4}
