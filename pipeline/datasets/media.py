@@ -2,40 +2,35 @@
 
 import hashlib
 import os
-import re
 from pathlib import Path
-from typing import Any
 
-FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
+from varve.pipeline.datasets.frame_names import (
+    FRAME_SUFFIXES,
+    AmbiguousFrames,
+    choose_frames,
+    is_frame,
+    natural_key,
+)
 
-
-def natural_key(path: str) -> tuple[Any, ...]:
-    """Return a sort key by which paths sort folder by folder, and numbers by their value.
-
-    Of numbers that differ in their padding alone, the path itself decides.
-
-    >>> sorted(["b/f1", "a/f10.jpg", "a/f2.jpg", "a/f010b.jpg"], key=natural_key)
-    ['a/f2.jpg', 'a/f10.jpg', 'a/f010b.jpg', 'b/f1']
-    """
-    pieces = [re.split(r"([0-9]+)", part) for part in path.split("/")]
-    # re.split puts the digits at odd indices, so that no number is compared with a text.
-    valued = [[int(p) if i % 2 else p for i, p in enumerate(part)] for part in pieces]
-    return (valued, path)
-
-
-def is_frame(name: str) -> bool:
-    """Return whether a file name is that of a frame: neither hidden nor of another kind."""
-    return name.lower().endswith(FRAME_SUFFIXES) and not name.startswith(".")
+__all__ = [
+    "FRAME_SUFFIXES",
+    "AmbiguousFrames",
+    "content_digest",
+    "frame_files",
+    "is_frame",
+    "natural_key",
+    "size_and_mtime",
+]
 
 
 def frame_files(folder: str | Path) -> list[Path]:
-    """Return the frames of a folder in order. Hidden files and other kinds are ignored.
+    """Return the frames of a folder in order, as `frame_names.choose_frames` chooses them.
 
     Raises:
+        AmbiguousFrames: Its pictures are several clips; the message names their patterns.
         OSError: The folder cannot be listed.
     """
-    names = filter(is_frame, os.listdir(folder))
-    return [Path(folder, name) for name in sorted(names, key=natural_key)]
+    return [Path(folder, name) for name in choose_frames(os.listdir(folder)).names]
 
 
 def content_digest(path: Path) -> str:
