@@ -56,8 +56,10 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
 def _high_bits(image: Image.Image) -> np.ndarray:
     """Return the 8 highest bits of a grey picture of 16 bits, or of 12, uint8 [height, width]."""
     tags = getattr(image, "tag_v2", {})
-    bits = max(tags.get(BITS, (16,)))
-    values = np.clip(np.asarray(image).astype(np.int64), 0, (1 << bits) - 1) >> (bits - 8)
+    bits: int = max(tags.get(BITS, (16,)))
+    values: np.ndarray = np.clip(np.asarray(image).astype(np.int64), 0, (1 << bits) - 1) >> (
+        bits - 8
+    )
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         values = 255 - values
     return values.astype(np.uint8)

@@ -10,7 +10,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -72,6 +72,7 @@ class BuildReport:
         file_bytes: Size of the columns' files.
         calls: Calls of each stage, "network stage"; a call is one batch.
         bytes_read: Bytes of the features that computations started from.
+        left_out: Files of the data set that are no clip, by kind.
     """
 
     store: Path
@@ -91,6 +92,7 @@ class BuildReport:
     file_bytes: int
     calls: dict[str, int]
     bytes_read: int
+    left_out: tuple[tuple[str, int], ...] = ()
 
 
 def build(
@@ -174,6 +176,7 @@ def build(
         file_bytes=plan.disk_bytes,
         calls=dict(done.calls),
         bytes_read=plan.bytes_read,
+        left_out=plan.left_out,
     )
 
 
@@ -266,6 +269,7 @@ def prepare(
     enter(scanned.table, (o for o in left if not (runtime.retry and (o.reason or o.overflowed))))
     inventory = StoreInventory(path, opened, len(scanned.table))
     plan = make_plan(inventory, scanned.table, scanned.rows, base, requested, backbones)
+    plan = replace(plan, left_out=listing.left_out)
     here = device_of(runtime) == "cpu" and not runtime.scheduler
     if plan.blocks and here and (warning := networks.precision_warning(spec.precision)):
         progress.message(warning)

@@ -25,18 +25,21 @@ and, for the contract suite (`python -m varve.contracts --layout FILE`):
         Write a small dataset of this form, with empty files as videos, below `root`, which does
         not exist yet. Return its labels, as awkward as the form allows.
 
-A layout never opens a video and never makes a path from a label. A clip that a list names and the
-disk lacks is listed all the same: the build quarantines it with the reason `missing`. Links are
-followed, and a loop of them ends: `clips_below` walks a directory so. A split that there is not is
-a ValueError ("... has no split '7'; found 1, 2").
+A layout never opens a video and never makes a path from a label. Only of a file whose name does not
+show what it is, the first bytes are read (`clips_below`, and `read` for its counts). A clip that a
+list names and the disk lacks is listed all the same: the build quarantines it with the reason
+`missing`. Links are followed, and a loop of them ends: `clips_below` walks a directory so. A split
+that there is not is a ValueError ("... has no split '7'; found 1, 2"). What is no clip is counted
+by `read` in the listing's summary and in `left_out`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from varve.pipeline.datasets.layouts._disk import LIST_SUFFIXES, clips_below, describe
+from varve.pipeline.datasets.layouts._disk import LIST_SUFFIXES, clips_below, describe, left_out
 from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 from varve.pipeline.registry import available, variant
 
@@ -90,7 +93,7 @@ def read(root: Path, layout: str = "auto", split: str | None = None) -> Listing:
     names = available("layouts") if layout == "auto" else [layout]
     layouts = {name: find(name) for name in names}
     if layout != "auto" and layouts[layout].recognise is None:
-        return layouts[layout].read(root, split)
+        return _counted(root, layouts[layout].read(root, split), layouts[layout])
     lines = {
         name: line
         for name, candidate in layouts.items()
@@ -101,12 +104,26 @@ def read(root: Path, layout: str = "auto", split: str | None = None) -> Listing:
         problem = "no layout fits" if layout == "auto" else f"layout {layout!r} does not fit"
         raise ValueError(f"{problem} {root}: it holds {describe(root)}.\n" + "\n".join(needs))
     name = _most_specific(root, lines, layouts)
-    listing = layouts[name].read(root, split)
+    listing = _counted(root, layouts[name].read(root, split), layouts[name])
     others = [f"--layout {other} ({line})" for other, line in lines.items() if other != name]
     if not others:
         return listing
     summary = f"{listing.summary}. It could also be read with {' or '.join(others)}"
     return replace(listing, summary=summary)
+
+
+def _counted(root: Path, listing: Listing, layout: Layout) -> Listing:
+    """Return the listing with what it leaves out, in its field and its summary."""
+    if not root.is_dir():
+        return listing
+    paths = {clip.path for clip in listing.clips}
+    counts = Counter(dict(listing.left_out))
+    counts.update(dict(left_out(listing.root, paths, lists=layout.specific > 0)))
+    if not counts:
+        return listing
+    ordered = tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    text = ", ".join(f"{count} {kind}" for kind, count in ordered)
+    return replace(listing, summary=f"{listing.summary}; left out: {text}", left_out=ordered)
 
 
 def check_root(root: Path) -> None:
