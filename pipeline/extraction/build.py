@@ -102,6 +102,7 @@ def build(
     *,
     layout: str = "auto",
     split: str | None = None,
+    splits: str = "auto",
     runtime: Runtime | None = None,
     progress: Progress | None = None,
 ) -> BuildReport:
@@ -113,6 +114,7 @@ def build(
         spec: The requested features.
         layout: Name of the directory's layout; `auto` recognises it.
         split: One of the data set's official splits.
+        splits: `none` to read folders named after splits (train/, test/) as classes.
         runtime: Device, workers, deadline.
         progress: Receives the progress; silent by default.
 
@@ -129,7 +131,7 @@ def build(
     began = time.perf_counter()
     root, path = Path(dataset), local_folder(store)
     layouts.check_root(root)
-    prepared = partial(prepare, root, path, spec, layout=layout, split=split)
+    prepared = partial(prepare, root, path, spec, layout=layout, split=split, splits=splits)
     ready = None
     if not (path / "zarr.json").exists():
         # A request that cannot be met leaves nothing behind, so it is checked first.
@@ -188,6 +190,7 @@ def plan(
     *,
     layout: str = "auto",
     split: str | None = None,
+    splits: str = "auto",
     runtime: Runtime | None = None,
     progress: Progress | None = None,
     estimate: bool = True,
@@ -243,6 +246,7 @@ def prepare(
     *,
     layout: str = "auto",
     split: str | None = None,
+    splits: str = "auto",
     runtime: Runtime,
     progress: Progress,
 ) -> Prepared:
@@ -257,7 +261,7 @@ def prepare(
     if opened is None and path.is_dir():
         FeatureStore.check_empty(path)
     require(spec.decoder)
-    listing = layouts.read(root, layout, split)
+    listing = layouts.read(root, layout, split, splits)
     progress.message(listing.summary)
     backbones = requested_networks(spec)
     requested = passes(spec, backbones, opened, device_of(runtime))

@@ -6,7 +6,8 @@ module, or a class, has a function
 
     read(root: Path, split: str | None = None) -> Listing
         Return every clip that the directory lists, in a stable order. `split` chooses among the
-        dataset's official splits ("1" by default where they are numbered).
+        dataset's official splits ("1" by default where they are numbered). A third argument,
+        `splits: str = "auto"`, is for a layout that reads splits out of names: "none" reads none.
 
 and, for `--layout auto` to find it (a function alone is read by its name only):
 
@@ -33,6 +34,7 @@ that there is not is a ValueError ("... has no split '7'; found 1, 2"). What is 
 by `read` in the listing's summary and in `left_out`.
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -50,7 +52,7 @@ __all__ = ["Layout", "ListedClip", "Listing", "clips_below", "find", "read"]
 class Layout:
     """One layout, whether it is a module, a class or a function; see the contract above."""
 
-    read: Callable[[Path, str | None], Listing]
+    read: Callable[..., Listing]
     recognise: Callable[[Path], str | None] | None
     specific: int
     needs: str
@@ -74,26 +76,29 @@ def find(name: str) -> Layout:
     )
 
 
-def read(root: Path, layout: str = "auto", split: str | None = None) -> Listing:
+def read(
+    root: Path, layout: str = "auto", split: str | None = None, splits: str = "auto"
+) -> Listing:
     """List the clips of the dataset in `root`.
 
     Args:
         root: Directory of the dataset, or a CSV or TSV list of clips (layout `table`).
         layout: Name of a layout, or `auto` for the most specific one that recognises `root`.
         split: Which of the dataset's official splits; None for its first.
+        splits: `none` to read folders named after splits (train/, test/) as classes.
 
     Raises:
         FileNotFoundError: There is no `root`.
         NotADirectoryError: `root` is a file and no list.
         ValueError: No layout recognises it, or two equally specific ones do; it has no such
-            split; or its lists are wrong or name no clip.
+            split; its lists are wrong or name no clip; or the layout takes no `splits`.
     """
     root = Path(root)
     check_root(root)
     names = available("layouts") if layout == "auto" else [layout]
     layouts = {name: find(name) for name in names}
     if layout != "auto" and layouts[layout].recognise is None:
-        return _counted(root, layouts[layout].read(root, split), layouts[layout])
+        return _listing(root, layout, layouts[layout], split, splits)
     lines = {
         name: line
         for name, candidate in layouts.items()
@@ -104,7 +109,7 @@ def read(root: Path, layout: str = "auto", split: str | None = None) -> Listing:
         problem = "no layout fits" if layout == "auto" else f"layout {layout!r} does not fit"
         raise ValueError(f"{problem} {root}: it holds {describe(root)}.\n" + "\n".join(needs))
     name = _most_specific(root, lines, layouts)
-    listing = _counted(root, layouts[name].read(root, split), layouts[name])
+    listing = _listing(root, name, layouts[name], split, splits)
     others = [f"--layout {other} ({line})" for other, line in lines.items() if other != name]
     if not others:
         return listing
@@ -112,8 +117,15 @@ def read(root: Path, layout: str = "auto", split: str | None = None) -> Listing:
     return replace(listing, summary=summary)
 
 
-def _counted(root: Path, listing: Listing, layout: Layout) -> Listing:
-    """Return the listing with what it leaves out, in its field and its summary."""
+def _listing(root: Path, name: str, layout: Layout, split: str | None, splits: str) -> Listing:
+    """Return the listing of a layout with what it leaves out, in its field and its summary."""
+    options = {} if splits == "auto" else {"splits": splits}
+    if options and "splits" not in inspect.signature(layout.read).parameters:
+        raise ValueError(
+            f"layout {name!r} reads its splits from lists, splits {splits!r} was asked for; leave "
+            "it out, or name a layout that reads folders (--layout class_folders)"
+        )
+    listing = layout.read(root, split, **options)
     if not root.is_dir():
         return listing
     paths = {clip.path for clip in listing.clips}
