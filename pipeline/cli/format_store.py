@@ -34,6 +34,7 @@ def report_facts(report: "BuildReport") -> dict[str, Any]:
     return facts | {
         "store": str(report.store),
         "quarantined": quarantined.reset_index().to_dict("records"),
+        "left_out": dict(report.left_out),
         "seconds": {name: round(value, 3) for name, value in report.seconds.items()},
     }
 
@@ -98,6 +99,7 @@ def plan_facts(work: "Plan", seconds: "Estimate | None", store: str | Path) -> d
             )
     return {
         "clips": len(work.table),
+        "left_out": dict(work.left_out),
         "not_there": sorted(set(work.table.loc[work.table["reason"] == "missing", "path"])),
         "decodes": work.decodes,
         "clips_to_compute": work.clips,

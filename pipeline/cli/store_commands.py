@@ -26,6 +26,10 @@ StoreOption = Annotated[Path, typer.Option("--store", "-s", help="Folder of the 
 Layout = Annotated[str, typer.Option(help="How DATASET is laid out; auto recognises it.")]
 Split = Annotated[str | None, typer.Option(help="Which official split, where there are several.")]
 
+Splits = Annotated[
+    str, typer.Option(help="none: folders named train, test... are classes; auto: they are splits.")
+]
+
 
 @takes(spec=BuildSpec, runtime=Runtime)
 def build(
@@ -35,6 +39,7 @@ def build(
     runtime: Runtime,
     layout: Layout = "auto",
     split: Split = None,
+    splits: Splits = "auto",
     as_json: Json = False,
 ) -> None:
     """Compute the features of DATASET that the store lacks.
@@ -47,8 +52,8 @@ def build(
     from varve.pipeline.cli.format_store import report_facts, report_summary
     from varve.pipeline.extraction.build import build as run
 
-    report = run(dataset, store, spec, layout=layout, split=split, runtime=runtime,
-                 progress=progress_for(as_json))  # fmt: skip
+    report = run(dataset, store, spec, layout=layout, split=split, splits=splits,
+                 runtime=runtime, progress=progress_for(as_json))  # fmt: skip
     show(as_json, report_facts, report_summary, report)
     raise typer.Exit(1 if len(report.quarantined) else 0)
 
@@ -61,6 +66,7 @@ def plan(
     runtime: Runtime,
     layout: Layout = "auto",
     split: Split = None,
+    splits: Splits = "auto",
     as_json: Json = False,
     estimate: Annotated[bool, typer.Option(help="Measure this machine to estimate time.")] = True,
 ) -> None:
@@ -71,8 +77,9 @@ def plan(
     from varve.pipeline.cli.format_store import plan_facts, plan_summary
     from varve.pipeline.extraction.build import plan as run
 
-    work, seconds = run(dataset, store, spec, layout=layout, split=split, runtime=runtime,
-                        progress=progress_for(as_json), estimate=estimate)  # fmt: skip
+    work, seconds = run(dataset, store, spec, layout=layout, split=split, splits=splits,
+                        runtime=runtime, progress=progress_for(as_json),
+                        estimate=estimate)  # fmt: skip
     show(as_json, plan_facts, plan_summary, work, seconds, store)
 
 

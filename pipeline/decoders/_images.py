@@ -1,4 +1,4 @@
-"""Folders of frames as JPEG or PNG files, in natural order (Something-Something v1).
+"""Folders of frames as picture files, in the order of their numbers (Something-Something v1).
 
 Such a folder has no clock. Its frames count as 1/12 s apart, the rate of Something-Something.
 """
@@ -11,16 +11,18 @@ from PIL import Image, UnidentifiedImageError
 
 from varve.pipeline.datasets.media import FRAME_SUFFIXES, frame_files
 from varve.pipeline.decoders._index import Index
+from varve.pipeline.decoders._rgb import upright_rgb
 from varve.pipeline.decoders._stream import Undecodable, from_os_error
 
 FPS = 12.0
 
 
 def read(path: str) -> Index:
-    """Index the frames of the folder at `path`. Hidden files and files of other kinds are ignored.
+    """Index the frames of the folder at `path`. Other files and pictures are ignored.
 
     Raises:
-        Undecodable: `too_short` where the folder has no frame; `missing` or `unreadable`.
+        Undecodable: `too_short` where the folder has no frame; `missing`; `unreadable`, also where
+            its pictures are several clips.
     """
     try:
         files = tuple(str(file) for file in frame_files(path))
@@ -44,7 +46,7 @@ def pictures(path: str, index: Index, wanted_N: list[int]) -> Iterator[tuple[int
             if os.path.getsize(file) == 0:
                 raise Undecodable("empty", f"its frame {name} has 0 bytes")
             with Image.open(file) as image:
-                yield number, image.convert("RGB")
+                yield number, upright_rgb(image, name)
         except UnidentifiedImageError as error:
             raise Undecodable("corrupt", f"its frame {name} is no picture") from error
         except OSError as error:

@@ -15,7 +15,7 @@ REASONS = (
     "too_short",  # no frame in the file, or none in the clip's interval
     "timeout",  # not decoded within the deadline
     "crashed",  # the decoding process died
-    "unreadable",  # the operating system refused (permissions, input/output error)
+    "unreadable",  # refused by the system (permissions, input/output error); frames of two kinds
     "not_finite",  # decoded, but a feature overflowed the number format on disk
     "changed",  # the file changed while the build read it; its next bytes are tried again
 )

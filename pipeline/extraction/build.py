@@ -10,7 +10,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -72,6 +72,7 @@ class BuildReport:
         file_bytes: Size of the columns' files.
         calls: Calls of each stage, "network stage"; a call is one batch.
         bytes_read: Bytes of the features that computations started from.
+        left_out: Files of the data set that are no clip, by kind.
     """
 
     store: Path
@@ -91,6 +92,7 @@ class BuildReport:
     file_bytes: int
     calls: dict[str, int]
     bytes_read: int
+    left_out: tuple[tuple[str, int], ...] = ()
 
 
 def build(
@@ -100,6 +102,7 @@ def build(
     *,
     layout: str = "auto",
     split: str | None = None,
+    splits: str = "auto",
     runtime: Runtime | None = None,
     progress: Progress | None = None,
 ) -> BuildReport:
@@ -111,6 +114,7 @@ def build(
         spec: The requested features.
         layout: Name of the directory's layout; `auto` recognises it.
         split: One of the data set's official splits.
+        splits: `none` to read folders named after splits (train/, test/) as classes.
         runtime: Device, workers, deadline.
         progress: Receives the progress; silent by default.
 
@@ -127,7 +131,7 @@ def build(
     began = time.perf_counter()
     root, path = Path(dataset), local_folder(store)
     layouts.check_root(root)
-    prepared = partial(prepare, root, path, spec, layout=layout, split=split)
+    prepared = partial(prepare, root, path, spec, layout=layout, split=split, splits=splits)
     ready = None
     if not (path / "zarr.json").exists():
         # A request that cannot be met leaves nothing behind, so it is checked first.
@@ -174,6 +178,7 @@ def build(
         file_bytes=plan.disk_bytes,
         calls=dict(done.calls),
         bytes_read=plan.bytes_read,
+        left_out=plan.left_out,
     )
 
 
@@ -185,6 +190,7 @@ def plan(
     *,
     layout: str = "auto",
     split: str | None = None,
+    splits: str = "auto",
     runtime: Runtime | None = None,
     progress: Progress | None = None,
     estimate: bool = True,
@@ -240,6 +246,7 @@ def prepare(
     *,
     layout: str = "auto",
     split: str | None = None,
+    splits: str = "auto",
     runtime: Runtime,
     progress: Progress,
 ) -> Prepared:
@@ -254,7 +261,7 @@ def prepare(
     if opened is None and path.is_dir():
         FeatureStore.check_empty(path)
     require(spec.decoder)
-    listing = layouts.read(root, layout, split)
+    listing = layouts.read(root, layout, split, splits)
     progress.message(listing.summary)
     backbones = requested_networks(spec)
     requested = passes(spec, backbones, opened, device_of(runtime))
@@ -270,6 +277,7 @@ def prepare(
     enter(scanned.table, (o for o in left if not (retry and (o.reason or o.overflowed))))
     inventory = StoreInventory(path, opened, len(scanned.table))
     plan = make_plan(inventory, scanned.table, scanned.rows, base, requested, backbones)
+    plan = replace(plan, left_out=listing.left_out)
     here = device_of(runtime) == "cpu" and not runtime.scheduler
     if plan.blocks and here and (warning := networks.precision_warning(spec.precision)):
         progress.message(warning)

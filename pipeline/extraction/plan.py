@@ -88,6 +88,7 @@ class Plan:
         passes: Every requested pass from the videos, then the passes that start from features.
         columns: Plans of the columns of each requested pass.
         blocks: The work; empty where nothing is missing.
+        left_out: Files of the data set that are no clip, by kind; see `Listing`.
     """
 
     table: pd.DataFrame
@@ -96,6 +97,7 @@ class Plan:
     passes: tuple[Pass, ...]
     columns: tuple[tuple[ColumnPlan, ...], ...]
     blocks: tuple[Block, ...] = field(repr=False)
+    left_out: tuple[tuple[str, int], ...] = ()
 
     @property
     def all_columns(self) -> list[ColumnPlan]:

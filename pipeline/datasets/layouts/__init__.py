@@ -6,7 +6,8 @@ module, or a class, has a function
 
     read(root: Path, split: str | None = None) -> Listing
         Return every clip that the directory lists, in a stable order. `split` chooses among the
-        dataset's official splits ("1" by default where they are numbered).
+        dataset's official splits ("1" by default where they are numbered). A third argument,
+        `splits: str = "auto"`, is for a layout that reads splits out of names: "none" reads none.
 
 and, for `--layout auto` to find it (a function alone is read by its name only):
 
@@ -25,18 +26,22 @@ and, for the contract suite (`python -m varve.contracts --layout FILE`):
         Write a small dataset of this form, with empty files as videos, below `root`, which does
         not exist yet. Return its labels, as awkward as the form allows.
 
-A layout never opens a video and never makes a path from a label. A clip that a list names and the
-disk lacks is listed all the same: the build quarantines it with the reason `missing`. Links are
-followed, and a loop of them ends: `clips_below` walks a directory so. A split that there is not is
-a ValueError ("... has no split '7'; found 1, 2").
+A layout never opens a video and never makes a path from a label. Only of a file whose name does not
+show what it is, the first bytes are read (`clips_below`, and `read` for its counts). A clip that a
+list names and the disk lacks is listed all the same: the build quarantines it with the reason
+`missing`. Links are followed, and a loop of them ends: `clips_below` walks a directory so. A split
+that there is not is a ValueError ("... has no split '7'; found 1, 2"). What is no clip is counted
+by `read` in the listing's summary and in `left_out`.
 """
 
+import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from varve.pipeline.datasets.layouts._disk import LIST_SUFFIXES, clips_below, describe
+from varve.pipeline.datasets.layouts._disk import LIST_SUFFIXES, clips_below, describe, left_out
 from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 from varve.pipeline.registry import available, variant
 
@@ -47,7 +52,7 @@ __all__ = ["Layout", "ListedClip", "Listing", "clips_below", "find", "read"]
 class Layout:
     """One layout, whether it is a module, a class or a function; see the contract above."""
 
-    read: Callable[[Path, str | None], Listing]
+    read: Callable[..., Listing]
     recognise: Callable[[Path], str | None] | None
     specific: int
     needs: str
@@ -71,26 +76,29 @@ def find(name: str) -> Layout:
     )
 
 
-def read(root: Path, layout: str = "auto", split: str | None = None) -> Listing:
+def read(
+    root: Path, layout: str = "auto", split: str | None = None, splits: str = "auto"
+) -> Listing:
     """List the clips of the dataset in `root`.
 
     Args:
         root: Directory of the dataset, or a CSV or TSV list of clips (layout `table`).
         layout: Name of a layout, or `auto` for the most specific one that recognises `root`.
         split: Which of the dataset's official splits; None for its first.
+        splits: `none` to read folders named after splits (train/, test/) as classes.
 
     Raises:
         FileNotFoundError: There is no `root`.
         NotADirectoryError: `root` is a file and no list.
         ValueError: No layout recognises it, or two equally specific ones do; it has no such
-            split; or its lists are wrong or name no clip.
+            split; its lists are wrong or name no clip; or the layout takes no `splits`.
     """
     root = Path(root)
     check_root(root)
     names = available("layouts") if layout == "auto" else [layout]
     layouts = {name: find(name) for name in names}
     if layout != "auto" and layouts[layout].recognise is None:
-        return layouts[layout].read(root, split)
+        return _listing(root, layout, layouts[layout], split, splits)
     lines = {
         name: line
         for name, candidate in layouts.items()
@@ -101,12 +109,33 @@ def read(root: Path, layout: str = "auto", split: str | None = None) -> Listing:
         problem = "no layout fits" if layout == "auto" else f"layout {layout!r} does not fit"
         raise ValueError(f"{problem} {root}: it holds {describe(root)}.\n" + "\n".join(needs))
     name = _most_specific(root, lines, layouts)
-    listing = layouts[name].read(root, split)
+    listing = _listing(root, name, layouts[name], split, splits)
     others = [f"--layout {other} ({line})" for other, line in lines.items() if other != name]
     if not others:
         return listing
     summary = f"{listing.summary}. It could also be read with {' or '.join(others)}"
     return replace(listing, summary=summary)
+
+
+def _listing(root: Path, name: str, layout: Layout, split: str | None, splits: str) -> Listing:
+    """Return the listing of a layout with what it leaves out, in its field and its summary."""
+    options = {} if splits == "auto" else {"splits": splits}
+    if options and "splits" not in inspect.signature(layout.read).parameters:
+        raise ValueError(
+            f"layout {name!r} reads its splits from lists, splits {splits!r} was asked for; leave "
+            "it out, or name a layout that reads folders (--layout class_folders)"
+        )
+    listing = layout.read(root, split, **options)
+    if not root.is_dir():
+        return listing
+    paths = {clip.path for clip in listing.clips}
+    counts = Counter(dict(listing.left_out))
+    counts.update(dict(left_out(listing.root, paths, lists=layout.specific > 0)))
+    if not counts:
+        return listing
+    ordered = tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    text = ", ".join(f"{count} {kind}" for kind, count in ordered)
+    return replace(listing, summary=f"{listing.summary}; left out: {text}", left_out=ordered)
 
 
 def check_root(root: Path) -> None:

@@ -35,6 +35,9 @@ class Listing:
         layout: Name of the layout.
         summary: What was read and what was left out, for a person.
         root: Directory that paths are relative to: the dataset's, or that of a list file.
+        left_out: Number of files that are no clip, by kind (videos, pictures, an extension), the
+            most frequent first. `read` counts them; a layout adds kinds of its own. Empty for a
+            list that is named itself: it chooses the files.
     """
 
     clips: tuple[ListedClip, ...]
@@ -42,3 +45,4 @@ class Listing:
     layout: str
     summary: str
     root: Path
+    left_out: tuple[tuple[str, int], ...] = ()

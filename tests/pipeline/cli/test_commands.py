@@ -47,6 +47,18 @@ def store(built, tmp_path) -> Path:
     return tmp_path / "s.zarr"
 
 
+def test_plan_and_build_have_what_was_left_out_as_json(dataset, tmp_path, varve):
+    root = tmp_path / "videos"
+    shutil.copytree(dataset(("grow",), 1), root)
+    (root / "notes.srt").write_text("1", "utf-8")
+    (root / "@eaDir").mkdir()
+    counts = {".srt": 1, "hidden or system entries": 1}
+    options = [root, "--store", tmp_path / "s.zarr", *NETWORK, "--json"]
+    before = dict(json.loads(varve("plan", *options, "--no-estimate").stdout)["left_out"])
+    assert before.items() >= counts.items()
+    assert json.loads(varve("build", *options).stdout)["left_out"] == before
+
+
 def test_build_reports_what_it_did_and_exits_with_1_for_quarantined_clips(videos, tmp_path, varve):
     done = process("build", videos, "--store", tmp_path / "s.zarr", *NETWORK)
     assert done.returncode == 1

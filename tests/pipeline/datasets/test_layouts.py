@@ -125,28 +125,6 @@ def test_a_folder_of_frames_is_a_clip_but_pictures_of_a_class_or_beside_videos_a
     assert paths(read(tmp_path)) == ["a/clip", "b/clip", "c/d/x.avi"]
 
 
-def test_first_folders_named_after_splits_are_splits(tmp_path):
-    put(tmp_path, "train/a/x.avi", "test/a/x.avi", "Validation/b/c/y.avi", "train/b/frames/1.jpg")
-    assert [(c.path, c.label, c.split) for c in read(tmp_path).clips] == [
-        ("Validation/b/c/y.avi", "b", "Validation"),
-        ("test/a/x.avi", "a", "test"),
-        ("train/a/x.avi", "a", "train"),
-        ("train/b/frames", "b", "train"),
-    ]
-
-
-def test_one_class_named_train_is_a_class(tmp_path):
-    put(tmp_path, "train/x.avi", "plane/y.avi")
-    assert read(tmp_path).classes == ("plane", "train")
-
-
-@pytest.mark.parametrize("stray", ["extra/a/x.avi", "train/x.avi"])
-def test_splits_with_something_else_among_them_are_not_guessed_at(tmp_path, stray):
-    put(tmp_path, "train/a/x.avi", "test/a/x.avi", stray)
-    with pytest.raises(ValueError, match=r"test, train look like splits.*(extra/|train/x\.avi)"):
-        read(tmp_path)
-
-
 def test_a_folder_around_the_classes_is_pointed_at(tmp_path):
     put(tmp_path, "videos/a/x.avi", "videos/b/y.avi")
     listing = read(tmp_path)
