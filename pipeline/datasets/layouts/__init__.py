@@ -36,9 +36,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from varve.pipeline.datasets.layouts._disk import LIST_SUFFIXES, clips_below, describe
+from varve.pipeline.datasets.layouts._disk import clips_below, describe
 from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 from varve.pipeline.registry import available, variant
+
+# Files that may be given as a data set: lists of clips.
+LIST_SUFFIXES = (".csv", ".json", ".jsonl", ".list", ".lst", ".tsv", ".txt")
 
 __all__ = ["Layout", "ListedClip", "Listing", "clips_below", "find", "read"]
 
@@ -121,7 +124,7 @@ def check_root(root: Path) -> None:
     if not root.is_dir() and root.suffix.lower() not in LIST_SUFFIXES:
         raise NotADirectoryError(
             f"{root} is a file; name the directory that holds the videos, or a list of clips "
-            f"({', '.join(sorted(LIST_SUFFIXES))})"
+            f"({', '.join(LIST_SUFFIXES)})"
         )
 
 
