@@ -5,7 +5,8 @@ the same name with another extension, anywhere below the root; of several, the o
 its label or split, but a file below a folder `replacement/` goes before all: CVDF's archives have
 corrected copies of damaged files there. `train.csv`, `val.csv`, `validate.csv` and `test.csv` are
 read together, and the split `validate` is `val`. Where only the uncut
-`<youtube_id>.mp4` exists, the clip is its interval from time_start to time_end. Rows without a label (a test list) are left out.
+`<youtube_id>.mp4` exists, the clip is its interval from time_start to time_end. Rows without a
+label (a test list) are left out.
 """
 
 from dataclasses import replace

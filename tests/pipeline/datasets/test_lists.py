@@ -184,3 +184,54 @@ def test_a_header_alone_is_refused(tmp_path):
     write(tmp_path / "l.csv", "path,label\n")
     with pytest.raises(ValueError, match="no clip with a label"):
         read(tmp_path)
+
+
+# Text made regular
+
+
+def test_blanks_and_marks_around_values_are_no_part_of_them(tmp_path):
+    rows = ["a.mp4 ,walk,train", " b.mp4, walk,test ", "c.mp4,walk\u00a0,\ufefftrain"]
+    rows.append('"d.mp4","x\t", test')
+    path = write(tmp_path / "l.csv", "path, label ,split\r\n" + "\r\n".join(rows))
+    listing = read(path)
+    assert [(c.path, c.label, c.split) for c in listing.clips] == [
+        ("a.mp4", "walk", "train"),
+        ("b.mp4", "walk", "test"),
+        ("c.mp4", "walk", "train"),
+        ("d.mp4", "x", "test"),
+    ]
+    assert listing.classes == ("walk", "x")
+
+
+def test_a_blank_at_the_end_of_a_file_name_is_kept_where_there_is_such_a_file(tmp_path):
+    put(tmp_path, "a.mp4 ")
+    write(tmp_path / "l.csv", "path,label\na.mp4 ,x\nb.mp4 ,x\n")
+    assert paths(read(tmp_path / "l.csv")) == ["a.mp4 ", "b.mp4"]
+
+
+def test_labels_that_differ_in_case_or_form_alone_stay_and_are_named(tmp_path):
+    rows = ["a.mp4,Walk", "b.mp4,walk", "c.mp4,caf\u00e9", "d.mp4,cafe\u0301", "e.mp4,run"]
+    listing = read(write(tmp_path / "l.csv", "path,label\n" + "\n".join(rows)))
+    assert len(listing.classes) == 5
+    assert "DIFFERENT labels that differ in case or Unicode form alone: " in listing.summary
+    assert "'Walk', 'walk'" in listing.summary
+    assert "'cafe\u0301', 'caf\u00e9'" in listing.summary
+    assert "run" not in listing.summary
+    path = write(tmp_path / "m.csv", "path,label,split\na.mp4,x,Train\nb.mp4,x,train\n")
+    assert "DIFFERENT splits that differ in case" in read(path).summary
+
+
+def test_a_path_that_begins_with_a_slash_is_of_the_root_if_it_is_there(tmp_path):
+    put(tmp_path, "v/a.mp4", "v/b.mp4")
+    rows = "/v/a.mp4,x\n./v/b.mp4,y\n//v/a.mp4,x\n"
+    listing = read(write(tmp_path / "l.csv", f"path,label\n{rows}"))
+    assert paths(listing) == ["v/a.mp4", "v/b.mp4"]
+    assert "repeated entries, taken once: 1" in listing.summary
+
+
+def test_labels_that_are_whole_numbers_are_in_the_order_of_their_values(tmp_path):
+    rows = [f"{i}.mp4,{label}" for i, label in enumerate(("10", "9", "0", "011", "-1"))]
+    listing = read(write(tmp_path / "l.csv", "path,label\n" + "\n".join(rows)))
+    assert listing.classes == ("-1", "0", "9", "10", "011")
+    listing = read(write(tmp_path / "l.csv", "path,label\n" + "\n".join([*rows, "z.mp4,b"])))
+    assert listing.classes == ("-1", "0", "011", "10", "9", "b")
