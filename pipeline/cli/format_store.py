@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from varve.pipeline.units import clock, size
-from varve.stores import FeatureStore
+from varve.stores import FeatureStore, clips
 from varve.stores.garbage import GarbageReport
 
 if TYPE_CHECKING:  # they load torch, which a description of a store does not need
@@ -45,7 +45,8 @@ def report_summary(report: "BuildReport") -> str:
         f"{report.store}: "
         + ", ".join(f"{report.clips[s]} clips {s}" for s in STATUS_ORDER if report.clips.get(s))
     ]
-    news = {"new": report.new, "with changed bytes": report.changed, "gone": report.gone}
+    news = {"new": report.new, "with changed bytes": report.changed, "gone": report.gone,
+            "moved": report.moved}  # fmt: skip
     if any(news.values()):
         lines.append("  against the last build: " + ", ".join(
             f"{count} {what}" for what, count in news.items() if count))  # fmt: skip
@@ -66,6 +67,8 @@ def report_summary(report: "BuildReport") -> str:
         lines.append(f"  {report.adopted} cells taken over from a build that did not end")
     if report.copied:
         lines.append(f"  {report.copied} cells copied from clips with the same bytes")
+    if warning := clips.shared_text(report.duplicates):
+        lines.append(f"  {warning}")
     lines.append(f"  features weigh {size(report.file_bytes)}")
     if len(report.quarantined):
         lines += ["quarantined:", failure_lines(report.quarantined)]
@@ -183,6 +186,7 @@ def store_facts(opened: FeatureStore) -> dict[str, Any]:
         "clips": len(table),
         "status": {s: int((table["status"] == s).sum()) for s in STATUS_ORDER},
         "splits": {str(k): int(v) for k, v in table["split"].value_counts().sort_index().items()},
+        "duplicates": clips.shared_between_splits(table[table["reason"] != "missing"]),
         "classes": opened.attributes.get("classes", []),
         "features": features,
         "bytes": _folder_bytes(opened.path),
@@ -201,6 +205,8 @@ def store_summary(opened: FeatureStore) -> str:
         f"of {len(facts['classes'])} classes, {size(facts['bytes'])}",
         f"  from {facts['dataset']} ({facts['layout']})",
     ]
+    if warning := clips.shared_text(facts["duplicates"]):
+        lines.append(f"  {warning}")
     for f in facts["features"]:
         view = f" view {f['view']}" if f["view"] else ""
         named = itertools.zip_longest(f["changed_at"], f["modules"], fillvalue="?")

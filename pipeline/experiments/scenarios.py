@@ -92,11 +92,13 @@ class Division:
 
     Attributes:
         left_out: Number of clips that are in neither, by the first reason that applies.
+        shared: Number of test clips whose bytes and interval a training clip has too.
     """
 
     train: tuple[np.ndarray, ...]
     test: tuple[np.ndarray, ...]
     left_out: Mapping[str, int]
+    shared: int = 0
 
 
 def make_scenario(
@@ -290,7 +292,10 @@ def divide(
         tuple(rows[used_N & (split_N == split) & (task_N == i)] for i in range(len(scenario.tasks)))
         for split in (train, test)
     )
-    return Division(train_rows, test_rows, left_out)
+    first_N = np.where(table["duplicate_of"] >= 0, table["duplicate_of"], table.index)
+    train_N, test_N = (used_N & (split_N == split) for split in (train, test))
+    shared = int(np.isin(first_N[test_N], first_N[train_N]).sum())
+    return Division(train_rows, test_rows, left_out, shared)
 
 
 def _shape(name: str) -> tuple[int, int, int] | None:

@@ -206,7 +206,7 @@ def test_an_order_may_be_a_list_or_a_file(order, tmp_path):
 def test_numbers_that_are_names_are_names():
     digits = ["3", "2", "1", "0"]
     assert make_scenario("2+2x1", digits, order=["1", "0", "3", "2"]).order == (2, 3, 0, 1)
-    assert make_scenario("2+2x1", digits, order=[1, 0, 3, 2]).order == (1, 0, 3, 2)
+    assert make_scenario("2+2x1", digits, order=[1, 0, 3, 2]).order == (2, 3, 0, 1)
 
 
 def test_an_order_may_leave_classes_out_and_only_may_choose_them():
