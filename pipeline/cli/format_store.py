@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from varve.pipeline.units import clock, size
+from varve.pipeline.units import clock, printable, size
 from varve.stores import FeatureStore, clips
 from varve.stores.garbage import GarbageReport
 
@@ -123,7 +123,7 @@ def plan_summary(work: "Plan", seconds: "Estimate | None", store: str | Path) ->
     if facts["not_there"]:
         first, *more = facts["not_there"]
         rest = f" and {len(more)} more" if more else ""
-        lines.insert(0, f"NOT THERE: {first}{rest}: looked for in the data set's folder")
+        lines.insert(0, f"NOT THERE: {printable(first)}{rest}: looked for in the data set's folder")
     for c in facts["columns"]:
         view = f" view {c['view']}" if c["view"] else ""
         sources = ", ".join(f"{count} from {source}" for source, count in c["from"].items())
@@ -230,7 +230,9 @@ def failure_facts(failed: pd.DataFrame) -> list[dict[str, Any]]:
 def failure_lines(failed: pd.DataFrame) -> str:
     """Return a line for each quarantined clip: row, path, reason."""
     lines = (
-        f"  row {row}  {clip['path']}  {clip['reason']}: {clip['detail']}"
+        f"  row {row}  {printable(clip['path'])}  {clip['reason']}: "
+        # The sentences of a detail are on lines of their own.
+        + printable(clip["detail"].replace("\n", "; "))
         for row, clip in failed.iterrows()
     )
     return "\n".join(lines) or "no clip is quarantined"
@@ -247,7 +249,7 @@ def verification_lines(result: "Verified") -> str:
         lines.append(f"{result.changed} columns of changed networks: checksums alone")
     for finding in result.findings:
         where = "  ".join(filter(None, (finding.column, finding.shard, finding.clip)))
-        lines.append(f"BAD {where}: {finding.problem}")
+        lines.append(f"BAD {printable(where)}: {finding.problem}")
     findings = len(result.findings)
     return "\n".join([*lines, f"{findings} findings" if findings else "nothing differs"])
 

@@ -292,7 +292,9 @@ def divide(
         tuple(rows[used_N & (split_N == split) & (task_N == i)] for i in range(len(scenario.tasks)))
         for split in (train, test)
     )
-    first_N = np.where(table["duplicate_of"] >= 0, table["duplicate_of"], table.index)
+    # A table of a user may lack the column.
+    same_N = np.asarray(table.get("duplicate_of", np.full(len(table), -1)))
+    first_N = np.where(same_N >= 0, same_N, table.index)
     train_N, test_N = (used_N & (split_N == split) for split in (train, test))
     shared = int(np.isin(first_N[test_N], first_N[train_N]).sum())
     return Division(train_rows, test_rows, left_out, shared)

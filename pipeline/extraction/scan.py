@@ -80,7 +80,8 @@ def scan(table: pd.DataFrame, listing: Listing, root: Path, retry: bool) -> Scan
     example = table["path"].iloc[0] if len(table) else ""
     other = OtherDataset(
         f"the store holds {len(table)} clips, such as {example}; {root} lists {len(keys)} others, "
-        f"such as {keys[0][0]}, and none of those, by path or by bytes. Give the data set the store was built from, or a new store."
+        f"such as {keys[0][0]}, and none of those, by path or by bytes. Give the data set the "
+        "store was built from, or a new store."
     )
     paths = sorted({c.path for c in listing.clips})
     known = not len(table) or any(key in old for key in keys)

@@ -15,6 +15,9 @@ and, for `--layout auto` to find it (a function alone is read by its name only):
         dataset's own lists, 1 for a plain list, 0 for names of files and folders alone.
     NEEDS: str
         What a directory must have to be read so, to end the sentence "it needs ...".
+    TREE: str
+        A picture of the directory, ROOT/ and what it holds, which `varve datasets` prints. A layout
+        of your own may leave it out.
     recognise(root: Path) -> str | None
         Return one line of what was recognised ("UCF101: 3 split lists and classInd.txt"), or None.
         Cheap: looks at names, opens at most a few small files.
@@ -55,6 +58,7 @@ class Layout:
     specific: int
     needs: str
     example: Callable[[Path], list[str]] | None
+    tree: str = ""
 
 
 def find(name: str) -> Layout:
@@ -71,6 +75,7 @@ def find(name: str) -> Layout:
         getattr(module, "SPECIFIC", 0),
         getattr(module, "NEEDS", ""),
         getattr(module, "example", None),
+        getattr(module, "TREE", ""),
     )
 
 
