@@ -1,4 +1,6 @@
-"""Format quantities for people: seconds and bytes."""
+"""Format quantities and names for people: seconds, bytes, file names."""
+
+import unicodedata
 
 
 def clock(seconds: float) -> str:
@@ -26,3 +28,24 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.3g} TB"
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Return text in which characters that steer a terminal, or begin a line, are escaped.
+
+    Those are the control characters, marks that turn the direction of writing, separators of lines,
+    and halves of characters, which no terminal can print.
+
+    Args:
+        text: A file name, or a message that has some in it.
+        keep: Characters to leave as they are, such as a newline.
+
+    >>> printable("a\nb\x1b[2J \u202ec\ufeff")
+    'a\\nb\\x1b[2J \\u202ec\\ufeff'
+    """
+    return "".join(
+        c if c in keep or unicodedata.category(c) not in _ESCAPED else ascii(c)[1:-1] for c in text
+    )
+
+
+_ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")

@@ -13,7 +13,7 @@ State that a program needs has a column of its own:
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +133,33 @@ def row_keys(table: pd.DataFrame) -> np.ndarray:
     """Return the row keys of all clips: uint8 [clips, 16]; zeros where the content is unknown."""
     keys = map(row_key, table["digest"], table["start_seconds"], table["end_seconds"])
     return np.frombuffer(b"".join(keys), np.uint8).reshape(len(table), KEY_BYTES)
+
+
+def shared_between_splits(table: pd.DataFrame) -> dict[str, int]:
+    """Count the clips that are, byte for byte, clips of another split too.
+
+    Args:
+        table: Rows of the table of clips, settled by a build.
+
+    Returns:
+        Number of clips by "SPLIT and SPLIT", names sorted. A clip that repeats one of its own split
+        alone is not counted.
+    """
+    groups: dict[int, list[str]] = {}
+    for row, first, split in zip(table.index, table["duplicate_of"], table["split"], strict=True):
+        groups.setdefault(int(first) if first >= 0 else int(row), []).append(str(split))
+    counts: dict[str, int] = {}
+    for splits in groups.values():
+        if len(set(splits)) > 1:
+            pair = " and ".join(split or "no split" for split in sorted(set(splits)))
+            counts[pair] = counts.get(pair, 0) + len(splits)
+    return dict(sorted(counts.items()))
+
+
+def shared_text(shared: Mapping[str, int]) -> str:
+    """Return a warning of clips that are in two splits by their bytes; "" without any."""
+    counts = ", ".join(f"{count} clips in {pair}" for pair, count in shared.items())
+    return f"SAME BYTES in different splits: {counts}" if counts else ""
 
 
 def row_ids(rows: Sequence[int] | np.ndarray | slice, clips: int) -> np.ndarray:

@@ -33,6 +33,7 @@ def common(
 for command in (
     store_commands.build,
     store_commands.plan,
+    store_commands.datasets,
     store_commands.info,
     store_commands.failures,
     store_commands.verify,

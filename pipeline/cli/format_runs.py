@@ -36,6 +36,8 @@ def run_summary(run: Run) -> str:
     )
     if left_out := run.metrics["left_out"]:
         lines.append("left out: " + ", ".join(f"{n} clips {why}" for why, n in left_out.items()))
+    if shared := run.metrics.get("test_clips_also_in_training"):
+        lines.append(f"SAME BYTES in training and test: {shared} test clips are training clips too")
     lines.append(f"in {run.folder}")
     return "\n".join(lines)
 

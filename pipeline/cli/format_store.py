@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from varve.pipeline.units import clock, size
-from varve.stores import FeatureStore
+from varve.pipeline.units import clock, printable, size
+from varve.stores import FeatureStore, clips
 from varve.stores.garbage import GarbageReport
 
 if TYPE_CHECKING:  # they load torch, which a description of a store does not need
@@ -46,7 +46,8 @@ def report_summary(report: "BuildReport") -> str:
         f"{report.store}: "
         + ", ".join(f"{report.clips[s]} clips {s}" for s in STATUS_ORDER if report.clips.get(s))
     ]
-    news = {"new": report.new, "with changed bytes": report.changed, "gone": report.gone}
+    news = {"new": report.new, "with changed bytes": report.changed, "gone": report.gone,
+            "moved": report.moved}  # fmt: skip
     if any(news.values()):
         lines.append("  against the last build: " + ", ".join(
             f"{count} {what}" for what, count in news.items() if count))  # fmt: skip
@@ -67,6 +68,8 @@ def report_summary(report: "BuildReport") -> str:
         lines.append(f"  {report.adopted} cells taken over from a build that did not end")
     if report.copied:
         lines.append(f"  {report.copied} cells copied from clips with the same bytes")
+    if warning := clips.shared_text(report.duplicates):
+        lines.append(f"  {warning}")
     lines.append(f"  features weigh {size(report.file_bytes)}")
     if len(report.quarantined):
         lines += ["quarantined:", failure_lines(report.quarantined)]
@@ -122,7 +125,7 @@ def plan_summary(work: "Plan", seconds: "Estimate | None", store: str | Path) ->
     if facts["not_there"]:
         first, *more = facts["not_there"]
         rest = f" and {len(more)} more" if more else ""
-        lines.insert(0, f"NOT THERE: {first}{rest}: looked for in the data set's folder")
+        lines.insert(0, f"NOT THERE: {printable(first)}{rest}: looked for in the data set's folder")
     for c in facts["columns"]:
         view = f" view {c['view']}" if c["view"] else ""
         sources = ", ".join(f"{count} from {source}" for source, count in c["from"].items())
@@ -185,6 +188,7 @@ def store_facts(opened: FeatureStore) -> dict[str, Any]:
         "clips": len(table),
         "status": {s: int((table["status"] == s).sum()) for s in STATUS_ORDER},
         "splits": {str(k): int(v) for k, v in table["split"].value_counts().sort_index().items()},
+        "duplicates": clips.shared_between_splits(table[table["reason"] != "missing"]),
         "classes": opened.attributes.get("classes", []),
         "features": features,
         "bytes": _folder_bytes(opened.path),
@@ -203,6 +207,8 @@ def store_summary(opened: FeatureStore) -> str:
         f"of {len(facts['classes'])} classes, {size(facts['bytes'])}",
         f"  from {facts['dataset']} ({facts['layout']})",
     ]
+    if warning := clips.shared_text(facts["duplicates"]):
+        lines.append(f"  {warning}")
     for f in facts["features"]:
         view = f" view {f['view']}" if f["view"] else ""
         named = itertools.zip_longest(f["changed_at"], f["modules"], fillvalue="?")
@@ -226,7 +232,9 @@ def failure_facts(failed: pd.DataFrame) -> list[dict[str, Any]]:
 def failure_lines(failed: pd.DataFrame) -> str:
     """Return a line for each quarantined clip: row, path, reason."""
     lines = (
-        f"  row {row}  {clip['path']}  {clip['reason']}: {clip['detail']}"
+        f"  row {row}  {printable(clip['path'])}  {clip['reason']}: "
+        # The sentences of a detail are on lines of their own.
+        + printable(clip["detail"].replace("\n", "; "))
         for row, clip in failed.iterrows()
     )
     return "\n".join(lines) or "no clip is quarantined"
@@ -243,7 +251,7 @@ def verification_lines(result: "Verified") -> str:
         lines.append(f"{result.changed} columns of changed networks: checksums alone")
     for finding in result.findings:
         where = "  ".join(filter(None, (finding.column, finding.shard, finding.clip)))
-        lines.append(f"BAD {where}: {finding.problem}")
+        lines.append(f"BAD {printable(where)}: {finding.problem}")
     findings = len(result.findings)
     return "\n".join([*lines, f"{findings} findings" if findings else "nothing differs"])
 

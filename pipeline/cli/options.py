@@ -13,6 +13,7 @@ import typer
 from varve.pipeline import registry
 from varve.pipeline.config import Option, options_of
 from varve.pipeline.progress import Progress, default_progress
+from varve.pipeline.units import printable
 
 StoreArgument = Annotated[
     Path, typer.Argument(metavar="STORE", help="Folder of the feature store.")
@@ -30,11 +31,14 @@ def progress_for(as_json: bool) -> Progress:
 
 def show(as_json: bool, facts: Callable[..., Any], text: Callable[..., str], *result: Any) -> None:
     """Print a result as JSON for a program, by `facts`, or for a person, by `text`."""
-    print(json.dumps(facts(*result), indent=1, ensure_ascii=False) if as_json else text(*result))
+    if as_json:
+        print(json.dumps(facts(*result), indent=1, ensure_ascii=False))
+    else:
+        print(printable(text(*result), keep="\n\t\u200d"))  # joiners are part of words
 
 
 def takes(
-    *, partial: bool = False, only: Collection[str] = (), **configs: type
+    *, partial: bool = False, only: Collection[str] = (), unless: str = "", **configs: type
 ) -> Callable[[Command], Command]:
     """Give a command the options of configurations: `@takes(spec=BuildSpec, runtime=Runtime)`.
 
@@ -43,6 +47,7 @@ def takes(
     Args:
         partial: Pass the dict of the given options instead; only options of a key are taken.
         only: The fields to take; empty for all.
+        unless: An option without which the command gets None in place of its configuration.
         configs: The parameters of the command, with the class of each.
     """
 
@@ -65,6 +70,9 @@ def takes(
                 if not partial:
                     values = {n: () if value is None else value for n, value in values.items()}
                 values = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+                if unless in values and not values[unless]:
+                    arguments[parameter] = None
+                    continue
                 arguments[parameter] = values if partial else configs[parameter](**values)
             command(**arguments)
 

@@ -58,12 +58,14 @@ def build(
     raise typer.Exit(1 if len(report.quarantined) else 0)
 
 
-@takes(spec=BuildSpec, runtime=Runtime)
+@takes(unless="backbones", spec=BuildSpec, runtime=Runtime)
 def plan(
     dataset: Dataset,
-    store: StoreOption,
-    spec: BuildSpec,
+    spec: BuildSpec | None,
     runtime: Runtime,
+    store: Annotated[
+        Path | None, typer.Option("--store", "-s", help="Folder of the feature store.")
+    ] = None,
     layout: Layout = "auto",
     split: Split = None,
     splits: Splits = "auto",
@@ -72,8 +74,18 @@ def plan(
 ) -> None:
     """Print what `build` with the same options would do. Writes nothing.
 
+    Without --backbone: print what was recognised in DATASET, and what was left out.
+
     Example: varve plan videos/ --store ucf101.zarr --backbone ViT-B-16:openai --keep proj
     """
+    if spec is None:
+        from varve.pipeline.cli.format_dataset import listing_facts, listing_lines
+        from varve.pipeline.datasets.layouts import read
+
+        show(as_json, listing_facts, listing_lines, read(dataset, layout, split))
+        return
+    if store is None:
+        raise ValueError("a plan of a build needs --store; without --backbone DATASET is described")
     from varve.pipeline.cli.format_store import plan_facts, plan_summary
     from varve.pipeline.extraction.build import plan as run
 
@@ -81,6 +93,18 @@ def plan(
                         runtime=runtime, progress=progress_for(as_json),
                         estimate=estimate)  # fmt: skip
     show(as_json, plan_facts, plan_summary, work, seconds, store)
+
+
+def datasets(as_json: Json = False) -> None:
+    """List the layouts of data sets that are recognised, with a picture of each.
+
+    Example: varve datasets
+    """
+    from varve.pipeline.cli.format_dataset import layout_facts, layout_lines
+    from varve.pipeline.datasets.layouts import find
+    from varve.pipeline.registry import available
+
+    show(as_json, layout_facts, layout_lines, {name: find(name) for name in available("layouts")})
 
 
 def info(store: StoreArgument, as_json: Json = False) -> None:

@@ -251,7 +251,12 @@ class RunState:
         if isinstance(head, UsesTeacher):
             FeatureStore.open(plan.store).remove_reference(self.folder)  # the columns may go
         figures = {name: matrix and matrix.figures() for name, matrix in matrices.items()}
-        reports = {"left_out": dict(plan.division.left_out), "diagnostics": self.diagnostics}
+        reports: dict[str, Any] = {
+            "left_out": dict(plan.division.left_out),
+            "diagnostics": self.diagnostics,
+        }
+        if plan.division.shared:
+            reports["test_clips_also_in_training"] = plan.division.shared
         write_json(self.folder, "metrics", figures | reports)
 
     def _donated_state(self, task: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

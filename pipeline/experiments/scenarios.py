@@ -4,6 +4,9 @@ A scenario is written BASE+KxN: a first task of BASE classes, then N tasks of K.
 published "ucf101-10x5"; with a BASE of 0 all tasks have one size ("0+40x10"). The classes arrive in
 the order of their numbers, shuffled by a seed, or in the order of a list.
 
+Classes whose names are all whole numbers are ordered by value, and a whole number in an order or
+list means the class of that name. Elsewhere it is the number of a class, from 0.
+
 "ucf101-..." and "hmdb51-..." number the classes by the alphabet and ignore case, as the files of
 the data sets do, whatever their order in the store. All others number them as the store does.
 
@@ -89,11 +92,13 @@ class Division:
 
     Attributes:
         left_out: Number of clips that are in neither, by the first reason that applies.
+        shared: Number of test clips whose bytes and interval a training clip has too.
     """
 
     train: tuple[np.ndarray, ...]
     test: tuple[np.ndarray, ...]
     left_out: Mapping[str, int]
+    shared: int = 0
 
 
 def make_scenario(
@@ -138,7 +143,9 @@ def make_scenario(
         tasks, seed = _resolve(order, numbered, "order"), None
     else:
         if only is not None:
-            numbered = _numbered(name, _flat(_resolve(only, numbered, "only")))
+            listed_classes = _flat(_resolve(only, numbered, "only"))
+            alphabetic = name.startswith(BY_ALPHABET)
+            numbered = _numbered(name, listed_classes) if alphabetic else listed_classes
         tasks = [shuffled(numbered, seed)]
     arrival = _flat(tasks)
     listed = order is not None or only is not None
@@ -285,7 +292,12 @@ def divide(
         tuple(rows[used_N & (split_N == split) & (task_N == i)] for i in range(len(scenario.tasks)))
         for split in (train, test)
     )
-    return Division(train_rows, test_rows, left_out)
+    # A table of a user may lack the column.
+    same_N = np.asarray(table.get("duplicate_of", np.full(len(table), -1)))
+    first_N = np.where(same_N >= 0, same_N, table.index)
+    train_N, test_N = (used_N & (split_N == split) for split in (train, test))
+    shared = int(np.isin(first_N[test_N], first_N[train_N]).sum())
+    return Division(train_rows, test_rows, left_out, shared)
 
 
 def _shape(name: str) -> tuple[int, int, int] | None:
@@ -309,7 +321,11 @@ def _shape(name: str) -> tuple[int, int, int] | None:
     return base, increment, count
 
 
-def _numbered(name: str, classes: Iterable[str]) -> list[str]:
+def _numbered(name: str, classes: Sequence[str]) -> list[str]:
+    by_value = _by_value(classes)
+    if by_value and (name.startswith(BY_ALPHABET) or list(classes) == sorted(classes)):
+        # A store of an earlier build has them sorted as text: 0, 1, 10, 11, 2.
+        return [label for _, label in sorted(by_value.items())]
     return sorted(classes, key=str.casefold) if name.startswith(BY_ALPHABET) else list(classes)
 
 
@@ -327,18 +343,43 @@ def _resolve(listed: ClassList, numbered: Sequence[str], what: str) -> list[list
         raise ValueError(
             f"{what}: neither a list of classes nor a list of such lists, one for each task"
         )
-    if known.isdisjoint(flat):
+    if by_value := _by_value(numbered):
+        # Classes are numbers themselves: 5 is the class "5", wherever it stands in the order.
+        tasks = [[_named_by_value(entry, by_value) for entry in task] for task in tasks]
+        flat = _flat(tasks)
+    elif known.isdisjoint(flat):
         tasks = [[_by_number(entry, numbered) for entry in task] for task in tasks]
         flat = _flat(tasks)
     if unknown := [entry for entry in flat if entry not in known]:
         raise ValueError(
             f"{what}: {len(unknown)} of {len(flat)} entries are no class of the store: "
             f"{_some(unknown)}. Its {len(numbered)} are {_some(numbered)}: spell them so, or "
-            f"give only numbers from 0 to {len(numbered) - 1}"
+            + (
+                "give the numbers that name them"
+                if by_value
+                else f"give only numbers from 0 to {len(numbered) - 1}"
+            )
         )
     if repeated := [label for label, times in Counter(flat).items() if times > 1]:
         raise ValueError(f"{what}: listed twice: {_some(repeated)}; name each class once")
     return tasks
+
+
+def _by_value(numbered: Sequence[str]) -> dict[int, str]:
+    """Return the classes by value where all are whole numbers, each of another value; else {}."""
+    values = {value: label for label in numbered if (value := _whole(label)) is not None}
+    return values if len(values) == len(numbered) else {}
+
+
+def _named_by_value(entry: Any, by_value: Mapping[int, str]) -> Any:
+    value = _whole(entry)
+    return entry if value is None else by_value.get(value, entry)
+
+
+def _whole(entry: Any) -> int | None:
+    if isinstance(entry, str):
+        return int(entry) if re.fullmatch("-?[0-9]{1,18}", entry) else None
+    return int(entry)
 
 
 def _by_number(entry: Any, numbered: Sequence[str]) -> Any:

@@ -61,6 +61,9 @@ class BuildReport:
         summary: Description of the recognised layout.
         clips: Number of clips of the present listing, by status.
         new, changed, gone: Numbers of clips, compared with the build before.
+        moved: Clips that were at another path before, recognised by their bytes.
+        duplicates: Numbers of clips whose bytes and interval a clip of another split has, by the
+            splits; see `clips.shared_between_splits`.
         hashed: Files whose bytes were read for their digest.
         decoded: Files decoded.
         computed: Clips computed.
@@ -81,6 +84,8 @@ class BuildReport:
     new: int
     changed: int
     gone: int
+    moved: int
+    duplicates: dict[str, int]
     hashed: int
     decoded: int
     computed: int
@@ -167,6 +172,8 @@ def build(
         new=ready.scan.new,
         changed=ready.scan.changed,
         gone=ready.scan.gone,
+        moved=ready.scan.moved,
+        duplicates=clips.shared_between_splits(listed),
         hashed=ready.scan.hashed,
         decoded=plan.decodes,
         computed=plan.clips,

@@ -1,7 +1,10 @@
 """Scan: compares the table of clips with the data set's present files."""
 
 import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,10 @@ _UNKNOWN = {"num_frames": 0, "num_frames_claimed": 0, "fps": np.nan, "width": 0,
             "reason": "", "detail": "", "status": "pending"}  # fmt: skip
 
 
+# (path, or digest; start; end) of a clip, None for an open end.
+_Key = tuple[str, float | None, float | None]
+
+
 @dataclass(frozen=True)
 class Scan:
     """The table of clips, up to date, and what changed in it.
@@ -28,6 +35,7 @@ class Scan:
         table: The table.
         rows: Rows of the present listing, int64.
         new, changed, gone: Numbers of clips, compared with the table before.
+        moved: Number of rows that took another path, at which their bytes were.
         hashed: Number of files whose bytes were read.
     """
 
@@ -36,6 +44,7 @@ class Scan:
     new: int
     changed: int
     gone: int
+    moved: int
     hashed: int
 
 
@@ -47,8 +56,10 @@ def scan(table: pd.DataFrame, listing: Listing, root: Path, retry: bool) -> Scan
     """Bring the table of clips up to date with a listing. Writes nothing.
 
     A file is read again only where its size or its time of change differ from the table's. A row
-    whose bytes changed becomes `pending` again. A row whose clip is gone keeps its facts and is
-    quarantined as `missing`.
+    whose bytes changed becomes `pending` again. A row whose clip is gone takes the path at which
+    its bytes and interval now are, and keeps its id; where several new clips have these bytes,
+    their number must be that of the rows that are gone, and they are paired in order. Any other row
+    whose clip is gone keeps its facts and is quarantined as `missing`.
 
     Args:
         table: The store's table.
@@ -57,7 +68,7 @@ def scan(table: pd.DataFrame, listing: Listing, root: Path, retry: bool) -> Scan
         retry: Whether quarantined clips are tried again although their bytes are the same.
 
     Raises:
-        OtherDataset: Not one clip of the table is in the listing.
+        OtherDataset: Not one clip of the table is in the listing, by its path or by its bytes.
     """
     old = {
         (path, optional(start), optional(end)): row
@@ -66,13 +77,22 @@ def scan(table: pd.DataFrame, listing: Listing, root: Path, retry: bool) -> Scan
         )
     }
     keys = [(c.path, c.start_seconds, c.end_seconds) for c in listing.clips]
-    if len(table) and not any(key in old for key in keys):
-        raise OtherDataset(
-            f"the store holds {len(table)} clips, such as {table['path'].iloc[0]}; {root} lists "
-            f"{len(keys)} others, such as {keys[0][0]}, and none of those. Give the data set the "
-            "store was built from, or a new store."
-        )
-    files = _look(root, sorted({c.path for c in listing.clips}), _files_of(table))
+    example = table["path"].iloc[0] if len(table) else ""
+    other = OtherDataset(
+        f"the store holds {len(table)} clips, such as {example}; {root} lists {len(keys)} others, "
+        f"such as {keys[0][0]}, and none of those, by path or by bytes. Give the data set the "
+        "store was built from, or a new store."
+    )
+    paths = sorted({c.path for c in listing.clips})
+    known = not len(table) or any(key in old for key in keys)
+    # Sizes first: the bytes of another data set are not read to refuse it.
+    if not known and not _sizes(root, paths) & set(table["size_bytes"]):
+        raise other
+    files = _look(root, paths, _files_of(table))
+    moved = _moved(table, old, keys, files)
+    if not known and not moved:
+        raise other
+    old |= moved
 
     records = table.to_dict("records")
     rows, new, changed = [], 0, 0
@@ -86,6 +106,7 @@ def scan(table: pd.DataFrame, listing: Listing, root: Path, retry: bool) -> Scan
             records.append(record)
         record = records[row]
         rows.append(row)
+        record["path"] = clip.path
         record["label"], record["split"] = clip.label, clip.split
         file = files[clip.path]
         if file.reason:
@@ -106,8 +127,44 @@ def scan(table: pd.DataFrame, listing: Listing, root: Path, retry: bool) -> Scan
     frame = pd.DataFrame(records, columns=list(clips.COLUMNS)).astype(clips.COLUMNS)
     hashed = sum(file.hashed for file in files.values())
     return Scan(
-        frame.rename_axis(index="row"), np.array(rows, np.int64), new, changed, len(gone), hashed
+        frame.rename_axis(index="row"),
+        np.array(rows, np.int64),
+        new,
+        changed,
+        len(gone),
+        len(moved),
+        hashed,
     )
+
+
+def _moved(
+    table: pd.DataFrame,
+    old: Mapping[_Key, int],
+    keys: Sequence[_Key],
+    files: Mapping[str, "_File"],
+) -> dict[_Key, int]:
+    """Return the rows that take another path, by the key of the clip there."""
+    listed = set(keys)
+    gone: dict[_Key, list[int]] = defaultdict(list)
+    for (_, start, end), row in ((key, row) for key, row in old.items() if key not in listed):
+        gone[(str(table.at[row, "digest"]), start, end)].append(row)
+    new: dict[_Key, list[_Key]] = defaultdict(list)
+    for path, start, end in (key for key in keys if key not in old):
+        new[(files[path].digest, start, end)].append((path, start, end))
+    return {
+        key: row
+        for content, clips_there in new.items()
+        if content[0] and len(clips_there) == len(gone.get(content, ()))
+        for key, row in zip(clips_there, sorted(gone[content]), strict=True)
+    }
+
+
+def _sizes(root: Path, paths: Iterable[str]) -> set[int]:
+    sizes = set()
+    for path in paths:
+        with suppress(OSError):
+            sizes.add(size_and_mtime(root / path)[0])
+    return sizes
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ and, for `--layout auto` to find it (a function alone is read by its name only):
         dataset's own lists, 1 for a plain list, 0 for names of files and folders alone.
     NEEDS: str
         What a directory must have to be read so, to end the sentence "it needs ...".
+    TREE: str
+        A picture of the directory, ROOT/ and what it holds, which `varve datasets` prints. A layout
+        of your own may leave it out.
     recognise(root: Path) -> str | None
         Return one line of what was recognised ("UCF101: 3 split lists and classInd.txt"), or None.
         Cheap: looks at names, opens at most a few small files.
@@ -41,9 +44,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from varve.pipeline.datasets.layouts._disk import LIST_SUFFIXES, clips_below, describe, left_out
+from varve.pipeline.datasets.layouts._disk import clips_below, describe, left_out
 from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 from varve.pipeline.registry import available, variant
+
+# Files that may be given as a data set: lists of clips.
+LIST_SUFFIXES = (".csv", ".json", ".jsonl", ".list", ".lst", ".tsv", ".txt")
 
 __all__ = ["Layout", "ListedClip", "Listing", "clips_below", "find", "read"]
 
@@ -57,6 +63,7 @@ class Layout:
     specific: int
     needs: str
     example: Callable[[Path], list[str]] | None
+    tree: str = ""
 
 
 def find(name: str) -> Layout:
@@ -73,6 +80,7 @@ def find(name: str) -> Layout:
         getattr(module, "SPECIFIC", 0),
         getattr(module, "NEEDS", ""),
         getattr(module, "example", None),
+        getattr(module, "TREE", ""),
     )
 
 
@@ -150,7 +158,7 @@ def check_root(root: Path) -> None:
     if not root.is_dir() and root.suffix.lower() not in LIST_SUFFIXES:
         raise NotADirectoryError(
             f"{root} is a file; name the directory that holds the videos, or a list of clips "
-            f"({', '.join(sorted(LIST_SUFFIXES))})"
+            f"({', '.join(LIST_SUFFIXES)})"
         )
 
 

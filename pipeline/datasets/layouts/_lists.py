@@ -1,4 +1,14 @@
-"""Reading of list files: lines and rows with their positions, paths, splits, duplicates."""
+"""Reading of list files: lines and rows with their positions, paths, splits, duplicates.
+
+What every list goes through, whatever its form:
+
+- Blanks, and marks without a width, around a path, a label or a split are no part of it. A path
+  keeps them where a file of exactly that name exists. Labels that differ in case or in Unicode form
+  alone stay different, and the summary names them.
+- Labels that are all whole numbers are ordered by value, others by their code points.
+- A repeated clip is taken once. Of a clip in two splits the first counts. Both are counted in the
+  summary. A clip with two labels is an error that names both positions.
+"""
 
 import csv
 import io
@@ -6,7 +16,8 @@ import itertools
 import math
 import os
 import re
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +26,16 @@ from varve.pipeline.datasets.layouts._disk import ClipFinder, folder_key
 from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 from varve.pipeline.datasets.media import natural_key
 
+# Marks without a width that spreadsheets and web pages leave beside a value; str.strip keeps them.
+_MARKS = "\ufeff\u200b\u2060"
+# The words by which lists and folders name the three usual splits.
+SPLIT_WORDS = {
+    "train": ("train", "training", "trainset", "train_set"),
+    "val": ("val", "valid", "validation", "validate", "valset", "val_set"),
+    "test": ("test", "testing", "testset", "test_set"),
+}
+_SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -22,6 +43,38 @@ class Entry:
 
     clip: ListedClip
     where: str
+
+
+def regular(value: str) -> str:
+    """Return a value of a list without the blanks and marks around it.
+
+    >>> regular("\\ufeff walk\\u00a0 ")
+    'walk'
+    """
+    while (stripped := value.strip().strip(_MARKS)) != value:
+        value = stripped
+    return value
+
+
+def split_name(word: str) -> str:
+    """Return `train`, `val` or `test` for a word that means one of them; others unchanged.
+
+    >>> split_name("Training"), split_name("validate"), split_name("gap")
+    ('train', 'val', 'gap')
+    """
+    return _SPLIT_OF.get(word.casefold(), word)
+
+
+def label_order(labels: Iterable[str]) -> list[str]:
+    """Return different labels in order: whole numbers by value, others by their code points.
+
+    >>> label_order(["10", "9", "011"]), label_order(["10", "9", "b"])
+    (['9', '10', '011'], ['10', '9', 'b'])
+    """
+    known = set(labels)
+    if known and all(re.fullmatch("-?[0-9]{1,18}", label) for label in known):
+        return sorted(known, key=lambda label: (int(label), label))
+    return sorted(known)
 
 
 def text(path: Path) -> str:
@@ -86,18 +139,24 @@ def first_rows(path: Path, delimiter: str, count: int = 1) -> list[list[str]]:
 def inside(root: Path, path: str, where: str) -> str:
     """Return the path in a list relative to `root`, with forward slashes.
 
-    Backslashes are read as slashes unless a file of exactly that name exists. `..` is resolved by
-    name. An absolute path is accepted if it is in `root`.
+    Backslashes are read as slashes, and blanks around the path are removed, unless a file of
+    exactly that name exists. `.` and `..` are resolved by name. An absolute path is accepted if it
+    is in `root`, or if a file has that path below `root` (`/train/a.mp4` for ROOT/train/a.mp4).
 
     Raises:
         ValueError: The path is empty, or leaves the root.
     """
     if not path.strip() or "\0" in path:
         raise ValueError(f"{where}: {path!r} is no path; give each clip's video file")
+    if not os.path.lexists(root / path):
+        path = regular(path)
     if "\\" in path and not os.path.lexists(root / path):
         path = path.replace("\\", "/")
     relative = os.path.normpath(path)
-    if os.path.isabs(path) or re.match("[A-Za-z]:/", path):
+    below = os.path.normpath(path.lstrip("/"))
+    if path.startswith("/") and not _leaves(below) and os.path.lexists(root / below):
+        relative = below
+    elif os.path.isabs(path) or re.match("[A-Za-z]:/", path):
         real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
         ways = (os.path.relpath(path, root), os.path.relpath(real, os.path.realpath(root)))
         relative = min(ways, key=_leaves)
@@ -198,7 +257,7 @@ def assemble(
         entries: The clips, in their final order.
         layout: Name of the layout.
         summary: What the layout read; counts and notes are added.
-        classes: Classes in the dataset's order; None for sorted labels.
+        classes: Classes in the dataset's order; None for the labels in `label_order`.
         notes: Further notes for a person; empty ones are dropped.
 
     Raises:
@@ -207,7 +266,9 @@ def assemble(
     """
     kept: dict[tuple[str, float | None, float | None], Entry] = {}
     unlabelled = repeated = astride = 0
-    for entry in entries:
+    for listed in entries:
+        label, split = regular(listed.clip.label), regular(listed.clip.split)
+        entry = replace(listed, clip=replace(listed.clip, label=label, split=split))
         clip = entry.clip
         if not clip.label:
             unlabelled += 1
@@ -225,6 +286,7 @@ def assemble(
     clips = tuple(entry.clip for entry in kept.values())
     if not clips:
         raise ValueError(f"{root}: {summary}: no clip with a label")
+    classes = None if classes is None else [regular(name) for name in classes]
     known = set(classes or ())
     if len(known) < len(classes or ()):
         twice = next(name for name, n in Counter(classes).items() if n > 1)
@@ -235,7 +297,8 @@ def assemble(
                 f"{entry.where}: the label {entry.clip.label!r} is none of the class index's "
                 f"{len(known)} classes; add it there"
             )
-    order = tuple(classes) if classes is not None else tuple(sorted({c.label for c in clips}))
+    labels = {clip.label for clip in clips}
+    order = tuple(classes) if classes is not None else tuple(label_order(labels))
     counts = Counter(clip.split for clip in clips)
     by_split = ", ".join(f"{n} {split or 'in no split'}" for split, n in counts.items())
     notes = [
@@ -243,10 +306,25 @@ def assemble(
         f"without a label, left out: {unlabelled}" if unlabelled else "",
         f"repeated entries, taken once: {repeated}" if repeated else "",
         f"in two splits, of which the first counts: {astride}" if astride else "",
+        _alike("labels", labels),
+        _alike("splits", {clip.split for clip in clips}),
     ]
     counted = f"{len(clips)} clips" + (f" ({by_split})" if any(counts) else "")
     parts = [f"{summary}: {counted}, {len(order)} classes", *filter(None, notes)]
     return Listing(clips, order, layout, "; ".join(parts), root)
+
+
+def _alike(what: str, names: Iterable[str]) -> str:
+    """Return a warning of names that differ in case or in Unicode form alone; "" for none."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        folded = unicodedata.normalize("NFC", name).casefold()
+        groups[unicodedata.normalize("NFC", folded)].append(name)
+    alike = [", ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
+    if not alike:
+        return ""
+    shown = " and ".join(alike[:3]) + f" and {len(alike) - 3} more" * (len(alike) > 3)
+    return f"DIFFERENT {what} that differ in case or Unicode form alone: {shown}"
 
 
 def _check_unicode(entry: Entry) -> None:

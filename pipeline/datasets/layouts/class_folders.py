@@ -27,6 +27,13 @@ from varve.pipeline.datasets.media import natural_key
 
 SPECIFIC = 0
 NEEDS = "videos (or folders of frames) in one folder a class, ROOT/<class>/<video>"
+TREE = """\
+ROOT/
+  walk/a.mp4                  one folder a class
+  run/b/                      a folder of frames is a clip too
+  run/b/1.jpg
+or ROOT/train/walk/a.mp4, ROOT/test/walk/c.mp4
+"""
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "validate"),

@@ -21,6 +21,11 @@ NEEDS = (
     "<class>_test_split1.txt for each class, or hmdb51_trainlist01.txt and hmdb51_testlist01.txt, "
     "in it or in a folder such as testTrainMulti_7030_splits/"
 )
+TREE = """\
+ROOT/
+  testTrainMulti_7030_splits/ brush_hair_test_split1.txt, ...
+  brush_hair/a.avi            (or hmdb51_trainlist01.txt, hmdb51_testlist01.txt)
+"""
 FLAGS = r"(?P<label>.+)_test_split(?P<number>[1-9][0-9]*)\.txt"
 LISTS = r"hmdb51_(?P<kind>train|test)list(?P<number>0*[1-9][0-9]*)\.txt"
 Reader = Callable[[Path, str, tuple[str, ...]], Iterator[Entry]]

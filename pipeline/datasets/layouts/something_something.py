@@ -22,6 +22,11 @@ NEEDS = (
     "something-something-v2-train.json (or train.json whose entries have a template), or "
     "something-something-v1-train.csv, in it or in a folder such as labels/"
 )
+TREE = """\
+ROOT/
+  labels/                     something-something-v2-{train,validation,labels}.json
+  20bn-something-something-v2/1.webm
+"""
 LISTS = re.compile(
     r"(?:something-something-v2-)?(?P<v2>train|validation|test|labels)\.json"
     r"|something-something-v1-(?P<v1>train|validation|test|labels)\.csv"

@@ -7,7 +7,8 @@ the first paths exists. The delimiter is the one by which the header has both co
 semicolon or tab. Paths are relative to the directory of the list.
 
 The list is the one in the root, the root itself, or several that are named after their splits
-(train.csv, val.csv, test.csv) and then need no column `split`.
+(train.csv, val.csv, test.csv) and then need no column `split`. Where all labels are numbers, a file
+beside the list (classes.txt, label_map.txt) names the classes; see `_names`.
 """
 
 import os
@@ -24,6 +25,7 @@ from varve.pipeline.datasets.layouts._disk import (
     suffix,
     write_files,
 )
+from varve.pipeline.datasets.layouts._line_lists import line_form
 from varve.pipeline.datasets.layouts._lists import (
     Entry,
     assemble,
@@ -33,10 +35,16 @@ from varve.pipeline.datasets.layouts._lists import (
     rows,
     seconds,
 )
+from varve.pipeline.datasets.layouts._names import named
 from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 
 SPECIFIC = 1
 NEEDS = "a .csv or .tsv file with a column path (or video, file) and a column label (or class)"
+TREE = """\
+ROOT/
+  clips.csv                   path,label,split[,start_seconds,end_seconds]
+  any/folder/clip.mp4         (or train.csv, val.csv, test.csv without a split)
+"""
 COLUMNS = {
     "path": ("path", "video_path", "file_path", "filepath", "video", "file", "filename"),
     "label": ("label", "class", "category", "label_name", "class_name"),
@@ -59,9 +67,15 @@ class Form:
     width: int
 
 
+def is_table(path: Path, base: Path) -> bool:
+    """Return whether a file is such a list, of clips below `base`."""
+    return suffix(path.name) in LIST_SUFFIXES and _form(path, base) is not None
+
+
 def recognise(root: Path) -> str | None:
     if root.is_file():
-        return f"the list {root.name}"  # named by the user: `read` reports what is wrong with it
+        # Named by the user: `read` reports what is wrong with it, unless it has another form.
+        return None if not is_table(root, root.parent) and line_form(root) else f"list {root.name}"
     names = [path.name for path in _lists(root)]
     return f"a list of clips, {', '.join(names)}" if names else None
 
@@ -88,7 +102,9 @@ def read(root: Path, split: str | None = None) -> Listing:
         columns = f"columns {', '.join(form.columns)}" if form.header else "path and label, unnamed"
         ignored = f", ignored {', '.join(form.ignored)}" if form.ignored else ""
         used.append(f"{path.name} ({columns}{ignored})")
-    return assemble(base, entries, "table", f"list {', '.join(used)}")
+    names = [path.name for path in files]
+    entries, classes, note = named([base], entries, names)
+    return assemble(base, entries, "table", f"list {', '.join(used)}", classes, (note,))
 
 
 def example(root: Path) -> list[str]:
@@ -101,8 +117,7 @@ def example(root: Path) -> list[str]:
 def _lists(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
-    files = [root / name for name in scan(root)[1] if suffix(name) in LIST_SUFFIXES]
-    return [path for path in files if _form(path, root)]
+    return [root / name for name in scan(root)[1] if is_table(root / name, root)]
 
 
 def _form(path: Path, base: Path) -> Form | None:

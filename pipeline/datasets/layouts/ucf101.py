@@ -17,6 +17,11 @@ from varve.pipeline.datasets.layouts._values import ListedClip, Listing
 
 SPECIFIC = 2
 NEEDS = "trainlist01.txt and testlist01.txt, in it or in a folder such as ucfTrainTestlist/"
+TREE = """\
+ROOT/
+  ucfTrainTestlist/           classInd.txt, trainlist01.txt, testlist01.txt, ...
+  UCF-101/Archery/v_Archery_g01_c01.avi
+"""
 LISTS = r"(train|test)list(?P<number>0*[1-9][0-9]*)\.txt"
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from varve.pipeline.cli.format_store import report_summary, store_facts, store_summary
 from varve.pipeline.config import BuildSpec, Runtime
 from varve.pipeline.datasets.synthetic import broken_files, make_dataset
 from varve.pipeline.extraction.build import build, plan
@@ -207,6 +208,94 @@ def test_a_removed_video_keeps_its_row_and_a_returned_one_costs_nothing(dataset_
     path.write_bytes(data)
     report = build(root, store, SPEC, runtime=SERIAL)
     assert (report.decoded, FeatureStore.open(store).clips.at[4, "status"]) == (0, "ready")
+
+
+def test_moved_files_keep_their_rows_and_cost_nothing(dataset_and_store):
+    root, store = dataset_and_store
+    before = FeatureStore.open(store).clips
+    old = only_feature(store).read()
+    (root / "train" / "grow").rename(root / "train" / "becoming large")
+    report = build(root, store, SPEC, runtime=SERIAL)
+    moved = int(before["path"].str.startswith("train/grow/").sum())
+    assert moved > 0
+    assert (report.moved, report.new, report.gone, report.changed) == (moved, 0, 0, 0)
+    assert (report.decoded, report.computed, report.copied) == (0, 0, 0)
+    after = FeatureStore.open(store).clips
+    assert len(after) == len(before)
+    renamed = before["path"].str.replace("train/grow/", "train/becoming large/")
+    assert after["path"].tolist() == renamed.tolist()
+    assert after["digest"].tolist() == before["digest"].tolist()
+    assert set(after["status"]) == {"ready"}
+    np.testing.assert_array_equal(only_feature(store).read(), old)
+    assert build(root, store, SPEC, runtime=SERIAL).moved == 0
+
+
+def test_a_data_set_of_which_every_path_changed_is_recognised_by_its_bytes(dataset_and_store):
+    root, store = dataset_and_store
+    for path in FeatureStore.open(store).clips["path"].map(root.joinpath):
+        path.rename(path.with_name(f"x{path.name}"))
+    report = build(root, store, SPEC, runtime=SERIAL)
+    assert (report.moved, report.new, report.gone, report.computed) == (9, 0, 0, 0)
+
+
+def test_a_file_that_left_and_came_back_elsewhere_takes_its_row(dataset_and_store):
+    root, store = dataset_and_store
+    path = root / FeatureStore.open(store).clips.at[4, "path"]
+    data = path.read_bytes()
+    path.unlink()
+    assert build(root, store, SPEC, runtime=SERIAL).gone == 1
+    path.with_name("again.mp4").write_bytes(data)
+    report = build(root, store, SPEC, runtime=SERIAL)
+    assert (report.moved, report.gone, report.decoded) == (1, 0, 0)
+    row = FeatureStore.open(store).clips.loc[4]
+    assert (row["status"], row["reason"], row["path"].endswith("again.mp4")) == ("ready", "", True)
+
+
+def test_bytes_that_now_are_at_two_new_paths_are_copied_and_not_moved(dataset_and_store):
+    root, store = dataset_and_store
+    path = root / FeatureStore.open(store).clips.at[4, "path"]
+    shutil.copy(path, path.with_name("b.mp4"))
+    path.rename(path.with_name("a.mp4"))
+    report = build(root, store, SPEC, runtime=SERIAL)
+    assert (report.moved, report.new, report.gone) == (0, 2, 1)
+    assert (report.decoded, report.copied) == (0, 2)
+
+
+def listed(root: Path, table: pd.DataFrame) -> Path:
+    table[["path", "label", "split"]].to_csv(root / "clips.csv", index=False)
+    return root / "clips.csv"
+
+
+def test_a_class_renamed_or_removed_in_the_list_computes_and_harms_nothing(dataset_and_store):
+    root, store = dataset_and_store
+    table = FeatureStore.open(store).clips
+    renamed = table.replace({"label": {"grow": "become large"}})
+    report = build(listed(root, renamed), store, SPEC, runtime=SERIAL)
+    assert (report.new, report.moved, report.gone, report.computed) == (0, 0, 0, 0)
+    after = FeatureStore.open(store).clips
+    assert after["label"].tolist() == renamed["label"].tolist()
+    assert after["path"].tolist() == table["path"].tolist()
+    rest = renamed[renamed["label"] != "shrink"]
+    report = build(listed(root, rest), store, SPEC, runtime=SERIAL)
+    assert (report.gone, report.computed, report.decoded) == (3, 0, 0)
+    assert len(report.quarantined) == 0
+    after = FeatureStore.open(store).clips
+    assert set(after.loc[rest.index, "status"]) == {"ready"}
+    assert set(after.drop(rest.index)["reason"]) == {"missing"}
+
+
+def test_the_same_bytes_in_two_splits_are_counted(dataset_and_store):
+    root, store = dataset_and_store
+    table = FeatureStore.open(store).clips
+    path = root / table.index[table["split"] == "train"].map(table["path"])[0]
+    (root / "test" / "grow").mkdir(parents=True, exist_ok=True)
+    shutil.copy(path, root / "test" / "grow" / "leak.mp4")
+    report = build(root, store, SPEC, runtime=SERIAL)
+    assert report.duplicates == {"test and train": 2}
+    assert "SAME BYTES in different splits: 2 clips in test and train" in report_summary(report)
+    opened = FeatureStore.open(store)
+    assert store_facts(opened)["duplicates"] == {"test and train": 2}
+    assert "SAME BYTES in different splits" in store_summary(opened)
 
 
 def test_broken_files_are_quarantined_with_their_reason_and_the_rest_is_built(
