@@ -20,6 +20,7 @@ from varve.stores.digests import store_name
 from varve.stores.feature import Feature, FeatureDataset
 from varve.stores.garbage import GarbageReport
 from varve.stores.locations import Location, Unreachable, local_folder, location_of
+from varve.stores.video_feature import SampledFeature, VideoFeature
 
 __all__ = [
     "Damaged",
@@ -27,8 +28,10 @@ __all__ = [
     "FeatureDataset",
     "FeatureStore",
     "NotAStore",
+    "SampledFeature",
     "SpecMismatch",
     "Unreachable",
+    "VideoFeature",
 ]
 
 FORMAT = 2
@@ -133,9 +136,15 @@ class FeatureStore:
     def features(self) -> list[Feature]:
         """Return all columns of the store, sorted by backbone, stage and fingerprint."""
         return [
-            Feature(location, backbone, name, self.clips)
+            self._feature(location, backbone, name)
             for backbone, name, location in sorted(self.columns())
         ]
+
+    def _feature(self, location: Location, backbone: str, name: str) -> Feature:
+        feature = Feature(location, backbone, name, self.clips)
+        if "pages" not in feature.spec:
+            return feature
+        return VideoFeature(location, backbone, name, self.clips, self.location)
 
     def feature(
         self, backbone: str, name: str, *, view: int | None = None, fingerprint: str = ""
@@ -168,7 +177,7 @@ class FeatureStore:
         features = [
             feature
             for b, n, path in matches
-            for feature in [Feature(path, b, n, self.clips)]
+            for feature in [self._feature(path, b, n)]
             if view is None or feature.spec["frames"]["view"] == view
         ]
         if len(features) > 1 and not fingerprint:

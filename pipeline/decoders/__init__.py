@@ -33,3 +33,4 @@ from varve.pipeline.decoders._values import Facts as Facts
 from varve.pipeline.decoders._values import Failure as Failure
 from varve.pipeline.decoders._values import Request as Request
 from varve.pipeline.decoders._values import Stretch as Stretch
+from varve.pipeline.decoders._values import Timeline as Timeline

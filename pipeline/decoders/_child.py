@@ -3,32 +3,30 @@
 Loads numpy, PIL and av; never torch, unless a request names the torchcodec decoder.
 """
 
-import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image
 
 from varve.pipeline.config import FrameSet, Sound
-from varve.pipeline.decoders import _images, _index, sampling
+from varve.pipeline.decoders import _index, _whole, sampling
 from varve.pipeline.decoders._audio import Window
 from varve.pipeline.decoders._crop import Crop, apply_crop, choose_crop
 from varve.pipeline.decoders._stream import Undecodable, error_text, from_os_error
-from varve.pipeline.decoders._values import Decoded, Facts, Failure, Request, Stretch
+from varve.pipeline.decoders._values import Decoded, Facts, Failure, Request, Stretch, Timeline
+from varve.pipeline.decoders._whole import decoder_of, pictures, read_index
 from varve.pipeline.decoders.sampling import CLOCK_SLACK_SECONDS, SamplingError
-from varve.pipeline.registry import variant
 
 # Where one frame goes: (clip, frame set, position in T).
 Target = tuple[int, FrameSet, int]
 
 
-def decode(request: Request) -> list[Decoded | Failure]:
+def decode(request: Request) -> list[Decoded | Failure] | list[Timeline | Failure]:
     """Read all frames of a request, in this process.
 
     Returns:
-        One result per clip of the request, in order. Whatever is wrong with the file is a Failure.
+        One result per clip of the request, in order; for a request without clips, the timeline of
+        the file. Whatever is wrong with the file is a Failure.
 
     Raises:
         ModuleNotFoundError: The decoder's library is not installed: no fault of the file.
@@ -37,8 +35,11 @@ def decode(request: Request) -> list[Decoded | Failure]:
     """
     for frame_set in request.frame_sets:
         frame_set.check_code()
+    whole = request.frame_sets and request.frame_sets[0].whole
     try:
-        return _read(request)
+        if not whole:
+            return _read(request)
+        return _whole.pages(request) if request.clips else [_whole.timeline(request)]
     except Undecodable as error:
         failure = Failure(error.reason, error.detail)
     except (ModuleNotFoundError, SamplingError):
@@ -49,16 +50,8 @@ def decode(request: Request) -> list[Decoded | Failure]:
     except Exception as error:
         # Damaged files cause errors that nobody foresaw, and one file must not end a build.
         failure = Failure("corrupt", f"{type(error).__name__}: {error}")
-    return [failure] * len(request.clips)
-
-
-def read_index(path: str, proof: bool = True, audio: bool = False) -> _index.Index:
-    """Index the frames of a video file or of a folder of frames; see `_index.read`.
-
-    Raises:
-        Undecodable: It has no frames that can be decoded.
-    """
-    return _images.read(path) if os.path.isdir(path) else _index.read(path, proof, audio)
+    _whole.forget()
+    return [failure] * max(1, len(request.clips))
 
 
 def _read(request: Request) -> list[Decoded | Failure]:
@@ -112,20 +105,11 @@ class _FileReader:
 
     def decoder(self, frame_set: FrameSet) -> str:
         """Return the name of the decoder that reads this file for a frame set."""
-        if self.index.files:
-            return "images"
-        if frame_set.decoder == "auto" or not self.trusted:
-            return "pyav"
-        plain = getattr(variant("decoders", frame_set.decoder), "PLAIN_FILES_ONLY", False)
-        return "pyav" if plain and self.index.hazard else frame_set.decoder
+        return decoder_of(self.index, frame_set, self.trusted)
 
     def read_frames(self, decoder: str, targets: dict[int, list[Target]]) -> None:
         """Decode frames by their display indices, and write their pictures into the arrays."""
-        module: Any = _images if decoder == "images" else variant("decoders", decoder)
-        pictures = getattr(module, "pictures", module)
-        frames: Iterator[tuple[int, Image.Image]] = pictures(
-            self.request.path, self.index, sorted(targets)
-        )
+        frames = pictures(decoder, self.request.path, self.index, sorted(targets))
         count = 0
         for index, image in frames:
             self.size = image.size if count == 0 else self.size

@@ -27,6 +27,7 @@ from varve.pipeline.extraction.sources import (
 )
 from varve.stores.clips import row_keys
 from varve.stores.columns import Column
+from varve.stores.pages import Pages
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,11 @@ class Plan:
 
     def frames_of(self, clip: ClipWork) -> int:
         """Frames that go through a network for a clip, all passes together."""
-        return sum(self.passes[p].frame_set.frames for p, outputs in clip.needs.items() if outputs)
+        return sum(
+            clip.page[1] if clip.page else self.passes[p].frame_set.frames
+            for p, outputs in clip.needs.items()
+            if outputs
+        )
 
     def batches(self, number: int) -> int:
         """Forward batches of pass `number`."""
@@ -162,6 +167,7 @@ def make_plan(
     passes: tuple[Pass, ...],
     backbones: Mapping[str, Backbone],
     describe: bool = True,
+    pages: Pages | None = None,
 ) -> Plan:
     """Compare the request with the cells that exist. Decodes and writes nothing.
 
@@ -174,8 +180,9 @@ def make_plan(
         backbones: The networks of the passes, by name.
         describe: Whether to decode clips that the table does not describe, even where all their
             cells are valid.
+        pages: Of whole videos, whose table has a row per page; see `pages.page_table`.
     """
-    keys = row_keys(table)
+    keys = row_keys(table) if pages is None else pages.keys
     active = np.zeros(len(table), bool)
     active[rows] = True
     # An overflow costs the cells of that column alone; the clip's other cells are computed.
@@ -188,7 +195,7 @@ def make_plan(
         return _choose_sources(plan, pass_, keys, inventory, backbones)
 
     columns = tuple(tuple(plan_of(output, pass_) for output in pass_.outputs) for pass_ in passes)
-    undescribed = active & (table["num_frames"] == 0).to_numpy() & describe
+    undescribed = active & (table["num_frames"] == 0).to_numpy() & describe & (pages is None)
     resumed = {
         (number, source): replace(pass_, source=source)
         for number, (pass_, plans) in enumerate(zip(passes, columns, strict=True))
@@ -196,10 +203,10 @@ def make_plan(
         for source, _ in plan.sources
     }
     missing = [[plan.from_video for plan in plans] for plans in columns]
-    blocks = video_blocks(table, keys, root, passes, missing, undescribed)
+    blocks = video_blocks(table, keys, root, passes, missing, undescribed, pages)
     for p, ((number, source), pass_) in enumerate(resumed.items(), start=len(passes)):
         source_rows = [dict(plan.sources).get(source) for plan in columns[number]]
-        blocks += cached_blocks(keys, p, pass_, source_rows, len(blocks))
+        blocks += cached_blocks(keys, p, pass_, source_rows, len(blocks), pages)
     return Plan(table, keys, root, (*passes, *resumed.values()), columns, tuple(blocks))
 
 
