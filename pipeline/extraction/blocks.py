@@ -1,6 +1,6 @@
 """Blocks: the missing cells of a plan as pieces of work of about equal size."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -150,6 +150,7 @@ def cached_blocks(
     sources: Sequence[np.ndarray | None],
     first: int,
     pages: Pages | None = None,
+    frames: Callable[[int], tuple[int, ...]] | None = None,
 ) -> list[Block]:
     """Divide clips that start from a feature into blocks of about equal work, in row order.
 
@@ -160,6 +161,8 @@ def cached_blocks(
             output is not computed from it.
         first: Number of the first block.
         pages: Of whole videos, whose rows are pages.
+        frames: Gives the frames of whole videos that a row is taken from; None where the source
+            has a cell for it.
     """
     assert pass_.source is not None
     work: dict[bytes, tuple[list[int], int, set[int]]] = {}
@@ -173,7 +176,7 @@ def cached_blocks(
                 rows.append(row)
     clips = [
         ClipWork(tuple(sorted(rows)), key, None, None, {number: tuple(sorted(outputs))}, row,
-                 page_of(pages, rows[0]))
+                 page_of(pages, rows[0]), frames(rows[0]) if frames else ())
         for key, (rows, row, outputs) in work.items()
     ]  # fmt: skip
     clips.sort(key=lambda clip: clip.rows)

@@ -44,6 +44,8 @@ class ClipWork:
         source_row: Row of the feature that the clip starts from; -1 for the video.
         page: Of a whole video, whose rows are pages: the first of the file's kept frames, and the
             number of frames; None for the frames that the frame sets choose.
+        source_frames: Frames of the pages of a column of whole videos that the clip starts from, as
+            rows of the flattened pages; empty where the clip starts from a cell or the video.
     """
 
     rows: tuple[int, ...]
@@ -53,6 +55,7 @@ class ClipWork:
     needs: Mapping[int, tuple[int, ...]]
     source_row: int = -1
     page: tuple[int, int] | None = None
+    source_frames: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,9 @@ def run_passes(
         inputs: Sequence[np.ndarray] | Cells
         if pass_.source:
             assert store is not None
-            inputs = Cells(store, pass_.source, [clips[i].work.source_row for i in needs])
+            works = [clips[i].work for i in needs]
+            inputs = Cells(store, pass_.source, [work.source_row for work in works],
+                           [work.source_frames for work in works])  # fmt: skip
         else:
             inputs = [clips[i].frames[pass_.frame_set] for i in needs]
         outputs = tuple(sorted(set().union(*needs.values())))

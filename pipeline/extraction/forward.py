@@ -24,6 +24,7 @@ from varve.pipeline.extraction.passes import (
 )
 from varve.stores import Feature, clips
 from varve.stores.columns import FEATURES, MISSING, STORED, ColumnSpec, Damaged, node_name
+from varve.stores.pages import PAGE_FRAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,22 +33,50 @@ if TYPE_CHECKING:
 
 
 class Cells:
-    """Cells of a feature as a sequence of stored bits, read one slice at a time."""
+    """Cells of a feature as a sequence of stored bits, read one slice at a time.
 
-    def __init__(self, store: Path, source: Source, rows: Sequence[int]) -> None:
+    Args:
+        rows: Row of each cell.
+        frames: Frames of whole videos that each cell is made of, as rows of the flattened pages;
+            empty where the cell of `rows` is taken.
+    """
+
+    def __init__(
+        self,
+        store: Path,
+        source: Source,
+        rows: Sequence[int],
+        frames: Sequence[tuple[int, ...]] = (),
+    ) -> None:
         names = (node_name(source.backbone), node_name(source.feature), source.fingerprint[:16])
         path = store.joinpath(FEATURES, *names)
         self._feature = Feature(path, source.backbone, source.feature, clips.read(store))
         self._rows = np.asarray(rows, np.int64)
+        self._frames = frames if any(frames) else ()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, part: slice) -> np.ndarray:
+        if self._frames:
+            return self._gathered(self._frames[part])
         bits = self._feature.bits(self._rows[part])
         # Valid when the plan was made and gone since: a fill value must not be computed on.
         if self._feature.is_fill(bits).any():
             raise Damaged(f"{self._feature.path} has lost cells since the plan was made")
+        return bits
+
+    def _gathered(self, cells: Sequence[tuple[int, ...]]) -> np.ndarray:
+        """Read cells frame by frame from pages, each page once; shorter cells end in zeros."""
+        flat = np.concatenate([np.asarray(frames, np.int64) for frames in cells])
+        numbers, of_frame = np.unique(flat // PAGE_FRAMES, return_inverse=True)
+        pages = self._feature.bits(numbers)
+        if self._feature.is_fill(pages).any():
+            raise Damaged(f"{self._feature.path} has lost pages since the plan was made")
+        bits = np.zeros((len(cells), max(map(len, cells)), *pages.shape[2:]), pages.dtype)
+        lengths = np.array([len(frames) for frames in cells])
+        filled = np.arange(bits.shape[1]) < lengths[:, None]
+        bits[filled] = pages[of_frame, flat % PAGE_FRAMES]
         return bits
 
 

@@ -66,6 +66,7 @@ class Source:
         backbone, feature, fingerprint: Names of the column, as `FeatureStore.feature` takes them.
         cell_bytes: Bytes of one clip.
         tokens: Tokens of the stage's output that it has: `all`, `class` or `patches`.
+        grid: Of a column of whole videos, from whose pages frames are taken; "" for other columns.
     """
 
     stage: str
@@ -76,6 +77,7 @@ class Source:
     fingerprint: str
     cell_bytes: int
     tokens: str = "all"
+    grid: str = ""
 
 
 @dataclass(frozen=True)
