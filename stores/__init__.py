@@ -140,6 +140,24 @@ class FeatureStore:
             for backbone, name, location in sorted(self.columns())
         ]
 
+    def sampled(
+        self,
+        frames: int = 8,
+        sampling: str = "tsn",
+        *,
+        fps: float = 0.0,
+        stride: int = 0,
+        view: int = 0,
+    ) -> "FeatureStore":
+        """Return the store with its whole videos read as T frames per clip.
+
+        Each column of whole videos is then a `SampledFeature`, and no other column is listed.
+
+        Args: As `VideoFeature.sampled`.
+        """
+        options = {"frames": frames, "sampling": sampling, "fps": fps, "stride": stride}
+        return _SampledStore(self, {**options, "view": view})
+
     def _feature(self, location: Location, backbone: str, name: str) -> Feature:
         feature = Feature(location, backbone, name, self.clips)
         if "pages" not in feature.spec:
@@ -254,6 +272,24 @@ class FeatureStore:
             if not location.name.endswith(".done") and (marked or not garbage.is_shell(location)):
                 backbone, name = (unquote(part) for part in location.parts[-3:-1])
                 yield backbone, name, location
+
+
+class _SampledStore(FeatureStore):
+    """A store whose features are samples of its whole videos."""
+
+    def __init__(self, store: FeatureStore, options: Mapping[str, Any]) -> None:
+        super().__init__(store.location, store.attributes)
+        self._options = options
+
+    def columns(self) -> Iterator[tuple[str, str, Location]]:
+        for backbone, name, location in super().columns():
+            if isinstance(super()._feature(location, backbone, name), VideoFeature):
+                yield backbone, name, location
+
+    def _feature(self, location: Location, backbone: str, name: str) -> Feature:
+        feature = super()._feature(location, backbone, name)
+        assert isinstance(feature, VideoFeature)  # `columns` lists no other
+        return feature.sampled(**self._options)
 
 
 def differences(features: list[Feature]) -> list[str]:

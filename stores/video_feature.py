@@ -70,11 +70,14 @@ class VideoFeature(Feature):
 
         The first frame of the file has the time 0.
         """
-        return self.pages.times.reshape(-1)[self._rows_of(int(self.rows([row])[0]))]
+        times: np.ndarray = self.pages.times.reshape(-1)[self._rows_of(int(self.rows([row])[0]))]
+        return times
 
     def frames(self, row: int) -> np.ndarray:
         """Return the display index in the file of every kept frame of a clip, int64 [F]."""
-        return self.pages.indices.reshape(-1)[self._rows_of(int(self.rows([row])[0]))]
+        rows = self._rows_of(int(self.rows([row])[0]))
+        indices: np.ndarray = self.pages.indices.reshape(-1)[rows]
+        return indices
 
     def windows(
         self, row: int, seconds: float, step: float | None = None
@@ -200,7 +203,8 @@ class SampledFeature(Feature):
 
     def indices(self, row: int) -> np.ndarray:
         """Return the display indices in the file of the T frames of a clip, int64 [T]."""
-        return self.source.pages.indices.reshape(-1)[self._chosen(row)]
+        indices: np.ndarray = self.source.pages.indices.reshape(-1)[self._chosen(row)]
+        return indices
 
     @cached_property
     def _keys(self) -> np.ndarray:

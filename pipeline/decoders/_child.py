@@ -21,7 +21,7 @@ from varve.pipeline.decoders.sampling import CLOCK_SLACK_SECONDS, SamplingError
 Target = tuple[int, FrameSet, int]
 
 
-def decode(request: Request) -> list[Decoded | Failure] | list[Timeline | Failure]:
+def decode(request: Request) -> list[Decoded | Timeline | Failure]:
     """Read all frames of a request, in this process.
 
     Returns:
@@ -38,8 +38,8 @@ def decode(request: Request) -> list[Decoded | Failure] | list[Timeline | Failur
     whole = request.frame_sets and request.frame_sets[0].whole
     try:
         if not whole:
-            return _read(request)
-        return _whole.pages(request) if request.clips else [_whole.timeline(request)]
+            return [*_read(request)]
+        return [*(_whole.pages(request) if request.clips else [_whole.timeline(request)])]
     except Undecodable as error:
         failure = Failure(error.reason, error.detail)
     except (ModuleNotFoundError, SamplingError):

@@ -26,7 +26,7 @@ from varve.pipeline.decoders._values import Decoded, Failure, Request, Timeline
 from varve.pipeline.main_guard import require_guard
 from varve.pipeline.registry import variant
 
-Results = list[Decoded | Failure] | list[Timeline | Failure]
+Results = list[Decoded | Timeline | Failure]
 
 # At its default of 3 seconds pebble waits that long for a hung child to take SIGTERM.
 pebble.CONSTS.term_timeout = 0.1

@@ -177,6 +177,7 @@ def decode_files(
                 frames = dict(zip(request.frame_sets, answer.frames, strict=True))
                 results.append(ClipResult(work, frames, answer.facts))
             else:
+                assert isinstance(answer, Failure)  # a timeline is asked for without clips
                 results.append(ClipResult(work, failure=answer))
     return results
 

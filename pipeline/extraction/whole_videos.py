@@ -7,6 +7,7 @@ are stretches of one file share its pages.
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def describe(
     files = active[unknown].drop_duplicates("digest")
     rows_of = active[unknown].groupby("digest", sort=False).groups
     added = []
-    with progress.bars(**({"timelines": (len(files), "files")} if len(files) else {})):
+    bars = progress.bars(timelines=(len(files), "files")) if len(files) else nullcontext()
+    with bars:
         for digest, result in _timelines(files, root, frame_set, runtime):
             progress.advance("timelines", 1)
             for row in rows_of[digest]:
