@@ -4,7 +4,7 @@ A column of whole videos has a page per chunk: `PAGE_FRAMES` consecutive kept fr
 The last page of a file has fewer, and not-a-number after them. The pages of a file have consecutive
 numbers. Which frames are kept is the grid of a store, such as "stride-1" or "fps-4":
 
-    frames/<grid>/files.parquet    digest of the file's bytes, its first page, its number of frames
+    frames.<grid>.parquet          digest of the file's bytes, its first page, its number of frames
     frames/<grid>/times            (pages, 64) float64: presentation times in seconds; NaN for none
     frames/<grid>/indices          (pages, 64) int64: display indices of the frames; -1 for none
 
@@ -132,7 +132,7 @@ def read(store: Location, grid: str) -> Pages:
     """
     folder = store / FOLDER / grid
     try:
-        data = (folder / "files.parquet").read_bytes()
+        data = (store / f"{FOLDER}.{grid}.parquet").read_bytes()
     except FileNotFoundError:
         blank = np.empty((0, PAGE_FRAMES))
         return Pages(grid, _table([]), blank, blank.astype(np.int64))
@@ -167,7 +167,7 @@ def write(store: Path, pages: Pages) -> None:
     )
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata(None), buffer, compression="zstd")
-    atomic.update(store, folder / "files.parquet", buffer.getvalue())
+    atomic.update(store, store / f"{FOLDER}.{pages.grid}.parquet", buffer.getvalue())
 
 
 def _table(records: list[tuple[str, int, int]]) -> pd.DataFrame:

@@ -107,8 +107,8 @@ class Plan:
 
     @property
     def decodes(self) -> int:
-        """Files to decode, each once."""
-        return sum(len(block.files) for block in self.blocks)
+        """Files to decode."""
+        return len({file.path for block in self.blocks for file in block.files})
 
     @property
     def clips(self) -> int:
