@@ -21,6 +21,10 @@ RESIZE_MODES = ("shortest", "squash")
 FRAME_OPTIONS = ("frames", "sampling", "fps", "stride", "decoder")
 # What a sampling rule may take by name: numbers of the frame set, its view, a source of draws.
 RULE_OPTIONS = ("fps", "stride", "view", "random")
+# The sampling of whole videos: every frame, every N-th (`stride`), or F a second (`fps`). A cell
+# has a page: so many consecutive frames of a file.
+WHOLE = "all"
+PAGE_FRAMES = 64
 
 
 @dataclass(frozen=True)
@@ -124,9 +128,10 @@ class FrameSet:
     Attributes:
         frames: Number of frames per clip, T.
         sampling: Name of the rule that chooses the frames: a file of
-            `varve.pipeline.decoders.sampling`, or a registered function.
+            `varve.pipeline.decoders.sampling`, or a registered function; or `all`, for whole
+            videos, whose cells have `PAGE_FRAMES` frames.
         fps: Frames per second, for a rule that takes `fps`; otherwise 0.
-        stride: Step in frames, for a rule that takes `stride`; otherwise 0.
+        stride: Step in frames, for a rule that takes `stride`; otherwise 0. `all` takes either.
         view: 0 for the plain view. Other views are seeded variations of it.
         flip: Whether views other than 0 are mirrored with probability one half.
         random_crop: Whether views other than 0 show a drawn square (0.6 to 1.0 of the shorter
@@ -159,8 +164,10 @@ class FrameSet:
             raise ValueError(
                 f"no decoder {self.decoder!r}; choose from auto, {', '.join(decoders)}"
             )
-        options = rule_options(self.sampling)
-        for option in ("fps", "stride"):
+        if self.whole:
+            self._check_whole()
+        options = () if self.whole else rule_options(self.sampling)
+        for option in () if self.whole else ("fps", "stride"):
             value = getattr(self, option)
             if (option in options) != (value > 0) or not math.isfinite(value):
                 raise ValueError(
@@ -170,9 +177,34 @@ class FrameSet:
                 )
         object.__setattr__(self, "code", self._code())
 
+    @property
+    def whole(self) -> bool:
+        """True for whole videos: a cell then has a page of the video's frames."""
+        return self.sampling == WHOLE
+
+    @property
+    def grid(self) -> str:
+        """Name of the frames that are kept of a whole video, such as "stride-1" or "fps-4"."""
+        return f"fps-{self.fps:g}" if self.fps else f"stride-{self.stride}"
+
+    def _check_whole(self) -> None:
+        if not self.fps and not self.stride:
+            object.__setattr__(self, "stride", 1)
+        object.__setattr__(self, "frames", PAGE_FRAMES)
+        numbers_fit = (self.fps > 0) != (self.stride > 0) and 0 <= self.fps < math.inf
+        if not numbers_fit or self.stride < 0 or self.view:
+            raise ValueError(
+                f"sampling='all' with fps={self.fps}, stride={self.stride}, view={self.view}: give "
+                "a finite fps above 0, or a stride of at least 1, and one view"
+            )
+        if isinstance(self.picture, Sound):
+            raise ValueError(
+                "sampling='all' keeps pictures: build an audio backbone with another sampling"
+            )
+
     def _code(self) -> str:
         digests = {
-            self.sampling: source_digest("samplings", self.sampling),
+            self.sampling: "" if self.whole else source_digest("samplings", self.sampling),
             self.decoder: "" if self.decoder == "auto" else source_digest("decoders", self.decoder),
         }
         return ", ".join(f"{name} {digest}" for name, digest in digests.items() if digest)
@@ -280,10 +312,13 @@ class BuildSpec:
     )
     frames: int = option(8, help="Number of frames per clip.")
     sampling: str = option(
-        "tsn", choices="samplings", help="Rule that chooses the frames of a clip."
+        "tsn",
+        choices="samplings",
+        help="Rule that chooses the frames of a clip; all keeps the whole video, whatever --frames "
+        "says.",
     )
-    fps: float = option(0.0, help="Frames per second, for a rule that takes it (uniform_fps).")
-    stride: int = option(0, help="Step in frames, for a rule that takes it (dense).")
+    fps: float = option(0.0, help="Frames per second, for a rule that takes it (uniform_fps, all).")
+    stride: int = option(0, help="Step in frames, for a rule that takes it (dense, all).")
     views: int = option(1, help="Number of views of each clip; the first is never varied.")
     flip: bool = option(False, help="Mirror the views after the first with probability 1/2.")
     random_crop: bool = option(False, help="Crop the views after the first at random.")
@@ -318,7 +353,8 @@ class BuildSpec:
         _check_choices(self)
         if self.views < 1:
             raise ValueError(f"views={self.views}: at least the plain view is needed")
-        varies = self.flip or self.random_crop or "random" in rule_options(self.sampling)
+        draws = self.sampling != WHOLE and "random" in rule_options(self.sampling)
+        varies = self.flip or self.random_crop or draws
         if self.views > 1 and not varies:
             raise ValueError(
                 f"views={self.views} would be {self.views} times the same frames: add --flip, "

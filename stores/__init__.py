@@ -20,6 +20,7 @@ from varve.stores.digests import store_name
 from varve.stores.feature import Feature, FeatureDataset
 from varve.stores.garbage import GarbageReport
 from varve.stores.locations import Location, Unreachable, local_folder, location_of
+from varve.stores.video_feature import SampledFeature, VideoFeature
 
 __all__ = [
     "Damaged",
@@ -27,8 +28,10 @@ __all__ = [
     "FeatureDataset",
     "FeatureStore",
     "NotAStore",
+    "SampledFeature",
     "SpecMismatch",
     "Unreachable",
+    "VideoFeature",
 ]
 
 FORMAT = 2
@@ -133,9 +136,33 @@ class FeatureStore:
     def features(self) -> list[Feature]:
         """Return all columns of the store, sorted by backbone, stage and fingerprint."""
         return [
-            Feature(location, backbone, name, self.clips)
+            self._feature(location, backbone, name)
             for backbone, name, location in sorted(self.columns())
         ]
+
+    def sampled(
+        self,
+        frames: int = 8,
+        sampling: str = "tsn",
+        *,
+        fps: float = 0.0,
+        stride: int = 0,
+        view: int = 0,
+    ) -> "FeatureStore":
+        """Return the store with its whole videos read as T frames per clip.
+
+        Each column of whole videos is then a `SampledFeature`, and no other column is listed.
+
+        Args: As `VideoFeature.sampled`.
+        """
+        options = {"frames": frames, "sampling": sampling, "fps": fps, "stride": stride}
+        return _SampledStore(self, {**options, "view": view})
+
+    def _feature(self, location: Location, backbone: str, name: str) -> Feature:
+        feature = Feature(location, backbone, name, self.clips)
+        if "pages" not in feature.spec:
+            return feature
+        return VideoFeature(location, backbone, name, self.clips, self.location)
 
     def feature(
         self, backbone: str, name: str, *, view: int | None = None, fingerprint: str = ""
@@ -168,7 +195,7 @@ class FeatureStore:
         features = [
             feature
             for b, n, path in matches
-            for feature in [Feature(path, b, n, self.clips)]
+            for feature in [self._feature(path, b, n)]
             if view is None or feature.spec["frames"]["view"] == view
         ]
         if len(features) > 1 and not fingerprint:
@@ -245,6 +272,24 @@ class FeatureStore:
             if not location.name.endswith(".done") and (marked or not garbage.is_shell(location)):
                 backbone, name = (unquote(part) for part in location.parts[-3:-1])
                 yield backbone, name, location
+
+
+class _SampledStore(FeatureStore):
+    """A store whose features are samples of its whole videos."""
+
+    def __init__(self, store: FeatureStore, options: Mapping[str, Any]) -> None:
+        super().__init__(store.location, store.attributes)
+        self._options = options
+
+    def columns(self) -> Iterator[tuple[str, str, Location]]:
+        for backbone, name, location in super().columns():
+            if isinstance(super()._feature(location, backbone, name), VideoFeature):
+                yield backbone, name, location
+
+    def _feature(self, location: Location, backbone: str, name: str) -> Feature:
+        feature = super()._feature(location, backbone, name)
+        assert isinstance(feature, VideoFeature)  # `columns` lists no other
+        return feature.sampled(**self._options)
 
 
 def differences(features: list[Feature]) -> list[str]:

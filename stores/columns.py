@@ -1,7 +1,8 @@
 """Feature columns: a Zarr array of features, and the row keys with which its cells were computed.
 
 `features/<backbone>/<stage>[:<reduction>]/<short fingerprint>` has shape (clips, T, ...), one chunk
-per clip, and shards of whole clips. `<short fingerprint>.done` has shape (clips, 16): row r is the
+per clip, and shards of whole clips. In a column of whole videos a page stands for the clip; see
+`pages`. `<short fingerprint>.done` has shape (clips, 16): row r is the
 row key with which cell r was computed (its mark), or zeros. A cell is valid while its mark equals
 the clip's row key.
 
@@ -78,6 +79,11 @@ class ColumnSpec:
         return int(np.prod(self.cell)) * np.dtype(STORED[self.dtype]).itemsize
 
     @property
+    def row_axis(self) -> str:
+        """Name of the first axis: `clip`, or `page` for a column of whole videos."""
+        return "page" if "pages" in self.attributes else "clip"
+
+    @property
     def shard_clips(self) -> int:
         """Number of clips per shard: the power of two that fills 64 MB of cells."""
         clips = 1
@@ -99,7 +105,9 @@ class ColumnSpec:
         values += int(present.sum()) * (self.cell_bytes + CRC_BYTES)
         blocks = -(-clips // DONE_ROWS)
         done = blocks * (DONE_ROWS * KEY_BYTES + CRC_BYTES)
-        return values + done + len(_metadata(_values(self, clips))) + len(_metadata(_done(clips)))
+        return (
+            values + done + len(metadata_of(_values(self, clips))) + len(metadata_of(_done(clips)))
+        )
 
 
 class Damaged(ValueError):
@@ -121,8 +129,8 @@ class Column:
     def create(self, clips: int) -> None:
         """Create the column, or extend it to `clips` rows. Only metadata changes, and no cell."""
         make_groups(self.store, self.path)
-        values_json = _metadata(_values(self.spec, clips))
-        atomic.update(self.store, self.done_path / "zarr.json", _metadata(_done(clips)))
+        values_json = metadata_of(_values(self.spec, clips))
+        atomic.update(self.store, self.done_path / "zarr.json", metadata_of(_done(clips)))
         atomic.update(self.store, self.path / "zarr.json", values_json)
         self.__dict__.pop("_values", None)
 
@@ -192,7 +200,7 @@ class Column:
         if len(kept):
             block[kept - first] = self.read_cells(kept)
         block[rows - first] = cells
-        data = _encoded(_values(self.spec, self.spec.shard_clips), block)
+        data = encoded(_values(self.spec, self.spec.shard_clips), block)
         atomic.write(self.store, self.shard_file(shard), data)
         done[rows] = keys
         self._write_done(done)
@@ -208,7 +216,7 @@ class Column:
             part = done[start : start + DONE_ROWS]
             block[: len(part)] = part
             file = self.done_path / "c" / str(start // DONE_ROWS) / "0"
-            atomic.update(self.store, file, _encoded(_done(DONE_ROWS), block))
+            atomic.update(self.store, file, encoded(_done(DONE_ROWS), block))
 
     @cached_property
     def _values(self) -> zarr.Array[Any]:
@@ -277,7 +285,7 @@ def in_memory(**options: Any) -> InMemory:
 
 
 def _values(spec: ColumnSpec, clips: int) -> InMemory:
-    axes = ["clip", "frame", *(f"{spec.feature}.{i}" for i in range(len(spec.cell) - 1))]
+    axes = [spec.row_axis, "frame", *(f"{spec.feature}.{i}" for i in range(len(spec.cell) - 1))]
     return in_memory(
         shape=(clips, *spec.cell),
         dtype=STORED[spec.dtype],
@@ -303,13 +311,13 @@ def _done(clips: int) -> InMemory:
     )
 
 
-def _metadata(created: InMemory) -> bytes:
+def metadata_of(created: InMemory) -> bytes:
     """Return the `zarr.json` of an array."""
     _, files = created
     return bytes(files["zarr.json"].to_bytes())
 
 
-def _encoded(created: InMemory, rows: np.ndarray) -> bytes:
+def encoded(created: InMemory, rows: np.ndarray) -> bytes:
     """Encode the first rows of an array of a single shard or chunk, and return its file."""
     array, files = created
     array[: len(rows)] = rows

@@ -86,8 +86,16 @@ class Feature:
     @cached_property
     def valid(self) -> np.ndarray:
         """Mask of valid cells, bool [clips]: those computed from the clip's present bytes."""
+        return self._marked(row_keys(self._clips))
+
+    @property
+    def valid_cells(self) -> np.ndarray:
+        """Mask of valid cells, bool [rows of the array]; that of a whole video has a row a page."""
+        return self.valid
+
+    def _marked(self, keys: np.ndarray) -> np.ndarray:
+        """Return which cells were computed under these row keys."""
         done = read_all(self.location.with_name(f"{self.location.name}.done"))
-        keys = row_keys(self._clips)
         valid = np.zeros(len(keys), bool)
         length = min(len(keys), len(done))
         valid[:length] = (done[:length] == keys[:length]).all(axis=1)

@@ -8,13 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from varve.pipeline.cli.options import Json, StoreArgument, progress_for, show, takes
-from varve.pipeline.config import Runtime
+from varve.pipeline.config import BuildSpec, Runtime
 
+# Frames to read of a store of whole videos, as a build names them.
+of_whole_videos = takes(
+    partial=True, only=("frames", "sampling", "fps", "stride"), sampled=BuildSpec
+)
 Out = Annotated[Path, typer.Option(help="Folder of the run folders.")]
 Backbone = Annotated[str, typer.Option(help="The backbone to read, where the store has several.")]
 Device = Annotated[str, typer.Option(help="Device of the heads: cpu or cuda.")]
 
 
+@of_whole_videos
 def run(
     store: StoreArgument,
     head: Annotated[
@@ -23,6 +28,7 @@ def run(
     scenario: Annotated[
         str, typer.Option(help="ucf101-10x5 and the like, demo, or BASE+KxN (8+4x4).")
     ],
+    sampled: dict[str, Any],
     seed: Annotated[int, typer.Option(help="Seed of the class order and of the head.")] = 1000,
     options: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the head.")
@@ -36,7 +42,8 @@ def run(
 ) -> None:
     """Train a head on the classes of STORE task by task, and evaluate it after each task.
 
-    Safe to stop at any moment and to run again: it resumes after the last whole task.
+    Safe to stop at any moment and to run again: it resumes after the last whole task. On a store of
+    whole videos (`varve build --sampling all`) --frames and the options beside it say what to read.
 
     Example: varve run ucf101.zarr --head stpr --scenario ucf101-10x5 --set routing=average
     """
@@ -44,16 +51,18 @@ def run(
     from varve.pipeline.experiments.run import run as do
 
     done = do(store, head, scenario, seed=seed, options=settings(options or []), backbone=backbone,
-              splits=(learn_split, test_split), out=out, device=device,
+              splits=(learn_split, test_split), sampled=chosen(sampled), out=out, device=device,
               progress=progress_for(as_json))  # fmt: skip
     show(as_json, run_facts, run_summary, done)
 
 
+@of_whole_videos
 @takes(only=("workers", "scheduler", "serial"), runtime=Runtime)
 def ablate(
     store: StoreArgument,
     sweep: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="heads, scenario, [grid].")],
     runtime: Runtime,
+    sampled: dict[str, Any],
     scenario: Annotated[str, typer.Option(help="Scenario, instead of the one in the file.")] = "",
     options: Annotated[
         list[str] | None,
@@ -91,6 +100,7 @@ def ablate(
     grid = grid.with_options(settings(options or []))
     rows = do(store, grid.heads, scenario or grid.scenario, grid.grid, grid.seeds,
               options=grid.options, backbone=backbone or grid.backbone, splits=grid.splits,
+              sampled={**grid.sampled, **chosen(sampled)},
               out=out, device=device, progress=progress_for(as_json),
               keep_checkpoints=keep_checkpoints, runtime=runtime)  # fmt: skip
     if table is not None:
@@ -121,6 +131,11 @@ def route(
     text = "\n".join(map(routed_text, answers))
     show(as_json, lambda videos: [asdict(video) for video in videos], lambda _: text, answers)
     raise typer.Exit(1 if any(answer.reason for answer in answers) else 0)
+
+
+def chosen(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def settings(words: list[str]) -> dict[str, Any]:

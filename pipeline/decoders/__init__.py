@@ -23,7 +23,6 @@ Light to import (numpy, PIL, av, pebble): decoding processes load it. No torch.
 """
 
 from varve.pipeline.decoders._child import decode as decode
-from varve.pipeline.decoders._child import read_index as read_index
 from varve.pipeline.decoders._index import Contradicted as Contradicted
 from varve.pipeline.decoders._index import Index as Index
 from varve.pipeline.decoders._pool import DecodePool as DecodePool
@@ -35,3 +34,5 @@ from varve.pipeline.decoders._values import Facts as Facts
 from varve.pipeline.decoders._values import Failure as Failure
 from varve.pipeline.decoders._values import Request as Request
 from varve.pipeline.decoders._values import Stretch as Stretch
+from varve.pipeline.decoders._values import Timeline as Timeline
+from varve.pipeline.decoders._whole import read_index as read_index

@@ -3,33 +3,30 @@
 Loads numpy, PIL and av; never torch, unless a request names the torchcodec decoder.
 """
 
-import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-import av.error
 import numpy as np
-from PIL import Image
 
 from varve.pipeline.config import FrameSet, Sound
-from varve.pipeline.decoders import _images, _index, sampling
+from varve.pipeline.decoders import _index, _whole, sampling
 from varve.pipeline.decoders._audio import Window
 from varve.pipeline.decoders._crop import Crop, apply_crop, choose_crop
 from varve.pipeline.decoders._stream import Undecodable, error_text, from_os_error
-from varve.pipeline.decoders._values import Decoded, Facts, Failure, Request, Stretch
+from varve.pipeline.decoders._values import Decoded, Facts, Failure, Request, Stretch, Timeline
+from varve.pipeline.decoders._whole import DecoderError, decoder_of, pictures, read_index
 from varve.pipeline.decoders.sampling import CLOCK_SLACK_SECONDS, SamplingError
-from varve.pipeline.registry import source_digest, variant
 
 # Where one frame goes: (clip, frame set, position in T).
 Target = tuple[int, FrameSet, int]
 
 
-def decode(request: Request) -> list[Decoded | Failure]:
+def decode(request: Request) -> list[Decoded | Timeline | Failure]:
     """Read all frames of a request, in this process.
 
     Returns:
-        One result per clip of the request, in order. Whatever is wrong with the file is a Failure.
+        One result per clip of the request, in order; for a request without clips, the timeline of
+        the file. Whatever is wrong with the file is a Failure.
 
     Raises:
         ModuleNotFoundError: The decoder's library is not installed: no fault of the file.
@@ -39,8 +36,11 @@ def decode(request: Request) -> list[Decoded | Failure]:
     """
     for frame_set in request.frame_sets:
         frame_set.check_code()
+    whole = request.frame_sets and request.frame_sets[0].whole
     try:
-        return _read(request)
+        if not whole:
+            return [*_read(request)]
+        return [*(_whole.pages(request) if request.clips else [_whole.timeline(request)])]
     except Undecodable as error:
         failure = Failure(error.reason, error.detail)
     except (ModuleNotFoundError, SamplingError, DecoderError):
@@ -51,16 +51,8 @@ def decode(request: Request) -> list[Decoded | Failure]:
     except Exception as error:
         # Damaged files cause errors that nobody foresaw, and one file must not end a build.
         failure = Failure("corrupt", f"{type(error).__name__}: {error}")
-    return [failure] * len(request.clips)
-
-
-def read_index(path: str, proof: bool = True, audio: bool = False) -> _index.Index:
-    """Index the frames of a video file or of a folder of frames; see `_index.read`.
-
-    Raises:
-        Undecodable: It has no frames that can be decoded.
-    """
-    return _images.read(path) if os.path.isdir(path) else _index.read(path, proof, audio)
+    _whole.forget()
+    return [failure] * max(1, len(request.clips))
 
 
 def _read(request: Request) -> list[Decoded | Failure]:
@@ -114,22 +106,11 @@ class _FileReader:
 
     def decoder(self, frame_set: FrameSet) -> str:
         """Return the name of the decoder that reads this file for a frame set."""
-        if self.index.files:
-            return "images"
-        if frame_set.decoder == "auto" or not self.trusted:
-            return "pyav"
-        plain = getattr(variant("decoders", frame_set.decoder), "PLAIN_FILES_ONLY", False)
-        return "pyav" if plain and self.index.hazard else frame_set.decoder
+        return decoder_of(self.index, frame_set, self.trusted)
 
     def read_frames(self, decoder: str, targets: dict[int, list[Target]]) -> None:
         """Decode frames by their display indices, and write their pictures into the arrays."""
-        module: Any = _images if decoder == "images" else variant("decoders", decoder)
-        pictures = getattr(module, "pictures", module)
-        frames: Iterator[tuple[int, Image.Image]] = pictures(
-            self.request.path, self.index, sorted(targets)
-        )
-        if decoder != "images" and source_digest("decoders", decoder):
-            frames = _checked(decoder, frames)
+        frames = pictures(decoder, self.request.path, self.index, sorted(targets))
         count = 0
         for index, image in frames:
             self.size = image.size if count == 0 else self.size
@@ -216,25 +197,6 @@ class _FileReader:
         )
         frames = tuple(self.arrays[clip, frame_set] for frame_set in self.request.frame_sets)
         return Decoded(frames, facts)
-
-
-class DecoderError(RuntimeError):
-    """A user's decoder failed, or gave what it may not: an error in its code, not in the file."""
-
-
-def _checked(
-    decoder: str, frames: Iterator[tuple[int, Image.Image]]
-) -> Iterator[tuple[int, Image.Image]]:
-    """Yield the frames of a user's decoder, whose errors other than of a file end the build."""
-    try:
-        for number, image in frames:
-            if not isinstance(image, Image.Image):
-                raise TypeError(f"frame {number} is a {type(image).__name__}, not a PIL image")
-            yield number, image
-    except (Undecodable, _index.Contradicted, OSError, av.error.FFmpegError):
-        raise
-    except Exception as error:
-        raise DecoderError(f"decoder {decoder!r}: {type(error).__name__}: {error}") from error
 
 
 def _span(stretch: Stretch, times_N: np.ndarray) -> tuple[int, int]:

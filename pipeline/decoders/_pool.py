@@ -22,11 +22,11 @@ from concurrent.futures.process import BrokenProcessPool
 import pebble
 
 from varve.pipeline.decoders._child import decode
-from varve.pipeline.decoders._values import Decoded, Failure, Request
+from varve.pipeline.decoders._values import Decoded, Failure, Request, Timeline
 from varve.pipeline.main_guard import require_guard
 from varve.pipeline.registry import variant
 
-Results = list[Decoded | Failure]
+Results = list[Decoded | Timeline | Failure]
 
 # At its default of 3 seconds pebble waits that long for a hung child to take SIGTERM.
 pebble.CONSTS.term_timeout = 0.1
@@ -154,11 +154,11 @@ class _Child:
             except TimeoutError:
                 self.kill()
                 detail = f"not decoded within {self.timeout_seconds:g} seconds"
-                return [Failure("timeout", detail)] * len(request.clips)
+                return [Failure("timeout", detail)] * max(1, len(request.clips))
             except pebble.ProcessExpired as error:
                 self.kill()
                 detail = f"the decoding process {_end(error.exitcode)}"
-                return [Failure("crashed", detail)] * len(request.clips)
+                return [Failure("crashed", detail)] * max(1, len(request.clips))
             except BrokenProcessPool:
                 # The child was lost before it began the file: the file is not to blame.
                 self.kill()

@@ -25,17 +25,24 @@ REASONS = (
 class Stretch:
     """One clip of a file: the whole, or [start_seconds, end_seconds).
 
-    `seed` seeds its random draws; it is the clip's row key.
+    Attributes:
+        seed: Seed of its random draws: the clip's row key.
+        page: Of a whole video, the first of the kept frames to read and their number; None for
+            what the frame sets choose.
     """
 
     start_seconds: float | None = None
     end_seconds: float | None = None
     seed: str = ""
+    page: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """All clips and frame sets to read of one file, in one pass over it."""
+    """All clips and frame sets to read of one file, in one pass over it.
+
+    A request without clips is for the timeline of its one frame set, of a whole video.
+    """
 
     path: str
     clips: tuple[Stretch, ...]
@@ -66,6 +73,21 @@ class Facts:
     decoder: str
     warning: str = ""
     sound: str | None = None
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The frames of a whole file: their times, and which of them are kept.
+
+    Attributes:
+        times_N: Presentation times of all frames in seconds, float64 [N]; the first is 0.
+        kept_K: Display indices of the kept frames, int64 [K].
+        facts: Facts of the whole file.
+    """
+
+    times_N: np.ndarray = field(repr=False)
+    kept_K: np.ndarray = field(repr=False)
+    facts: Facts
 
 
 @dataclass(frozen=True)

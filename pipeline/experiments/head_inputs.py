@@ -20,7 +20,7 @@ from varve.pipeline.config import FRAME_OPTIONS, BuildSpec
 from varve.pipeline.experiments.feature_tensors import BUDGET_BYTES, FeatureTensors
 from varve.pipeline.experiments.scenarios import Division
 from varve.pipeline.extraction.update import recorded_request
-from varve.stores import Feature, FeatureStore, SpecMismatch
+from varve.stores import Feature, FeatureStore, SpecMismatch, VideoFeature
 from varve.stores.clips import row_keys
 from varve.stores.digests import digest, store_name
 
@@ -127,6 +127,11 @@ def find_features(
                 f"{store.location} has no {own_name} of {owner}, which the head reads"
                 f"{f' as {name}' if own_name != name else ''}. This adds it:\n  "
                 + build_command(store, owner, own_name)
+            )
+        if isinstance(feature, VideoFeature):
+            raise SpecMismatch(
+                f"{own_name} of {owner} has every frame of whole videos: give the frames of a clip "
+                "that the head reads, such as --frames 8 --sampling tsn, or sampled={'frames': 8}"
             )
         features[name] = feature
     lengths = {name: feature.shape[1] for name, feature in features.items()}

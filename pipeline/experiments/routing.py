@@ -207,6 +207,7 @@ def restored(
         SpecMismatch: The store is not what the run was made on.
     """
     spec = run.spec
+    store = store.sampled(**spec["sampled"]) if spec.get("sampled") else store
     source = head_source.restore_source(run.folder, spec["head"], spec["head_source"])
     head, network, features = run_spec.build_head(store, source, spec["options"], spec["backbone"])
     keys = spec["features"]

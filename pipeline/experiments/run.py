@@ -48,6 +48,7 @@ def run(
     options: Mapping[str, Any] | None = None,
     backbone: str = "",
     splits: tuple[str, str] = ("train", "test"),
+    sampled: Mapping[str, Any] | None = None,
     out: str | Path = "runs",
     device: str = "cpu",
     threads: int = 0,
@@ -68,6 +69,8 @@ def run(
         options: Options of the head.
         backbone: The backbone whose features are read, where the store has several.
         splits: The splits to train on and to test on.
+        sampled: Frames to read of a store of whole videos: options of `FeatureStore.sampled`, such
+            as {"frames": 8, "sampling": "tsn"}.
         out: Folder in which the run folder is made.
         device: Where the head works: "cpu" or "cuda".
         threads: Number of threads of torch; 0 leaves it as it is. A resumed run takes the number
@@ -86,7 +89,9 @@ def run(
         StoreLocked: Another process works on this run.
     """
     progress = progress or Progress()
-    plan = prepare_run(store, head, scenario, seed, options or {}, backbone, splits, device)
+    plan = prepare_run(
+        store, head, scenario, seed, options or {}, backbone, splits, device, sampled
+    )
     folder = Path(out) / plan.name
     folder.mkdir(parents=True, exist_ok=True)
     with lock.locked(folder):

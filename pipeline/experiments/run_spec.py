@@ -93,6 +93,7 @@ def prepare_run(
     backbone: str = "",
     splits: tuple[str, str] = ("train", "test"),
     device: str = "cpu",
+    sampled: Mapping[str, Any] | None = None,
 ) -> PreparedRun:
     """Check a run and write its specification, before anything is computed.
 
@@ -101,6 +102,7 @@ def prepare_run(
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{device=}, and torch finds no GPU here: leave it out for the CPU")
     opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+    opened = opened.sampled(**sampled) if sampled else opened
     source = find_head(head)
     defaults = option_defaults(source.build)
     chosen = {**({"seed": seed} if "seed" in defaults else {}), **options}
@@ -134,6 +136,7 @@ def prepare_run(
         "clips": head_inputs.clips_digest(opened, division),
         "device": torch.device(device).type,
         "code": code_digest(source),
+        **({"sampled": dict(sampled)} if sampled else {}),
     }
     return PreparedRun(spec, str(opened.location), source, built, network, features, scenario.tasks,
                        division, head_inputs.class_numbers(opened), classes, text,

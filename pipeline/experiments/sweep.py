@@ -76,6 +76,7 @@ def ablate(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     backbone: str = "",
     splits: Sequence[str] = ("train", "test"),
+    sampled: Mapping[str, Any] | None = None,
     out: str | Path = "runs",
     device: str = "cpu",
     runtime: Runtime | None = None,
@@ -92,8 +93,8 @@ def ablate(
 
     Args:
         store: A store with the features that the heads read.
-        heads, scenario, grid, seeds, options, backbone, splits: See `Sweep`. A user's files are
-            read once: an edit meanwhile has effect in the next ablation.
+        heads, scenario, grid, seeds, options, backbone, splits, sampled: See `Sweep`. A user's
+            files are read once: an edit meanwhile has effect in the next ablation.
         out: Folder in which run folders are made.
         device: Where the heads work: "cpu" or "cuda".
         runtime: Where the runs run: by default side by side, a process for each core.
@@ -114,7 +115,8 @@ def ablate(
     progress, out = progress or Progress(), Path(out).absolute()
     listed = (heads,) if isinstance(heads, str | Path) else tuple(heads)
     sources = [find_head(head) for head in listed]
-    sweep = Sweep(sources, scenario, grid or {}, seeds, options or {}, backbone, splits)
+    sweep = Sweep(sources, scenario, grid or {}, seeds, options or {}, backbone, splits,
+                  sampled=sampled or {})  # fmt: skip
     runs = expand(opened, sweep, out, device)
     groups = group(runs)
     waiting = [planned for group in groups for planned in group.runs]
@@ -148,11 +150,12 @@ def expand(store: FeatureStore, sweep: Sweep, out: Path, device: str) -> list[Pl
     sources = {source.name: source for source in sweep.sources()}
     train, test = sweep.splits
     runs: dict[Path, PlannedRun] = {}
-    for head, seed, options in sweep.runs():
+    for head, seed, options, sampled in sweep.runs():
         scenario = scenarios.make_scenario(sweep.scenario, store.attributes["classes"], seed)
         plan = prepare_run(store, sources[head], scenario, seed, options, sweep.backbone,
-                           (train, test), device)  # fmt: skip
-        varied = {"head": sources[head], "scenario": scenario, "seed": seed, "options": options}
+                           (train, test), device, sampled)  # fmt: skip
+        varied = {"head": sources[head], "scenario": scenario, "seed": seed, "options": options,
+                  "sampled": sampled}  # fmt: skip
         folder = out / plan.name
         runs.setdefault(folder, PlannedRun(varied, folder, plan.training_digest))
     return list(runs.values())

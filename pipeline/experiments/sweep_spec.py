@@ -12,6 +12,9 @@ from varve.pipeline.experiments.run_spec import option_defaults
 from varve.pipeline.experiments.scenarios import SEEDS
 from varve.pipeline.registry import load_plugin
 
+# Options of `FeatureStore.sampled` that a grid may vary, where no head has one of that name.
+FRAMES = ("frames", "sampling", "fps", "stride", "view")
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -28,6 +31,8 @@ class Sweep:
         backbone: The backbone whose features are read, where the store has several.
         splits: The splits to train on and to test on.
         plugins: Files of user-defined variants that `read` loads.
+        sampled: Frames to read of a store of whole videos; see `varve.run`. The grid may vary them
+            by these names: `frames`, `sampling`, `fps`, `stride`, `view`.
     """
 
     heads: Sequence[str | Path | HeadSource]
@@ -38,6 +43,7 @@ class Sweep:
     backbone: str = ""
     splits: Sequence[str] = ("train", "test")
     plugins: Sequence[str] = ()
+    sampled: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: str | Path) -> "Sweep":
@@ -112,8 +118,8 @@ class Sweep:
             return list(SEEDS[: self.seeds])
         return [int(seed) for seed in self.seeds]
 
-    def runs(self) -> list[tuple[str, int, dict[str, Any]]]:
-        """Return head, seed and options of every run, the seeds of a combination together.
+    def runs(self) -> list[tuple[str, int, dict[str, Any], dict[str, Any]]]:
+        """Return head, seed, options and frames of every run, the seeds of a combination together.
 
         Raises:
             ValueError: The grid names an unknown head or option, or two heads have one name.
@@ -126,7 +132,9 @@ class Sweep:
         for head, axes in self._axes(known).items():
             for values in itertools.product(*axes.values()):
                 options = {**self.options.get(head, {}), **dict(zip(axes, values, strict=True))}
-                runs += [(head, seed, options) for seed in self.seed_list()]
+                of_clips = [name for name in FRAMES if name in axes and name not in known[head]]
+                frames = {**self.sampled, **{name: options.pop(name) for name in of_clips}}
+                runs += [(head, seed, options, frames) for seed in self.seed_list()]
         return runs
 
     def _axes(self, known: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Sequence[Any]]]:
@@ -134,6 +142,7 @@ class Sweep:
         axes: dict[str, dict[str, Sequence[Any]]] = {head: {} for head in known}
         for name, values in self.grid.items():
             heads, option = _heads_with(name, known)
+            heads = list(known) if not heads and name in FRAMES else heads
             if not heads:
                 raise ValueError(
                     f"the grid's {name}: none of {', '.join(known)} has it; options are\n"

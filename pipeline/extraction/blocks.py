@@ -1,6 +1,6 @@
 """Blocks: the missing cells of a plan as pieces of work of about equal size."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pandas as pd
 
 from varve.pipeline.extraction.extract import ClipWork, FileWork, optional
 from varve.pipeline.extraction.passes import Pass
+from varve.stores.pages import PAGE_FRAMES, Pages
 
 # Frames per block: a few seconds of a ViT-B on two cores. A kill costs at most the blocks in
 # flight.
@@ -67,6 +68,7 @@ def video_blocks(
     passes: tuple[Pass, ...],
     missing: Sequence[Sequence[np.ndarray]],
     undescribed: np.ndarray,
+    pages: Pages | None = None,
 ) -> list[Block]:
     """Divide files to decode into blocks of about equal work, in the order of their first row.
 
@@ -75,6 +77,7 @@ def video_blocks(
         missing: Rows to compute from their videos, bool [clips], by pass and output.
         undescribed: Rows whose facts the table lacks, bool [clips]. They are decoded even where
             all their cells are valid.
+        pages: Of whole videos, whose rows are pages.
     """
     needs: dict[int, dict[int, set[int]]] = {}
     for p, outputs in enumerate(missing):
@@ -98,24 +101,31 @@ def video_blocks(
             end_seconds=optional(first["end_seconds"]),
             needs={p: tuple(sorted(set().union(*(needs[row].get(p, ()) for row in rows))))
                    for p in numbers},
+            page=page_of(pages, rows[0]),
         )  # fmt: skip
         by_file.setdefault(first["path"], []).append(work)
+    on_gpu = any(pass_.execution.device == "cuda" for pass_ in passes)
+    limit = GPU_BLOCK_PICTURES if on_gpu else CPU_BLOCK_PICTURES
+    # A long video is the work of many blocks; the clips of one file are read in one pass over it.
+    most = MAX_CLIPS_A_PASS if pages is None else max(1, limit // PAGE_FRAMES)
     files = [
         FileWork(
             path=str(root / path),
             size_bytes=int(table.at[works[0].rows[0], "size_bytes"]),
             mtime_ns=int(table.at[works[0].rows[0], "mtime_ns"]),
-            clips=tuple(works[a : a + MAX_CLIPS_A_PASS]),
+            clips=tuple(works[a : a + most]),
         )
         for path, works in by_file.items()
-        for a in range(0, len(works), MAX_CLIPS_A_PASS)
+        for a in range(0, len(works), most)
     ]
-    on_gpu = any(pass_.execution.device == "cuda" for pass_ in passes)
-    limit = GPU_BLOCK_PICTURES if on_gpu else CPU_BLOCK_PICTURES
     groups: list[list[FileWork]] = []
     pictures = 0
     for file in files:
-        more = sum(passes[p].frame_set.frames for clip in file.clips for p in clip.needs)
+        more = sum(
+            clip.page[1] if clip.page else passes[p].frame_set.frames
+            for clip in file.clips
+            for p in clip.needs
+        )
         if not groups or pictures + more > limit:
             groups.append([])
             pictures = 0
@@ -124,8 +134,23 @@ def video_blocks(
     return [Block(number, tuple(group)) for number, group in enumerate(groups)]
 
 
+def page_of(pages: Pages | None, row: int) -> tuple[int, int] | None:
+    """Return the first kept frame of a page in its file, and the page's number of frames."""
+    if pages is None:
+        return None
+    first_pages = pages.files["first_page"].to_numpy()
+    number = row - int(first_pages[np.searchsorted(first_pages, row, side="right") - 1])
+    return number * PAGE_FRAMES, int(pages.counts[row])
+
+
 def cached_blocks(
-    keys: np.ndarray, number: int, pass_: Pass, sources: Sequence[np.ndarray | None], first: int
+    keys: np.ndarray,
+    number: int,
+    pass_: Pass,
+    sources: Sequence[np.ndarray | None],
+    first: int,
+    pages: Pages | None = None,
+    frames: Callable[[int], tuple[int, ...]] | None = None,
 ) -> list[Block]:
     """Divide clips that start from a feature into blocks of about equal work, in row order.
 
@@ -135,6 +160,9 @@ def cached_blocks(
         sources: By output, the rows of the feature as in `ColumnPlan.sources`; None where the
             output is not computed from it.
         first: Number of the first block.
+        pages: Of whole videos, whose rows are pages.
+        frames: Gives the frames of whole videos that a row is taken from; None where the source
+            has a cell for it.
     """
     assert pass_.source is not None
     work: dict[bytes, tuple[list[int], int, set[int]]] = {}
@@ -147,9 +175,10 @@ def cached_blocks(
             if row not in rows:
                 rows.append(row)
     clips = [
-        ClipWork(tuple(sorted(rows)), key, None, None, {number: tuple(sorted(outputs))}, row)
+        ClipWork(tuple(sorted(rows)), key, None, None, {number: tuple(sorted(outputs))}, row,
+                 page_of(pages, rows[0]), frames(rows[0]) if frames else ())
         for key, (rows, row, outputs) in work.items()
-    ]
+    ]  # fmt: skip
     clips.sort(key=lambda clip: clip.rows)
     stages = pass_.run_stages(set().union(*(clip.needs[number] for clip in clips)))
     share = len(stages) / len(pass_.stage_keys)

@@ -22,10 +22,11 @@ import torch
 
 from varve.pipeline import backbones as networks
 from varve.pipeline.backbones import Backbone, class_features, class_features_key
-from varve.pipeline.config import BuildSpec, FrameSet, Runtime
+from varve.pipeline.config import WHOLE, BuildSpec, FrameSet, Runtime
 from varve.pipeline.datasets import layouts
 from varve.pipeline.datasets.layouts import Listing
 from varve.pipeline.decoders import require
+from varve.pipeline.extraction import whole_videos
 from varve.pipeline.extraction.clip_status import Outcome, enter, enter_known, settle
 from varve.pipeline.extraction.commit import Done, device_of, job_of, run_plan
 from varve.pipeline.extraction.disk_space import check_disk, explained
@@ -35,21 +36,26 @@ from varve.pipeline.extraction.plan import Plan, make_plan
 from varve.pipeline.extraction.scan import Scan, scan
 from varve.pipeline.extraction.sources import StoreInventory
 from varve.pipeline.extraction.update import Rows, open_store, prepare_update
+from varve.pipeline.extraction.whole_videos import settle_clips
 from varve.pipeline.progress import Progress
 from varve.stores import FeatureStore, atomic, clips, lock, staging, text_features
 from varve.stores.locations import local_folder
+from varve.stores.pages import Pages
+from varve.stores.pages import read as read_pages
+from varve.stores.pages import write as write_pages
 
 LOGS = "logs"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is known before any work starts."""
+    """Everything that is known before any work starts. A plan of whole videos is over `pages`."""
 
     listing: Listing
     scan: Scan
     backbones: dict[str, Backbone]
     plan: Plan
+    pages: Pages | None = None
 
 
 @dataclass(frozen=True)
@@ -153,8 +159,14 @@ def build(
         _record(opened, ready, root, spec)
         clips.write(opened.path, table)
         networks = ready.backbones if runtime.serial else {}
-        done = run_plan(plan, job_of(plan, path, runtime), runtime, progress, networks)
-        settle(table, plan, ready.scan.rows)
+        if pages := ready.pages:
+            write_pages(opened.path, pages)
+        job = job_of(plan, path, runtime, describe=pages is None)
+        done = run_plan(plan, job, runtime, progress, networks)
+        if pages:
+            settle_clips(table, ready.scan.rows, plan, pages, done.failed, done.overflowed)
+        else:
+            settle(table, plan, ready.scan.rows)
         clips.write(opened.path, table)
         staging.drop(opened.path, staging.facts_files(opened.path))
         if spec.text:
@@ -282,13 +294,19 @@ def prepare(
     enter_known(old, scanned.table)
     left = map(Outcome.from_json, staging.all_facts(path))
     enter(scanned.table, (o for o in left if not (retry and (o.reason or o.overflowed))))
-    inventory = StoreInventory(path, opened, len(scanned.table))
-    plan = make_plan(inventory, scanned.table, scanned.rows, base, requested, backbones)
+    pages, table, rows = None, scanned.table, scanned.rows
+    if spec.sampling == WHOLE:
+        frame_set = requested[0].frame_set
+        pages = read_pages(path, frame_set.grid)
+        pages = whole_videos.describe(pages, table, rows, base, frame_set, runtime, progress)
+        table, rows = whole_videos.page_table(table, rows, pages)
+    inventory = StoreInventory(path, opened, len(table))
+    plan = make_plan(inventory, table, rows, base, requested, backbones, pages=pages)
     plan = replace(plan, left_out=listing.left_out)
     here = device_of(runtime) == "cpu" and not runtime.scheduler
     if plan.blocks and here and (warning := networks.precision_warning(spec.precision)):
         progress.message(warning)
-    return Prepared(listing, scanned, backbones, plan)
+    return Prepared(listing, scanned, backbones, plan, pages)
 
 
 def keep_text(store: Path, backbone: Backbone, classes: Iterable[str], progress: Progress) -> None:

@@ -36,6 +36,7 @@ class Done:
         seconds: Seconds by part (decode, forward, write), summed over workers.
         calls: Calls of each stage, "network stage".
         failed: Reason and detail, by row, of clips that lack a cell.
+        overflowed: Short fingerprints of the columns that cannot represent its value, by row.
     """
 
     frames: int = 0
@@ -44,6 +45,7 @@ class Done:
     )
     calls: "Counter[str]" = field(default_factory=Counter)
     failed: dict[int, tuple[str, str]] = field(default_factory=dict)
+    overflowed: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 def device_of(runtime: Runtime) -> str:
@@ -111,8 +113,9 @@ def run_plan(
 def _totals(plan: Plan) -> dict[str, tuple[int, str]]:
     """Return the length and the unit of each progress bar."""
     to_decode = sum(len(block.clips) for block in plan.blocks if block.files)
-    totals = {"decode": (to_decode, "clips")} if to_decode else {}
-    totals["forward"] = (sum(len(block.clips) for block in plan.blocks), "clips")
+    unit = "pages" if any(b.clips[0].page for b in plan.blocks[:1]) else "clips"
+    totals = {"decode": (to_decode, unit)} if to_decode else {}
+    totals["forward"] = (sum(len(block.clips) for block in plan.blocks), unit)
     totals["write"] = (sum(column.missing for column in plan.all_columns), "cells")
     return totals
 
@@ -147,6 +150,8 @@ def _note_done(done: Done, plan: Plan, result: Report | Lost, outcomes: list[Out
         if not outcome.reason:
             frames += plan.frames_of(clip)
             cause = OVERFLOW, "\n".join(overflows(plan.all_columns, outcome.overflowed))
+        if outcome.overflowed:
+            done.overflowed |= dict.fromkeys(outcome.rows, outcome.overflowed)
         if outcome.reason or outcome.overflowed:
             done.failed |= dict.fromkeys(outcome.rows, cause)
     done.frames += frames

@@ -19,7 +19,7 @@ import numpy as np
 from varve.pipeline.config import FrameSet
 from varve.pipeline.datasets.media import size_and_mtime
 from varve.pipeline.decoders import Decoded, DecodePool, Facts, Failure, Request, Stretch, decode
-from varve.pipeline.extraction.forward import Cells, adopted, run_pass
+from varve.pipeline.extraction.forward import Cells, adopted, filled, run_pages, run_pass
 from varve.pipeline.extraction.passes import Pass
 from varve.pipeline.registry import plugins
 from varve.stores.clips import row_key
@@ -42,6 +42,10 @@ class ClipWork:
         needs: Output numbers to compute, by pass number. A pass without outputs only has its
             frames decoded, which describes the clip.
         source_row: Row of the feature that the clip starts from; -1 for the video.
+        page: Of a whole video, whose rows are pages: the first of the file's kept frames, and the
+            number of frames; None for the frames that the frame sets choose.
+        source_frames: Frames of the pages of a column of whole videos that the clip starts from, as
+            rows of the flattened pages; empty where the clip starts from a cell or the video.
     """
 
     rows: tuple[int, ...]
@@ -50,6 +54,8 @@ class ClipWork:
     end_seconds: float | None
     needs: Mapping[int, tuple[int, ...]]
     source_row: int = -1
+    page: tuple[int, int] | None = None
+    source_frames: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,8 @@ def decode_files(
     files: Sequence[FileWork], passes: Sequence[Pass], children: int, deadline_seconds: float
 ) -> list[ClipResult]:
     """Decode files, each once, and return a result per clip: frames and facts, or a failure."""
+    if any(clip.page for file in files for clip in file.clips):
+        children = min(children, 1)  # which reads the pages of a file in their order, and keeps it
     pool = _decode_pool(children, deadline_seconds) if children else None
     requests = [_request(file, passes) for file in files]
     waiting = [pool.submit(request) for request in requests] if pool else []
@@ -169,6 +177,7 @@ def decode_files(
                 frames = dict(zip(request.frame_sets, answer.frames, strict=True))
                 results.append(ClipResult(work, frames, answer.facts))
             else:
+                assert isinstance(answer, Failure)  # a timeline is asked for without clips
                 results.append(ClipResult(work, failure=answer))
     return results
 
@@ -201,17 +210,23 @@ def run_passes(
         inputs: Sequence[np.ndarray] | Cells
         if pass_.source:
             assert store is not None
-            inputs = Cells(store, pass_.source, [clips[i].work.source_row for i in needs])
+            works = [clips[i].work for i in needs]
+            inputs = Cells(store, pass_.source, [work.source_row for work in works],
+                           [work.source_frames for work in works])  # fmt: skip
         else:
             inputs = [clips[i].frames[pass_.frame_set] for i in needs]
         outputs = tuple(sorted(set().union(*needs.values())))
-        batches = list(run_pass(pass_, outputs, inputs, calls))
+        counts = [page[1] for i in needs if (page := clips[i].work.page)]
+        if counts:
+            columns = run_pages(pass_, outputs, inputs, counts, calls)
+        else:
+            batches = list(run_pass(pass_, outputs, inputs, calls))
+            columns = {c: list(np.concatenate([b[c] for b in batches])) for c in outputs}
         for c in outputs:
             spec = pass_.outputs[c].spec
-            column = np.concatenate([batch[c] for batch in batches])
-            for cell, (i, needed) in zip(column, needs.items(), strict=True):
+            for cell, (i, needed) in zip(columns[c], needs.items(), strict=True):
                 if c in needed and _finite(cell, spec.dtype):
-                    cells[i][spec.relative_path] = cell
+                    cells[i][spec.relative_path] = cell if not counts else filled(cell, spec)
                 elif c in needed:
                     overflowed[i][spec.short] = None
     return [
@@ -245,7 +260,7 @@ def _request(file: FileWork, passes: Sequence[Pass]) -> Request:
     """Return everything that is requested of a file: its clips, and each frame set once."""
     numbers = sorted(set().union(*(clip.needs for clip in file.clips)))
     frame_sets = dict.fromkeys(passes[number].frame_set for number in numbers)
-    stretches = (Stretch(c.start_seconds, c.end_seconds, c.key.hex()) for c in file.clips)
+    stretches = (Stretch(c.start_seconds, c.end_seconds, c.key.hex(), c.page) for c in file.clips)
     return Request(file.path, tuple(stretches), tuple(frame_sets))
 
 

@@ -8,14 +8,23 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from varve.pipeline.extraction.passes import Output, Pass, Source, column_key, frames_key
+from varve.pipeline.extraction.passes import (
+    GROUP_FRAMES,
+    Output,
+    Pass,
+    Source,
+    column_key,
+    frames_key,
+)
 from varve.stores import Feature, clips
-from varve.stores.columns import FEATURES, Damaged, node_name
+from varve.stores.columns import FEATURES, MISSING, STORED, ColumnSpec, Damaged, node_name
+from varve.stores.pages import PAGE_FRAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,22 +33,50 @@ if TYPE_CHECKING:
 
 
 class Cells:
-    """Cells of a feature as a sequence of stored bits, read one slice at a time."""
+    """Cells of a feature as a sequence of stored bits, read one slice at a time.
 
-    def __init__(self, store: Path, source: Source, rows: Sequence[int]) -> None:
+    Args:
+        rows: Row of each cell.
+        frames: Frames of whole videos that each cell is made of, as rows of the flattened pages;
+            empty where the cell of `rows` is taken.
+    """
+
+    def __init__(
+        self,
+        store: Path,
+        source: Source,
+        rows: Sequence[int],
+        frames: Sequence[tuple[int, ...]] = (),
+    ) -> None:
         names = (node_name(source.backbone), node_name(source.feature), source.fingerprint[:16])
         path = store.joinpath(FEATURES, *names)
         self._feature = Feature(path, source.backbone, source.feature, clips.read(store))
         self._rows = np.asarray(rows, np.int64)
+        self._frames = frames if any(frames) else ()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, part: slice) -> np.ndarray:
+        if self._frames:
+            return self._gathered(self._frames[part])
         bits = self._feature.bits(self._rows[part])
         # Valid when the plan was made and gone since: a fill value must not be computed on.
         if self._feature.is_fill(bits).any():
             raise Damaged(f"{self._feature.path} has lost cells since the plan was made")
+        return bits
+
+    def _gathered(self, cells: Sequence[tuple[int, ...]]) -> np.ndarray:
+        """Read cells frame by frame from pages, each page once; shorter cells end in zeros."""
+        flat = np.concatenate([np.asarray(frames, np.int64) for frames in cells])
+        numbers, of_frame = np.unique(flat // PAGE_FRAMES, return_inverse=True)
+        pages = self._feature.bits(numbers)
+        if self._feature.is_fill(pages).any():
+            raise Damaged(f"{self._feature.path} has lost pages since the plan was made")
+        bits = np.zeros((len(cells), max(map(len, cells)), *pages.shape[2:]), pages.dtype)
+        lengths = np.array([len(frames) for frames in cells])
+        filled = np.arange(bits.shape[1]) < lengths[:, None]
+        bits[filled] = pages[of_frame, flat % PAGE_FRAMES]
         return bits
 
 
@@ -89,6 +126,52 @@ def run_pass(
         torch.set_num_threads(threads)
     if calls is not None:
         calls.update({f"{backbone.name} {name}": n for name, n in counted.items()})
+
+
+def run_pages(
+    pass_: Pass,
+    outputs: tuple[int, ...],
+    inputs: "Sequence[np.ndarray] | Cells",
+    counts: Sequence[int],
+    calls: "Counter[str] | None" = None,
+) -> dict[int, list[np.ndarray]]:
+    """Compute the frames of pages as `run_pass` computes clips, `GROUP_FRAMES` frames as one clip.
+
+    So a frame has the bits that a build of `GROUP_FRAMES` frames per clip gives it.
+
+    Args:
+        inputs: Frames of each page, uint8 [frames, S, S, 3], or the stored bits of its cell in the
+            pass's source, [64, ...].
+        counts: Number of frames of each page.
+
+    Returns:
+        Stored bits [frames, ...] of each page, by output number.
+    """
+    specs = [output.spec for output in pass_.outputs]
+    narrow = [replace(spec, cell=(GROUP_FRAMES, *spec.cell[1:])) for spec in specs]
+    grouped = [replace(o, spec=spec) for o, spec in zip(pass_.outputs, narrow, strict=True)]
+    groups: list[np.ndarray] = []
+    for i, count in enumerate(counts):
+        (page,) = inputs[i : i + 1]
+        padded = np.zeros((-count % GROUP_FRAMES, *page.shape[1:]), page.dtype)
+        groups += [
+            *np.concatenate([page[:count], padded]).reshape(-1, GROUP_FRAMES, *page.shape[1:])
+        ]
+    batches = list(run_pass(replace(pass_, outputs=tuple(grouped)), outputs, groups, calls))
+    ends = np.cumsum([-(-count // GROUP_FRAMES) for count in counts])[:-1]
+    results = {}
+    for c in outputs:
+        parts = np.split(np.concatenate([batch[c] for batch in batches]), ends)
+        frames = [part.reshape(-1, *part.shape[2:]) for part in parts]
+        results[c] = [part[:count] for part, count in zip(frames, counts, strict=True)]
+    return results
+
+
+def filled(frames: np.ndarray, spec: ColumnSpec) -> np.ndarray:
+    """Return a page's cell from its frames: with not-a-number after the last one."""
+    cell = np.full(spec.cell, MISSING[spec.dtype], STORED[spec.dtype])
+    cell[: len(frames)] = frames
+    return cell
 
 
 def _results(

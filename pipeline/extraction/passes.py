@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from varve.pipeline.backbones import Backbone, Stage, canonical_reduction, reduction_identity
-from varve.pipeline.config import BuildSpec, FrameSet, Picture
+from varve.pipeline.config import WHOLE, BuildSpec, FrameSet, Picture
 from varve.stores import FeatureStore
 from varve.stores.columns import ColumnSpec, Damaged
 from varve.stores.digests import digest
@@ -23,6 +23,8 @@ from varve.stores.locations import Location
 PIXELS = "rgb24, libswscale bicubic, 1"
 SAMPLES = "mono float32, libswresample, 2"
 CPU_BATCH_FRAMES = 8
+# Frames of a whole video that run as one clip does.
+GROUP_FRAMES = 8
 GPU_BATCH_FRAMES = 256
 MAX_THREADS = 4
 # Factor on the clips per batch where only class tokens run (ViT-B-16's last MLP: 0.47 ms per clip
@@ -64,6 +66,7 @@ class Source:
         backbone, feature, fingerprint: Names of the column, as `FeatureStore.feature` takes them.
         cell_bytes: Bytes of one clip.
         tokens: Tokens of the stage's output that it has: `all`, `class` or `patches`.
+        grid: Of a column of whole videos, from whose pages frames are taken; "" for other columns.
     """
 
     stage: str
@@ -74,6 +77,7 @@ class Source:
     fingerprint: str
     cell_bytes: int
     tokens: str = "all"
+    grid: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,12 @@ def passes(
     result = []
     for name, backbone in backbones.items():
         for stage in backbone.stages:
+            if stage.frames and spec.sampling == WHOLE:
+                raise ValueError(
+                    f"{backbone.name}: {stage.name} is a temporal module over {stage.frames} "
+                    "frames, and whole videos have any number. Build with `--sampling tsn --frames "
+                    f"{stage.frames}`"
+                )
             if stage.frames not in (0, spec.frames):
                 raise ValueError(
                     f"{backbone.name}: {stage.name} is a temporal module over {stage.frames} "
@@ -219,6 +229,8 @@ def _output(
         "stages": [backbone.describe(stage) for stage in backbone.stages[:upto]],
         "reduction": reduction,
     }
+    if frame_set.whole:
+        attributes["pages"] = frame_set.grid
     if (identity := reduction_identity(reduction)) != reduction:
         attributes["reduction_code"] = identity
     if grafts := [name for name in backbone.changed if name in backbone.stage_names[:upto]]:
@@ -250,7 +262,8 @@ def new_execution(frame_set: FrameSet, device: str) -> Execution:
     """
     frames = GPU_BATCH_FRAMES if device == "cuda" else CPU_BATCH_FRAMES
     threads = 0 if device == "cuda" else min(MAX_THREADS, os.cpu_count() or 1)
-    return Execution(device, max(1, frames // frame_set.frames), threads)
+    clip_frames = GROUP_FRAMES if frame_set.whole else frame_set.frames
+    return Execution(device, max(1, frames // clip_frames), threads)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ the store that can give it; from its video where none can.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,16 @@ from varve.pipeline.extraction.passes import Output, Pass, Source
 from varve.pipeline.extraction.sources import (
     CachedColumn,
     Inventory,
+    frame_rows,
     lossless,
     refusal,
     rows_with_cells,
     sources,
+    whole_sources,
 )
 from varve.stores.clips import row_keys
 from varve.stores.columns import Column
+from varve.stores.pages import PAGE_FRAMES, Pages
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,8 @@ class Plan:
 
     @property
     def decodes(self) -> int:
-        """Files to decode, each once."""
-        return sum(len(block.files) for block in self.blocks)
+        """Files to decode."""
+        return len({file.path for block in self.blocks for file in block.files})
 
     @property
     def clips(self) -> int:
@@ -116,7 +120,11 @@ class Plan:
 
     def frames_of(self, clip: ClipWork) -> int:
         """Frames that go through a network for a clip, all passes together."""
-        return sum(self.passes[p].frame_set.frames for p, outputs in clip.needs.items() if outputs)
+        return sum(
+            clip.page[1] if clip.page else self.passes[p].frame_set.frames
+            for p, outputs in clip.needs.items()
+            if outputs
+        )
 
     def batches(self, number: int) -> int:
         """Forward batches of pass `number`."""
@@ -164,6 +172,7 @@ def make_plan(
     passes: tuple[Pass, ...],
     backbones: Mapping[str, Backbone],
     describe: bool = True,
+    pages: Pages | None = None,
 ) -> Plan:
     """Compare the request with the cells that exist. Decodes and writes nothing.
 
@@ -176,8 +185,9 @@ def make_plan(
         backbones: The networks of the passes, by name.
         describe: Whether to decode clips that the table does not describe, even where all their
             cells are valid.
+        pages: Of whole videos, whose table has a row per page; see `pages.page_table`.
     """
-    keys = row_keys(table)
+    keys = row_keys(table) if pages is None else pages.keys
     active = np.zeros(len(table), bool)
     active[rows] = True
     # An overflow costs the cells of that column alone; the clip's other cells are computed.
@@ -187,10 +197,10 @@ def make_plan(
     def plan_of(output: Output, pass_: Pass) -> ColumnPlan:
         lost = np.array([output.spec.short in shorts for shorts in overflowed], bool)
         plan = _plan_column(inventory, output, keys, active & ~lost)
-        return _choose_sources(plan, pass_, keys, inventory, backbones)
+        return _choose_sources(plan, pass_, table, keys, inventory, backbones, pages)
 
     columns = tuple(tuple(plan_of(output, pass_) for output in pass_.outputs) for pass_ in passes)
-    undescribed = active & (table["num_frames"] == 0).to_numpy() & describe
+    undescribed = active & (table["num_frames"] == 0).to_numpy() & describe & (pages is None)
     resumed = {
         (number, source): replace(pass_, source=source)
         for number, (pass_, plans) in enumerate(zip(passes, columns, strict=True))
@@ -198,11 +208,28 @@ def make_plan(
         for source, _ in plan.sources
     }
     missing = [[plan.from_video for plan in plans] for plans in columns]
-    blocks = video_blocks(table, keys, root, passes, missing, undescribed)
+    blocks = video_blocks(table, keys, root, passes, missing, undescribed, pages)
     for p, ((number, source), pass_) in enumerate(resumed.items(), start=len(passes)):
         source_rows = [dict(plan.sources).get(source) for plan in columns[number]]
-        blocks += cached_blocks(keys, p, pass_, source_rows, len(blocks))
+        frames = partial(_frames, inventory, pass_, table, keys, pages) if source.grid else None
+        blocks += cached_blocks(keys, p, pass_, source_rows, len(blocks), pages, frames)
     return Plan(table, keys, root, (*passes, *resumed.values()), columns, tuple(blocks))
+
+
+def _frames(
+    inventory: Inventory,
+    pass_: Pass,
+    table: pd.DataFrame,
+    keys: np.ndarray,
+    pages: Pages | None,
+    row: int,
+) -> tuple[int, ...]:
+    """Return the frames of whole videos that a clip or page of a pass is taken from."""
+    assert pass_.source is not None
+    grid = inventory.grids[pass_.source.grid]
+    frames = frame_rows(grid, table, keys, row, pass_.frame_set, pages)
+    assert frames is not None  # else the source was not chosen
+    return tuple(frames.tolist())
 
 
 def _plan_column(
@@ -231,9 +258,11 @@ def _plan_column(
 def _choose_sources(
     plan: ColumnPlan,
     pass_: Pass,
+    table: pd.DataFrame,
     keys: np.ndarray,
     inventory: Inventory,
     backbones: Mapping[str, Backbone],
+    pages: Pages | None,
 ) -> ColumnPlan:
     """Choose for each row to compute the deepest feature that it can be computed from."""
     if not plan.compute.any():
@@ -241,12 +270,28 @@ def _choose_sources(
     backbone, rest = backbones[pass_.backbone], plan.compute.copy()
     chosen: list[tuple[Source, np.ndarray]] = []
     spec = plan.output.spec
-    for source, column in sources(inventory.columns, pass_, backbone):
+    candidates = [
+        *sources(inventory.columns, pass_, backbone),
+        *whole_sources(inventory, pass_, backbone),
+    ]
+    # Of one stage, the column of the requested frames comes before one of whole videos.
+    candidates.sort(key=lambda candidate: -backbone.stage_names.index(candidate[0].stage))
+    for source, column in candidates:
         if column.spec.relative_path == spec.relative_path or refusal(
             source, plan.output, pass_, backbone
         ):
             continue
-        rows = rows_with_cells(column, keys, rest)
+        direct = not source.grid or (pass_.frame_set.whole and source.grid == pass_.frame_set.grid)
+        if direct:
+            rows = rows_with_cells(column, keys, rest)
+        else:
+            rows = np.full(len(keys), -1, np.int64)
+            grid = inventory.grids[source.grid]
+            marked = (column.done[: len(grid)] == grid.keys).all(axis=1)
+            for row in np.flatnonzero(rest).tolist():
+                frames = frame_rows(grid, table, keys, row, pass_.frame_set, pages)
+                if frames is not None and marked[frames // PAGE_FRAMES].all():
+                    rows[row] = row
         if (rows >= 0).any():
             chosen.append((source, rows))
             rest &= rows < 0

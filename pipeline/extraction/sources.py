@@ -5,18 +5,29 @@ looked up by key alone, whatever its name.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import pandas as pd
 
 from varve.pipeline.backbones import Backbone, reduction_of, reductions_of, resume_refusal
-from varve.pipeline.config import DTYPES
-from varve.pipeline.extraction.passes import Output, Pass, Source, column_key, column_metadata
+from varve.pipeline.config import DTYPES, WHOLE, FrameSet, Picture
+from varve.pipeline.decoders import sampling
+from varve.pipeline.extraction.passes import (
+    Output,
+    Pass,
+    Source,
+    column_key,
+    column_metadata,
+    frames_key,
+)
 from varve.stores import FeatureStore, staging
 from varve.stores.columns import Column, ColumnSpec
+from varve.stores.pages import Pages
+from varve.stores.pages import read as read_pages
 
 # Bits of a number's fraction, which limit the precision of a stored feature.
 FRACTION_BITS = {"float32": 23, "float16": 10, "bfloat16": 7}
@@ -24,10 +35,14 @@ FRACTION_BITS = {"float32": 23, "float16": 10, "bfloat16": 7}
 
 @dataclass(frozen=True)
 class CachedColumn:
-    """A column of the store, and the row keys of its cells, uint8 [clips, 16]."""
+    """A column of the store, and the row keys of its cells, uint8 [clips, 16].
+
+    One of whole videos has a cell per page of its grid.
+    """
 
     spec: ColumnSpec
     done: np.ndarray
+    grid: str = ""
 
 
 class Inventory(Protocol):
@@ -44,6 +59,10 @@ class Inventory(Protocol):
     @property
     def columns(self) -> Mapping[str, Sequence[CachedColumn]]:
         """All columns of the store by fingerprint."""
+
+    @property
+    def grids(self) -> Mapping[str, Pages]:
+        """The pages of whole videos that the columns have, by grid."""
 
 
 class StoreInventory:
@@ -77,10 +96,18 @@ class StoreInventory:
         for backbone, feature, path in sorted(self._opened.columns()) if self._opened else ():
             with column_metadata(path / "zarr.json") as array:
                 fingerprint = array["attributes"]["fingerprint"]
-                dtype, cell = array["attributes"]["dtype"], tuple(array["shape"][1:])
-            spec = ColumnSpec(backbone, feature, fingerprint, cell, dtype, {})
-            columns.setdefault(fingerprint, []).append(CachedColumn(spec, self.done(spec)))
+                dtype, (rows, *cell) = array["attributes"]["dtype"], array["shape"]
+                grid = array["attributes"].get("pages", "")
+            spec = ColumnSpec(backbone, feature, fingerprint, tuple(cell), dtype, {})
+            done = Column(self.store, spec).done(max(rows, self._clips) if grid else self._clips)
+            columns.setdefault(fingerprint, []).append(CachedColumn(spec, done, grid))
         return columns
+
+    @cached_property
+    def grids(self) -> dict[str, Pages]:
+        """The pages of whole videos that the columns have, by grid."""
+        names = {column.grid for columns in self.columns.values() for column in columns}
+        return {grid: read_pages(self.store, grid) for grid in sorted(names - {""})}
 
 
 def sources(
@@ -101,12 +128,70 @@ def sources(
                     source = Source(
                         stage.name, reduction, dtype, spec.backbone, spec.feature,
                         spec.fingerprint, spec.cell_bytes,
-                        reduction_of(stage, reduction).tokens,
+                        reduction_of(stage, reduction).tokens, column.grid,
                     )  # fmt: skip
                     rank = (-depth, not lossless(dtype, pass_.precision), spec.cell_bytes)
                     candidates.append((rank, source, column))
     candidates.sort(key=lambda candidate: (candidate[0], candidate[1].backbone))
     return [(source, column) for _, source, column in candidates]
+
+
+def whole_sources(
+    inventory: Inventory, pass_: Pass, backbone: Backbone
+) -> list[tuple[Source, CachedColumn]]:
+    """Return every column of whole videos whose frames are the same pictures as those of a pass."""
+    frame_set = pass_.frame_set
+    varied = frame_set.view and (frame_set.flip or frame_set.random_crop)
+    if varied or not isinstance(frame_set.picture, Picture):
+        return []
+    candidates = []
+    for grid in inventory.grids:
+        name, _, number = grid.rpartition("-")
+        rate = {"fps": float(number)} if name == "fps" else {"stride": int(number)}
+        whole = FrameSet(
+            sampling=WHOLE, decoder=frame_set.decoder, picture=frame_set.picture, **rate
+        )
+        if frame_set.whole and grid == frame_set.grid:
+            continue  # found by its own key
+        keys = backbone.keys(frames_key(whole))
+        candidates += sources(inventory.columns, replace(pass_, stage_keys=keys), backbone)
+    return candidates
+
+
+def frame_rows(
+    source: Pages,
+    table: pd.DataFrame,
+    keys: np.ndarray,
+    row: int,
+    frame_set: FrameSet,
+    pages: Pages | None,
+) -> np.ndarray | None:
+    """Return where the frames of a clip or page are in the pages of another grid, int64 [T].
+
+    Args:
+        source: The pages of the other grid.
+        table: The table of clips, or of pages.
+        keys: Row keys of the table, uint8 [rows, 16].
+        row: Row of the table.
+        frame_set: The frames to find.
+        pages: Of whole videos, whose rows are pages; None for clips.
+
+    Returns:
+        Rows of the flattened pages; None where the grid does not have all of these frames. For
+        clips it must have every frame, since a sampling rule chooses among all of them.
+    """
+    if pages is not None:
+        wanted = pages.indices[row][pages.indices[row] >= 0]
+        rows = source.frames_of(table.at[row, "digest"])
+        kept = source.indices.reshape(-1)[rows]
+        at = np.minimum(np.searchsorted(kept, wanted), len(kept) - 1)
+        return rows[at] if len(kept) and (kept[at] == wanted).all() else None
+    rows = source.frames_of(*table.loc[row, ["digest", "start_seconds", "end_seconds"]])
+    if not len(rows) or len(rows) != table.at[row, "num_frames"]:
+        return None
+    times = source.times.reshape(-1)[rows]
+    chosen: np.ndarray = rows[sampling.indices(frame_set, times, keys[row].tobytes().hex())]
+    return chosen
 
 
 def refusal(source: Source, output: Output, pass_: Pass, backbone: Backbone) -> str:

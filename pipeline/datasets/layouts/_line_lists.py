@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from varve.pipeline.datasets.layouts._disk import VIDEO_SUFFIXES, is_video
+from varve.pipeline.datasets.containers import VIDEO_SUFFIXES
+from varve.pipeline.datasets.layouts._disk import is_video
 from varve.pipeline.datasets.layouts._lists import first_rows, lines, regular, rows
 
 _SUFFIXES = "|".join(sorted(re.escape(suffix) for suffix in VIDEO_SUFFIXES))

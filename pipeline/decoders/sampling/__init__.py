@@ -103,6 +103,29 @@ def indices(frame_set: FrameSet, times_N: np.ndarray, seed: str = "") -> np.ndar
     return chosen_T.astype(np.int64)
 
 
+def kept(frame_set: FrameSet, times_N: np.ndarray) -> np.ndarray:
+    """Return the display indices that `sampling="all"` keeps of a file, int64 [K], increasing.
+
+    With `stride`, every so many frames from the first one on. With `fps`, the frames shown at the
+    times 0, 1 / fps, 2 / fps ... from the first frame's on, each once: where the video has fewer
+    frames a second, all of them.
+
+    Args:
+        times_N: Presentation times in seconds, increasing.
+
+    >>> kept(FrameSet(sampling="all", stride=3), np.arange(10) / 10)
+    array([0, 3, 6, 9])
+    >>> kept(FrameSet(sampling="all", fps=4.0), np.arange(10) / 10)
+    array([0, 2, 5, 7])
+    """
+    if not frame_set.fps:
+        return np.arange(0, len(times_N), frame_set.stride, dtype=np.int64)
+    seconds = float(times_N[-1] - times_N[0]) + CLOCK_SLACK_SECONDS
+    moments = times_N[0] + np.arange(int(seconds * frame_set.fps) + 1) / frame_set.fps
+    shown = np.searchsorted(times_N, moments + CLOCK_SLACK_SECONDS, side="right") - 1
+    return np.unique(shown).astype(np.int64)
+
+
 def generator(seed: str, view: int, purpose: str) -> np.random.Generator:
     """Return the generator of one clip's draws, seeded by SHA-256 of (purpose, view, seed)."""
     digest = hashlib.sha256(f"{purpose}\0{view}\0{seed}".encode()).digest()

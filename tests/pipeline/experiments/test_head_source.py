@@ -211,7 +211,9 @@ def test_a_sweep_finds_files_from_where_it_lies(head_file, tmp_path):
     file = head_file.parent / "s.toml"
     file.write_text('heads = ["linear", "mine.py"]\nscenario = "demo"\nseeds = [1]\n'
                     '[grid]\n"mine.lr" = [0.1]\n[options.mine]\nepochs = 3\n')  # fmt: skip
-    assert Sweep.read(file).runs() == [("linear", 1, {}), ("mine", 1, {"epochs": 3, "lr": 0.1})]
+    assert Sweep.read(file).runs() == [
+        ("linear", 1, {}, {}), ("mine", 1, {"epochs": 3, "lr": 0.1}, {})
+    ]  # fmt: skip
 
 
 def test_two_files_of_one_name_are_refused(vector_store, head_file, tmp_path):

@@ -33,7 +33,7 @@ class Notes(Progress):
 def test_a_grid_is_every_combination_for_every_seed():
     runs = Sweep(("nearest_mean",), "demo", GRID, seeds=2).runs()
     assert len(runs) == 8
-    assert {(seed, o["time"], o["unit"]) for _, seed, o in runs} == {
+    assert {(seed, o["time"], o["unit"]) for _, seed, o, _ in runs} == {
         (seed, time, unit)
         for seed in (1000, 1993)
         for time in ("mean", "order")
@@ -59,7 +59,7 @@ def test_an_option_of_one_head_is_not_given_to_another():
     heads = ("nearest_mean", "linear")
     sweep = Sweep(heads, "demo", {"nearest_mean.time": ["mean", "order"], "linear.lr": [0.1]},
                   seeds=[5], options={"linear": {"epochs": 3}})  # fmt: skip
-    assert [(head, options) for head, _, options in sweep.runs()] == [
+    assert [(head, options) for head, _, options, _ in sweep.runs()] == [
         ("nearest_mean", {"time": "mean"}),
         ("nearest_mean", {"time": "order"}),
         ("linear", {"epochs": 3, "lr": 0.1}),
@@ -316,12 +316,12 @@ def test_a_sweep_is_read_from_toml(tmp_path):
         "[options.stpr]\nepochs = 3\n"
     )
     read = Sweep.read(tmp_path / "s.toml")
-    assert read.runs() == [("stpr", seed, {"epochs": 3, "routing": "td"}) for seed in (1, 2)]
+    assert read.runs() == [("stpr", seed, {"epochs": 3, "routing": "td"}, {}) for seed in (1, 2)]
     (tmp_path / "s.toml").write_text(
         'heads = ["stpr"]\nscenario = "demo"\nseeds = 1\n[grid]\nposition = ["null", "learned"]\n'
         '[options.stpr]\nclip_norm = "null"\n'
     )
-    all_options = [options for _, _, options in Sweep.read(tmp_path / "s.toml").runs()]
+    all_options = [options for _, _, options, _ in Sweep.read(tmp_path / "s.toml").runs()]
     assert all_options == [{"clip_norm": None, "position": each} for each in (None, "learned")]
     (tmp_path / "s.toml").write_text('head = "stpr"\n')
     with pytest.raises(ValueError, match=r"s.toml is no sweep: .*head"):

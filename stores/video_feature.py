@@ -1,0 +1,241 @@
+"""Cached features of whole videos: every kept frame of a clip, and any sampling of them."""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from varve.stores.clips import row_keys
+from varve.stores.columns import Damaged
+from varve.stores.digests import digest
+from varve.stores.feature import Feature
+from varve.stores.locations import Location
+from varve.stores.pages import PAGE_FRAMES, Pages, read
+
+# The rules of a build choose the frames. Stores import nothing of the pipeline until then.
+SAMPLING = "varve.pipeline.decoders.sampling"
+CONFIG = "varve.pipeline.config"
+
+
+class VideoFeature(Feature):
+    """A column of whole videos: the features of every kept frame, at one stage of one backbone.
+
+    The array on disk has shape (pages, 64, ...), and `valid` and all methods here take clips.
+    `sampled` gives a feature of T frames per clip, which heads and loaders take.
+    """
+
+    def __init__(
+        self, location: Location, backbone: str, name: str, clips: pd.DataFrame, store: Location
+    ) -> None:
+        super().__init__(location, backbone, name, clips)
+        self._store = store
+
+    @cached_property
+    def pages(self) -> Pages:
+        """The pages of the column: which frames of which file each one has."""
+        return read(self._store, self.spec["pages"])
+
+    @cached_property
+    def valid_cells(self) -> np.ndarray:
+        """Mask of valid pages, bool [pages]."""
+        return self._marked(self.pages.keys)
+
+    @cached_property
+    def valid(self) -> np.ndarray:
+        """Mask of clips whose frames are all valid, bool [clips]. A clip has at least one frame."""
+        valid = np.zeros(len(self._clips), bool)
+        for row in range(len(valid)):
+            frames = self._rows_of(row)
+            valid[row] = (
+                len(frames) > 0 and self.valid_cells[np.unique(frames // PAGE_FRAMES)].all()
+            )
+        return valid
+
+    def clip(self, row: int) -> np.ndarray:
+        """Return the features of every kept frame of a clip, (F, ...).
+
+        Raises:
+            IndexError: The row is outside the table.
+            LookupError: The clip has no valid feature; the message gives the reason.
+            Damaged: A shard's file is missing, truncated or changed.
+        """
+        (row,) = self.rows([row])
+        return self.values(self._frame_bits(self._checked(int(row))))
+
+    def times(self, row: int) -> np.ndarray:
+        """Return the presentation time of every kept frame of a clip, float64 [F], in seconds.
+
+        The first frame of the file has the time 0.
+        """
+        times: np.ndarray = self.pages.times.reshape(-1)[self._rows_of(int(self.rows([row])[0]))]
+        return times
+
+    def frames(self, row: int) -> np.ndarray:
+        """Return the display index in the file of every kept frame of a clip, int64 [F]."""
+        rows = self._rows_of(int(self.rows([row])[0]))
+        indices: np.ndarray = self.pages.indices.reshape(-1)[rows]
+        return indices
+
+    def windows(
+        self, row: int, seconds: float, step: float | None = None
+    ) -> Iterator[tuple[float, np.ndarray]]:
+        """Yield sliding windows of a clip: the start in seconds, and the features (F, ...) in it.
+
+        Windows start every `step` seconds (by default `seconds`) from the clip's first frame on, as
+        long as a frame is left. A window covers [start, start + seconds), and the last may be
+        shorter.
+
+        Raises:
+            ValueError: `seconds` or `step` is not above 0.
+        """
+        step = seconds if step is None else step
+        if not seconds > 0 or not step > 0:
+            raise ValueError(f"{seconds=}, {step=}: both must be above 0")
+        rows, times = self._checked(row), self.times(row)
+        slack = 1e-6
+        for number in range(int((times[-1] - times[0] + slack) / step) + 1):
+            start = float(times[0]) + number * step
+            first, last = np.searchsorted(times, [start - slack, start + seconds - slack])
+            yield start, self.values(self._frame_bits(rows[first:last]))
+
+    def sampled(
+        self,
+        frames: int = 8,
+        sampling: str = "tsn",
+        *,
+        fps: float = 0.0,
+        stride: int = 0,
+        view: int = 0,
+    ) -> "SampledFeature":
+        """Return a feature of T frames per clip, chosen from the kept frames by a sampling rule.
+
+        The options are those of a build. From a column of every frame (stride 1) the frames are
+        those that a build of this sampling reads; else the rule chooses among the kept frames.
+
+        Raises:
+            ValueError: There is no such rule, or the options do not go together.
+        """
+        picture = importlib.import_module(CONFIG).Picture(**self.spec["frames"]["picture"])
+        frame_set = importlib.import_module(CONFIG).FrameSet(
+            frames, sampling, fps, stride, view, decoder=self.spec["frames"]["decoder"],
+            picture=picture,
+        )  # fmt: skip
+        return SampledFeature(self, frame_set)
+
+    def read(self, *arguments: Any, **options: Any) -> np.ndarray:
+        """Refuse to read clips of different lengths as one array.
+
+        Raises:
+            TypeError: Always; the message names the calls to use.
+        """
+        raise TypeError(
+            f"{self.name} of {self.backbone} has every frame of whole videos, and clips differ in "
+            "length: read one with .clip(row), or T frames of each with .sampled(frames=8).read()"
+        )
+
+    def dataset(self, rows: Sequence[int] | np.ndarray | None = None) -> Any:
+        """Refuse as `read` does."""
+        return self.read(rows)
+
+    def _damage_message(self, row: int, why: str) -> str:
+        files = self.pages.files
+        digest = files.index[np.searchsorted(files["first_page"], row, side="right") - 1]
+        clips = self._clips.index[self._clips["digest"] == digest]
+        return super()._damage_message(int(clips[0]) if len(clips) else 0, f"page {row}: {why}")
+
+    def _rows_of(self, row: int) -> np.ndarray:
+        """Return where the frames of a clip are, as rows of the flattened pages."""
+        clip = self._clips.loc[row, ["digest", "start_seconds", "end_seconds"]]
+        return self.pages.frames_of(*clip)
+
+    def _checked(self, row: int) -> np.ndarray:
+        if not self.valid[row]:
+            raise LookupError(self._invalid_message(np.array([row])))
+        return self._rows_of(row)
+
+    def _frame_bits(self, rows: np.ndarray) -> np.ndarray:
+        """Read the stored bits of frames, each page once."""
+        pages, of_frame = np.unique(rows // PAGE_FRAMES, return_inverse=True)
+        out = np.empty((len(pages), *self.shape[1:]), self._stored)
+        if absent := self._bits(pages, out, verify=True):
+            page = int(pages[absent].min())
+            raise Damaged(self._damage_message(page, "it has no chunk for a page marked done"))
+        frames: np.ndarray = out[of_frame, rows % PAGE_FRAMES]
+        return frames
+
+
+class SampledFeature(Feature):
+    """T frames per clip of a column of whole videos: a feature like any other, that stores nothing.
+
+    Attributes:
+        source: The column of whole videos.
+        frame_set: The frames that are chosen of each clip.
+    """
+
+    def __init__(self, source: VideoFeature, frame_set: Any) -> None:
+        self.source, self.frame_set = source, frame_set
+        self.location, self.backbone, self.name = source.location, source.backbone, source.name
+        self._clips, self._array = source._clips, source._array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape as an array of all clips: (clips, T, ...)."""
+        return (len(self._clips), self.frame_set.frames, *self.source.shape[2:])
+
+    @cached_property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        """Fingerprint of the values: of the column, and of the chosen frames."""
+        return digest({"whole": self.source.fingerprint, "frames": self.frame_set.identity()})
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        """Specification of the column, with the chosen frames as its frames."""
+        sampled = {"frames": self.frame_set.identity(), "fingerprint": self.fingerprint}
+        return {**self.source.spec, **sampled, "whole": self.source.spec["frames"]}
+
+    @property
+    def valid(self) -> np.ndarray:  # type: ignore[override]
+        """Mask of clips whose frames are all valid, bool [clips]."""
+        return self.source.valid
+
+    def indices(self, row: int) -> np.ndarray:
+        """Return the display indices in the file of the T frames of a clip, int64 [T]."""
+        indices: np.ndarray = self.source.pages.indices.reshape(-1)[self._chosen(row)]
+        return indices
+
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        return row_keys(self._clips)
+
+    def _chosen(self, row: int) -> np.ndarray:
+        rows = self.source._rows_of(row)
+        times = self.source.pages.times.reshape(-1)[rows]
+        choose = importlib.import_module(SAMPLING).indices
+        chosen: np.ndarray = rows[choose(self.frame_set, times, self._keys[row].tobytes().hex())]
+        return chosen
+
+    def _bits(self, rows: np.ndarray, out: np.ndarray, verify: bool) -> list[int]:
+        chosen = [self._chosen(row) for row in rows.tolist()]
+        if not chosen:
+            return []
+        flat = np.concatenate(chosen)
+        out[:] = self.source._frame_bits(flat).reshape(out.shape)
+        return []
+
+    def to_dask(self) -> Any:
+        """Return the feature as a dask array with a chunk per clip. A missing cell is NaN."""
+        import dask.array
+
+        def cell(row: int) -> np.ndarray:
+            if self.valid[row]:
+                return self.read([row])
+            return np.full((1, *self.shape[1:]), np.nan, self._output(0, None).dtype)
+
+        dtype = self._output(0, None).dtype
+        shape = (1, *self.shape[1:])
+        delayed = [dask.delayed(cell, pure=True)(row) for row in range(self.shape[0])]
+        arrays = [dask.array.from_delayed(part, shape, dtype) for part in delayed]
+        return dask.array.concatenate(arrays)

@@ -1,0 +1,302 @@
+"""Whole videos: every frame once, in pages; any sampling of them afterwards."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from varve import BuildSpec, FeatureStore, Runtime, ablate, build, plan, run
+from varve.pipeline.config import PAGE_FRAMES, FrameSet, Picture
+from varve.pipeline.decoders import Request, Stretch, decode
+from varve.pipeline.decoders.sampling import kept
+from varve.pipeline.extraction import blocks
+from varve.stores import SpecMismatch, VideoFeature, atomic, pages
+
+SERIAL = Runtime(serial=True)
+SPEC = BuildSpec("resnet18:random-0", ("stem:pool", "layer1.0:pool"), sampling="all",
+                 dtype="float32")  # fmt: skip
+FRAMES = {"long.mp4": 150, "short.mp4": 20}
+X264 = {"g": "12", "bf": "2", "preset": "veryfast"}
+
+pytestmark = pytest.mark.usefixtures("loaded_once", "children_kept")
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it on the way."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, encode) -> Path:
+    """A long and a short video of two classes, and a file that is no video."""
+    root = tmp_path_factory.mktemp("whole") / "set"
+    for (name, frames), label in zip(FRAMES.items(), ("ant", "bee"), strict=True):
+        (root / "train" / label).mkdir(parents=True)
+        encode(root / "train" / label / name, "libx264", frames=frames, **X264)
+        (root / "test" / label).mkdir(parents=True)
+        encode(root / "test" / label / name, "libx264", frames=frames - 10, **X264)
+    (root / "test" / "bee" / "broken.mp4").write_bytes(b"no video")
+    return root
+
+
+@pytest.fixture(scope="module")
+def built(folder, built_once) -> Path:
+    return built_once(folder, SPEC)
+
+
+@pytest.fixture
+def store(built, tmp_path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "s.zarr"))
+
+
+def bytes_of(store: Path) -> dict[str, bytes]:
+    files = (p for p in store.rglob("*") if p.is_file() and "logs" not in p.parts)
+    return {str(p.relative_to(store)): p.read_bytes() for p in files}
+
+
+def row_of(store: Path, path: str) -> int:
+    table = FeatureStore.open(store).clips
+    return int(table.index[table["path"] == path][0])
+
+
+def direct(folder: Path, store: Path, spec: BuildSpec) -> dict[str, np.ndarray]:
+    """Cells of a build of its own, by feature."""
+    build(folder, store, spec, runtime=SERIAL)
+    features = FeatureStore.open(store).features()
+    return {feature.name: feature.read(np.flatnonzero(feature.valid)) for feature in features}
+
+
+def test_the_constant_of_pages_is_one():
+    assert pages.PAGE_FRAMES == PAGE_FRAMES
+
+
+def test_every_frame_of_every_clip_is_kept_with_its_time_and_index(built):
+    opened = FeatureStore.open(built)
+    table = opened.clips
+    assert table["status"].value_counts().to_dict() == {"ready": 4, "quarantined": 1}
+    assert table.loc[row_of(built, "test/bee/broken.mp4"), "reason"] == "not_video"
+    for feature in opened.features():
+        assert isinstance(feature, VideoFeature)
+        assert feature.shape[:2] == (3 + 3 + 1 + 1, PAGE_FRAMES)
+        for row in np.flatnonzero(feature.valid):
+            frames = int(table.at[row, "num_frames"])
+            assert feature.clip(row).shape == (frames, *feature.shape[2:])
+            assert feature.frames(row).tolist() == list(range(frames))
+            np.testing.assert_allclose(feature.times(row), np.arange(frames) / 25, atol=1e-3)
+    with pytest.raises(LookupError, match="not_video"):
+        feature.clip(row_of(built, "test/bee/broken.mp4"))
+    with pytest.raises(TypeError, match=r"sampled\(frames=8\)"):
+        feature.read()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"frames": 8},
+        {"frames": 4},
+        {"frames": 3, "sampling": "uniform_fps", "fps": 2.0},
+        {"frames": 4, "sampling": "dense", "stride": 3},
+        {"frames": 5, "sampling": "tsn_random"},
+    ],
+    ids=str,
+)
+def test_any_sampling_is_that_of_a_direct_build_and_decodes_nothing(
+    folder, store, tmp_path, sampling
+):
+    spec = BuildSpec("resnet18:random-0", SPEC.keep, dtype="float32", **sampling)
+    expected = direct(folder, tmp_path / "direct.zarr", spec)
+    opened = FeatureStore.open(store)
+    for name, cells in expected.items():
+        sampled = opened.feature("resnet18", name).sampled(**sampling)
+        rows = np.flatnonzero(sampled.valid)
+        # One frame of a batch of another size may be rounded otherwise.
+        np.testing.assert_allclose(sampled.read(rows), cells, rtol=1e-4, atol=1e-5)
+        assert sampled.shape == (5, spec.frames, *cells.shape[2:])
+        np.testing.assert_array_equal(sampled.to_dask()[rows].compute(), sampled.read(rows))
+        items = sampled.dataset()
+        np.testing.assert_array_equal(items[0][0], sampled.read(rows[:1])[0])
+    report = build(folder, store, spec, runtime=SERIAL)
+    assert (report.decoded, report.computed, report.calls) == (0, 4, {})
+    columns = [f for f in FeatureStore.open(store).features() if not isinstance(f, VideoFeature)]
+    for column in columns:
+        cells = column.read(np.flatnonzero(column.valid))
+        np.testing.assert_allclose(cells, expected[column.name], rtol=1e-4, atol=1e-5)
+
+
+def test_eight_frames_have_the_bits_of_a_direct_build(folder, store, tmp_path):
+    spec = BuildSpec("resnet18:random-0", SPEC.keep, dtype="float32", frames=8)
+    opened = FeatureStore.open(store)
+    for name, cells in direct(folder, tmp_path / "direct.zarr", spec).items():
+        sampled = opened.feature("resnet18", name).sampled(frames=8)
+        np.testing.assert_array_equal(sampled.read(np.flatnonzero(sampled.valid)), cells)
+
+
+def test_later_stages_come_from_the_pages_and_stages_over_time_are_refused(folder, store):
+    report = build(folder, store, replace(SPEC, keep=("layer1.1:pool",)), runtime=SERIAL)
+    assert report.decoded == 4  # a pooled map has no inverse
+    with pytest.raises(ValueError, match="whole videos have any number"):
+        plan(folder, store, replace(SPEC, backbones=("tsm_resnet18:random-0",), keep=()),
+             runtime=SERIAL)  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", [{"stride": 2}, {"stride": 4}, {"fps": 5.0}], ids=str)
+def test_fewer_frames_come_from_more_without_decoding(folder, store, tmp_path, rate):
+    spec = replace(SPEC, **rate)
+    report = build(folder, store, spec, runtime=SERIAL)
+    assert (report.decoded, report.calls) == (0, {})
+    build(folder, tmp_path / "direct.zarr", spec, runtime=SERIAL)
+    grid = FrameSet(sampling="all", **rate).grid
+    opened, alone = FeatureStore.open(store), FeatureStore.open(tmp_path / "direct.zarr")
+    for feature in alone.features():
+        (same,) = [f for f in opened.features() if f.fingerprint == feature.fingerprint]
+        assert same.spec["pages"] == grid
+        for row in np.flatnonzero(feature.valid):
+            np.testing.assert_array_equal(same.frames(row), feature.frames(row))
+            np.testing.assert_allclose(same.clip(row), feature.clip(row), rtol=1e-4, atol=1e-5)
+
+
+def test_uneven_times_are_kept_by_their_presentation(videos, tmp_path):
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    shutil.copy(videos["uneven.mp4"].path, tmp_path / "set" / "a" / "uneven.mp4")
+    spec = replace(SPEC, keep=("stem:pool",), fps=4.0)
+    build(tmp_path / "set", tmp_path / "s.zarr", spec, runtime=SERIAL)
+    (feature,) = FeatureStore.open(tmp_path / "s.zarr").features()
+    ticks = np.array([n * 40 + 17 * (n % 3) + 300 * (n // 20) for n in range(60)]) / 1000
+    moments = np.arange(0, ticks[-1] + 1e-6, 0.25)
+    shown = np.unique(np.searchsorted(ticks, moments + 1e-6, side="right") - 1)
+    assert feature.frames(0).tolist() == shown.tolist()
+    np.testing.assert_allclose(feature.times(0), ticks[shown], atol=1e-3)
+
+
+def test_stretches_of_one_file_share_its_pages(folder, tmp_path):
+    root = tmp_path / "set"
+    root.mkdir()
+    shutil.copy(folder / "train" / "ant" / "long.mp4", root / "film.mp4")
+    lines = ["path,label,start,end", "film.mp4,a,0,1", "film.mp4,b,0.5,1.5", "film.mp4,a,5.2,"]
+    (root / "clips.csv").write_text("\n".join(lines))
+    spec = replace(SPEC, keep=("stem:pool",))
+    report = build(root, tmp_path / "s.zarr", spec, runtime=SERIAL)
+    assert report.clips == {"ready": 3}
+    assert report.frames == 64 + 22  # the second of three pages has no frame of a clip
+    (feature,) = FeatureStore.open(tmp_path / "s.zarr").features()
+    assert feature.valid_cells.tolist() == [True, False, True]
+    assert [feature.frames(row)[[0, -1]].tolist() for row in range(3)] == [
+        [0, 24], [13, 37], [130, 149],
+    ]  # fmt: skip
+    np.testing.assert_array_equal(feature.clip(0)[13:], feature.clip(1)[:12])
+
+
+def test_windows_slide_over_a_clip(built):
+    feature = FeatureStore.open(built).feature("resnet18", "stem:pool")
+    row = row_of(built, "train/bee/short.mp4")  # 0.8 s
+    windows = list(feature.windows(row, seconds=0.4, step=0.2))
+    np.testing.assert_allclose([start for start, _ in windows], [0, 0.2, 0.4, 0.6])
+    assert [len(values) for _, values in windows] == [10, 10, 10, 5]
+    np.testing.assert_array_equal(windows[1][1], feature.clip(row)[5:15])
+    with pytest.raises(ValueError, match="above 0"):
+        next(feature.windows(row, seconds=0.0))
+
+
+def test_other_libraries_read_the_pages_and_their_times(built):
+    tensorstore, xarray = (pytest.importorskip(name) for name in ("tensorstore", "xarray"))
+    feature = FeatureStore.open(built).feature("resnet18", "stem:pool")
+    row = row_of(built, "train/ant/long.mp4")
+    page = int(feature.pages.of(FeatureStore.open(built).clips.at[row, "digest"])[-1])
+    last = feature.clip(row)[2 * PAGE_FRAMES :]
+    array = zarr.open_array(feature.path, mode="r")
+    assert array.metadata.dimension_names[:2] == ("page", "frame")
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(feature.path)}}
+    other = tensorstore.open(spec).result()
+    for values in (array[page], other[page].read().result()):
+        np.testing.assert_array_equal(values[: len(last)], last)
+        assert np.isnan(values[len(last) :]).all()
+    grid = xarray.open_zarr(built / "frames" / "stride-1", consolidated=False)
+    assert grid["times"].dims == ("page", "frame")
+    np.testing.assert_array_equal(grid["indices"][page, : len(last)], np.arange(128, 150))
+    np.testing.assert_allclose(grid["times"][page, : len(last)], np.arange(128, 150) / 25)
+
+
+def test_a_kill_in_the_middle_of_a_film_costs_the_pages_in_flight(
+    folder, built, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(blocks, "CPU_BLOCK_PICTURES", PAGE_FRAMES)
+    store, real, count = tmp_path / "s.zarr", atomic.write, 0
+
+    def dying(where, target, *pieces):
+        nonlocal count
+        count += target.suffix == ".npz"
+        if count > 3:
+            raise Killed
+        real(where, target, *pieces)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "write", dying)
+        with pytest.raises(Killed):
+            build(folder, store, SPEC, runtime=SERIAL)
+    report = build(folder, store, SPEC, runtime=SERIAL)
+    assert report.adopted == 3
+    assert report.frames < sum(FRAMES.values()) * 2 - 20
+    assert bytes_of(store) == bytes_of(built)
+
+
+def test_a_page_that_fails_is_a_failure_of_its_clips_alone(folder, tmp_path, monkeypatch):
+    from varve.pipeline.extraction import extract
+
+    real = extract.decode_files
+
+    def failing(files, passes, children, deadline):
+        results = real(files, passes, children, deadline)
+        return [
+            replace(r, frames={}, failure=extract.Failure("corrupt", "a bad part"))
+            if r.work.page and r.work.page[0] == PAGE_FRAMES and "train" in files[0].path else r
+            for r in results
+        ]  # fmt: skip
+
+    monkeypatch.setattr("varve.pipeline.extraction.worker.decode_files", failing)
+    report = build(folder, tmp_path / "s.zarr", replace(SPEC, keep=("stem:pool",)), runtime=SERIAL)
+    assert report.clips == {"ready": 3, "quarantined": 2}
+    table = FeatureStore.open(tmp_path / "s.zarr").clips
+    clip = table.loc[row_of(tmp_path / "s.zarr", "train/ant/long.mp4")]
+    assert clip["reason"] == "corrupt"
+    assert clip["detail"].startswith("frames 64 to 127, from 2.56 s on: a bad part")
+
+
+def test_pages_are_decoded_one_after_the_other_from_anywhere(folder):
+    path = str(folder / "train" / "ant" / "long.mp4")
+    frame_set = FrameSet(sampling="all", picture=Picture(96, 96))
+    (timeline,) = decode(Request(path, (), (frame_set,)))
+    assert timeline.kept_K.tolist() == kept(frame_set, timeline.times_N).tolist()
+    whole = FrameSet(frames=150, sampling="tsn", picture=Picture(96, 96))
+    (expected,) = decode(Request(path, (Stretch(),), (whole,)))
+    for page in ((0, 64), (64, 64), (128, 22), (100, 3), (0, 2)):
+        (part,) = decode(Request(path, (Stretch(page=page),), (frame_set,)))
+        first, count = page
+        np.testing.assert_array_equal(part.frames[0], expected.frames[0][first : first + count])
+
+
+def test_a_sweep_over_the_number_of_frames_computes_nothing(store, tmp_path):
+    table = ablate(store, "nearest_mean", "1+1x1", {"frames": [2, 4, 8]}, 1,
+                   options={"nearest_mean": {"feature": "layer1.0:pool"}}, out=tmp_path,
+                   runtime=SERIAL)  # fmt: skip
+    assert table["sampled.frames"].tolist() == [2, 4, 8]
+    assert not table.attrs["errors"]
+    single = run(store, "nearest_mean", "1+1x1", options={"feature": "layer1.0:pool"},
+              sampled={"frames": 4}, out=tmp_path)  # fmt: skip
+    assert str(single.folder) in {record["run"] for record in table.attrs["runs"]}
+    with pytest.raises(SpecMismatch, match="--frames 8 --sampling tsn"):
+        run(store, "nearest_mean", "1+1x1", options={"feature": "layer1.0:pool"}, out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": 2, "fps": 2.0}, "give a finite fps above 0, or a stride"),
+        ({"fps": float("inf")}, "finite"),
+        ({"views": 2, "flip": True}, "one view"),
+    ],
+)
+def test_whole_videos_have_one_rate_and_one_view(options, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SPEC, **options)
