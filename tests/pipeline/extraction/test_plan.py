@@ -25,6 +25,7 @@ from varve.pipeline.extraction.sources import CachedColumn, lossless, refusal
 from varve.stores import clips
 from varve.stores.columns import ColumnSpec
 from varve.stores.digests import digest
+from varve.stores.pages import Pages
 
 FORMS = {"stem": "map", "mixing": "tokens", "first": "tokens", "second": "tokens", "proj": "vector"}
 STAGES = tuple(
@@ -66,6 +67,7 @@ class Inventory:
     waiting: dict[str, dict[int, bytes]] = field(default_factory=dict)
     store: Path = Path("store")
     clips: int = 0
+    grids: dict[str, Pages] = field(default_factory=dict)
 
     def done(self, spec: ColumnSpec) -> np.ndarray:
         if spec.relative_path in self.stored:
