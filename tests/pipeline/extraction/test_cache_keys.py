@@ -338,9 +338,14 @@ def test_paths_times_order_and_workers_miss_nothing(dataset_and_store, tmp_path)
     runtime = Runtime(serial=True, workers=3, deadline_seconds=7.0, retry=True)
     planned, _ = plan(moved, path, SPEC, runtime=runtime, estimate=False)
     assert_misses_from(planned, None)
-    # Some files under other names, which sort otherwise: rows of their own, cells by copy.
+    # Some files under other names, which sort otherwise: their rows and cells stay.
     for i, file in enumerate(reversed(files_of(moved)[1:])):
         file.rename(file.with_name(f"renamed_{i}{file.suffix}"))
+    planned, _ = plan(moved, path, SPEC, estimate=False)
+    assert_misses_from(planned, None)
+    # Copies of files: rows of their own, cells by copy.
+    for i, file in enumerate(files_of(moved)[1:]):
+        shutil.copy(file, file.with_name(f"copy_{i}{file.suffix}"))
     planned, _ = plan(moved, path, SPEC, estimate=False)
     assert not planned.blocks
     assert all(len(p.copied) == CLIPS - 1 and not p.compute.any() for p in planned.all_columns)
