@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import settings
 
+from varve.pipeline import registry
 from varve.stores import FeatureStore, clips
 from varve.stores.columns import Column, ColumnSpec
 from varve.stores.digests import digest
@@ -67,6 +68,15 @@ def pytest_collection_finish():
 
 def pytest_sessionfinish():
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def plugins_of_a_test_are_its_own():
+    """Forget the plugin files that a test loaded: workers of later tests would load them too."""
+    loaded = dict(registry._LOADED)
+    yield
+    registry._LOADED.clear()
+    registry._LOADED.update(loaded)
 
 
 @pytest.fixture(scope="session")
