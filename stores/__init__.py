@@ -136,7 +136,7 @@ class FeatureStore:
     def features(self) -> list[Feature]:
         """Return all columns of the store, sorted by backbone, stage and fingerprint."""
         return [
-            self._feature(location, backbone, name)
+            self.feature_at(location, backbone, name)
             for backbone, name, location in sorted(self.columns())
         ]
 
@@ -158,7 +158,12 @@ class FeatureStore:
         options = {"frames": frames, "sampling": sampling, "fps": fps, "stride": stride}
         return _SampledStore(self, {**options, "view": view})
 
-    def _feature(self, location: Location, backbone: str, name: str) -> Feature:
+    def feature_at(self, location: Location, backbone: str, name: str) -> Feature:
+        """Return the column at a location that `columns` gives.
+
+        Raises:
+            Damaged: Its metadata cannot be read.
+        """
         feature = Feature(location, backbone, name, self.clips)
         if "pages" not in feature.spec:
             return feature
@@ -195,7 +200,7 @@ class FeatureStore:
         features = [
             feature
             for b, n, path in matches
-            for feature in [self._feature(path, b, n)]
+            for feature in [self.feature_at(path, b, n)]
             if view is None or feature.spec["frames"]["view"] == view
         ]
         if len(features) > 1 and not fingerprint:
@@ -283,11 +288,11 @@ class _SampledStore(FeatureStore):
 
     def columns(self) -> Iterator[tuple[str, str, Location]]:
         for backbone, name, location in super().columns():
-            if isinstance(super()._feature(location, backbone, name), VideoFeature):
+            if isinstance(super().feature_at(location, backbone, name), VideoFeature):
                 yield backbone, name, location
 
-    def _feature(self, location: Location, backbone: str, name: str) -> Feature:
-        feature = super()._feature(location, backbone, name)
+    def feature_at(self, location: Location, backbone: str, name: str) -> Feature:
+        feature = super().feature_at(location, backbone, name)
         assert isinstance(feature, VideoFeature)  # `columns` lists no other
         return feature.sampled(**self._options)
 

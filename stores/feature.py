@@ -205,6 +205,10 @@ class Feature:
         fill: np.ndarray = (first == 0x7FC0) if self.dtype == "bfloat16" else np.isnan(first)
         return fill
 
+    def path_of(self, row: int) -> str:
+        """Return the path of the clip, or of the page's file, that a row of the array is of."""
+        return str(self._clips.at[row, "path"])
+
     def _damage_message(self, row: int, why: str) -> str:
         again = (
             "`varve verify` lists all damage; remove the file and build again, and its cells are "
@@ -212,7 +216,7 @@ class Feature:
         )
         return (
             f"{self.shard_of(row)} is damaged near row {row} "
-            f"({self._clips.at[row, 'path']}): {why}. {repair_hint(self.location, again)}"
+            f"({self.path_of(row)}): {why}. {repair_hint(self.location, again)}"
         )
 
     def _state(self, first: int, last: int) -> list[tuple[int, int] | None]:

@@ -140,11 +140,12 @@ class VideoFeature(Feature):
         """Refuse as `read` does."""
         return self.read(rows)
 
-    def _damage_message(self, row: int, why: str) -> str:
+    def path_of(self, row: int) -> str:
+        """Return the path of the file that a page is of."""
         files = self.pages.files
         digest = files.index[np.searchsorted(files["first_page"], row, side="right") - 1]
         clips = self._clips.index[self._clips["digest"] == digest]
-        return super()._damage_message(int(clips[0]) if len(clips) else 0, f"page {row}: {why}")
+        return super().path_of(int(clips[0])) if len(clips) else "a file that is gone"
 
     def _rows_of(self, row: int) -> np.ndarray:
         """Return where the frames of a clip are, as rows of the flattened pages."""

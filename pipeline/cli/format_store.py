@@ -249,6 +249,8 @@ def verification_lines(result: "Verified") -> str:
     ]
     if result.changed:
         lines.append(f"{result.changed} columns of changed networks: checksums alone")
+    if result.whole:
+        lines.append(f"{result.whole} columns of whole videos: checksums alone")
     for finding in result.findings:
         where = "  ".join(filter(None, (finding.column, finding.shard, finding.clip)))
         lines.append(f"BAD {printable(where)}: {finding.problem}")

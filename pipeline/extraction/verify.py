@@ -15,7 +15,7 @@ from varve.pipeline.extraction.extract import FileWork, extract, file_work
 from varve.pipeline.extraction.forward import NetworkDiffers, network_of
 from varve.pipeline.extraction.passes import Execution, Output, Pass, frames_key
 from varve.pipeline.progress import Progress
-from varve.stores import Damaged, Feature, FeatureStore
+from varve.stores import Damaged, Feature, FeatureStore, VideoFeature
 from varve.stores.columns import ColumnSpec, runs
 from varve.stores.digests import digest
 
@@ -44,6 +44,7 @@ class Verified:
         close: Cells computed again and equal within the rounding of another machine, or of the
             feature that they were computed from.
         changed: Columns of networks that a method has changed: only their checksums were read.
+        whole: Columns of whole videos: only the checksums of their pages were read.
         findings: The problems.
     """
 
@@ -51,6 +52,7 @@ class Verified:
     equal: int = 0
     close: int = 0
     changed: int = 0
+    whole: int = 0
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -88,12 +90,15 @@ def verify(
     if unknown:
         names = ", ".join(sorted({feature.backbone for feature in features})) or "nothing"
         raise ValueError(f"{store} has nothing of {', '.join(unknown)}; it has {names}")
-    with progress.bars(checksums=(sum(int(f.valid.sum()) for f in features), "cells")):
+    with progress.bars(checksums=(sum(int(f.valid_cells.sum()) for f in features), "cells")):
         for feature in features:
-            result.findings += _checksums(feature, opened, progress)
-            result.chunks += int(feature.valid.sum())
+            result.findings += _checksums(feature, progress)
+            result.chunks += int(feature.valid_cells.sum())
     unchanged = [feature for feature in features if not feature.spec.get("grafts")]
     result.changed = len(features) - len(unchanged)
+    fixed = [feature for feature in unchanged if not isinstance(feature, VideoFeature)]
+    result.whole = len(unchanged) - len(fixed)
+    unchanged = fixed
     if not sample or not unchanged:
         return result
     root = _dataset_root(opened, dataset)
@@ -127,16 +132,16 @@ def _dataset_root(opened: FeatureStore, dataset: str | Path | None) -> Path:
     return root
 
 
-def _checksums(feature: Feature, opened: FeatureStore, progress: Progress) -> Iterator[Finding]:
+def _checksums(feature: Feature, progress: Progress) -> Iterator[Finding]:
     """Read every valid cell of a column, and yield those that cannot be read."""
-    valid = np.flatnonzero(feature.valid)
+    valid = np.flatnonzero(feature.valid_cells)
     for a, b in runs(valid):
         for part in range(a, b, 64):
             rows = valid[part : min(part + 64, b)]
             # Together, which is faster; after a problem one by one, to find the clip.
             for row in rows.tolist() if _problem(feature, rows) else []:
                 if problem := _problem(feature, np.array([row])):
-                    yield _at(feature, row, str(opened.clips.at[row, "path"]), problem)
+                    yield _at(feature, row, feature.path_of(row), problem)
             progress.advance("checksums", len(rows))
 
 
@@ -153,8 +158,8 @@ def _readable(opened: FeatureStore, result: Verified) -> list[Feature]:
     features = []
     for backbone, name, path in sorted(opened.columns()):
         try:
-            feature = Feature(path, backbone, name, opened.clips)
-            feature.valid.sum()
+            feature = opened.feature_at(path, backbone, name)
+            feature.valid_cells.sum()
         except Damaged as error:
             result.findings.append(Finding(f"{backbone} {name} {path.name}", "", "", str(error)))
         else:

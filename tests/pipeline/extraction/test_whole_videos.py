@@ -13,7 +13,8 @@ from varve.pipeline.config import PAGE_FRAMES, FrameSet, Picture
 from varve.pipeline.decoders import Request, Stretch, decode
 from varve.pipeline.decoders.sampling import kept
 from varve.pipeline.extraction import blocks
-from varve.stores import SpecMismatch, VideoFeature, atomic, pages
+from varve.pipeline.extraction.verify import verify
+from varve.stores import Damaged, SpecMismatch, VideoFeature, atomic, pages
 
 SERIAL = Runtime(serial=True)
 SPEC = BuildSpec("resnet18:random-0", ("stem:pool", "layer1.0:pool"), sampling="all",
@@ -216,6 +217,22 @@ def test_other_libraries_read_the_pages_and_their_times(built):
     assert grid["times"].dims == ("page", "frame")
     np.testing.assert_array_equal(grid["indices"][page, : len(last)], np.arange(128, 150))
     np.testing.assert_allclose(grid["times"][page, : len(last)], np.arange(128, 150) / 25)
+
+
+def test_verification_reads_every_page_and_names_the_file_of_a_damaged_one(store):
+    whole = verify(store, sample=2)
+    assert (whole.chunks, whole.whole, whole.findings) == (2 * 8, 2, [])
+    feature = FeatureStore.open(store).feature("resnet18", "stem:pool")
+    page = int(feature.pages.of(FeatureStore.open(store).clips["digest"].iloc[0])[0])
+    shard = store / feature.shard_of(page)
+    data = bytearray(shard.read_bytes())
+    data[page * (PAGE_FRAMES * 64 * 4 + 4)] ^= 1
+    shard.write_bytes(data)
+    (finding,) = verify(store, sample=0).findings
+    assert finding.clip == feature.path_of(page)
+    assert "does not match its checksum" in finding.problem
+    with pytest.raises(Damaged, match="does not match its checksum"):
+        FeatureStore.open(store).feature("resnet18", "stem:pool").clip(0)
 
 
 def test_a_kill_in_the_middle_of_a_film_costs_the_pages_in_flight(
