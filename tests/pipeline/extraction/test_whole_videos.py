@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore
+import xarray
 import zarr
 
 from varve import BuildSpec, FeatureStore, Runtime, ablate, build, plan, run
@@ -69,6 +71,14 @@ def direct(folder: Path, store: Path, spec: BuildSpec) -> dict[str, np.ndarray]:
     return {feature.name: feature.read(np.flatnonzero(feature.valid)) for feature in features}
 
 
+def assert_same(cells: np.ndarray, expected: np.ndarray, frames: int) -> None:
+    """Check bits where a direct build has batches of 8 frames too; else the rounding of batches."""
+    if 8 % frames == 0:
+        np.testing.assert_array_equal(cells, expected)
+    else:
+        np.testing.assert_allclose(cells, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_constant_of_pages_is_one():
     assert pages.PAGE_FRAMES == PAGE_FRAMES
 
@@ -112,8 +122,7 @@ def test_any_sampling_is_that_of_a_direct_build_and_decodes_nothing(
     for name, cells in expected.items():
         sampled = opened.feature("resnet18", name).sampled(**sampling)
         rows = np.flatnonzero(sampled.valid)
-        # One frame of a batch of another size may be rounded otherwise.
-        np.testing.assert_allclose(sampled.read(rows), cells, rtol=1e-4, atol=1e-5)
+        assert_same(sampled.read(rows), cells, spec.frames)
         assert sampled.shape == (5, spec.frames, *cells.shape[2:])
         np.testing.assert_array_equal(sampled.to_dask()[rows].compute(), sampled.read(rows))
         items = sampled.dataset()
@@ -123,7 +132,7 @@ def test_any_sampling_is_that_of_a_direct_build_and_decodes_nothing(
     columns = [f for f in FeatureStore.open(store).features() if not isinstance(f, VideoFeature)]
     for column in columns:
         cells = column.read(np.flatnonzero(column.valid))
-        np.testing.assert_allclose(cells, expected[column.name], rtol=1e-4, atol=1e-5)
+        assert_same(cells, expected[column.name], spec.frames)
 
 
 def test_eight_frames_have_the_bits_of_a_direct_build(folder, store, tmp_path):
@@ -155,7 +164,7 @@ def test_fewer_frames_come_from_more_without_decoding(folder, store, tmp_path, r
         assert same.spec["pages"] == grid
         for row in np.flatnonzero(feature.valid):
             np.testing.assert_array_equal(same.frames(row), feature.frames(row))
-            np.testing.assert_allclose(same.clip(row), feature.clip(row), rtol=1e-4, atol=1e-5)
+            np.testing.assert_array_equal(same.clip(row), feature.clip(row))
 
 
 def test_uneven_times_are_kept_by_their_presentation(videos, tmp_path):
@@ -201,7 +210,6 @@ def test_windows_slide_over_a_clip(built):
 
 
 def test_other_libraries_read_the_pages_and_their_times(built):
-    tensorstore, xarray = (pytest.importorskip(name) for name in ("tensorstore", "xarray"))
     feature = FeatureStore.open(built).feature("resnet18", "stem:pool")
     row = row_of(built, "train/ant/long.mp4")
     page = int(feature.pages.of(FeatureStore.open(built).clips.at[row, "digest"])[-1])
