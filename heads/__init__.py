@@ -13,7 +13,7 @@ K experts.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor, nn
 
+from varve.heads import _whitening
 from varve.heads.parts.clips import Batch, Clips
 
 
@@ -129,6 +130,18 @@ class ReplaysExemplars(Protocol):
 
 
 @runtime_checkable
+class LimitsClasses(Protocol):
+    """A head that cannot learn any number of classes, such as one whose exemplars they share."""
+
+    def check_classes(self, classes: int) -> None:
+        """Refuse, before the first task, a number of classes that a later task would reach.
+
+        Raises:
+            ValueError: The classes are too many; the message names the option to change.
+        """
+
+
+@runtime_checkable
 class HasInferenceOptions(Protocol):
     """A head with options that decide its scores alone, and nothing that it learns.
 
@@ -153,6 +166,21 @@ class ReportsDiagnostics(Protocol):
     def diagnostics(self) -> Mapping[str, float]: ...
 
 
+@runtime_checkable
+class HasModules(Protocol):
+    """A head whose scores are computed by modules, whose costs are counted one by one."""
+
+    def modules(self) -> Iterable[tuple[str, nn.Module]]:
+        """Yield the modules that the head has learned, each with the name of its part.
+
+        `network` is what `Network.suffix` returned; its stages and grafts are counted apart. The
+        outputs of `encoder`, where there is one, are the vectors of clips. Other names are free,
+        such as `experts` and `classifier`, and may repeat. No module contains another one. There
+        are none before the first task, and none of a part that is off. What a head computes
+        outside of them counts as its classifier.
+        """
+
+
 class Network(Protocol):
     """A frozen network, as a head that changes it sees it.
 
@@ -171,6 +199,9 @@ class Network(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a feature, for one frame."""
+
+    def time_steps(self, name: str) -> int:
+        """Return the number of time steps of a feature, T but in networks of 3D convolutions."""
 
     def module(self, stage: str) -> nn.Module:
         """Return the frozen module of a stage, to put a graft around; see `varve.heads.grafts`."""
@@ -269,6 +300,20 @@ class Routes(Protocol):
     def routing(self, batch: Batch) -> Routing:
         """Return the experts of each clip, with their weights."""
 
+    def scores_with(self, batch: Batch, weights_BK: Tensor) -> Tensor:
+        """Return the scores with other weights of all experts, float32 [B, C]."""
+
+
+def _common(name: str, default: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=type(default))
+
+
+WHITEN = _common("whiten", "")
+VIEWS, CROPS = _common("views", 1), _common("crops", 1)
+COMMON = (WHITEN, VIEWS, CROPS)
+CROP_COUNTS = (1, 5)
+
 
 def options_of(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Return the options of a head by their flat names, with defaults and types.
@@ -277,6 +322,12 @@ def options_of(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     `varve.heads.parts.training.OptimConfig`; it stands for its fields, and a head overrides a
     default of the group by its own instance. `**options` of a class stands for the options of its
     base class.
+
+    Every head has these options besides, which no class needs to declare: `whiten`, "" or "first",
+    whether it learns features that are whitened by the clips of the first task (see
+    `varve.heads._whitening`); `views`, the number of views of a clip in training, of which one is
+    drawn in every epoch, the plain one among them; and `crops`, 1, or 5 for scores that are means
+    over the centre and the corners of the picture.
     """
     parameters = _parameters(build)
     plain = {name: p for name, p in parameters.items() if not _is_group(p)}
@@ -293,7 +344,7 @@ def options_of(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
                 annotation=field.type,
             )
             options[field.name] = plain.get(field.name, option)
-    return options
+    return {**options, **{option.name: option for option in COMMON if option.name not in options}}
 
 
 def check_options(build: Callable[..., Any], options: Mapping[str, Any], name: str = "") -> None:
@@ -322,6 +373,9 @@ def build_head(build: Callable[..., Head], options: Mapping[str, Any] = {}, name
     """
     check_options(build, options, name)
     parameters = _parameters(build)
+    views, crops = (options.get(option.name, 1) for option in (VIEWS, CROPS))
+    if views < 1 or crops not in CROP_COUNTS:
+        raise ValueError(f"{views=}, {crops=}: give the plain view at least, and 1 or 5 crops")
     plain = {name for name, parameter in parameters.items() if not _is_group(parameter)}
     arguments = {name: value for name, value in options.items() if name in plain}
     for parameter in parameters.values():
@@ -330,7 +384,10 @@ def build_head(build: Callable[..., Head], options: Mapping[str, Any] = {}, name
             if names:
                 values = {name: options[name] for name in names}
                 arguments[parameter.name] = replace(parameter.default, **values)
-    return build(**arguments)
+    whiten = options.get(WHITEN.name, WHITEN.default) if WHITEN.name not in parameters else ""
+    if whiten not in _whitening.CHOICES:
+        raise ValueError(f"no {whiten=}; choose from '' and 'first'")
+    return (_whitening.whitened(build) if whiten else build)(**arguments)
 
 
 def _parameters(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -1,10 +1,16 @@
 """Class Regularization: channel re-weighting by the class predicted at each stage.
 
 The graft is `heads/grafts/class_regularization.py`, which has the equations. One block stands at
-the end of each stage of the trained part, and all of them read the one classifier. A new class
-enters the blocks as it enters the classifier. Tuning the classifier changes the blocks with it.
+the end of each stage of the trained part, or behind each of its residual blocks, and all of them
+read the one classifier. A new class enters the blocks as it enters the classifier. Tuning the
+classifier changes the blocks with it.
 
-It is no incremental method. Ours: rehearsal and cross entropy with the optimiser of all heads; only
+The paper's networks are 3D: there a map is [B, C, T', H, W], with the mean over time and space.
+Table 1 of the paper adds four blocks to a ResNet, as at="stages" does; its text has one at every
+bottleneck, as at="blocks".
+
+It is no incremental method: a scenario of one task (`0+51x1`) is the paper's, all classes at once.
+Ours: rehearsal and cross entropy with the optimiser of all heads; only
 the last `blocks` train, from a cached feature on; A of a stage follows its depth in the network;
 projections may start fitted. The paper trains all blocks, for 170 epochs from scratch or 100 of
 fine-tuning; the learning rate is not given.
@@ -12,7 +18,7 @@ fine-tuning; the learning rate is not given.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -29,6 +35,7 @@ from varve.heads.parts.trainable_suffix import VECTOR, TrainableSuffix
 
 STRENGTHS = (0.1, 0.2, 0.3, 0.4)
 STARTS = ("drawn", "fitted")
+AT = ("stages", "blocks")
 
 
 class Regularized(FineTunedHead):
@@ -38,7 +45,9 @@ class Regularized(FineTunedHead):
         blocks: Number of the network's last blocks that train.
         strengths: A, from the first stage of the network to its last. A stage ends where the maps
             change their size (a ResNet has four), or with a quarter of a transformer's blocks. With
-            fewer stages, the last values are used. 0 disables a block.
+            fewer stages, the last values are used. A stage of strength 0 has no block.
+        at: Where the blocks stand: `stages`, at the end of each, or `blocks`, behind each residual
+            (inception, transformer) block with the A of its stage.
         start: Initialisation of the projections: `drawn` from a normal distribution, or `fitted`
             to the first task's clips, so that each stage predicts the classifier's class as well
             as the means of its channels allow (later classes less well). When drawn, c* stays at
@@ -51,17 +60,21 @@ class Regularized(FineTunedHead):
         self,
         blocks: int = 2,
         strengths: Sequence[float] = STRENGTHS,
+        at: str = "stages",
         start: str = "drawn",
         **options: Any,
     ) -> None:
         super().__init__(blocks, **options)
         if start not in STARTS:
             raise ValueError(f"no {start=}; choose from {', '.join(STARTS)}")
+        if at not in AT:
+            raise ValueError(f"no {at=}; choose from {', '.join(AT)}")
+        self._at = at
         self._strengths, self._start = [float(a) for a in strengths], start
 
     def grafts(self, network: Network, classifier: Classifier) -> Mapping[str, Graft]:
         grafts: dict[str, Graft] = {}
-        for stage, strength in self._ends(network).items():
+        for stage, strength in self._strength_of(network).items():
             number = network.stages.index(stage)
             seed = int(np.random.default_rng([self._seed, number]).integers(2**31))
             options = stage_options(network, stage) | {"strength": strength, "seed": seed}
@@ -101,22 +114,38 @@ class Regularized(FineTunedHead):
         assert self._suffix is not None
         return {name: block.excitations() for name, block in _blocks(self._suffix).items()}
 
-    def _ends(self, network: Network) -> dict[str, float]:
-        """Return the last block of each stage that trains, with its A."""
-        maps = [name for name in network.stages if len(network.shape(name)) == 3]
-        ends = [[*stage][-1] for _, stage in groupby(maps, network.shape)]
-        if not maps:
-            blocks = [name for name in network.stages if name.endswith(".mlp")]
-            quarters = [-(-len(blocks) * quarter // 4) - 1 for quarter in range(1, 5)]
-            ends = [blocks[index] for index in dict.fromkeys(quarters)]
-        if len(ends) > len(self._strengths):
+    def _strength_of(self, network: Network) -> dict[str, float]:
+        """Return A by the blocks of the trained part that have a block of ours behind them."""
+        stages = _stages_of(network)
+        if len(stages) > len(self._strengths):
+            ends = ", ".join(blocks[-1] for blocks in stages)
             raise ValueError(
-                f"strengths={self._strengths} for the {len(ends)} stages of the network, which end "
-                f"with {', '.join(ends)}: give one for each"
+                f"strengths={self._strengths} for the {len(stages)} stages of the network, which "
+                f"end with {ends}: give one for each"
             )
         begin = network.stages.index(network.find(self.reads[0]))
-        strengths = zip(ends, self._strengths[-len(ends) :], strict=True)
-        return {name: a for name, a in strengths if network.stages.index(name) > begin}
+        return {
+            name: strength
+            for blocks, strength in zip(stages, self._strengths[-len(stages) :], strict=True)
+            for name in (blocks if self._at == "blocks" else blocks[-1:])
+            if strength and network.stages.index(name) > begin
+        }
+
+
+def _stages_of(network: Network) -> list[list[str]]:
+    """Return the outputs of the network's blocks, stage by stage.
+
+    A stage ends where the maps change their height and width, in 2D and 3D networks, or with a
+    quarter of a transformer's blocks.
+    """
+    maps = [name for name in network.stages if len(network.shape(name)) == 3]
+    if maps:
+        # Blocks have names such as `layer3.1`; before them is the stem.
+        maps = [name for name in maps if "." in name] or maps
+        return [[*names] for _, names in groupby(maps, lambda name: network.shape(name)[1:])]
+    blocks = [name for name in network.stages if name.endswith(".mlp")]
+    quarters = [-(-len(blocks) * quarter // 4) for quarter in range(5)]
+    return [blocks[a:b] for a, b in pairwise(quarters) if a < b]
 
 
 def _blocks(suffix: TrainableSuffix) -> dict[str, ClassRegularization]:

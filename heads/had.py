@@ -26,7 +26,7 @@ Shapes: N clips, B clips a batch, S segments, W width, C classes, K old classes.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -38,11 +38,11 @@ from torch.nn.functional import cross_entropy
 from varve.heads import Task
 from varve.heads.parts import models
 from varve.heads.parts.classifiers import Cosine, columns
-from varve.heads.parts.clips import Batch, Clips, frames
-from varve.heads.parts.exemplars import ExemplarConfig, Exemplars
+from varve.heads.parts.clips import Batch, Clips, frames, part_of
+from varve.heads.parts.exemplars import ExemplarConfig, Exemplars, balanced
 from varve.heads.parts.hybrid_attention import Hybrid, Pair
 from varve.heads.parts.losses import relations, softened
-from varve.heads.parts.training import OptimConfig, fit
+from varve.heads.parts.training import OptimConfig, fit, tune
 
 HAM = ("low", "high")
 HDM = ("video", "distribution", "snippet", "correlative")
@@ -88,6 +88,10 @@ class HAD:
         position: "learned" for a position embedding of the segments, or None.
         exemplars: Options of the exemplars; 100 in all by default. With budget=0, and without low
             and high, it is fine-tuning, and there is no NME.
+        tune_epochs: Number of epochs in which the classifier alone is trained after each task but
+            the first, on equally many exemplars per class; see
+            `varve.heads.parts.fine_tuned_head.FineTunedHead`. 0 for none.
+        tune_lr: Learning rate of this tuning, by SGD.
         optim: Options of gradient descent; Adam by default, as our reconstruction has it.
         seed: Seed of everything that is drawn.
     """
@@ -107,6 +111,8 @@ class HAD:
         ffn: int = 1024,
         position: str | None = None,
         exemplars: ExemplarConfig = ExemplarConfig(budget=100, shared=True),
+        tune_epochs: int = 0,
+        tune_lr: float = 0.05,
         optim: OptimConfig = OptimConfig(
             batch_size=256, lr=1e-3, weight_decay=1e-4, optimizer="adam"
         ),
@@ -123,6 +129,8 @@ class HAD:
                 f"{alpha=}, {temperature=}, {logical=}, {correlative=}: give a temperature above 0 "
                 "and the others of 0 or more"
             )
+        if tune_epochs < 0 or not tune_lr >= 0:
+            raise ValueError(f"{tune_epochs=}, {tune_lr=}: give at least 0")
         if min(width, heads, ffn) < 1 or width % heads:
             raise ValueError(f"{width=}, {heads=}, {ffn=}: give a width that the heads divide")
         self.reads: Sequence[str] = (visual, audio)
@@ -131,6 +139,7 @@ class HAD:
         self._weights = logical, correlative
         self._hybrid = partial(Hybrid, width=width, heads=heads, ffn=ffn, position=position)
         self._optim, self._seed = optim, seed
+        self._tune_epochs, self._tune_lr = tune_epochs, tune_lr
         self._model: Model | None = None
         self._exemplars = Exemplars(exemplars, least=0)
         if exemplars.budget == 0 and self.parts & set(HAM):
@@ -140,6 +149,11 @@ class HAD:
             )
         self._means_CW = self._deviations_CW = torch.zeros(0, width)
 
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        if self._model is not None:
+            yield "encoder", self._model.hybrid
+            yield "classifier", self._model.classifier
+
     @property
     def trainable(self) -> int:
         return models.trainable(self._model)
@@ -147,6 +161,9 @@ class HAD:
     @property
     def exemplars(self) -> Tensor:
         return self._exemplars.rows
+
+    def check_classes(self, classes: int) -> None:
+        self._exemplars.quota(classes)
 
     def learn(self, task: Task) -> None:
         rng, classes = task.rng(self._seed), task.classes_after(self.classes)
@@ -186,10 +203,32 @@ class HAD:
             return loss
 
         epochs = self._optim.epochs_of(first_task=not known)
+        tunes = bool(known) and self._exemplars.quota(len(classes)) != 0
+        tune_epochs = self._tune_epochs if tunes else 0
+
+        def on_epoch_end(done: int, _: int, loss: float) -> None:
+            task.on_epoch_end(done, epochs + tune_epochs, loss)
+
         fit(step, model.parameters(), clips, self._optim, epochs=epochs, rng=rng,
-            on_epoch_end=task.on_epoch_end)  # fmt: skip
+            on_epoch_end=on_epoch_end)  # fmt: skip
         vectors_NW = self._vectors(model, clips)
-        self._exemplars, _ = self._exemplars.select(vectors_NW, clips, task.classes, classes, rng)
+        exemplars, kept = self._exemplars.select(
+            vectors_NW, clips, task.classes, classes, rng, partial(self._vectors, model)
+        )
+        if tune_epochs:
+            vectors_MW = self._vectors(model, exemplars.replayed(part_of(clips, kept)))
+            indices = balanced(exemplars.labels)
+            tune(
+                model.classifier,
+                lambda x_BW, columns_B: cross_entropy(model.logits(x_BW), columns_B),
+                vectors_MW[indices.to(vectors_MW.device)],
+                columns_N[kept[indices]],
+                OptimConfig(lr=self._tune_lr),
+                epochs=tune_epochs,
+                rng=rng,
+                on_epoch_end=lambda done, _, loss: on_epoch_end(epochs + done, 0, loss),
+            )
+        self._exemplars = exemplars
         self._means_CW, self._deviations_CW = self._gaussians(
             vectors_NW.cpu(), columns_N, [classes.index(c) for c in task.classes], len(classes)
         )

@@ -23,13 +23,13 @@ Shapes: B clips, T frames, N = B * T, C channels of a block.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from varve.heads import Network
@@ -151,7 +151,10 @@ class HCE(FineTunedHead):
             if len(network.shape(stage)) == 3
             and not isinstance(network.module(stage), TemporalShift)
         ]
-        return {s: partial(TemporalShift, frames=network.frames, fold=self._shift) for s in maps}
+        return {
+            stage: partial(TemporalShift, frames=network.time_steps(stage), fold=self._shift)
+            for stage in maps
+        }
 
     def task_loss(self, training: TaskTraining) -> TaskLoss:
         if not self.classes:
@@ -176,6 +179,11 @@ class HCE(FineTunedHead):
         if self._has is not None:
             has.load_state_dict(self._has.state_dict())
         return has.to(next(iter(suffix.own().values())).device)
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from super().modules()
+        if self._has is not None:
+            yield "has", self._has
 
     @property
     def trainable(self) -> int:

@@ -17,6 +17,7 @@ from varve.heads.parts import models
 from varve.heads.parts.classifiers import Linear
 from varve.heads.parts.clips import Batch
 from varve.heads.parts.encoders import EncoderConfig
+from varve.heads.parts.models import BlocksConfig
 from varve.heads.parts.training import OptimConfig
 
 
@@ -28,6 +29,7 @@ class Joint(models.ReplayModelHead[Linear]):
         encoder: Options of the temporal encoder.
         optim: Options of gradient descent.
         seed: Seed of the order of clips and of the encoder.
+        blocks: The network's last blocks, where they train too, from the published network anew.
     """
 
     build_classifier = Linear
@@ -38,13 +40,14 @@ class Joint(models.ReplayModelHead[Linear]):
         encoder: EncoderConfig = EncoderConfig(),
         optim: OptimConfig = OptimConfig(first_epochs=None, epochs=60),
         seed: int = 0,
+        blocks: BlocksConfig = BlocksConfig(),
     ) -> None:
-        super().__init__(feature, encoder, None, optim, seed)
+        super().__init__(feature, encoder, None, optim, seed, blocks)
 
     def start(self, first: Batch, rng: np.random.Generator) -> models.Model[Linear]:
         if self._model is not None:
             models.vectors(self._model, first)  # refuses another shape than was learned before
-        return self._config.trainable_copy(None, first, rng)
+        return self.copy_of(None, first, rng)
 
 
 build = Joint

@@ -58,7 +58,7 @@ class LUCIR(models.ReplayModelHead[Cosine]):
 
     def parameters(self, model: models.Model[Cosine]) -> list[dict[str, Any]]:
         return [
-            {"params": [*model.encoder.parameters()]},
+            {"params": model.body()},
             {"params": [*model.classifier.parameters()], "weight_decay": 0.0},
         ]
 

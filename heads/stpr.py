@@ -25,7 +25,7 @@ many experts there is a shortlist (parts/shortlist.py), with which only a few of
 Shapes: N clips, B clips a batch, T frames, D width, C classes, K experts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,9 @@ from varve.heads.parts.routed_experts import RoutedExperts, RoutingConfig
 from varve.heads.parts.spatial_encoder import Spatial
 from varve.heads.parts.training import OptimConfig, fit
 
-TAU = {"given": 0.01, "codes": 0.1}
+TAU = {"given": 0.01, "codes": 0.1, "means": 0.1}
+
+TEACHER = "teacher Vbar^s"
 
 
 class StPR:
@@ -57,11 +59,12 @@ class StPR:
         expert: Options of the experts.
         routing: Options of the routing.
         distillation: Options of FSSD, with adapters.
-        text: `given` with the tasks, or `codes`, for networks without a text tower; see
-            `varve.heads.parts.class_text`.
+        text: `given` with the tasks; or for networks without a text tower `codes`, see
+            `varve.heads.parts.class_text`, or `means`: ours, the class means of Vbar^s over the
+            task's clips, by the network as it is before the task.
         codes: Tasks in which the projection of codes trains, `always` or the `first` alone.
         tau: Temperature of the contrast. None for 0.01, CLIP's own, with text that is given, and
-            for 0.1 with codes.
+            for 0.1 with codes and means.
         optim: Options of gradient descent. Ours: `clip_norm`, for the gradients of the expert and
             of the adapters. With tau = 0.01 they are a hundred times those of a cosine, and some
             steps overshoot; None, as published, does not clip.
@@ -110,11 +113,12 @@ class StPR:
         self._precision, self._seed = precision, seed
         self.routed = RoutedExperts(routing, expert, adapted=bool(adapters))
         self._spatial = Spatial(adapters, feature, form, bottleneck, scale, seed, self.grafted)
-        self._text: Text = Given() if text == "given" else Codes(seed, codes)
+        self._means = text == "means"
+        self._text: Text = Codes(seed, codes) if text == "codes" else Given()
 
     @property
     def inference_options(self) -> Sequence[str]:
-        names = ["softmax", "keep", "doubt"]
+        names = ["softmax", "keep", "doubt", "calibrate"]
         if self.routed.config.shortlist:
             names.append("shortlist")
         way = self.routed.config.routing
@@ -138,6 +142,16 @@ class StPR:
         # Routing by the frozen network needs its vector beside the adapted one.
         frozen = self._spatial.adapters and self.routed.config.routing == "clip"
         return (self._spatial.read, "vector") if frozen else (self._spatial.read,)
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        if not self.classes:
+            return
+        if self._spatial.suffix is not None:
+            yield "network", self._spatial.suffix
+        for expert in self.routed.experts:
+            yield "experts", expert
+        if text := self._text.parameters():
+            yield "classifier", nn.ParameterList(text)
 
     @property
     def trainable(self) -> int:
@@ -170,12 +184,13 @@ class StPR:
             raise
 
     def _learn(self, task: Task) -> None:
-        clips, first_BTD, teacher_ND = self._clips(task)
+        clips, first_BTD = self._clips(task)
         self.routed.check(task, first_BTD)
         rng = task.rng(self._seed)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         expert = self.routed.new_expert(first_BTD, generator) if self.routed.ways else None
-        text = self._text.grown(task.classes, task.text, first_BTD)
+        given_CD = self._class_means(task) if self._means else task.text
+        text = self._text.grown(task.classes, given_CD, first_BTD)
         # Groups, since the gradients of an expert would use up the norm that the adapters may have.
         expert_parameters = [] if expert is None else [*expert.parameters()]
         groups = [
@@ -184,7 +199,7 @@ class StPR:
         ]
         if any(groups):
             fit(
-                self._step(task, expert, text, teacher_ND),
+                self._step(task, expert, text),
                 [{"params": group} for group in groups if group],
                 clips,
                 self.optim,
@@ -194,20 +209,34 @@ class StPR:
             )
         self._keep(task, expert, text)
 
-    def _clips(self, task: Task) -> tuple[Clips, Tensor, Tensor | None]:
-        """Return clips to train on, V^s of the first, and the teacher's Vbar^s [N, D] or None."""
+    def _clips(self, task: Task) -> tuple[Clips, Tensor]:
+        """Return clips to train on, with the teacher's Vbar^s if it is used, and V^s of the first.
+
+        Without adapters they have V^s in the place of their features.
+        """
         clips, first = task.clips, torch.tensor([0])
         if not self._spatial.adapters:
             # T vectors a clip are small: read once, and not in every epoch.
-            clips = Clips({"spatial": self._spatial.whole(clips, self._width)}, clips.labels)
-            return clips, clips.features["spatial"][first], None
+            spatial = [self._spatial.whole(view, self._width) for view in clips.each_view()]
+            whole, *others = ({"spatial": spatial_NTD} for spatial_NTD in spatial)
+            return Clips(whole, clips.labels, views=others), spatial[0][first]
         first_BTD = self._spatial(clips[first], self._width)
         if not self.classes or self._distillation.distillation == "none":
-            return clips, first_BTD, None
-        return clips, first_BTD, self._spatial.whole(clips, self._width).mean(dim=1)
+            return clips, first_BTD
+        plain, *views = (
+            view.features | {TEACHER: self._spatial.whole(view, self._width).mean(dim=1)}
+            for view in clips.each_view()
+        )
+        return Clips(plain, clips.labels, views=views), first_BTD
+
+    def _class_means(self, task: Task) -> Tensor:
+        """Return the mean of Vbar^s over the clips of each class of a task, [C, D]."""
+        mean_ND = self._spatial.whole(task.clips, self._width).mean(dim=1)
+        labels_N = task.clips.labels
+        return torch.stack([mean_ND[labels_N == label].mean(dim=0) for label in task.classes])
 
     def _step(
-        self, task: Task, expert: Expert | None, text: Text, teacher_ND: Tensor | None
+        self, task: Task, expert: Expert | None, text: Text
     ) -> Callable[[Tensor, Batch], Tensor]:
         """Return the loss of a batch."""
         labels_N = task.clips.labels
@@ -223,8 +252,8 @@ class StPR:
             if expert is not None:
                 encoded_BD = expert(spatial_BTD, dtype)
                 loss = loss + losses.contrastive(encoded_BD, text_BD, labels_N[indices], tau)
-            if teacher_ND is not None:
-                fssd = losses.fssd(teacher_ND[indices], mean_BD, weights_D.to(mean_BD))
+            if TEACHER in batch:
+                fssd = losses.fssd(batch[TEACHER], mean_BD, weights_D.to(mean_BD))
                 loss = loss + weight * fssd
             return loss
 
@@ -249,15 +278,30 @@ class StPR:
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
         spatial_BTD = self._learned_spatial(batch)
-        encoded_BKD = self._encoded(batch, spatial_BTD) if self.routed.ways else None
-        return self._scored(batch, spatial_BTD, encoded_BKD)
+        if not self.routed.ways:
+            return self._compared(spatial_BTD.mean(dim=1))
+        return self._scored(batch, spatial_BTD, self._encoded(batch, spatial_BTD))
 
-    def _scored(self, batch: Batch, spatial_BTD: Tensor, encoded_BKD: Tensor | None) -> Tensor:
-        video_BD = spatial_BTD.mean(dim=1)
-        if encoded_BKD is not None:
-            similarities_BK, _ = self.routed.similarities(batch, spatial_BTD, encoded_BKD)
-            weights_BK1 = self.routed.weights(similarities_BK)[..., None]
-            video_BD = video_BD + (weights_BK1 * encoded_BKD).sum(dim=1)
+    @torch.no_grad()
+    def scores_with(self, batch: Batch, weights_BK: Tensor) -> Tensor:
+        """Return the scores with other weights of all experts, [B, C].
+
+        Raises:
+            ValueError: See `routing`.
+        """
+        spatial_BTD = self._routed_spatial(batch)
+        return self._weighted(spatial_BTD, self.routed.encode_all(spatial_BTD), weights_BK)
+
+    def _scored(self, batch: Batch, spatial_BTD: Tensor, encoded_BKD: Tensor) -> Tensor:
+        similarities_BK, _ = self.routed.similarities(batch, spatial_BTD, encoded_BKD)
+        return self._weighted(spatial_BTD, encoded_BKD, self.routed.weights(similarities_BK))
+
+    def _weighted(self, spatial_BTD: Tensor, encoded_BKD: Tensor, weights_BK: Tensor) -> Tensor:
+        experts_BD = (weights_BK[..., None].to(encoded_BKD) * encoded_BKD).sum(dim=1)
+        return self._compared(spatial_BTD.mean(dim=1) + experts_BD)
+
+    def _compared(self, video_BD: Tensor) -> Tensor:
+        """Return the cosines of clips' vectors to the text of each class, [B, C]."""
         return normalize(video_BD, dim=1) @ self._text.rows(self.classes).to(video_BD).T
 
     def _encoded(self, batch: Batch, spatial_BTD: Tensor) -> Tensor:
@@ -275,9 +319,7 @@ class StPR:
         Raises:
             ValueError: See `scores`; or there are no experts.
         """
-        if not self.routed.ways:
-            raise ValueError("routing='none' has no experts, so there is nothing to route")
-        spatial_BTD = self._learned_spatial(batch)
+        spatial_BTD = self._routed_spatial(batch)
         encoded_BKD = self._encoded(batch, spatial_BTD)
         similarities_BK, nearest_BK = self.routed.similarities(batch, spatial_BTD, encoded_BKD)
         weights_BK = self.routed.weights(similarities_BK)
@@ -304,6 +346,12 @@ class StPR:
             raise ValueError(f"residuals of 0 of {self.experts} experts: give one at least")
         encoded_BKD = self.routed.encode_all(spatial_BTD, experts)
         return self.routed.compared(self.routed.config.routing, batch, spatial_BTD, encoded_BKD)
+
+    def _routed_spatial(self, batch: Batch) -> Tensor:
+        """Return V^s of clips, [B, T, D], if there are experts."""
+        if not self.routed.ways:
+            raise ValueError("routing='none' has no experts, so there is nothing to route")
+        return self._learned_spatial(batch)
 
     def _learned_spatial(self, batch: Batch) -> Tensor:
         """Return V^s of clips, [B, T, D], if something was learned."""

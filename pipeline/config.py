@@ -9,6 +9,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral
 from typing import Any, ClassVar, Self
 
 from varve.pipeline.registry import available, source_digest, variant
@@ -20,6 +21,7 @@ RESIZE_MODES = ("shortest", "squash")
 # What a build asks of all its frame sets.
 FRAME_OPTIONS = ("frames", "sampling", "fps", "stride", "decoder")
 # What a sampling rule may take by name: numbers of the frame set, its view, a source of draws.
+CORNERS = 4  # of five crops, beside the centre
 RULE_OPTIONS = ("fps", "stride", "view", "random")
 # The sampling of whole videos: every frame, every N-th (`stride`), or F a second (`fps`). A cell
 # has a page: so many consecutive frames of a file.
@@ -57,6 +59,18 @@ class Picture:
             raise ValueError(
                 f"a {self.size} x {self.size} picture cannot be cut out of a frame whose shorter "
                 f"side is {self.resize}: resize must be at least size, and size at least 1"
+            )
+
+    def check_corners(self) -> None:
+        """Check that the picture is a part of the resized frame.
+
+        Raises:
+            ValueError: It is the whole frame, which has no corners beside its centre.
+        """
+        if self.resize_mode != "shortest":
+            raise ValueError(
+                "five_crop of a network that sees the whole frame in its picture: there are no "
+                "corners beside it; leave five_crop out"
             )
 
     @property
@@ -132,7 +146,8 @@ class FrameSet:
             videos, whose cells have `PAGE_FRAMES` frames.
         fps: Frames per second, for a rule that takes `fps`; otherwise 0.
         stride: Step in frames, for a rule that takes `stride`; otherwise 0. `all` takes either.
-        view: 0 for the plain view. Other views are seeded variations of it.
+        view: 0 for the plain view. Views from 1 on are seeded variations of it; -1 to -4 show the
+            corners of its picture, upper left and right, lower left and right.
         flip: Whether views other than 0 are mirrored with probability one half.
         random_crop: Whether views other than 0 show a drawn square (0.6 to 1.0 of the shorter
             side) in place of the centre.
@@ -156,8 +171,9 @@ class FrameSet:
     code: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
-        if self.frames < 1:
-            raise ValueError(f"frames={self.frames}: a clip needs at least one frame")
+        if not isinstance(self.frames, Integral) or self.frames < 1:
+            raise ValueError(f"frames={self.frames}: give a whole number, of one frame at least")
+        object.__setattr__(self, "frames", int(self.frames))
         if self.decoder == "pyav":
             object.__setattr__(self, "decoder", "auto")
         if self.decoder not in ("auto", *(decoders := available("decoders"))):
@@ -175,6 +191,10 @@ class FrameSet:
                     f"{', '.join(rules_with(option))} needs a finite {option} above 0 and no other "
                     "sampling takes one"
                 )
+        if self.view < -CORNERS or (self.view < 0 and (self.flip or self.random_crop)):
+            raise ValueError(f"view={self.view}: the corners are -1 to -{CORNERS}, and plain")
+        if self.view < 0 and isinstance(self.picture, Picture):
+            self.picture.check_corners()
         object.__setattr__(self, "code", self._code())
 
     @property
@@ -194,8 +214,9 @@ class FrameSet:
         numbers_fit = (self.fps > 0) != (self.stride > 0) and 0 <= self.fps < math.inf
         if not numbers_fit or self.stride < 0 or self.view:
             raise ValueError(
-                f"sampling='all' with fps={self.fps}, stride={self.stride}, view={self.view}: give "
-                "a finite fps above 0, or a stride of at least 1, and one view"
+                f"sampling='all' with fps={self.fps}, stride={self.stride}"
+                + (f", view={self.view}" if self.view else "")
+                + ": give a finite fps above 0 or a stride of at least 1, not both, and one view"
             )
         if isinstance(self.picture, Sound):
             raise ValueError(
@@ -322,6 +343,9 @@ class BuildSpec:
     views: int = option(1, help="Number of views of each clip; the first is never varied.")
     flip: bool = option(False, help="Mirror the views after the first with probability 1/2.")
     random_crop: bool = option(False, help="Crop the views after the first at random.")
+    five_crop: bool = option(
+        False, help="Also keep the four corners of the picture, to test on five crops."
+    )
     decoder: str = option("auto", choices="decoders", help="Video decoder; auto is PyAV.")
     precision: str = option(
         "float32",
@@ -381,7 +405,9 @@ class BuildSpec:
         return replace(self, **changes)
 
     def frame_sets(self, picture: Picture | Sound) -> tuple[FrameSet, ...]:
-        """Return the frame set of each view, as pictures or as audio. View 0 is never varied.
+        """Return the frame set of each view and corner, as pictures or as audio.
+
+        View 0 is never varied.
 
         Audio is not mirrored or cropped, and PyAV decodes it whatever decodes the frames.
         """
@@ -390,7 +416,12 @@ class BuildSpec:
         plain = FrameSet(self.frames, self.sampling, self.fps, self.stride, decoder=decoder,
                          picture=picture)  # fmt: skip
         varied = replace(plain, flip=self.flip and visual, random_crop=self.random_crop and visual)
-        return (plain, *(replace(varied, view=view) for view in range(1, self.views)))
+        corners = range(-1, -1 - CORNERS, -1) if self.five_crop and visual else ()
+        return (
+            plain,
+            *(replace(varied, view=view) for view in range(1, self.views)),
+            *(replace(plain, view=view) for view in corners),
+        )
 
 
 @dataclass(frozen=True)

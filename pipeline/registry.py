@@ -2,8 +2,8 @@
 
 A variant comes from one of three sources:
 
-- **A file in the kind's folder.** The file name is the variant's name; a leading underscore hides
-  a helper. There is no list to edit.
+- **A file in the kind's folder**, or in one of its `SUBFOLDERS`. The file name is the variant's
+  name; a leading underscore hides a helper. There is no list to edit.
 - **A function or class with the decorator `register`**, in a file of the user. `load_plugin(path)`
   loads the file, on the command line `--plugin FILE`. Worker processes load it as well.
 - **An entry point** of an installed package, in the group `varve.KIND`.
@@ -39,6 +39,8 @@ KINDS = {
     "scenarios": "varve.pipeline.experiments.scenarios",
     "metrics": "varve.pipeline.experiments.metrics",
 }
+# Folders in a kind's folder with more variants of the kind.
+SUBFOLDERS = {"heads": ("closed_form",), "backbones": ("video",)}
 # What worker processes load too: JSON, a plugin file or the name of a module -> the digest of its
 # text, "" for any. Set it by hand for the workers of a cluster that Varve does not start.
 VARIABLE = "VARVE_PLUGINS"
@@ -88,7 +90,7 @@ def register(kind: str, name: str = "") -> Callable[[Variant], Variant]:
         definition = str(getattr(thing, "__qualname__", ""))
         before = _REGISTERED[kind].get(label)
         if (before and (before.source, before.definition) != (source, definition)) or (
-            label in _shipped(kind) | _declared(kind) and not shipped
+            label in {*_shipped(kind), *_declared(kind)} and not shipped
         ):
             users = before.source if before and shipped else source
             other = f", of {before.source}" if before and not shipped and before.source else ""
@@ -136,7 +138,7 @@ def variant(kind: str, name: str) -> Any:
     if name in _REGISTERED[kind]:
         return _REGISTERED[kind][name].variant
     if name in _shipped(kind):
-        return importlib.import_module(f"{KINDS[kind]}.{name}")
+        return importlib.import_module(_shipped(kind)[name])
     if name in (points := _entry_points(kind)):
         return points[name].load()
     near = difflib.get_close_matches(name, names, n=3)
@@ -277,10 +279,14 @@ def _load_announced() -> None:
 
 
 @cache
-def _shipped(kind: str) -> frozenset[str]:
-    """Return the names of the files in a kind's folder; none where the kind is one module."""
-    files = {file.stem for file in _path(kind).glob("*.py")}
-    return frozenset(name for name in files if not name.startswith("_"))
+def _shipped(kind: str) -> dict[str, str]:
+    """Return the modules of a kind's folder by name; none where the kind is one module."""
+    modules: dict[str, str] = {}
+    for folder in ("", *SUBFOLDERS.get(kind, ())):
+        package = ".".join(filter(None, (KINDS[kind], folder)))
+        stems = [file.stem for file in (_path(kind) / folder).glob("*.py")]
+        modules |= {stem: f"{package}.{stem}" for stem in stems if not stem.startswith("_")}
+    return modules
 
 
 @cache

@@ -27,6 +27,9 @@ from varve.stores.locations import Location, Unreachable, repair_hint
 
 FILE = "clips.parquet"
 KEY_BYTES = 16
+# Version of the clock of intervals: changed when an interval has other frames. Until version 2 the
+# first frame of a file had the time 0, even where the sound started before it.
+CLOCK = 2
 
 COLUMNS: dict[str, str] = {
     "path": "str",
@@ -58,6 +61,8 @@ _ARROW = {
     "object": pa.list_(pa.string()),
 }
 STATUSES = ("ready", "pending", "quarantined")
+# Reason of a clip with an overflow in a requested column. Its other cells are valid.
+OVERFLOW = "not_finite"
 
 
 def empty() -> pd.DataFrame:
@@ -116,7 +121,8 @@ def write(store: Path, table: pd.DataFrame) -> None:
 def row_key(content: str, start_seconds: float, end_seconds: float) -> bytes:
     """Return the row key of a clip: 16 bytes that identify its content and interval.
 
-    The key is never all zero, except for unknown content.
+    The key is never all zero, except for unknown content. That of an interval has the version of
+    the clock that its times are of.
 
     Args:
         content: Digest of the bytes; "" (unknown, the file is missing) gives zeros.
@@ -126,7 +132,8 @@ def row_key(content: str, start_seconds: float, end_seconds: float) -> bytes:
     if not content:
         return bytes(KEY_BYTES)
     interval = [None if np.isnan(t) else float(t) for t in (start_seconds, end_seconds)]
-    return bytes.fromhex(digest({"content": content, "interval": interval}))[:KEY_BYTES]
+    clock = {"clock": CLOCK} if any(time is not None for time in interval) else {}
+    return bytes.fromhex(digest({"content": content, "interval": interval} | clock))[:KEY_BYTES]
 
 
 def row_keys(table: pd.DataFrame) -> np.ndarray:

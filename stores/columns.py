@@ -278,10 +278,8 @@ def read_all(path: Location) -> np.ndarray:
 def in_memory(**options: Any) -> InMemory:
     """Create an array in memory, whose chunks have checksums, from options of `create_array`."""
     files: dict[str, Any] = {}
-    array = zarr.create_array(
-        MemoryStore(files), filters=None, compressors=[Crc32cCodec()], **options
-    )
-    return array, files
+    options = {"compressors": [Crc32cCodec()], **options}
+    return zarr.create_array(MemoryStore(files), filters=None, **options), files
 
 
 def _values(spec: ColumnSpec, clips: int) -> InMemory:

@@ -37,7 +37,10 @@ def digest(value: Any) -> str:
 
 
 def store_name(name: str) -> str:
-    """Return the name of the backbone NETWORK:WEIGHTS in a store: a weight file becomes its stem.
+    """Return the name of the backbone NETWORK:WEIGHTS in a store.
+
+    A weight file becomes its stem, and a folder that begins with "/", "." or "~" its own name. The
+    repository of a hub (`hf-hub:owner/name`) stays whole.
 
     >>> store_name("resnet18:/data/resnet18-imagenet1k.safetensors"), store_name("ViT-B-16:openai")
     ('resnet18:resnet18-imagenet1k', 'ViT-B-16:openai')
@@ -45,6 +48,8 @@ def store_name(name: str) -> str:
     network, _, weights = name.partition(":")
     if weights.lower().endswith(WEIGHT_FILES):
         weights = PurePath(weights).stem
+    elif weights.startswith(("/", ".", "~")):
+        weights = PurePath(weights).name
     return f"{network}:{weights}"
 
 

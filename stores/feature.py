@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import zarr
 
-from varve.stores.clips import row_ids, row_keys
+from varve.stores.clips import OVERFLOW, row_ids, row_keys
 from varve.stores.columns import CODEC_ERRORS, MISSING, Damaged, read_all
 from varve.stores.locations import (
     REQUESTS,
@@ -87,6 +87,23 @@ class Feature:
     def valid(self) -> np.ndarray:
         """Mask of valid cells, bool [clips]: those computed from the clip's present bytes."""
         return self._marked(row_keys(self._clips))
+
+    @property
+    def overflowed(self) -> np.ndarray:
+        """Mask of clips whose value this column cannot represent, bool [clips]."""
+        short = self.fingerprint[:16]
+        return np.array([short in shorts for shorts in self._clips["overflowed"]], bool)
+
+    @property
+    def ready(self) -> np.ndarray:
+        """Mask of clips that are ready and valid, bool [clips].
+
+        A clip that another column cannot represent is ready in this one.
+        """
+        clips = self._clips
+        usable = (clips["status"] == "ready") | (clips["reason"] == OVERFLOW)
+        ready: np.ndarray = self.valid & usable.to_numpy()
+        return ready
 
     @property
     def valid_cells(self) -> np.ndarray:
@@ -256,11 +273,10 @@ class Feature:
         """Return a map-style data set of (feature, label) for `torch.utils.data.DataLoader`.
 
         Args:
-            rows: Row ids; by default all clips that are ready and valid. A clip that was removed
-                from the data set keeps its feature, but is not ready.
+            rows: Row ids; by default those of `ready`. A clip that was removed from the data set
+                keeps its feature, but is not ready.
         """
-        ready = self.valid & (self._clips["status"] == "ready").to_numpy()
-        ids = np.flatnonzero(ready) if rows is None else self.rows(rows)
+        ids = np.flatnonzero(self.ready) if rows is None else self.rows(rows)
         labels = sorted(self._clips["label"].unique())
         numbers = self._clips["label"].map({label: i for i, label in enumerate(labels)})
         return FeatureDataset(self, ids, numbers.to_numpy()[ids], labels)
@@ -269,7 +285,7 @@ class Feature:
         row = int(rows[0])
         clip = self._clips.loc[row]
         why = f"{clip['status']}: {clip['reason'] or 'not computed yet'} {clip['detail']}".strip()
-        if self.fingerprint[:16] in clip["overflowed"]:
+        if self.overflowed[row]:
             why = f"its value leaves the range of {self.dtype}"
         return (
             f"{len(rows)} of the rows have no valid {self.name} of {self.backbone}; the first is "

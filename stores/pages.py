@@ -24,16 +24,29 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from varve.stores import atomic
 from varve.stores.clips import KEY_BYTES
-from varve.stores.columns import InMemory, encoded, in_memory, make_groups, metadata_of
-from varve.stores.locations import Location, open_array
+from varve.stores.columns import (
+    CODEC_ERRORS,
+    Damaged,
+    InMemory,
+    encoded,
+    in_memory,
+    make_groups,
+    metadata_of,
+)
+from varve.stores.locations import Location, Unreachable, open_array, repair_hint
 
 FOLDER = "frames"
 PAGE_FRAMES = 64
-# Pages in one file of `times` or `indices`: 2 MB.
+# Pages in one file of `times` or `indices`: 2 MB before compression.
 CHUNK_PAGES = 4096
+READ_AGAIN = (
+    "the times of all videos are read again, and their features are found by their keys without "
+    "computing"
+)
 _FIELDS = [("digest", pa.string()), ("first_page", pa.int64()), ("frames", pa.int64())]
 
 
@@ -45,8 +58,8 @@ class Pages:
         grid: Name of the grid.
         files: Table indexed by the digest of a file's bytes: `first_page`, and `frames`, the number
             of its kept frames.
-        times: Presentation times in seconds, float64 [pages, 64], NaN after the last frame; the
-            first frame of a file has the time 0.
+        times: Presentation times in seconds of the file's clock, float64 [pages, 64], NaN after
+            the last frame. The earliest stream of a file, video or audio, starts at 0.
         indices: Display indices in the file, int64 [pages, 64], -1 after the last frame.
     """
 
@@ -74,33 +87,29 @@ class Pages:
                 keys[first + number] = np.frombuffer(key[:KEY_BYTES], np.uint8)
         return keys
 
-    def of(self, digest: str) -> np.ndarray:
-        """Return the pages of a file in order, int64; none where the grid does not have it."""
-        if digest not in self.files.index:
-            return np.empty(0, np.int64)
-        first, frames = self.files.loc[digest]
-        pages: np.ndarray = np.arange(first, first + -(-frames // PAGE_FRAMES))
-        return pages
-
-    def frames_of(
-        self, digest: str, start_seconds: float = np.nan, end_seconds: float = np.nan
-    ) -> np.ndarray:
-        """Return where the frames of a clip are: rows of the flattened pages, int64, in order.
+    def spans(self, clips: pd.DataFrame) -> np.ndarray:
+        """Return where the frames of clips are: rows [first, last) of the flattened pages.
 
         Args:
-            digest: Digest of the file's bytes.
-            start_seconds, end_seconds: The clip's interval [start, end); NaN for an open end.
+            clips: Table with the columns `digest`, `start_seconds` and `end_seconds`, NaN for an
+                open end. A clip covers [start, end).
+
+        Returns:
+            int64 [clips, 2]. It is empty (first = last) for a clip whose file the grid lacks, and
+            for one without a frame in its interval.
         """
-        pages = self.of(digest)
-        if not len(pages):
-            return pages
-        rows = np.arange(pages[0] * PAGE_FRAMES, (pages[-1] + 1) * PAGE_FRAMES)
-        rows = rows[: self.files.at[digest, "frames"]]
-        times = self.times.reshape(-1)[rows]
-        bounds = np.nan_to_num([start_seconds, end_seconds], nan=np.inf)
-        bounds[0] = -np.inf if np.isnan(start_seconds) else start_seconds
-        first, last = np.searchsorted(times, bounds - SLACK_SECONDS)
-        return rows[first:last]
+        files = self.files.index.get_indexer(clips["digest"])
+        spans = np.zeros((len(clips), 2), np.int64)
+        have = files >= 0
+        spans[have, 0] = self.files["first_page"].to_numpy()[files[have]] * PAGE_FRAMES
+        spans[have, 1] = spans[have, 0] + self.files["frames"].to_numpy()[files[have]]
+        bounds = clips[["start_seconds", "end_seconds"]].to_numpy(float)
+        limits = np.where(np.isnan(bounds), [-np.inf, np.inf], bounds - SLACK_SECONDS)
+        times = self.times.reshape(-1)
+        for row in np.flatnonzero(have & ~np.isnan(bounds).all(axis=1)).tolist():
+            first, last = spans[row]
+            spans[row] = first + np.searchsorted(times[first:last], limits[row])
+        return spans
 
     def extended(self, files: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> "Pages":
         """Return the pages with those of more files appended: (digest, times, indices) of each."""
@@ -131,15 +140,38 @@ def read(store: Location, grid: str) -> Pages:
         Damaged: A file cannot be read.
     """
     folder = store / FOLDER / grid
+    file = table_file(store, grid)
     try:
-        data = (store / f"{FOLDER}.{grid}.parquet").read_bytes()
+        data = file.read_bytes()
     except FileNotFoundError:
         blank = np.empty((0, PAGE_FRAMES))
         return Pages(grid, _table([]), blank, blank.astype(np.int64))
-    files = pq.read_table(io.BytesIO(data)).to_pandas().set_index("digest")
-    pages = int(np.ceil(files["frames"] / PAGE_FRAMES).sum())
-    times, indices = (open_array(folder / name)[:pages] for name in ("times", "indices"))
-    return Pages(grid, files, np.asarray(times), np.asarray(indices))
+    try:
+        files = pq.read_table(io.BytesIO(data)).to_pandas().set_index("digest")
+        pages = int(np.ceil(files["frames"] / PAGE_FRAMES).sum())
+        times, indices = (open_array(folder / name)[:pages] for name in ("times", "indices"))
+        return Pages(grid, files, np.asarray(times), np.asarray(indices))
+    except Unreachable:
+        raise
+    except (pa.ArrowException, KeyError, *CODEC_ERRORS) as error:
+        again = f"Remove it and build again: {READ_AGAIN}"
+        raise Damaged(
+            f"{file}, or {folder}, is damaged ({error}). {repair_hint(file, again)}"
+        ) from error
+
+
+def table_file(store: Location, grid: str) -> Location:
+    """Return the file that has the files of a grid and their pages."""
+    return store / f"{FOLDER}.{grid}.parquet"
+
+
+def lost_message(store: Location, grid: str) -> str:
+    """Return what it means that a store has columns of a grid, and not the grid's table."""
+    file = table_file(store, grid)
+    return (
+        f"{file} is missing, so that it is unknown which video each page of {grid} is of. "
+        f"{repair_hint(file, f'Build again: {READ_AGAIN}')}"
+    )
 
 
 def write(store: Path, pages: Pages) -> None:
@@ -155,6 +187,7 @@ def write(store: Path, pages: Pages) -> None:
                 chunks=(CHUNK_PAGES, PAGE_FRAMES),
                 fill_value=fill,
                 dimension_names=["page", "frame"],
+                compressors=[ZstdCodec(level=3), Crc32cCodec()],
                 config={"write_empty_chunks": True},
             )
 

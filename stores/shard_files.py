@@ -39,12 +39,15 @@ class Shard:
             offset.
         stride: Bytes from one chunk to the next; all offsets are multiples of it. 0 where the
             chunks do not tile the file.
+        checked: Whether this process has found the checksum of each slot's chunk right, one byte a
+            slot. It belongs to this version of the file.
     """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.stamp = _stamp(os.fstat(descriptor))
         self.starts, self.stride = array("q"), 0
+        self.checked = bytearray()
 
     def __reduce__(self) -> str:
         raise TypeError("an open shard belongs to its process; pickle the Feature")
@@ -60,7 +63,7 @@ class Shards:
         self._before, self._after = f"{folder}/c/", "/0" * (axes - 1)
         self._slots, self._chunk_bytes = slots, chunk_bytes
         self._open: dict[int, Shard] = {}
-        self._indices: dict[int, tuple[Stamp, array[int], int]] = {}
+        self._indices: dict[int, tuple[Stamp, array[int], int, bytearray]] = {}
 
     def now(self, number: int) -> Stamp | None:
         """Return the present version of a shard's file; None if there is no file."""
@@ -83,11 +86,12 @@ class Shards:
         index = self._indices.get(number)
         if index is None or index[0] != shard.stamp:
             try:
-                index = (shard.stamp, *self._parse(shard.descriptor))
+                starts, stride = self._parse(shard.descriptor)
+                index = (shard.stamp, starts, stride, bytearray(self._slots))
             except (ValueError, OSError) as error:
                 return str(error)
             self._indices[number] = index
-        _, shard.starts, shard.stride = index
+        _, shard.starts, shard.stride, shard.checked = index
         self._open[number] = shard
         for old in list(self._open)[:-OPEN_FILES]:
             self._open.pop(old, None)

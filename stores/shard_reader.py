@@ -34,6 +34,10 @@ THREAD_BYTES = 8 << 20
 SMALL_BYTES = 256 << 10
 SPAN_BYTES = 512 << 10
 NEAR_ROWS = 4
+# Items of a cell with less than this between them are read as one span. At most so many at a time,
+# which bounds the memory of the spans.
+NEAR_BYTES = 16 << 10
+ITEMS_AT_ONCE = 512
 # Indices of the requested rows that have no chunk, and of those that failed, with the reason.
 Outcome = tuple[list[int], list[tuple[int, str]]]
 
@@ -56,6 +60,24 @@ class Reader(Protocol):
             rows: Rows of the array, int64 [N], in any order; rows may repeat.
             out: Array [N, *cell] of the stored type, C-contiguous.
             verify: Whether to check the chunks' checksums.
+
+        Returns:
+            Indices into `rows` of the rows that have no chunk. `out` is undefined there.
+
+        Raises:
+            Unreadable: A cell is damaged.
+        """
+
+    def read_items(
+        self, rows: np.ndarray, items: np.ndarray, out: np.ndarray, verify: bool = True
+    ) -> list[int]:
+        """Copy single items of cells, such as frames of pages, into `out`.
+
+        Args:
+            rows: Rows of the array, int64 [N], in any order; rows may repeat.
+            items: Position in the row's cell, along its first axis, int64 [N].
+            out: Array [N, *item] of the stored type, C-contiguous.
+            verify: Whether to check the checksums of the chunks that the items are in.
 
         Returns:
             Indices into `rows` of the rows that have no chunk. `out` is undefined there.
@@ -137,6 +159,30 @@ class ShardReader:
             if failed:
                 raise Unreadable(*min((int(rows[indices[i]]), why) for i, why in failed))
             out[indices] = cells
+            absent += indices[still_absent].tolist()
+        return absent
+
+    def read_items(
+        self, rows: np.ndarray, items: np.ndarray, out: np.ndarray, verify: bool = True
+    ) -> list[int]:
+        """Copy items of cells into `out`; see `Reader`.
+
+        A chunk has one checksum, for all of its items. It is read whole and checked the first time
+        that this process reads an item of it, and again after its file was replaced.
+        """
+        if not out.size:
+            return []
+        verify = verify and self._has_checksums
+        absent, failed = self._read_items(rows, items, out, verify)
+        if failed:
+            indices = np.array([index for index, _ in failed])
+            for number in set((rows[indices] // self._shard_clips).tolist()):
+                self._shards.forget(number)
+            again = np.empty((len(indices), *out.shape[1:]), out.dtype)
+            still_absent, failed = self._read_items(rows[indices], items[indices], again, verify)
+            if failed:
+                raise Unreadable(*min((int(rows[indices[i]]), why) for i, why in failed))
+            out[indices] = again
             absent += indices[still_absent].tolist()
         return absent
 
@@ -280,6 +326,104 @@ class ShardReader:
             out_NB[indices] = span[slots, :size]
         pairs = zip(indices.tolist(), slots.tolist(), strict=True) if verify else ()
         return [i for i, s in pairs if differs(span[s, :size], span[s, size:chunk].tobytes())]
+
+    # Items of cells: one system call for those that are close together.
+
+    def _read_items(
+        self, rows: np.ndarray, items: np.ndarray, out: np.ndarray, verify: bool
+    ) -> Outcome:
+        out_NB = out.reshape(len(rows), -1).view(np.uint8)
+        absent: list[int] = []
+        failed: list[tuple[int, str]] = []
+        numbers_N = rows // self._shard_clips
+        order = np.argsort(numbers_N, kind="stable")
+        edges = np.flatnonzero(np.diff(numbers_N[order])) + 1
+        for indices in np.split(order, edges):
+            number = int(numbers_N[indices[0]])
+            shard = self._shards.get(number)
+            if isinstance(shard, str):
+                failed += [(index, shard) for index in indices.tolist()]
+                continue
+            if shard is None:
+                absent += indices.tolist()
+                continue
+            slots = rows[indices] - number * self._shard_clips
+            starts = np.frombuffer(shard.starts, np.int64)[slots]
+            bad = starts < 0
+            absent += indices[starts == ABSENT].tolist()
+            wrong = "its index points to where no chunk can be"
+            failed += [(index, wrong) for index in indices[bad & (starts != ABSENT)].tolist()]
+            for slot, why in (self._check(shard, slots) if verify else {}).items():
+                bad |= slots == slot
+                failed += [(index, why) for index in indices[slots == slot].tolist()]
+            starts, good = starts[~bad], indices[~bad]
+            for a in range(0, len(good), ITEMS_AT_ONCE):
+                some = good[a : a + ITEMS_AT_ONCE]
+                part = starts[a : a + ITEMS_AT_ONCE]
+                lost = self._copy_items(shard.descriptor, part, items[some], some, out_NB)
+                failed += [(index, "the file ends within its chunk") for index in lost]
+        return absent, failed
+
+    def _check(self, shard: Shard, slots: np.ndarray) -> dict[int, str]:
+        """Check the chunks of these slots that were not checked, and return what is wrong."""
+        wrong: dict[int, str] = {}
+        cell = np.empty(self._cell_bytes, np.uint8)
+        unchecked = slots[np.frombuffer(shard.checked, np.uint8)[slots] == 0]
+        for slot in dict.fromkeys(unchecked.tolist()):
+            start = shard.starts[slot]
+            if start < 0:
+                continue
+            failed: list[tuple[int, str]] = []
+            self._copy(iter([(shard.descriptor, 0, start)]), cell, True, failed)
+            if failed:
+                wrong[slot] = failed[0][1]
+            else:
+                shard.checked[slot] = True
+        return wrong
+
+    def _copy_items(
+        self,
+        descriptor: int,
+        starts: np.ndarray,
+        items: np.ndarray,
+        indices: np.ndarray,
+        out_NB: np.ndarray,
+    ) -> list[int]:
+        """Copy items of chunks that begin at `starts` to `out_NB[indices]`; return the lost ones.
+
+        Items that follow each other in a file, without a large gap, are read as one span.
+        """
+        size, lost = out_NB.shape[1], []
+        offsets = starts + items * size
+        steps = np.diff(offsets)
+        # Offsets of one span are a whole number of items apart, in the same chunk.
+        apart = (steps < size) | (steps >= size + NEAR_BYTES) | (np.diff(starts) != 0)
+        first = np.concatenate([[0], np.flatnonzero(apart) + 1])
+        last = np.append(first[1:], len(offsets)) - 1
+        counts = (offsets[last] - offsets[first]) // size + 1
+        # A span of wanted items in their order is read into `out_NB`, another one beside it.
+        straight = (counts == last - first + 1) & (indices[last] - indices[first] == last - first)
+        beside = np.cumsum(np.where(straight, 0, counts)) - counts
+        side = np.empty((int(counts[~straight].sum()), size), np.uint8)
+        views = (memoryview(side.reshape(-1)), memoryview(out_NB.reshape(-1)))
+        positions = np.where(straight, indices[first], beside) * size
+        spans = zip(*(array.tolist() for array in (straight, positions, counts * size,
+                                                   offsets[first])), strict=True)  # fmt: skip
+        for number, (to, position, length, start) in enumerate(spans):
+            buffer = views[to][position : position + length]
+            try:
+                got = os.preadv(descriptor, (buffer,), start)
+                got += fill(descriptor, buffer[got:], start + got) if got < length else 0
+            except OSError:
+                got = 0
+            if got < length:
+                lost += indices[first[number] : last[number] + 1].tolist()
+        chosen = np.repeat(~straight, last - first + 1)
+        if chosen.any():
+            of_item = np.repeat(np.arange(len(first)), last - first + 1)[chosen]
+            nth = beside[of_item] + (offsets[chosen] - offsets[first][of_item]) // size
+            out_NB[indices[chosen]] = side[nth]
+        return lost
 
 
 def _idle_cores() -> int:

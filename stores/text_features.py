@@ -6,6 +6,7 @@ another set of classes is another array, into which the rows of known names are 
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +63,27 @@ def read(store: Location, backbone: str, classes: list[str]) -> TextFeatures:
 
 
 def write(store: Path, backbone: str, key: Mapping[str, Any], features: TextFeatures) -> None:
-    """Store the features of some classes, metadata last, so that no array is partial."""
+    """Store the features of some classes, metadata last, so that no array is partial.
+
+    Features of the same text tower from other prompts are removed afterwards: `read` finds features
+    by the names of their classes alone.
+    """
     attributes: dict[str, Any] = {"key": dict(key), "classes": list(features.classes)}
     path = store / FOLDER / node_name(backbone) / digest(attributes)[:16]
+    if not (path / "zarr.json").exists():
+        _write(store, path, attributes, features)
+    for other, known in _arrays(store, backbone):
+        if known["key"] != attributes["key"] and known["key"].get("text") == key.get("text"):
+            assert isinstance(other, Path)
+            (other / "zarr.json").unlink()  # first, so that no array is partial
+            shutil.rmtree(other)
+
+
+def _write(store: Path, path: Path, attributes: Mapping[str, Any], features: TextFeatures) -> None:
     shape = features.values.shape
     array, memory = in_memory(
-        shape=shape, dtype="float32", chunks=shape, fill_value=np.nan, attributes=attributes,
+        shape=shape, dtype="float32", chunks=shape, fill_value=np.nan,
+        attributes=dict(attributes),
         dimension_names=["class", "channel"],
     )  # fmt: skip
     array[:] = features.values

@@ -13,7 +13,8 @@ from varve.stores.columns import Damaged
 from varve.stores.digests import digest
 from varve.stores.feature import Feature
 from varve.stores.locations import Location
-from varve.stores.pages import PAGE_FRAMES, Pages, read
+from varve.stores.pages import PAGE_FRAMES, Pages, lost_message, read
+from varve.stores.shard_reader import Unreadable
 
 # The rules of a build choose the frames. Stores import nothing of the pipeline until then.
 SAMPLING = "varve.pipeline.decoders.sampling"
@@ -35,8 +36,16 @@ class VideoFeature(Feature):
 
     @cached_property
     def pages(self) -> Pages:
-        """The pages of the column: which frames of which file each one has."""
-        return read(self._store, self.spec["pages"])
+        """The pages of the column: which frames of which file each one has.
+
+        Raises:
+            Damaged: Their table is missing or damaged; the message says what to do.
+        """
+        grid = self.spec["pages"]
+        pages = read(self._store, grid)
+        if self._array.shape[0] and not len(pages):
+            raise Damaged(lost_message(self._store, grid))
+        return pages
 
     @cached_property
     def valid_cells(self) -> np.ndarray:
@@ -46,13 +55,16 @@ class VideoFeature(Feature):
     @cached_property
     def valid(self) -> np.ndarray:
         """Mask of clips whose frames are all valid, bool [clips]. A clip has at least one frame."""
-        valid = np.zeros(len(self._clips), bool)
-        for row in range(len(valid)):
-            frames = self._rows_of(row)
-            valid[row] = (
-                len(frames) > 0 and self.valid_cells[np.unique(frames // PAGE_FRAMES)].all()
-            )
+        first, last = self.spans.T
+        lost = np.concatenate([[0], np.cumsum(~self.valid_cells)])
+        valid: np.ndarray = lost[-(-last // PAGE_FRAMES)] == lost[first // PAGE_FRAMES]
+        valid &= first < last
         return valid
+
+    @cached_property
+    def spans(self) -> np.ndarray:
+        """Rows [first, last) of the flattened pages that each clip has, int64 [clips, 2]."""
+        return self.pages.spans(self._clips)
 
     def clip(self, row: int) -> np.ndarray:
         """Return the features of every kept frame of a clip, (F, ...).
@@ -63,20 +75,19 @@ class VideoFeature(Feature):
             Damaged: A shard's file is missing, truncated or changed.
         """
         (row,) = self.rows([row])
-        return self.values(self._frame_bits(self._checked(int(row))))
+        return self.values(self.frame_bits(self._checked(int(row))))
 
     def times(self, row: int) -> np.ndarray:
         """Return the presentation time of every kept frame of a clip, float64 [F], in seconds.
 
-        The first frame of the file has the time 0.
+        Times are of the file's clock, on which its earliest stream, video or audio, starts at 0.
         """
-        times: np.ndarray = self.pages.times.reshape(-1)[self._rows_of(int(self.rows([row])[0]))]
+        times: np.ndarray = self.pages.times.reshape(-1)[self._known(row)]
         return times
 
     def frames(self, row: int) -> np.ndarray:
         """Return the display index in the file of every kept frame of a clip, int64 [F]."""
-        rows = self._rows_of(int(self.rows([row])[0]))
-        indices: np.ndarray = self.pages.indices.reshape(-1)[rows]
+        indices: np.ndarray = self.pages.indices.reshape(-1)[self._known(row)]
         return indices
 
     def windows(
@@ -99,7 +110,7 @@ class VideoFeature(Feature):
         for number in range(int((times[-1] - times[0] + slack) / step) + 1):
             start = float(times[0]) + number * step
             first, last = np.searchsorted(times, [start - slack, start + seconds - slack])
-            yield start, self.values(self._frame_bits(rows[first:last]))
+            yield start, self.values(self.frame_bits(rows[first:last]))
 
     def sampled(
         self,
@@ -149,23 +160,37 @@ class VideoFeature(Feature):
 
     def _rows_of(self, row: int) -> np.ndarray:
         """Return where the frames of a clip are, as rows of the flattened pages."""
-        clip = self._clips.loc[row, ["digest", "start_seconds", "end_seconds"]]
-        return self.pages.frames_of(*clip)
+        return np.arange(*self.spans[row])
+
+    def _known(self, row: int) -> np.ndarray:
+        (row,) = self.rows([row])
+        if not len(frames := self._rows_of(int(row))):
+            raise LookupError(self._invalid_message(np.array([row])))
+        return frames
 
     def _checked(self, row: int) -> np.ndarray:
         if not self.valid[row]:
             raise LookupError(self._invalid_message(np.array([row])))
         return self._rows_of(row)
 
-    def _frame_bits(self, rows: np.ndarray) -> np.ndarray:
-        """Read the stored bits of frames, each page once."""
-        pages, of_frame = np.unique(rows // PAGE_FRAMES, return_inverse=True)
-        out = np.empty((len(pages), *self.shape[1:]), self._stored)
-        if absent := self._bits(pages, out, verify=True):
+    def frame_bits(
+        self, rows: np.ndarray, out: np.ndarray | None = None, verify: bool = True
+    ) -> np.ndarray:
+        """Read the stored bits of frames, rows of the flattened pages, (len(rows), ...).
+
+        Raises:
+            Damaged: A shard's file is missing, truncated or changed.
+        """
+        out = np.empty((len(rows), *self.shape[2:]), self._stored) if out is None else out
+        pages, frames = np.divmod(rows, PAGE_FRAMES)
+        try:
+            absent = self._reader.read_items(pages, frames, out, verify)
+        except Unreadable as error:
+            raise Damaged(self._damage_message(error.row, str(error))) from error
+        if absent:
             page = int(pages[absent].min())
             raise Damaged(self._damage_message(page, "it has no chunk for a page marked done"))
-        frames: np.ndarray = out[of_frame, rows % PAGE_FRAMES]
-        return frames
+        return out
 
 
 class SampledFeature(Feature):
@@ -202,28 +227,43 @@ class SampledFeature(Feature):
         """Mask of clips whose frames are all valid, bool [clips]."""
         return self.source.valid
 
+    @property
+    def overflowed(self) -> np.ndarray:
+        """Mask of clips of which the column cannot represent a frame, bool [clips]."""
+        return self.source.overflowed
+
     def indices(self, row: int) -> np.ndarray:
         """Return the display indices in the file of the T frames of a clip, int64 [T]."""
-        indices: np.ndarray = self.source.pages.indices.reshape(-1)[self._chosen(row)]
+        indices: np.ndarray = self.source.pages.indices.reshape(-1)[
+            self._chosen(self.rows([row]))[0]
+        ]
         return indices
+
+    def _chosen(self, rows: np.ndarray) -> np.ndarray:
+        """Return where the frames of clips are: rows of the flattened pages, int64 [n, T]."""
+        unknown = np.unique(rows[self._frame_rows[rows, 0] < 0])
+        if len(unknown):
+            choose = importlib.import_module(SAMPLING).chooser(self.frame_set)
+            times = self.source.pages.times.reshape(-1)
+            for row in unknown.tolist():
+                first, last = self.source.spans[row]
+                seed = self._keys[row].tobytes().hex()
+                self._frame_rows[row] = first + choose(times[first:last], seed)
+        chosen_rows: np.ndarray = self._frame_rows[rows]
+        return chosen_rows
 
     @cached_property
     def _keys(self) -> np.ndarray:
         return row_keys(self._clips)
 
-    def _chosen(self, row: int) -> np.ndarray:
-        rows = self.source._rows_of(row)
-        times = self.source.pages.times.reshape(-1)[rows]
-        choose = importlib.import_module(SAMPLING).indices
-        chosen: np.ndarray = rows[choose(self.frame_set, times, self._keys[row].tobytes().hex())]
-        return chosen
+    @cached_property
+    def _frame_rows(self) -> np.ndarray:
+        """The chosen frames of each clip, int64 [clips, T]; -1 until they are first asked for."""
+        return np.full((len(self._clips), self.frame_set.frames), -1, np.int64)
 
     def _bits(self, rows: np.ndarray, out: np.ndarray, verify: bool) -> list[int]:
-        chosen = [self._chosen(row) for row in rows.tolist()]
-        if not chosen:
-            return []
-        flat = np.concatenate(chosen)
-        out[:] = self.source._frame_bits(flat).reshape(out.shape)
+        frames = self._chosen(rows).reshape(-1)
+        self.source.frame_bits(frames, out.reshape(-1, *self.shape[2:]), verify)
         return []
 
     def to_dask(self) -> Any:

@@ -67,6 +67,22 @@ class ZarrReader:
             np.take(cells, positions, axis=0, out=out, mode="clip")
         return [int(index) for index in np.flatnonzero(self._is_fill(out))]
 
+    def read_items(
+        self, rows: np.ndarray, items: np.ndarray, out: np.ndarray, verify: bool = True
+    ) -> list[int]:
+        """Copy items of cells into `out`, each cell read once; see `Reader`."""
+        distinct, of_item = np.unique(rows, return_inverse=True)
+        cell, absent = self._array.shape[1:], []
+        step = max(1, REQUEST_BYTES // (int(np.prod(cell)) * out.dtype.itemsize))
+        for start in range(0, len(distinct), step):
+            part = distinct[start : start + step]
+            cells = np.empty((len(part), *cell), out.dtype)
+            missing = self.read(part, cells, verify)
+            indices = np.flatnonzero((of_item >= start) & (of_item < start + step))
+            out[indices] = cells[of_item[indices] - start, items[indices]]
+            absent += indices[np.isin(of_item[indices] - start, missing)].tolist()
+        return absent
+
     def _slice(self, first: int, last: int) -> Any:
         for _ in range(TRIES):
             before = self._version(first, last)

@@ -23,6 +23,7 @@ FLOORS = [
         "varve.pipeline.progress",
         "varve.pipeline.units",
         "varve.pipeline.main_guard",
+        "varve.pipeline.precision",
     },
     {"varve.pipeline.datasets", "varve.pipeline.decoders", "varve.pipeline.backbones"},
     {"varve.pipeline.extraction"},
@@ -171,7 +172,10 @@ def test_no_folder_has_more_than_twenty_modules():
     [
         ("varve", ["torch", "numpy", "dask", "varve.pipeline"]),
         ("varve.stores", ["torch", "av", "varve.pipeline", "varve.heads", "dask", "obstore"]),
-        ("varve.heads.nearest_mean", ["av", "zarr", "varve.stores", "varve.pipeline", "dask"]),
+        (
+            "varve.heads.closed_form.nearest_mean",
+            ["av", "zarr", "varve.stores", "varve.pipeline", "dask"],
+        ),
         ("varve.pipeline.decoders", ["torch", "dask", "zarr", "pandas"]),
         ("varve.pipeline.cli.format_store", ["torch", "av", "dask"]),
         ("varve.pipeline.cli.app", ["torch", "dask", "zarr", "av", "pandas", "numpy"]),

@@ -47,7 +47,7 @@ def test_the_examples_pass_the_checks_of_every_head(folder):
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert "46 passed" in done.stdout
+    assert "48 passed" in done.stdout
 
 
 def test_the_page_runs(folder, monkeypatch, capsys):

@@ -13,8 +13,9 @@ from the command line (`--plugin mine.py --set graft=mine`) and by the contract 
     forward(x) -> Tensor
         Map the stage's input to an output of the stage's shape, type and memory format.
 
-Shapes: N = B * T frames, clip by clip and in order, T frames per clip. Tokens [N, L, C] with P
-class and register tokens first (option `prefix`), maps [N, C, H, W], channels_last on ResNets.
+Shapes: N = B * T frames, clip by clip and in order, T frames per clip (in a 3D network, the
+time steps of the stage). Tokens [N, L, C] with P class and register tokens first (option `prefix`),
+maps [N, C, H, W], channels_last on ResNets.
 
 The options `channels` or `width` (C), `frames` (T), `prefix` (P), `classifier` and `seed` are
 filled by the head, where `build` has them; every other option needs a default or is given by the

@@ -1,7 +1,7 @@
 """Operations on frames in the first axis as clips of T frames."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def frames_of(graft: object, inner: object, frames: int) -> int:
@@ -19,6 +19,31 @@ def frames_of(graft: object, inner: object, frames: int) -> int:
             "grafts on one stage see the same clips, so give both the same number"
         )
     return frames
+
+
+def given_steps(inner: nn.Module, steps: int) -> int:
+    """Return the number of time steps of a clip that a stage is given, of which it makes `steps`.
+
+    They differ where a stage of a 3D network merges time steps; its module has `mixes_time`.
+    """
+    for part in inner.modules():
+        if getattr(part, "mixes_time", False) and (frames := getattr(part, "frames", 0)):
+            return int(frames)
+    return steps
+
+
+def refuse_video_stage(graft: object, inner: nn.Module) -> None:
+    """Refuse a stage of a 3D network, whose modules declare `mixes_time`.
+
+    Raises:
+        ValueError: A part of the stage mixes the time steps of a clip by itself.
+    """
+    if any(getattr(part, "mixes_time", False) for part in inner.modules()):
+        raise ValueError(
+            f"{type(graft).__name__} on a block of a 3D network, which mixes the time steps of a "
+            "clip by itself: it is for networks that compute each frame alone, such as resnet18. "
+            "Train the block without it"
+        )
 
 
 def by_clip(x: Tensor, frames: int) -> Tensor:

@@ -20,6 +20,9 @@ m = (w - min + e / 2) / (max - min + e) with e = 1e-6, so that a row without pre
 untrained one, is the identity. On ViT tokens the mean is over the patches, and the factors apply to
 every token, also to the class token, which later stages read.
 
+On a block of a 3D network, T are the time steps that the block gives, which may be fewer than it is
+given: the mean is over time and space, and the factors apply to each time step and position.
+
 Shapes: N = B * T frames, C channels, K classes, F = C_fc; L tokens with P prefix tokens first.
 """
 
@@ -29,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from varve.heads.grafts._clips import by_clip, frames_of
+from varve.heads.grafts._clips import by_clip, frames_of, given_steps
 from varve.heads.grafts._inner import train_unless_frozen
 
 EPS = 1e-6
@@ -48,11 +51,19 @@ class ClassRegularization(nn.Module):
         classifier: Module with a `weight` [K, F], a row per class, or [K, P, F], P vectors per
             class; K may change, F may not.
         channels: Channels C of the stage's output.
-        frames: Number T of frames per clip; one class is predicted for the whole clip.
+        frames: Number T of frames per clip that the stage gives; one class is predicted for the
+            whole clip.
         strength: A, from 0 (the identity) to 1. The paper's text leaves it open; we use 0.1, 0.2,
             0.3, 0.4 by depth.
         prefix: Number P of class and register tokens; 0 on maps.
         seed: Seed of the projection from W_fc to W_i.
+
+    Attributes:
+        frames: Number of frames per clip that the stage is given.
+
+    Raises:
+        ValueError: An option is out of range, the classifier has no weight, or `forward` is given
+            clips of another number of frames, channels or prefix tokens.
     """
 
     code = "class_regularization/1"
@@ -82,7 +93,8 @@ class ClassRegularization(nn.Module):
         self.inner = inner
         self.classifier = classifier
         self.channels = channels
-        self.frames = frames_of(self, inner, frames)
+        self._steps = frames
+        self.frames = frames_of(self, inner, frames and given_steps(inner, frames))
         self.strength = strength
         self.prefix = prefix
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -94,13 +106,18 @@ class ClassRegularization(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.inner(x)
+        if len(out) * self.frames != len(x) * self._steps:
+            raise ValueError(
+                f"class regularization of clips of {self._steps} time steps, on a stage that gives "
+                f"{len(out)} for {len(x)}: give `frames` the time steps of the stage's output"
+            )
+        if not self.strength or not len(self.classifier.weight):
+            return out  # the identity, without its cost
         rows_KC = self._rows()
-        if not len(rows_KC):
-            return out
         wide = out.to(rows_KC.dtype)
         chosen_BC = _scaled(rows_KC[self._best(wide, rows_KC)])
         factors_BC = 2 * self.strength * chosen_BC + (1 - self.strength)
-        factors_NC = factors_BC.repeat_interleave(self.frames, dim=0)
+        factors_NC = factors_BC.repeat_interleave(self._steps, dim=0)
         factors = factors_NC[:, :, None, None] if out.ndim == 4 else factors_NC[:, None]
         return (wide * factors).to(out.dtype)
 
@@ -152,7 +169,7 @@ class ClassRegularization(nn.Module):
                 f"{list(out.shape)}: it takes maps [N, channels, H, W] with prefix=0, or tokens "
                 "[N, L, channels], the prefix being the stage's"
             )
-        return by_clip(pooled_NC, self.frames).mean(1)
+        return by_clip(pooled_NC, self._steps).mean(1)
 
     @torch.no_grad()
     def excitations(self) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from varve.heads.grafts._clips import frames_of, shift_left, shift_right
+from varve.heads.grafts._clips import frames_of, refuse_video_stage, shift_left, shift_right
 from varve.heads.grafts._inner import train_unless_frozen
 
 
@@ -55,6 +55,7 @@ class HFGate(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        refuse_video_stage(self, inner)
         self.inner = inner
         self.channels = channels
         self.frames = frames_of(self, inner, frames)

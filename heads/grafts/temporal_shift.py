@@ -18,7 +18,7 @@ import copy
 
 from torch import Tensor, nn
 
-from varve.heads.grafts._clips import by_clip, frames_of
+from varve.heads.grafts._clips import by_clip, frames_of, refuse_video_stage
 from varve.heads.grafts._inner import train_unless_frozen
 
 
@@ -65,6 +65,7 @@ class TemporalShift(nn.Module):
 
     def __init__(self, inner: nn.Module, frames: int, fold: int = 8) -> None:
         super().__init__()
+        refuse_video_stage(self, inner)
         conv = getattr(inner, "conv1", None)
         if not isinstance(conv, nn.Conv2d):
             parts = ", ".join(name for name, _ in inner.named_children()) or "no parts"

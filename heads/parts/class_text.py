@@ -60,8 +60,8 @@ class Given:
     def grown(self, classes: Sequence[int], text_CD: Tensor | None, like: Tensor) -> Self:
         if text_CD is None:
             raise ValueError(
-                "the task has no text features, as the network has no text tower: take a CLIP "
-                "network, or text='codes'"
+                "the task has no text features: the network has no text tower, or its features are "
+                "whitened. Take a CLIP network without `whiten`, or text='codes' or 'means'"
             )
         expected = (len(classes), like.shape[-1])
         if text_CD.shape != expected or not text_CD.isfinite().all():

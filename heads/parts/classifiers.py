@@ -47,6 +47,35 @@ class Linear(nn.Module):
         return self.forward(x_BW)
 
 
+class BiasCorrected(Linear):
+    """Compute gain_c (w_c x + b_c) + shift_c (BiC: Wu et al., CVPR 2019, Eq. 5).
+
+    The classes of one task have one gain and one shift. New columns have 1 and 0, which change
+    nothing, and training leaves them so, until `correct` sets them.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.gain = nn.Parameter(torch.ones(0), requires_grad=False)
+        self.shift = nn.Parameter(torch.zeros(0), requires_grad=False)
+
+    def grow(self, classes: int, rng: np.random.Generator | None = None) -> None:
+        added = classes - len(self.gain)
+        for name, value in (("gain", 1.0), ("shift", 0.0)):
+            before = getattr(self, name).detach()
+            grown = torch.cat([before, before.new_full((added,), value)])
+            setattr(self, name, nn.Parameter(grown, requires_grad=False))
+        super().grow(classes, rng)
+
+    def forward(self, x_BW: Tensor) -> Tensor:
+        return super().forward(x_BW) * self.gain + self.shift
+
+    def correct(self, columns_C: Tensor, gain: Tensor, shift: Tensor) -> None:
+        """Set gain and shift of some columns, bool [C]."""
+        with torch.no_grad():
+            self.gain[columns_C], self.shift[columns_C] = gain, shift
+
+
 class Cosine(nn.Module):
     """Compute cos(theta_c, x), or a weighted mean over P proxies per class: [B, C] in [-1, 1].
 

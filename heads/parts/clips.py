@@ -9,6 +9,7 @@ Shapes: N clips, B clips a batch, T frames, D feature width.
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,18 +34,25 @@ class Clips:
     """Clips of a task, a memory or a test set.
 
     Attributes:
-        features: Features by name, of one length and on one device.
+        features: Features by name, of one length and on one device: those of the plain view.
         labels: int64 [N], on the CPU.
         rows: int64 [N], on the CPU: ids in the table of clips.
+        views: Features of further views of the same clips, each by the same names.
 
     Raises:
-        ValueError: Features, labels and rows differ in length, or there is no clip.
+        ValueError: Features, labels and rows differ in length, or views in their features; or
+            there is no clip.
     """
 
     def __init__(
-        self, features: Mapping[str, Cells], labels: Tensor, rows: Tensor | None = None
+        self,
+        features: Mapping[str, Cells],
+        labels: Tensor,
+        rows: Tensor | None = None,
+        views: Sequence[Mapping[str, Cells]] = (),
     ) -> None:
         self.features = dict(features)
+        self.views = tuple(dict(view) for view in views)
         self.labels = labels.cpu()
         self.rows = torch.arange(len(labels)) if rows is None else rows.cpu()
         lengths = {name: len(cells) for name, cells in self.features.items()}
@@ -58,6 +66,9 @@ class Clips:
                 f"{len(labels)} labels and {len(self.rows)} rows for features of {lengths} clips: "
                 "every clip needs one of each, and there must be a clip"
             )
+        for view in self.views:
+            if {name: len(cells) for name, cells in view.items()} != lengths:
+                raise ValueError(f"a view has other features than {lengths}: give all the same")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,7 +84,8 @@ class Clips:
 
         Args:
             size: B; the last batch may be smaller.
-            generator: Draws the order; without one the order is that of the clips.
+            generator: Draws the order, and for each clip one of its views, the plain one among
+                them; without one the order is that of the clips, and the view the plain one.
 
         Raises:
             ValueError: The size is below 1.
@@ -83,7 +95,31 @@ class Clips:
         order = np.arange(len(self)) if generator is None else generator.permutation(len(self))
         batches = [torch.from_numpy(order[a : a + size]) for a in range(0, len(order), size)]
         streams = any(not getattr(cells, "in_memory", True) for cells in self.features.values())
-        return zip(batches, (ahead if streams else map)(self.__getitem__, batches), strict=True)
+        read: Callable[[Tensor], Batch] = self.__getitem__
+        if generator is not None and self.views:
+            views_N = torch.from_numpy(generator.integers(1 + len(self.views), size=len(self)))
+            read = partial(self._drawn, views_N)
+        return zip(batches, (ahead if streams else map)(read, batches), strict=True)
+
+    def _drawn(self, views_N: Tensor, indices: Tensor) -> Batch:
+        """Return the features of some clips in the views drawn for them."""
+        shifted = indices + len(self) * views_N[indices]
+        return {
+            name: Joined([view[name] for view in (self.features, *self.views)])[shifted].float()
+            for name in self.features
+        }
+
+    def each_view(self) -> list["Clips"]:
+        """Return the clips in each of their views alone, the plain one first."""
+        return [Clips(view, self.labels, self.rows) for view in (self.features, *self.views)]
+
+    def mapped(self, change: Callable[[str, Cells], Cells]) -> "Clips":
+        """Return the clips with other cells, `change(name, cells)`, in every view."""
+        plain, *views = (
+            {name: change(name, cells) for name, cells in view.items()}
+            for view in (self.features, *self.views)
+        )
+        return Clips(plain, self.labels, self.rows, views)
 
     def whole(self, name: str, size: int = 256) -> Tensor:
         """Return one feature of all clips, float32 [N, T, ...]."""
@@ -131,12 +167,71 @@ class Joined:
 
 def joined(*clips: Clips) -> Clips:
     """Return the concatenation of clips, such as those of a task and its memory."""
-    names = clips[0].features
-    return Clips(
-        {name: Joined([part.features[name] for part in clips]) for name in names},
-        torch.cat([part.labels for part in clips]),
-        torch.cat([part.rows for part in clips]),
+    plain, *views = (
+        {name: Joined([view[name] for view in parts]) for name in parts[0]}
+        for parts in zip(*((part.features, *part.views) for part in clips), strict=True)
     )
+    labels, rows = ([getattr(part, name) for part in clips] for name in ("labels", "rows"))
+    return Clips(plain, torch.cat(labels), torch.cat(rows), views)
+
+
+class _Part:
+    """Some of the cells of a feature, in an order."""
+
+    def __init__(self, cells: Cells, indices: Tensor) -> None:
+        self.cells, self.indices = cells, indices
+        self.in_memory = getattr(cells, "in_memory", True)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        return self.cells[self.indices[indices]]
+
+
+def part_of(clips: Clips, indices: Tensor) -> Clips:
+    """Return some clips, by their indices, int64 [n] on the CPU."""
+    plain, *views = (
+        {name: _Part(cells, indices) for name, cells in view.items()}
+        for view in (clips.features, *clips.views)
+    )
+    return Clips(plain, clips.labels[indices], clips.rows[indices], views)
+
+
+class _Repeated:
+    """The cells of a feature with a few of their time steps, repeated; see `sparse`."""
+
+    def __init__(self, cells: Cells, count: int) -> None:
+        self.cells, self.count = cells, count
+        self.in_memory = getattr(cells, "in_memory", True)
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        cells = self.cells[indices]
+        return cells[:, kept_frames(cells.shape[1], self.count)]
+
+
+def sparse(clips: Clips, count: int) -> Clips:
+    """Return clips of which a number of frames is known, each repeated in the place of others."""
+    return clips.mapped(lambda _, cells: _Repeated(cells, count))
+
+
+def thinned(batch: Batch, count: int) -> Batch:
+    """Return a batch as `sparse` gives it."""
+    return {name: x[:, kept_frames(x.shape[1], count)] for name, x in batch.items()}
+
+
+def kept_frames(frames: int, count: int) -> list[int]:
+    """Return for each of T frames the nearest of `count` kept ones, the centres of equal segments.
+
+    >>> kept_frames(8, 1), kept_frames(8, 2), kept_frames(3, 8)
+    ([4, 4, 4, 4, 4, 4, 4, 4], [2, 2, 2, 2, 2, 6, 6, 6], [0, 1, 2])
+    """
+    count = min(count, frames)
+    kept = [(2 * segment + 1) * frames // (2 * count) for segment in range(count)]
+    return [min(kept, key=lambda centre: (abs(centre - t), centre)) for t in range(frames)]
 
 
 def frames(batch: Batch, name: str, width: int | None = None) -> Tensor:

@@ -11,7 +11,7 @@ after it.
 Shapes: N clips, B clips a batch, W width of a clip's vector, C classes, M exemplars.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from varve.heads import Task
-from varve.heads.parts.clips import Clips, joined
+from varve.heads.parts.clips import Clips, joined, part_of, sparse
 
 CHOICES = ("herding", "random")
 
@@ -65,16 +65,24 @@ class ExemplarConfig:
         shared: Whether the budget is that of all classes together. It is split evenly, and the
             remainder of the division is not used.
         choice: `herding`, or `random`, a draw without replacement.
+        exemplar_frames: Number of frames of an exemplar that are kept, the centres of equal
+            segments; they are replayed in the place of all T. 0 keeps all. With fewer frames a
+            memory of one size holds more clips: compare methods at equal budget x frames.
 
     Raises:
-        ValueError: The budget is negative, or there is no such choice.
+        ValueError: The budget or the number of frames is negative, or there is no such choice.
     """
 
     budget: int = 5
     shared: bool = False
     choice: str = "herding"
+    exemplar_frames: int = 0
 
     def __post_init__(self) -> None:
+        if self.exemplar_frames < 0:
+            raise ValueError(
+                f"exemplar_frames={self.exemplar_frames}: give a number of frames, or 0 for all"
+            )
         if self.budget < 0 or self.choice not in CHOICES:
             raise ValueError(
                 f"budget={self.budget} exemplars by choice={self.choice!r}: give at least 0, "
@@ -136,7 +144,16 @@ class Exemplars:
                 f"{len(self.rows)} exemplars are kept and the task's memory has {len(rows)} "
                 "clips, not the same ones: give `memory` the clips of the rows in `exemplars`"
             )
-        return joined(task.clips, task.memory)
+        return joined(task.clips, self.replayed(task.memory))
+
+    @property
+    def frames(self) -> int:
+        """Number of frames of an exemplar that are kept; 0 for all."""
+        return 0 if self.config is None else self.config.exemplar_frames
+
+    def replayed(self, clips: Clips) -> Clips:
+        """Return clips as they are replayed, with the frames that are kept of exemplars."""
+        return sparse(clips, self.frames) if self.frames else clips
 
     def select(
         self,
@@ -145,17 +162,20 @@ class Exemplars:
         task_classes: list[int],
         classes: list[int],
         rng: np.random.Generator,
+        encode: Callable[[Clips], Tensor],
     ) -> tuple[Self, Tensor]:
         """Return the exemplars after a task, and their indices among its clips.
 
         For classes of the task, known or new, exemplars are selected anew. For other classes the
-        first ones stay.
+        first ones stay. The class means are those of exemplars as they are replayed.
 
         Args:
             vectors_NW: Vectors of `clips`, by the model that the task has trained.
             clips: The clips of `rehearsal`.
             task_classes: Classes of the task.
             classes: All classes, in the order of the columns.
+            rng: Draws, where choice="random".
+            encode: Returns the vectors of other clips by the same model, [M, W].
         """
         quota = self.quota(len(classes))
         rank = {row: number for number, row in enumerate(self.rows.tolist())}
@@ -178,7 +198,10 @@ class Exemplars:
         exemplars = type(self)(self.config, self.least)
         kept = torch.cat(selected)
         exemplars.rows, exemplars.labels = clips.rows[kept], clips.labels[kept]
-        exemplars.update_means(vectors_NW[kept.to(vectors_NW.device)])
+        if len(kept) and self.frames:
+            exemplars.update_means(encode(self.replayed(part_of(clips, kept))))
+        else:
+            exemplars.update_means(vectors_NW[kept.to(vectors_NW.device)])
         return exemplars, kept
 
     def update_means(self, vectors_MW: Tensor) -> None:

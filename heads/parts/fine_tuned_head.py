@@ -7,20 +7,19 @@ of the loss (`FineTunedHead.task_loss`). Its CNN is the classifier, its NME that
 With nothing added it is fine-tuning with rehearsal, the baseline of such a method; with budget=0 it
 is the fine-tuning of the papers' tables, without exemplars.
 
-As in TCD (Park et al., ICCV 2021), whose recipe HCE's is, the classifier is one of cosines to
-proxies, and is tuned on the exemplars after each task: otherwise the new clips outweigh the few
-exemplars, and all methods look alike.
+The classifier is PODNet's, of cosines to ten proxies per class, which the code of TCD (Park et al.,
+ICCV 2021) has with one. As TCD does, it is tuned on the exemplars after each task: otherwise the
+new clips outweigh the few exemplars, and all methods look alike.
 
 Ours: the optimiser of all heads where a method has none of its own; the parameters of batch norms
-train while their statistics are frozen (`batch_norm`), as TCD has it for all but the first; new
-columns of a cosine classifier are imprinted, in the first task too, and do not decay (see
+train while their statistics are frozen (`batch_norm`), where TCD freezes both of all but the first;
+new columns of a cosine classifier are imprinted, in the first task too, and do not decay (see
 `varve.heads.lucir`).
 
 Shapes: B clips, T frames, C classes, W width of a clip's vector.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,13 +32,14 @@ from varve.heads import Network, Task
 from varve.heads.grafts import fill_options
 from varve.heads.parts import classifiers, models
 from varve.heads.parts.classifiers import Classifier
-from varve.heads.parts.clips import Batch, Clips
+from varve.heads.parts.clips import Batch, part_of
 from varve.heads.parts.encoders import EncoderConfig
 from varve.heads.parts.exemplars import ExemplarConfig, Exemplars, balanced
 from varve.heads.parts.expert import PRECISIONS
+from varve.heads.parts.losses import square_grid
 from varve.heads.parts.models import TaskLoss, TaskTraining
 from varve.heads.parts.trainable_suffix import VECTOR, Passed, TrainableSuffix
-from varve.heads.parts.training import OptimConfig, fit
+from varve.heads.parts.training import OptimConfig, fit, tune
 
 Graft = Callable[[nn.Module], nn.Module]
 CLASSIFIERS = ("lsc", "linear")
@@ -55,7 +55,8 @@ class FineTunedHead:
         encoder: Options of the temporal encoder.
         exemplars: Options of the exemplars. With budget=0 the classifier is not tuned, and there is
             no NME.
-        batch_norm: `frozen` or `trained`, for the statistics of batch norms.
+        batch_norm: `frozen` or `trained`, for the statistics of batch norms; `fixed` freezes their
+            affine parameters too.
         drop: Dropout rate of a clip's vector in training.
         tune_epochs: Number of epochs in which the classifier alone is trained after each task but
             the first: class-balanced fine-tuning on equally many exemplars per class, where those
@@ -75,9 +76,14 @@ class FineTunedHead:
             float32.
         seed: Seed of everything that is drawn.
 
+    Attributes:
+        tunes_old: Whether the tuning changes the proxies of old classes too.
+
     Raises:
         ValueError: An option is out of range, or is not one of the choices.
     """
+
+    tunes_old = True
 
     def __init__(
         self,
@@ -123,9 +129,13 @@ class FineTunedHead:
         self._network: Network | None = None
         self._suffix: TrainableSuffix | None = None
         self._model: models.Model[Classifier] | None = None
-        self._exemplars = Exemplars(exemplars, least=0)
+        self._exemplars = self.build_exemplars(exemplars)
 
     # Hooks of a method
+
+    def build_exemplars(self, config: ExemplarConfig) -> Exemplars:
+        """Return a memory without exemplars."""
+        return Exemplars(config, least=0)
 
     def build_classifier(self, width: int) -> Classifier:
         """Return a classifier of vectors of a width, without columns."""
@@ -149,6 +159,15 @@ class FineTunedHead:
     def task_loss(self, training: TaskTraining) -> TaskLoss:
         """Return the terms of a task's loss. The classifier has columns for the new classes."""
         return TaskLoss()
+
+    def after_selection(self, training: TaskTraining, exemplars: Exemplars, kept: Tensor) -> None:
+        """Run once the exemplars are selected, before the classifier is tuned on them.
+
+        Args:
+            training: The training, at its end.
+            exemplars: The exemplars after the task.
+            kept: int64, their indices among the clips of the training.
+        """
 
     # What the runner calls
 
@@ -178,6 +197,9 @@ class FineTunedHead:
         assert self._suffix is not None
         return self._suffix.suffix
 
+    def modules(self) -> Iterable[tuple[str, nn.Module]]:
+        return models.modules(self._model, self._suffix)
+
     @property
     def trainable(self) -> int:
         trained = {} if self._suffix is None else self._suffix.own()
@@ -187,19 +209,29 @@ class FineTunedHead:
     def exemplars(self) -> Tensor:
         return self._exemplars.rows
 
+    def check_classes(self, classes: int) -> None:
+        self._exemplars.quota(classes)
+
     def learn(self, task: Task) -> None:
         training, generator = self._start_training(task)
         terms = self.task_loss(training)
         self._train(training, terms, generator)
+        terms.on_trained()
         vectors_NW = training.vectors()
         exemplars, kept = self._exemplars.select(
-            vectors_NW, training.clips, task.classes, training.classes, training.rng
-        )
+            vectors_NW, training.clips, task.classes, training.classes, training.rng,
+            encode=training.vectors,
+        )  # fmt: skip
+        self.after_selection(training, exemplars, kept)
         if self._tuning_epochs:
-            indices = kept[balanced(exemplars.labels)]
-            self._tune(training, vectors_NW[indices.to(vectors_NW.device)], indices)
+            replayed = exemplars.replayed(part_of(training.clips, kept))
+            vectors_MW = vectors_NW[kept.to(vectors_NW.device)]
+            if exemplars.frames:
+                vectors_MW = training.vectors(replayed)
+            indices = balanced(exemplars.labels)
+            self._tune(training, vectors_MW[indices.to(vectors_MW.device)], kept[indices])
             if training.suffix.looks:
-                exemplars.update_means(training.vectors(kept))
+                exemplars.update_means(training.vectors(replayed))
         self.classes, self._exemplars = training.classes, exemplars
         self._model, self._suffix = training.model, training.suffix
         terms.on_task_end()
@@ -273,24 +305,20 @@ class FineTunedHead:
 
     def _tune(self, training: TaskTraining, vectors_MW: Tensor, indices: Tensor) -> None:
         """Train weight and bias of the classifier alone, on the vectors of some clips."""
-        classifier, device = training.classifier, training.device
-        clips = Clips({models.ENCODED: vectors_MW}, training.clips.labels[indices])
-        columns_M = training.columns_N[indices]
-        no_offsets_C = torch.zeros(len(training.classes), device=device)
+        classifier, columns_M = training.classifier, training.columns_N[indices]
+        no_offsets_C = torch.zeros(len(training.classes), device=training.device)
         if isinstance(classifier, classifiers.Cosine):
-            classifier.frozen = None
+            classifier.frozen = None if self.tunes_old else ~training.in_task_C
         before, epochs = self._training_epochs, self._tuning_epochs
 
-        def step(indices: Tensor, batch: Batch) -> Tensor:
-            x_BW, columns_B = batch[models.ENCODED], columns_M[indices].to(device)
+        def loss(x_BW: Tensor, columns_B: Tensor) -> Tensor:
             return self.classification_loss(classifier, x_BW, columns_B, no_offsets_C)
 
         def on_epoch_end(done: int, _: int, loss: float) -> None:
             training.task.on_epoch_end(before + done, before + epochs, loss)
 
-        trained = [p for name, p in classifier.named_parameters() if name != "scale"]
-        optim = replace(self._optim, lr=self._tune_lr, weight_decay=0.0)
-        fit(step, trained, clips, optim, epochs=epochs, rng=training.rng, on_epoch_end=on_epoch_end)
+        tune(classifier, loss, vectors_MW, columns_M, replace(self._optim, lr=self._tune_lr),
+             epochs=epochs, rng=training.rng, on_epoch_end=on_epoch_end)  # fmt: skip
 
     def scores(self, batch: Batch) -> Tensor:
         return models.scores(self._model, self.frame_vectors(batch))
@@ -335,7 +363,7 @@ class FineTunedHead:
     ) -> tuple[models.Model[Classifier], TrainableSuffix]:
         """Return copies of what was learned, or new ones before the first task."""
         network = self.network
-        like = torch.zeros(1, network.frames, network.shape(VECTOR)[-1], device=device)
+        like = torch.zeros(1, network.time_steps(VECTOR), network.shape(VECTOR)[-1], device=device)
         model = self._config.trainable_copy(self._model, {VECTOR: like}, rng)
         suffix = self._new_suffix(model).to(device)
         if self._suffix is not None:
@@ -360,16 +388,20 @@ class FineTunedHead:
 
 
 def grid(shape: Sequence[int]) -> tuple[int, int]:
-    """Return the channels of a stage's output, and the number of tokens before its square grid."""
+    """Return the channels of a stage's output, and the number of tokens before its square grid.
+
+    Raises:
+        ValueError: The patches form no square grid.
+    """
     if len(shape) == 3:
         return shape[0], 0
-    return shape[1], shape[0] - math.isqrt(shape[0]) ** 2
+    return shape[1], square_grid(shape[0])[1]
 
 
 def stage_options(network: Network, stage: str) -> dict[str, Any]:
     """Return the options of a graft that its stage decides: channels, frames and prefix."""
     channels, prefix = grid(network.shape(stage))
-    return {"channels": channels, "frames": network.frames, "prefix": prefix}
+    return {"channels": channels, "frames": network.time_steps(stage), "prefix": prefix}
 
 
 def _dropout(x_BW: Tensor, rate: float, generator: torch.Generator) -> Tensor:

@@ -34,6 +34,7 @@ from torch.nn.functional import (
 )
 
 DISTILLATIONS = ("fssd", "uniform", "none")
+MOST_PREFIX = 16  # class and register tokens before the patches
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,13 @@ def less_forget(x_BW: Tensor, teacher_BW: Tensor) -> Tensor:
     return 1 - (normalize(x_BW, dim=1) * normalize(teacher_BW, dim=1)).sum(dim=1).mean()
 
 
+def positions(x: Tensor) -> Tensor:
+    """Return maps [N, c, H, V], tokens [N, L, c] or vectors [N, c] as [N, S, c]."""
+    if x.ndim == 4:
+        return x.flatten(2).mT
+    return x[:, None] if x.ndim == 2 else x
+
+
 def softened(logits_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
     """Return the mean of T^2 KL(softmax(teacher / T) || softmax(x / T)) (Hinton et al., 2015)."""
     teacher_BK, logits_BK = (x.div(temperature).log_softmax(dim=1) for x in (teacher_BK, logits_BK))
@@ -203,6 +211,24 @@ def nca(cosines_BC: Tensor, columns_B: Tensor, scale: Tensor, margin: float = 0.
     return (others_BC.logsumexp(dim=1) - label_B).clamp(min=0).mean()
 
 
+def nca_as_coded(scores_BC: Tensor, columns_B: Tensor) -> Tensor:
+    """Return the NCA loss of TCD's and PODNet's public code without a hinge, the mean over clips.
+
+        log( exp(max_c s_c) + sum_(others) exp(s_c) ) - s_label
+
+    The code means to leave the label out of the sum, and puts the greatest score there instead.
+    Where the label has the greatest score this is cross entropy.
+
+    Args:
+        scores_BC: s, cosines times eta.
+        columns_B: int64, the column of each clip's label.
+    """
+    greatest_B1 = scores_BC.amax(dim=1, keepdim=True)
+    label_B1 = columns_B[:, None]
+    summed_BC = scores_BC.scatter(1, label_B1, greatest_B1)
+    return (summed_BC.logsumexp(dim=1) - scores_BC.gather(1, label_B1)[:, 0]).mean()
+
+
 def pooled(outputs: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Return PODNet's POD-spatial, the mean over frames and stages.
 
@@ -220,13 +246,31 @@ def pooled(outputs: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     return torch.stack([(pool(h) - pool(g)).norm(dim=1).mean() for h, g in pairs]).mean()
 
 
+def square_grid(tokens: int) -> tuple[int, int]:
+    """Return the side of the square grid of patch tokens, and the number of tokens before it.
+
+    >>> square_grid(197)
+    (14, 1)
+
+    Raises:
+        ValueError: The patches form no square grid, as those of a clip.
+    """
+    side = math.isqrt(tokens)
+    prefix = tokens - side**2
+    if prefix > MOST_PREFIX:
+        raise ValueError(
+            f"{tokens} tokens, whose patches form no square grid of a frame: choose a head that "
+            "trains no blocks, such as linear or icarl, or a network of frames or maps"
+        )
+    return side, prefix
+
+
 def pool(h: Tensor) -> Tensor:
     """Return p of POD-spatial for each frame, [B * T, ...]."""
     squares = h.flatten(0, 1) ** 2
     first = squares[:, :0, :0]
     if squares.ndim == 3:
-        side = math.isqrt(squares.shape[1])
-        prefix = squares.shape[1] - side**2
+        side, prefix = square_grid(squares.shape[1])
         first, grid = squares[:, :prefix], squares[:, prefix:]
         squares = grid.reshape(len(grid), side, side, -1).permute(0, 3, 1, 2)
     sums = [squares.sum(dim=3), squares.sum(dim=2), first]

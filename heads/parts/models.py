@@ -1,10 +1,13 @@
 """Models that gradient descent trains: a temporal encoder of clips and a classifier.
 
+With `blocks` a model has the last blocks of the network too, before the encoder. They start as
+published, train with it, and are read from a cached feature: the output of the block before them.
+
 Shapes: N clips, B clips a batch, T frames, D feature width, W width of a clip's vector, C classes.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -14,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from varve.heads import Task
+from varve.heads import Network, Task
 from varve.heads.parts.classifiers import Classifier, columns
-from varve.heads.parts.clips import Batch, Clips, frames
+from varve.heads.parts.clips import Batch, Clips, frames, thinned
 from varve.heads.parts.encoders import Encoder, EncoderConfig
 from varve.heads.parts.exemplars import ExemplarConfig, Exemplars
-from varve.heads.parts.trainable_suffix import TrainableSuffix
+from varve.heads.parts.trainable_suffix import BATCH_NORM, VECTOR, TrainableSuffix
 from varve.heads.parts.training import OptimConfig, fit
 
 ENCODED = "encoded"
@@ -29,10 +32,17 @@ BATCH = 40  # clips at a time through a part of the network, where nothing is tr
 class Model[K: nn.Module](nn.Module):
     """Map a batch to the outputs of the classifier, [B, C]."""
 
-    def __init__(self, feature: str, encoder: Encoder, classifier: K) -> None:
+    def __init__(
+        self,
+        feature: str,
+        encoder: Encoder,
+        classifier: K,
+        network: TrainableSuffix | None = None,
+    ) -> None:
         super().__init__()
         self.feature, self.encoder = feature, encoder
         self.classifier: K = classifier
+        self.network = network
 
     def forward(self, batch: Batch) -> Tensor:
         out: Tensor = self.classifier(self.vectors(batch))
@@ -46,18 +56,29 @@ class Model[K: nn.Module](nn.Module):
         """
         if ENCODED in batch:
             return batch[ENCODED]
+        if self.network is not None:
+            batch = self.network(batch)[0]
         out: Tensor = self.encoder(self.encoder.check(frames(batch, self.feature), self.feature))
         return out
 
     def encode(self, clips: Clips) -> Clips:
         """Return clips whose vectors are computed once, in the place of their features."""
+        size = 256 if self.network is None else BATCH
         with torch.no_grad():
-            parts = [self.vectors(batch) for _, batch in clips.batches(256)]
-        return Clips({ENCODED: torch.cat(parts)}, clips.labels, clips.rows)
+            plain, *views = (
+                {ENCODED: torch.cat([self.vectors(batch) for _, batch in view.batches(size)])}
+                for view in clips.each_view()
+            )
+        return Clips(plain, clips.labels, clips.rows, views)
 
     def prepare(self, clips: Clips) -> Clips:
-        """Return clips to train on, encoded where the encoder has no parameters."""
-        return clips if [*self.encoder.parameters()] else self.encode(clips)
+        """Return clips to train on, encoded where no parameter comes before the classifier."""
+        return clips if self.body() else self.encode(clips)
+
+    def body(self) -> list[nn.Parameter]:
+        """Return the trained parameters before the classifier: blocks and encoder."""
+        blocks = [] if self.network is None else [*self.network.own().values()]
+        return [*blocks, *self.encoder.parameters()]
 
     def on(self, batch: Batch) -> Self:
         """Move the model to the device of a batch."""
@@ -91,7 +112,8 @@ class ModelConfig[K: nn.Module]:
             _, T, D = x_BTD.shape
             model = self._new(T, D, rng)
         model.encoder.check(x_BTD, self.feature)
-        return copy.deepcopy(model).on(first)
+        parts = copy.deepcopy((model.encoder, model.classifier))
+        return Model(self.feature, *parts).on(first)
 
     def load(self, state: Mapping[str, Tensor]) -> Model[K] | None:
         """Return the model whose `state_of` this was."""
@@ -102,7 +124,8 @@ class ModelConfig[K: nn.Module]:
         for name, empty in list(model.classifier.named_parameters()):
             loaded = state[f"classifier.{name}"]
             if loaded.shape != empty.shape:
-                setattr(model.classifier, name, nn.Parameter(torch.empty_like(loaded)))
+                empty = nn.Parameter(torch.empty_like(loaded), empty.requires_grad)
+                setattr(model.classifier, name, empty)
         model.load_state_dict({name: state[name] for name in model.state_dict()})
         return model
 
@@ -117,7 +140,9 @@ def state_of[K: nn.Module](model: Model[K] | None, classes: list[int]) -> dict[s
     if model is None:
         return state
     state["form"] = torch.tensor([model.encoder.frames, model.encoder.width])
-    return state | copies(model.state_dict())
+    state |= copies(model.encoder.state_dict(), "encoder.")
+    state |= copies(model.classifier.state_dict(), "classifier.")
+    return state | ({} if model.network is None else copies(model.network.state(), "network."))
 
 
 def copies(tensors: Mapping[str, Tensor], start: str = "") -> dict[str, Tensor]:
@@ -150,13 +175,56 @@ def scores[K: nn.Module](model: Model[K] | None, batch: Batch) -> Tensor:
 
 def trainable(model: nn.Module | None) -> int:
     """Return the number of values that a model trains."""
-    return 0 if model is None else sum(p.numel() for p in model.parameters())
+    return 0 if model is None else sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def modules[K: nn.Module](
+    model: Model[K] | None, suffix: TrainableSuffix | None
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model and of its trainable suffix; see `varve.heads.HasModules`."""
+    if suffix is not None:
+        yield "network", suffix.suffix
+    if model is not None:
+        yield "encoder", model.encoder
+        yield "classifier", model.classifier
 
 
 def vectors[K: nn.Module](model: Model[K] | None, batch: Batch) -> Tensor:
     """Return the vectors of a batch's clips without gradient, [B, W]."""
     with torch.no_grad():
         return learned(model).on(batch).vectors(batch)
+
+
+def consistent(
+    loss: Callable[[Batch], tuple[Tensor, Tensor]], batch: Batch, count: int, weight: float
+) -> Tensor:
+    """Return vCLIMB's loss of clips and of their sparse versions, which agree.
+
+    Villa et al., "vCLIMB: A Novel Video Class Incremental Learning Benchmark", CVPR 2022, as its
+    code has it: (L(x) + L(s)) / 2 + weight mean (o(x) - o(s))^2, where s has `count` frames of x.
+
+    Args:
+        loss: Returns the mean loss of a batch, and its outputs o, [B, C].
+        batch: Features of the clips.
+        count: Number of frames of the sparse versions.
+        weight: Weight of the distance between the outputs.
+    """
+    whole, outputs_BC = loss(batch)
+    sparse, sparse_BC = loss(thinned(batch, count))
+    return (whole + sparse) / 2 + weight * (outputs_BC - sparse_BC).square().mean()
+
+
+def check_consistency(weight: float, exemplars: ExemplarConfig | None) -> None:
+    """Check the options of `consistent`: it needs the number of frames that exemplars keep.
+
+    Raises:
+        ValueError: The weight is negative, or exemplars keep all frames.
+    """
+    if weight < 0 or (weight and not (exemplars and exemplars.exemplar_frames)):
+        raise ValueError(
+            f"consistency={weight}: give a weight of at least 0, and with it exemplar_frames, the "
+            "number of frames of the sparse clips that whole clips are to agree with"
+        )
 
 
 @dataclass
@@ -207,14 +275,11 @@ class TaskTraining(Training[Classifier]):
 
     suffix: TrainableSuffix
 
-    def vectors(self, indices: Tensor | None = None) -> Tensor:
-        """Return the vectors of all clips, [N, W], or of those at some indices."""
-        indices = torch.arange(len(self.clips)) if indices is None else indices
+    def vectors(self, clips: Clips | None = None) -> Tensor:
+        """Return the vectors of some clips, [N, W], by default of all that are trained on."""
+        clips = self.clips if clips is None else clips
         with torch.no_grad():
-            parts = [
-                self.model.vectors(self.suffix(self.clips[some])[0])
-                for some in torch.split(indices, BATCH)
-            ]
+            parts = [self.model.vectors(self.suffix(batch)[0]) for _, batch in clips.batches(BATCH)]
         return torch.cat(parts)
 
 
@@ -246,18 +311,46 @@ class TaskLoss:
     def on_epoch_end(self) -> None:
         """Run after every epoch."""
 
+    def on_trained(self) -> None:
+        """Run after the last epoch, before the classifier is tuned."""
+
     def on_task_end(self) -> None:
         """Run once the head has kept what was trained."""
 
 
+@dataclass(frozen=True)
+class BlocksConfig:
+    """Options of the network's last blocks, where a head trains them.
+
+    Attributes:
+        blocks: Number of the network's last blocks that train; 0 for none. Their input is read
+            instead of `feature`.
+        batch_norm: `frozen`, `trained` or `fixed`; see `TrainableSuffix`.
+
+    Raises:
+        ValueError: `blocks` is negative, or there is no such `batch_norm`.
+    """
+
+    blocks: int = 0
+    batch_norm: str = "frozen"
+
+    def __post_init__(self) -> None:
+        if self.blocks < 0 or self.batch_norm not in BATCH_NORM:
+            raise ValueError(
+                f"blocks={self.blocks}, batch_norm={self.batch_norm!r}: give at least 0 blocks, "
+                f"and choose from {', '.join(BATCH_NORM)}"
+            )
+
+
 class ModelHead[K: Classifier]:
-    """A head that trains a model of cached vectors. A method is its classifier and its loss.
+    """A head that trains a model. A method is its classifier and its loss.
 
     Args:
         feature: Name of a feature of one vector per frame.
         encoder: Options of the temporal encoder.
         optim: Options of gradient descent.
         seed: Seed of everything that is drawn.
+        blocks: The network's last blocks, where they train too.
 
     Attributes:
         build_classifier: Makes a classifier without columns from W.
@@ -265,6 +358,7 @@ class ModelHead[K: Classifier]:
 
     build_classifier: Callable[[int], K]
     _trains = True
+    _sees_frames = False  # whether `loss` needs the frames of clips where no encoder trains
 
     def __init__(
         self,
@@ -272,9 +366,17 @@ class ModelHead[K: Classifier]:
         encoder: EncoderConfig = EncoderConfig(),
         optim: OptimConfig = OptimConfig(),
         seed: int = 0,
+        blocks: BlocksConfig = BlocksConfig(),
     ) -> None:
-        self.reads = (feature,)
+        if blocks.blocks and feature != VECTOR:
+            raise ValueError(
+                f"{feature=} with blocks={blocks.blocks}: what is read is the input of the first "
+                "block that trains. Leave one of them out"
+            )
+        self.reads = (f"blocks.-{blocks.blocks + 1}",) if blocks.blocks else (feature,)
         self.classes: list[int] = []
+        self._blocks = blocks
+        self._network: Network | None = None
         self._config = ModelConfig(feature, encoder, self.build_classifier)
         self._optim, self._seed = optim, seed
         self._model: Model[K] | None = None
@@ -287,11 +389,29 @@ class ModelHead[K: Classifier]:
 
     def parameters(self, model: Model[K]) -> Iterable[nn.Parameter] | Iterable[dict[str, Any]]:
         """Return the parameters that train, or groups of them; see `fit`."""
-        return model.parameters()
+        return [*model.body(), *model.classifier.parameters()]
 
     def start(self, first: Batch, rng: np.random.Generator) -> Model[K]:
         """Return the model to train, for the shape of a first clip."""
-        return self._config.trainable_copy(self._model, first, rng)
+        return self.copy_of(self._model, first, rng)
+
+    def copy_of(self, model: Model[K] | None, first: Batch, rng: np.random.Generator) -> Model[K]:
+        """Return a trainable copy of a model, or a new one, with the blocks that train."""
+        if not self._blocks.blocks:
+            return self._config.trainable_copy(model, first, rng)
+        network = self._new_blocks().to(first[self.reads[0]].device)
+        if model is not None and model.network is not None:
+            network.take(model.network.to(first[self.reads[0]].device).state())
+        with torch.no_grad():
+            vectors, _ = network(first)
+        copied = self._config.trainable_copy(model, vectors, rng)
+        copied.network = network
+        return copied
+
+    def _new_blocks(self) -> TrainableSuffix:
+        if self._network is None:
+            raise ValueError("no network was attached, whose last blocks could train: attach one")
+        return TrainableSuffix(self._network, self.reads[0], None, self._blocks.batch_norm)
 
     def clips(self, task: Task, classes: list[int]) -> Clips:
         """Return the clips to train on, when `classes` are all that are known after the task."""
@@ -305,8 +425,13 @@ class ModelHead[K: Classifier]:
             return self.loss(training, batch, training.columns_N[indices].to(device))
 
         epochs = self._optim.epochs_of(first_task=not self.classes)
+        network = training.model.network
+        if network is not None:
+            network.train(network.learns)
         fit(step, self.parameters(training.model), training.clips, self._optim, epochs=epochs,
             rng=training.rng, on_epoch_end=training.task.on_epoch_end)  # fmt: skip
+        if network is not None:
+            network.eval()
 
     def keep(self, training: Training[K]) -> None:
         """Keep what a task has trained."""
@@ -315,13 +440,24 @@ class ModelHead[K: Classifier]:
     # What the runner calls
 
     @property
+    def fine_tunes(self) -> bool:
+        return bool(self._blocks.blocks)
+
+    def attach(self, network: Network) -> None:
+        self._network = network
+
+    def modules(self) -> Iterable[tuple[str, nn.Module]]:
+        return modules(self._model, None if self._model is None else self._model.network)
+
+    @property
     def trainable(self) -> int:
         return trainable(self._model) if self._trains else 0
 
     def learn(self, task: Task) -> None:
         rng, classes = task.rng(self._seed), task.classes_after(self.classes)
         model = self.start(task.clips[torch.arange(1)], rng)
-        clips = model.prepare(self.clips(task, classes))
+        clips = self.clips(task, classes)
+        clips = clips if self._sees_frames else model.prepare(clips)
         training = Training(task, classes, clips, model, rng)
         if self._trains:
             model.classifier.grow(len(classes), rng)
@@ -336,6 +472,9 @@ class ModelHead[K: Classifier]:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._model = self._config.load(state)
+        if self._model is not None and self.fine_tunes:
+            self._model.network = self._new_blocks()
+            self._model.network.take(part(state, "network."))
         self.classes = state["classes"].tolist()
 
 
@@ -348,6 +487,7 @@ class ReplayModelHead[K: Classifier](ModelHead[K]):
         exemplars: Options of the exemplars; None keeps every clip.
         optim: Options of gradient descent.
         seed: Seed of everything that is drawn.
+        blocks: The network's last blocks, where they train too.
     """
 
     def __init__(
@@ -357,13 +497,17 @@ class ReplayModelHead[K: Classifier](ModelHead[K]):
         exemplars: ExemplarConfig | None = ExemplarConfig(),
         optim: OptimConfig = OptimConfig(),
         seed: int = 0,
+        blocks: BlocksConfig = BlocksConfig(),
     ) -> None:
-        super().__init__(feature, encoder, optim, seed)
+        super().__init__(feature, encoder, optim, seed, blocks)
         self._exemplars = Exemplars(exemplars)
 
     @property
     def exemplars(self) -> Tensor:
         return self._exemplars.rows
+
+    def check_classes(self, classes: int) -> None:
+        self._exemplars.quota(classes)
 
     def clips(self, task: Task, classes: list[int]) -> Clips:
         self._exemplars.quota(len(classes))
@@ -373,8 +517,10 @@ class ReplayModelHead[K: Classifier](ModelHead[K]):
         """Keep what a task has trained, and exemplars by the trained model."""
         vectors_NW = training.model.encode(training.clips).whole(ENCODED)
         self._exemplars, _ = self._exemplars.select(
-            vectors_NW, training.clips, training.task.classes, training.classes, training.rng
-        )
+            vectors_NW, self._exemplars.rehearsal(training.task), training.task.classes,
+            training.classes, training.rng,
+            encode=lambda clips: training.model.encode(clips).whole(ENCODED),
+        )  # fmt: skip
         super().keep(training)
 
     def nearest(self, batch: Batch) -> Tensor:

@@ -23,6 +23,7 @@ from varve.heads.parts.shortlist import Shortlist, weights
 
 ROUTINGS = ("td", "average", "clip", "adapter", "none")
 BATCH = 64  # clips at a time, where nothing trains
+MIN_DEVIATION = 1e-3  # of cosines, where a class has one clip and is its own anchor
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class RoutingConfig:
         softmax: Temperature of a softmax over the r_k; None for no softmax.
         keep: Number of experts, those of the greatest r_k, in the sum; 0 for all.
         shortlist: Number of experts that run on a clip; the others are estimated. 0 for all.
+        calibrate: Ours: r_k is standardised by its mean and standard deviation over the clips that
+            expert k was trained on, and a softmax is taken, of temperature `softmax`, or 1.
         doubt: With a shortlist, all experts run where the scores of the two best classes differ by
             less than this cosine.
 
@@ -48,6 +51,7 @@ class RoutingConfig:
     keep: int = 0
     shortlist: int = 0
     doubt: float = 0.01
+    calibrate: bool = False
 
     def __post_init__(self) -> None:
         if self.routing not in ROUTINGS:
@@ -87,6 +91,7 @@ class RoutedExperts:
         self.ways = () if config.routing == "none" else ("td", "adapter", *clip)
         self.shortlist = Shortlist()
         self._pools: dict[str, AnchorPool] = {}
+        self._spreads: dict[str, Tensor] = {}  # by routing: mean and deviation of r_k, [K, 2]
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -148,6 +153,11 @@ class RoutedExperts:
             means = [all_ND[labels_N == label].mean(dim=0) for label in task.classes]
             pool = self._pools.setdefault(way, AnchorPool(all_ND.shape[1], lineage=self._adapted))
             pool.add(len(pool), task.classes, torch.stack(means).float(), task.key)
+            # The greatest cosine to the new anchors, as `AnchorPool.compare` has it.
+            anchors_CD = normalize(torch.stack(means), dim=1)
+            own_N = (normalize(all_ND, dim=1) @ anchors_CD.T).amax(dim=1)
+            spread_12 = torch.stack([own_N.mean(), own_N.std(correction=0)])[None].float().cpu()
+            self._spreads[way] = torch.cat([self._spreads.get(way, spread_12[:0]), spread_12])
         self.experts = experts
 
     def encode(self, k: int, spatial_BTD: Tensor) -> Tensor:
@@ -204,13 +214,20 @@ class RoutedExperts:
         """Return r_k, [B, K]."""
         if self.config.routing == "average":
             return torch.full_like(similarities_BK, 1 / similarities_BK.shape[1])
-        return weights(similarities_BK, self.config.softmax, self.config.keep)
+        temperature = self.config.softmax
+        if self.config.calibrate:
+            way = self.config.routing if self.config.routing in self.ways else "adapter"
+            mean_K, deviation_K = self._spreads[way].to(similarities_BK).T
+            similarities_BK = (similarities_BK - mean_K) / deviation_K.clamp(min=MIN_DEVIATION)
+            temperature = temperature or 1.0
+        return weights(similarities_BK, temperature, self.config.keep)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of anchors, shortlist and experts."""
         state: dict[str, Tensor] = {}
         for way, pool in self._pools.items():
             state |= copies(pool.state_dict(), f"anchors.{way}.")
+            state[f"spread.{way}"] = self._spreads[way].clone()
         state |= copies(self.shortlist.state_dict(), "shortlist.")
         for k, expert in enumerate(self.experts):
             state |= copies(expert.state_dict(), f"expert.{k}.")
@@ -218,7 +235,7 @@ class RoutedExperts:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` returned, among other entries."""
-        self.experts, self._pools = [], {}
+        self.experts, self._pools, self._spreads = [], {}, {}
         while tensors := part(state, f"expert.{len(self.experts)}."):
             like_1TD = torch.empty(1, len(tensors.get("position", ())), len(tensors["cls"]))
             expert = self.new_expert(like_1TD)
@@ -227,6 +244,7 @@ class RoutedExperts:
         for way in self.ways if self.experts else ():
             self._pools[way] = AnchorPool(len(self.experts[0].cls), lineage=self._adapted)
             self._pools[way].load_state_dict(part(state, f"anchors.{way}."))
+            self._spreads[way] = state[f"spread.{way}"].clone()
         self.shortlist.load_state_dict(part(state, "shortlist."))
 
 

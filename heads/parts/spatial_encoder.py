@@ -33,6 +33,9 @@ class Spatial:
         form: Option of `Adapter`, as are `bottleneck` and `scale`.
         seed: Seed of the adapters.
         around: Function from the network, a stage and its adapter to the graft of that stage.
+
+    Attributes:
+        suffix: The network from the first adapter on; None without adapters.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class Spatial:
             self.read = "blocks.-1.attn:cls"
         else:
             self.read = "blocks.0.attn" if adapters == "all" else f"blocks.-{adapters}.attn"
-        self._suffix: nn.Module | None = None
+        self.suffix: nn.Module | None = None
         self._shape: tuple[int, ...] = ()
         self._grafts: dict[int, nn.Module] = {}
 
@@ -98,7 +101,7 @@ class Spatial:
             for parameter in _trained(self._grafts[number]).values():
                 parameter.data = parameter.to(device)
         changes = {f"blocks.-{number}.mlp": graft for number, graft in self._grafts.items()}
-        self._suffix = network.suffix(changes, after=self.read)
+        self.suffix = network.suffix(changes, after=self.read)
 
     def __call__(self, batch: Batch, width: int | None = None) -> Tensor:
         """Return V^s of a batch; gradients reach the adapters and the grafts around them.
@@ -112,7 +115,7 @@ class Spatial:
         """
         if not self.adapters:
             return normalize(frames(batch, self.read, width), dim=2)
-        if self._suffix is None:
+        if self.suffix is None:
             raise ValueError(f"adapters={self.adapters!r} without a network: attach one first")
         x = batch[self.read]
         if tuple(x.shape[2:]) != self._shape or not x.isfinite().all():
@@ -121,7 +124,7 @@ class Spatial:
                 f"[clips, frames, {', '.join(map(str, self._shape))}], or are not finite: leave "
                 "out the clips that the store has not marked as done"
             )
-        return normalize(frames({"vector": self._suffix(x).float()}, "vector", width), dim=2)
+        return normalize(frames({"vector": self.suffix(x).float()}, "vector", width), dim=2)
 
     @torch.no_grad()
     def whole(self, clips: Clips, width: int | None = None) -> Tensor:
@@ -143,7 +146,7 @@ class Spatial:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Set the trained parameters to those of a `state_dict`."""
-        if self.adapters and self._suffix is None:
+        if self.adapters and self.suffix is None:
             raise ValueError(f"adapters={self.adapters!r} without a network: attach one first")
         for number, graft in self._grafts.items():
             for name, weight in _trained(graft).items():

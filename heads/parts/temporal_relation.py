@@ -37,7 +37,11 @@ class Relation(nn.Module):
     def __init__(self, frames: int, width: int, seed: int) -> None:
         super().__init__()
         if frames < 2:
-            raise ValueError(f"relations between {frames} frames: give clips of 2 at least")
+            raise ValueError(
+                f"relations between the frames of clips of {frames}: a relation network (TRN) "
+                "takes 2 at least. A 3D network, such as r3d_18, gives one vector a clip, which "
+                "needs no encoder: leave out encoder='trn'"
+            )
         self.tuples = [_spread(frames, n) for n in range(2, frames + 1)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

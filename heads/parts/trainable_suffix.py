@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from varve.heads import Network
 from varve.heads.parts.clips import Batch
 
 VECTOR = "vector"
-BATCH_NORM = ("frozen", "trained")
+BATCH_NORM = ("frozen", "trained", "fixed")
 
 
 class Passed(NamedTuple):
@@ -39,7 +40,8 @@ class TrainableSuffix(nn.Module):
         network: The frozen network.
         after: Cached feature that the suffix starts from.
         changes: Functions by stage, from the stage's copy to its graft; see `varve.heads.grafts`.
-        batch_norm: `frozen`, where statistics remain those of the network, or `trained`.
+        batch_norm: `frozen`, where statistics remain those of the network; `fixed`, where affine
+            parameters do too; or `trained`.
 
     Attributes:
         trained: Names of the stages that are copies.
@@ -62,6 +64,10 @@ class TrainableSuffix(nn.Module):
         keep = [*self.trained, self.last]
         self.suffix = network.suffix(changes or {}, after, keep, unfreeze=self.trained)
         self.learns = batch_norm == "trained"
+        if batch_norm == "fixed":
+            for module in self.suffix.modules():
+                if isinstance(module, _BatchNorm):
+                    module.requires_grad_(False)
 
     def forward(self, batch: Batch) -> tuple[Batch, list[Tensor]]:
         """Return the last vectors, [B, T, D], by name, and the outputs of the trained stages.

@@ -8,7 +8,7 @@ Shapes: N clips, B clips a batch.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -151,3 +151,35 @@ def fit(
                 f"at lr={optim.lr}; try a smaller rate, or give clip_norm"
             )
         on_epoch_end(epoch + 1, epochs, mean)
+
+
+def tune(
+    classifier: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    vectors_NW: Tensor,
+    columns_N: Tensor,
+    optim: OptimConfig,
+    *,
+    epochs: int,
+    rng: np.random.Generator,
+    on_epoch_end: Callable[[int, int, float], object],
+) -> None:
+    """Train a classifier alone on the vectors of some clips, without weight decay.
+
+    With equally many exemplars per class it is class-balanced fine-tuning (Castro et al.,
+    "End-to-End Incremental Learning", ECCV 2018; TCD). A learned `scale` keeps its value.
+
+    Args:
+        classifier: A module whose parameters train.
+        loss: Returns the mean loss of vectors, [B, W], and their columns, int64 [B].
+        vectors_NW: Vectors of the clips.
+        columns_N: int64, the column of each.
+    """
+    clips = Clips({"vectors": vectors_NW}, columns_N)
+
+    def step(indices: Tensor, batch: Batch) -> Tensor:
+        return loss(batch["vectors"], columns_N[indices].to(vectors_NW.device))
+
+    trained = [p for name, p in classifier.named_parameters() if name != "scale"]
+    fit(step, trained, clips, replace(optim, weight_decay=0.0), epochs=epochs, rng=rng,
+        on_epoch_end=on_epoch_end)  # fmt: skip

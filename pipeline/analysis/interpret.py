@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -25,9 +26,10 @@ from varve.heads.parts.hypercorrelation import correlation
 from varve.heads.parts.trainable_suffix import Passed
 from varve.pipeline.config import FrameSet, Picture
 from varve.pipeline.datasets.media import content_digest
+from varve.pipeline.decoders import Decoded, Failure, Request, Stretch, decode
 from varve.pipeline.extraction.extract import extract, file_work
 from varve.pipeline.extraction.passes import frames_only
-from varve.stores import Feature, FeatureStore
+from varve.stores import Feature, FeatureStore, SampledFeature
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def clip(
         )
     (number,) = map(int, rows)
     known = table.loc[number]
-    if known["status"] != "ready":
+    if not all(feature.ready[number] for feature in features.values()):
         raise ValueError(f"{known['path']} is {known['status']} ({known['reason'] or 'not built'})")
     root = Path(dataset or store.attributes["dataset"])
     path = (root.parent if root.is_file() else root) / known["path"]
@@ -84,19 +86,44 @@ def clip(
         raise FileNotFoundError(f"{path} is not there any more: say where the videos lie, dataset=")
     if content_digest(path) != known["digest"]:
         raise ValueError(f"{path} has other bytes than the store was built from: build it again")
-    sets = [FrameSet.of(feature.spec["frames"]) for feature in features.values()]
-    frame_set = next(frames for frames in sets if isinstance(frames.picture, Picture))
-    decode_only = (frames_only(frame_set),)
-    interval = known["start_seconds"], known["end_seconds"]
-    file = file_work(path, known["digest"], decode_only, number, *interval)
-    # In this process: a build has decoded these bytes before, in one that it could kill.
-    (result,) = extract([file], decode_only, children=0)
-    if result.failure:
-        cause = f"{result.failure.reason}: {result.failure.detail}"
-        raise ValueError(f"{path} cannot be decoded: {cause}")
     cells = {name: feature.read([number]) for name, feature in features.items()}
     batch = {name: torch.from_numpy(x.astype(np.float32)) for name, x in cells.items()}
-    return Clip(number, known["label"], batch, result.frames[frame_set])
+    return Clip(number, known["label"], batch, _pictures(path, known, features))
+
+
+def _pictures(path: Path, clip: pd.Series, features: Mapping[str, Feature]) -> np.ndarray:
+    """Decode the frames of a clip that its features are of.
+
+    In this process: a build has decoded these bytes before, in one that it could kill.
+
+    Raises:
+        ValueError: The file cannot be decoded any more.
+    """
+    sets = {FrameSet.of(feature.spec["frames"]): feature for feature in features.values()}
+    frame_set = next(frames for frames in sets if isinstance(frames.picture, Picture))
+    feature = sets[frame_set]
+    if isinstance(feature, SampledFeature):
+        # The rule chose among the frames that the store keeps, which may not be all.
+        pages = feature.source.pages
+        first_page, count = pages.files.loc[clip["digest"], ["first_page", "frames"]]
+        kept = pages.indices[first_page:].reshape(-1)[:count]
+        at = np.searchsorted(kept, feature.indices(int(clip.name)))
+        stretches = tuple(Stretch(page=(position, 1)) for position in at.tolist())
+        frame_set = FrameSet.of(feature.spec["whole"])
+        results = decode(Request(str(path), stretches, (frame_set,)))
+        failures = [result for result in results if isinstance(result, Failure)]
+        pictures = [result.frames[0] for result in results if isinstance(result, Decoded)]
+    else:
+        decode_only = (frames_only(frame_set),)
+        interval = clip["start_seconds"], clip["end_seconds"]
+        file = file_work(path, clip["digest"], decode_only, 0, *interval)
+        (result,) = extract([file], decode_only, children=0)
+        failures = [result.failure] if result.failure else []
+        pictures = [] if failures else [result.frames[frame_set]]
+    if failures:
+        cause = f"{failures[0].reason}: {failures[0].detail}"
+        raise ValueError(f"{path} cannot be decoded: {cause}")
+    return np.concatenate(pictures)
 
 
 def saliency(head: Head, batch: Batch, label: int | None = None) -> dict[str, np.ndarray]:

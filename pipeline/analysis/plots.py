@@ -89,7 +89,7 @@ def accuracy(runs: Mapping[str, Sequence[Run]], classifier: str = "cnn") -> "Fig
             [[m.after(i).metric("final") for i in stages] for m in matrices if m is not None]
         )
         means = 100 * shares.mean(axis=0)
-        style = _style(number)
+        style = style_of(number)
         label = textwrap.fill(f"{name} (n = {len(alike)})", 75)
         axes.plot(classes, means, label=label, markersize=5, **style)
         if len(alike) > 1:
@@ -211,7 +211,7 @@ def residuals(
         x_N, y_N = clips_N2[others].T
         axes.scatter(x_N, y_N, s=12, color=GREY, marker=".", label="other classes")
     for number, name in enumerate(classes):
-        style = _style(number)
+        style = style_of(number)
         x_N, y_N = clips_N2[names == name].T
         axes.scatter(x_N, y_N, s=22, alpha=0.8, label=name, **style)
         x, y = anchors_C2[number]
@@ -285,7 +285,7 @@ def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:
     return figure, figure.add_subplot()
 
 
-def _style(number: int) -> dict[str, Any]:
+def style_of(number: int) -> dict[str, Any]:
     """Return one of 42 different styles."""
     return {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
 

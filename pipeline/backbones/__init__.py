@@ -12,7 +12,8 @@ with `@register("backbones", NAME)` in a file for `--plugin`. It has two functio
         two.
 
 A family may have `EXAMPLE`, the name of a small network for the contract suite; by default it is
-the first of `networks()`.
+the first of `networks()`. With `SLOW = True` the suite counts as slow for it, since each clip takes
+seconds; with `NEEDS`, the name of a library, it is skipped where that is not installed.
 
 A chain starts from uint8 pictures [N, S, S, 3] RGB, which its first stage normalises; that of an
 audio backbone starts from float32 samples [N, samples]. docs/ADDING_A_BACKBONE.md lists each step.
@@ -27,8 +28,9 @@ from varve.pipeline import registry
 from varve.pipeline.backbones._graft import seal as seal
 from varve.pipeline.backbones._graft import snapshot as snapshot
 from varve.pipeline.backbones._names import origin as origin
-from varve.pipeline.backbones._precision import precision_warning as precision_warning
+from varve.pipeline.backbones._prompts import ClassPrompts as ClassPrompts
 from varve.pipeline.backbones._prompts import TextTower as TextTower
+from varve.pipeline.backbones._prompts import check_prompts as check_prompts
 from varve.pipeline.backbones._prompts import class_features as class_features
 from varve.pipeline.backbones._prompts import class_features_key as class_features_key
 from varve.pipeline.backbones._reductions import Reduction as Reduction
@@ -47,6 +49,7 @@ from varve.pipeline.backbones._vit import Normalise as Normalise
 from varve.pipeline.backbones._weights import make_network as make_network
 from varve.pipeline.backbones._weights import parameter_digest as parameter_digest
 from varve.pipeline.backbones._weights import tensors_of as tensors_of
+from varve.pipeline.precision import precision_warning as precision_warning
 
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 

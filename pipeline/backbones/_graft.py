@@ -26,7 +26,10 @@ def graft(backbone: Backbone, name: str, module: nn.Module) -> Backbone:
     _check_registered(name, module)
     token_wise = stage.token_wise and bool(getattr(module, "token_wise", False))
     frames = _frames(name, module)
-    new = Stage(name, module, GRAFT, {}, stage.form, token_wise, stage.prefix, frames, stage)
+    new = replace(
+        Stage(name, module, GRAFT, {}, stage.form, token_wise, stage.prefix, frames, stage),
+        square=stage.square,
+    )
     grafted = _with(backbone, {name: new})
     if _check_shapes(backbone, grafted, new):
         with_shapes(grafted, backbone)
@@ -175,7 +178,9 @@ def _check_shapes(backbone: Backbone, grafted: Backbone, new: Stage) -> bool:
     number = backbone.stage_names.index(new.name)
     before = backbone.stages[number - 1] if number else None
     expected = backbone.shapes[new.name]
-    frames = max(stage.frames for stage in grafted.stages) or 1
+    clip_frames = grafted.clip_frames
+    frames = backbone.time_steps(before.name, clip_frames) if before else clip_frames
+    steps = backbone.time_steps(new.name, clip_frames)
     device = next((t.device for t in tensors_of(new.module).values()), torch.device("cpu"))
     shape, dtype = (frames, *backbone.picture.shape), getattr(torch, backbone.picture.dtype)
     if before is not None:
@@ -194,11 +199,11 @@ def _check_shapes(backbone: Backbone, grafted: Backbone, new: Stage) -> bool:
                 f"{title} does not take the stage's input, {str(dtype).removeprefix('torch.')} "
                 f"{list(shape)} ({frames} frames): {error}"
             ) from error
-    if not isinstance(y, Tensor) or y.ndim != NDIM[new.form] or len(y) != frames:
+    if not isinstance(y, Tensor) or y.ndim != NDIM[new.form] or len(y) != steps:
         output = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(
             f"{title} gives {output} for {frames} frames; the stage gives {new.form} "
-            f"{[frames, *expected]}"
+            f"{[steps, *expected]}"
         )
     if not y.isfinite().all():
         raise ValueError(_not_finite(new.name, new.module))
@@ -221,7 +226,7 @@ def _check_shapes(backbone: Backbone, grafted: Backbone, new: Stage) -> bool:
                 z = stage.module(z)
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
-            f"{title} gives {[frames, *y.shape[1:]]} where the stage gives {[frames, *expected]}, "
+            f"{title} gives {list(y.shape)} where the stage gives {[steps, *expected]}, "
             f"and {grafted.stages[number + 1].name} and what follows do not take that"
         ) from error
     return False

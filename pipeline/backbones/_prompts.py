@@ -1,10 +1,15 @@
 """Class prompts: a label gives words, words give sentences, sentences give one text feature.
 
+A prompt is never cut to the length of a text tower: labels whose prompts are too long are refused.
+Labels with the same tokens in every prompt have one text feature; `check_prompts` finds them.
+
 Shapes: C classes, R templates, D feature width.
 """
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,8 +26,13 @@ TEMPLATES = (
     "an example of the action {}.",
     "human action: {}.",
 )
-CODE = "prompts/1"
-_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+CODE = "prompts/2"
+# Between a word and the next capital, after an acronym, and between a word and its number.
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z0-9])|(?<=[A-Z0-9])(?=[A-Z][a-z])")
+# An underscore, and a plus between two words; a bracket around a placeholder.
+_JOINTS = re.compile(r"_|(?<=[^\W_])\+(?=[^\W_])")
+_BRACKETS = re.compile(r"\[([^][]*)\]")
+MOST_LABELS = 4  # in a message
 
 
 class TextTower(Protocol):
@@ -38,19 +48,43 @@ class TextTower(Protocol):
     def identity(self) -> dict[str, Any]:
         """Return everything that decides the features of given prompts, as JSON."""
 
+    def tokens(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return all tokens of each prompt, also where they are too many to be encoded."""
+
+    @property
+    def max_tokens(self) -> int:
+        """The largest number of tokens that a prompt may have."""
+
+
+@dataclass(frozen=True)
+class ClassPrompts:
+    """Words that stand for the classes in their prompts.
+
+    Attributes:
+        words: Words of each label.
+        shared: Groups of labels that have the same prompts, and so one text feature.
+    """
+
+    words: Mapping[str, str]
+    shared: tuple[tuple[str, ...], ...] = ()
+
 
 def words(label: str) -> str:
-    """Return the words of a label. A label with spaces is a phrase already, and is not changed.
+    """Return the words of a label, one blank apart.
 
-    >>> words("ApplyEyeMakeup"), words("brush_hair"), words("TVShow")
-    ('apply eye makeup', 'brush hair', 'tv show')
-    >>> words("Pushing [something] from left to right")
-    'Pushing [something] from left to right'
+    Underscores, and pluses between words, become blanks, and square brackets go. A label without
+    blanks is also cut at its capitals and numbers, and has no capitals then.
+
+    >>> words("ApplyEyeMakeup"), words("brush_hair"), words("TV_news"), words("Level3")
+    ('apply eye makeup', 'brush hair', 'tv news', 'level 3')
+    >>> words("adult+female+singing"), words("Pushing [something] from left to right")
+    ('adult female singing', 'Pushing something from left to right')
     """
-    if any(character.isspace() for character in label.strip()):
-        return label.strip()
-    parts = [part for part in _CAMEL.sub("_", label.strip()).split("_") if part]
-    return " ".join(parts).lower() or label
+    is_phrase = any(character.isspace() for character in label.strip())
+    plain = _JOINTS.sub(" ", _BRACKETS.sub(r"\1", label))
+    if not is_phrase:
+        plain = _CAMEL.sub(" ", plain).lower()
+    return " ".join(plain.split()) or label
 
 
 def prompts(labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[list[str]]:
@@ -66,6 +100,34 @@ def prompts(labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list
     return [[template.replace("{}", words(label)) for template in templates] for label in labels]
 
 
+def check_prompts(
+    text: TextTower, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
+) -> ClassPrompts:
+    """Return the words of labels, and which labels have the same prompts. Encodes nothing.
+
+    Raises:
+        ValueError: A prompt is longer than the text tower can read; the message has the labels.
+    """
+    same: dict[tuple[tuple[int, ...], ...], list[str]] = defaultdict(list)
+    too_long: dict[str, int] = {}
+    for label, sentences in zip(labels, prompts(labels, templates), strict=True):
+        tokens = text.tokens(sentences)
+        same[tuple(tokens)].append(label)
+        if (longest := max(map(len, tokens))) > text.max_tokens:
+            too_long[label] = longest
+    if too_long:
+        some = [f"{label!r} ({count})" for label, count in [*too_long.items()][:MOST_LABELS]]
+        more = len(too_long) - len(some)
+        raise ValueError(
+            f"the prompts of {len(too_long)} of {len(labels)} classes have more than the "
+            f"{text.max_tokens} tokens that the text tower reads: {', '.join(some)}"
+            + (f" and {more} more" if more else "")
+            + ". Give these classes shorter labels, or leave the text features out (--no-text)"
+        )
+    shared = tuple(tuple(group) for group in same.values() if len(group) > 1)
+    return ClassPrompts({label: words(label) for label in labels}, shared)
+
+
 def class_features(
     text: TextTower, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> Tensor:
@@ -75,6 +137,9 @@ def class_features(
 
     Returns:
         float32 [C, D]; row c is the class `labels[c]`, and does not depend on the others.
+
+    Raises:
+        ValueError: A prompt is longer than the text tower can read.
     """
     sentences = prompts(labels, templates)
     flat = [sentence for of_label in sentences for sentence in of_label]

@@ -68,7 +68,7 @@ def patch_map(stage: "Stage") -> Reduction | None:
         return nn.functional.pad(x_NCHW.flatten(2).transpose(1, 2), (0, 0, stage.prefix, 0))
 
     if stage.form == "tokens":
-        return Reduction(lambda x: _grid(x, stage), expand, "patches")
+        return Reduction(lambda x: _grid(x, stage), expand, "patches") if stage.square else None
     return WHOLE if stage.form == "map" else None
 
 
@@ -99,7 +99,7 @@ def coarse_grid(stage: "Stage") -> Reduction | None:
         grid = _grid(x, stage) if stage.form == "tokens" else x
         return nn.functional.adaptive_avg_pool2d(grid.float(), 7)
 
-    if stage.form == "vector":
+    if stage.form == "vector" or not stage.square:
         return None
     return Reduction(apply, tokens="patches" if stage.form == "tokens" else "all")
 

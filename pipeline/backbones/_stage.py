@@ -1,6 +1,8 @@
 """Chains of stages: the values of this folder, and what decides their cache keys.
 
 Shapes: N frames, S picture size in pixels, L tokens (class token first), C channels, H x W a grid.
+Frames are in order, clip by clip. After a temporal module that merges frames, N counts time steps:
+`Backbone.time_steps` of each clip.
 """
 
 from collections import Counter
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 GRAFT = "graft"
 CLASSIFIER = "fc"  # scores of the classes that a network was trained on
-_SHAPES: dict[str, dict[str, tuple[int, ...]]] = {}  # by digest of what decides them
+_CLIP_SHAPES: dict[str, dict[str, tuple[int, ...]]] = {}  # by digest of what decides them
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class Stage:
             (with `frames`, on the tokens of that index in all frames of the clip). A vector made
             of the class token alone counts as token-wise.
         prefix: Number of class (and register) tokens before the patch tokens; `tokens` only.
-        frames: T of a temporal module, which mixes the frames of a clip; 0 where each frame is
-            computed alone.
+        square: Whether the patch tokens form a square grid; `tokens` only.
+        frames: T of a temporal module, which mixes the T frames (or time steps) of a clip that it
+            is given, and may return fewer; 0 where each frame is computed alone.
         original: The stage that a graft replaces; None for the network's own.
         sealed: Whether the module will not change any more: its digests are computed once.
         structure: The module's parts and attributes as they were loaded; see `structure_of`.
@@ -62,6 +65,7 @@ class Stage:
     original: "Stage | None" = None
     sealed: bool = False
     structure: Any = field(default=None, repr=False, compare=False)
+    square: bool = True
     _digests: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -295,9 +299,26 @@ class Backbone:
                 outputs[stage.name] = x
         return outputs
 
-    @cached_property
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of one frame's output of every stage, without the leading axis N.
+        """Shape of one frame's output of every stage, without the leading axis N."""
+        return {name: shape[1:] for name, shape in self._clip_shapes.items()}
+
+    @property
+    def clip_frames(self) -> int:
+        """T of a chain with temporal modules; 1 where each frame is computed alone."""
+        return next((stage.frames for stage in self.stages if stage.frames), 1)
+
+    def time_steps(self, stage: str, frames: int) -> int:
+        """Return the number of time steps that a stage gives for a clip of `frames` frames.
+
+        It is `frames`, unless a stage merges the frames of a clip, as 3D convolutions do.
+        """
+        return frames * self._clip_shapes[stage][0] // self.clip_frames
+
+    @cached_property
+    def _clip_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every stage's output for one clip, [time steps, ...].
 
         No number is computed: shapes alone pass through the chain. They are cached for networks
         that are loaded several times.
@@ -310,9 +331,9 @@ class Backbone:
             for stage in self.stages
         ]  # fmt: skip
         key = digest([asdict(self.picture), parts])
-        if key not in _SHAPES:
-            _SHAPES[key] = self._traced()
-        return dict(_SHAPES[key])
+        if key not in _CLIP_SHAPES:
+            _CLIP_SHAPES[key] = self._traced()
+        return dict(_CLIP_SHAPES[key])
 
     def feature_shape(self, stage: Stage, reduction: str) -> tuple[int, ...]:
         """Return the shape of one frame's feature: a stage's output, reduced. Computes no number.
@@ -334,12 +355,11 @@ class Backbone:
         return with_shapes(replace(self, text=None), self)
 
     def _traced(self) -> dict[str, tuple[int, ...]]:
-        frames = max(stage.frames for stage in self.stages) or 1
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             dtype = getattr(torch, self.picture.dtype)
-            pictures = torch.zeros(frames, *self.picture.shape, dtype=dtype)
+            pictures = torch.zeros(self.clip_frames, *self.picture.shape, dtype=dtype)
             outputs = self.run(pictures, self.stage_names)
-        return {name: tuple(output.shape[1:]) for name, output in outputs.items()}
+        return {name: tuple(output.shape) for name, output in outputs.items()}
 
     def _pictures(self, x: Tensor) -> Tensor:
         expected, dtype = self.picture, str(x.dtype).removeprefix("torch.")
@@ -378,5 +398,8 @@ class Backbone:
 
 def with_shapes(new: Backbone, backbone: Backbone) -> Backbone:
     """Give a backbone the shapes of another one, which its stages' outputs have too."""
-    new.__dict__["shapes"] = backbone.shapes
+    new.__dict__["_clip_shapes"] = {
+        name: (backbone.time_steps(name, new.clip_frames), *shape)
+        for name, shape in backbone.shapes.items()
+    }
     return new

@@ -46,9 +46,10 @@ class Suffix(nn.Module):
         self._first, self._reduction = first, reduction
         self._shape = backbone.feature_shape(first, reduction)
         self._wanted, self._alone = wanted, not keep
-        self._frames = max(stage.frames for stage in backbone.stages[begin + 1 :])
+        following = backbone.stages[begin + 1 :]
+        self._frames = next((stage.frames for stage in following if stage.frames), 0)
         end = max(backbone.stage_names.index(output) for output in wanted)
-        self.stages = nn.ModuleList(s.module for s in backbone.stages[begin + 1 : end + 1])
+        self.stages = nn.ModuleList(stage.module for stage in following[: end - begin])
 
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
         """Run the stages.
@@ -58,8 +59,9 @@ class Suffix(nn.Module):
                 float type. bfloat16 and float16 are cast to the backbone's precision.
 
         Returns:
-            The last stage's output, or a dict of those in `keep`, with the same leading axes. Of
-            tokens, the part that was given, in its form: from a class token, class tokens.
+            The last stage's output, or a dict of those in `keep`, with the same leading axes, or
+            fewer time steps where a stage merges them. Of tokens, the part that was given, in its
+            form: from a class token, class tokens.
 
         Raises:
             ValueError: The shape is not that of the feature.
@@ -87,8 +89,15 @@ class Suffix(nn.Module):
             if backbone.stage(name).form == "tokens":
                 outputs[name] = reduce(y, backbone.stage(name), self._reduction)
         if clips:
-            outputs = {n: y.reshape(*x.shape[:2], *y.shape[1:]) for n, y in outputs.items()}
+            outputs = {n: self._by_clip(y, n, *x.shape[:2]) for n, y in outputs.items()}
         return outputs[self._wanted[0]] if self._alone else outputs
+
+    def _by_clip(self, y: Tensor, name: str, clips: int, steps: int) -> Tensor:
+        """Return a stage's output [N, ...] as [B, T, ...], of clips of `steps` time steps."""
+        (backbone,) = self._backbone
+        frames = backbone.clip_frames
+        before, after = (backbone.time_steps(s, frames) for s in (self._first.name, name))
+        return y.reshape(clips, steps * after // before, *y.shape[1:])
 
     def train(self, mode: bool = True) -> "Suffix":
         """Put trainable modules in training mode; frozen ones stay in eval, inside grafts too."""

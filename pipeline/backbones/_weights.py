@@ -6,23 +6,34 @@ a seed ends in a seeded construction. Nothing here falls back on another source.
 
 import difflib
 import hashlib
-import pickle
+import logging
 import re
 import threading
 import urllib.error
 import urllib.request
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from varve.pipeline.backbones._weight_files import read_objects
 from varve.stores.digests import WEIGHT_FILES
 
 CONNECT_SECONDS = 5.0
-WRAPPERS = ("state_dict", "model_state_dict", "model")
+# Entries of a training checkpoint that contain the network, the first choice first.
+WRAPPERS = (
+    *("state_dict", "model_state_dict", "model", "network", "net"),
+    *("model_ema", "state_dict_ema", "ema", "teacher", "student"),
+)
+# Names of the attribute in which other code keeps a network.
+PREFIXES = (
+    *("module", "_orig_mod", "model", "backbone", "encoder", "encoder_q", "net"),
+    *("teacher", "student"),
+)
+_LOG = logging.getLogger(__name__)
+_NOTED: set[str] = set()
 
 
 def is_file(weights: str) -> bool:
@@ -120,9 +131,14 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """Replace the module's parameters and buffers by copies of `state`.
 
     Raises:
-        ValueError: A name is missing or unexpected, or a shape or kind of number differs.
+        ValueError: A name is missing or unexpected, a shape or kind of number differs, or a value
+            is infinite or not a number.
     """
-    check(module.state_dict(), state, name)
+    expected = module.state_dict()
+    if (own_prefix := _prefix(expected)) and not any(key.startswith(own_prefix) for key in state):
+        state = {own_prefix + key: tensor for key, tensor in state.items()}
+    check(expected, state, name)
+    check_finite(state, {key for key, _ in module.named_parameters()}, name)
     # A file's tensors begin wherever its header ends, and the last bits of a matrix product can
     # depend on the alignment of its operands; torch aligns what it allocates to 64 bytes.
     aligned = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
@@ -147,13 +163,51 @@ def check(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str
     differences = [f"{what}: {_first(keys)}" for what, keys in problems.items() if keys]
     if differences:
         raise ValueError(
-            f"the weights do not fit {name}; {'; '.join(differences)}. Check that the file was "
-            "made for this very network"
+            f"the weights do not fit {name}; {'; '.join(differences)}. "
+            + (
+                _part_that_fits(counted, state)
+                or "Check that the file was made for this very network"
+            )
+        )
+
+
+def _part_that_fits(expected: Iterable[str], state: Mapping[str, Tensor]) -> str:
+    """Return a sentence about names that would fit without their first part; "" for none."""
+    wanted = set(expected)
+    for prefix in dict.fromkeys(key.partition(".")[0] + "." for key in state):
+        if wanted and all(prefix + key in state for key in wanted):
+            return f"The names that begin with {prefix!r} fit: save these alone, without it"
+    return ""
+
+
+def check_finite(state: Mapping[str, Tensor], parameters: Collection[str], name: str) -> None:
+    """Refuse infinite values and not-a-number, but for the -inf of a mask, which is no parameter.
+
+    Raises:
+        ValueError: There are such values; the message counts them for each tensor.
+    """
+    counts = {}
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            continue
+        bad = ~tensor.isfinite()
+        if key not in parameters:
+            bad &= tensor != -torch.inf
+        if count := int(bad.sum()):
+            counts[key] = f"{key} ({count} of {tensor.numel()})"
+    if counts:
+        raise ValueError(
+            f"the weights of {name} have values that are infinite or not a number: "
+            f"{_first([*counts.values()])}. The training that saved them had diverged, or the file "
+            "is damaged; take an earlier checkpoint, or copy the file again"
         )
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
     """Read a weight file, out of the usual wrappers, onto the CPU. No code in it is run.
+
+    A prefix that all names share and that other code adds ("module.", "backbone.") is removed, with
+    a note in the log.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -162,20 +216,52 @@ def read(path: str | Path) -> dict[str, Tensor]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"no weight file {file}; give NETWORK:PATH with a path that exists")
-    state = _read_safetensors(file) if file.suffix.lower() == ".safetensors" else _read_pickle(file)
-    while isinstance(state, dict):
-        inner = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), None)
-        if inner is None:
-            break
-        state = inner
+    state = _unwrapped(read_objects(file), file)
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{file} holds a {type(state).__name__}, not names and tensors")
     odd = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise ValueError(f"{file} holds entries that are no tensors: {_first(odd)}")
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    if prefix := _prefix(state):
+        _note(f"{file}: all names begin with {prefix!r}, which is left out")
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
+
+
+def _unwrapped(state: object, file: Path) -> object:
+    """Return the network's entry of a training checkpoint; other objects are returned unchanged."""
+    while isinstance(state, dict):
+        networks = [key for key in WRAPPERS if isinstance(state.get(key), dict)]
+        if not networks:
+            break
+        if len(networks) > 1:
+            others = ", ".join(map(repr, networks[1:]))
+            _note(f"{file}: {networks[0]!r} is read; it holds {others} too, to be saved alone")
+        state = state[networks[0]]
+    return state
+
+
+def _prefix(names: Iterable[str]) -> str:
+    """Return the beginning that wrappers have added to all of some names.
+
+    >>> _prefix(["module.model.conv.weight", "module.model.fc.bias"]), _prefix(["fc.bias"])
+    ('module.model.', '')
+    """
+    rests, prefix = [str(name) for name in names], ""
+    while rests:
+        first, dot, _ = rests[0].partition(".")
+        if first not in PREFIXES or not all(rest.startswith(first + ".") for rest in rests):
+            break
+        prefix += first + dot
+        rests = [rest.removeprefix(first + dot) for rest in rests]
+    return prefix
+
+
+def _note(text: str) -> None:
+    """Log a sentence about a file, once in a process."""
+    if text not in _NOTED:
+        _NOTED.add(text)
+        _LOG.warning(text)
 
 
 def hub_file(repo: str, names: Iterable[str], name: str) -> Path:
@@ -276,34 +362,6 @@ def _not_fetched(name: str, error: Exception) -> OSError:
         f"or pass a weight file, {network}:/path/file.safetensors; {network}:random-0 is a seeded "
         "random network to try things with"
     )
-
-
-def _read_safetensors(file: Path) -> object:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
-
-
-def _read_pickle(file: Path) -> object:
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if any(Path(entry).name == "constants.pkl" for entry in archive.namelist()):
-                raise ValueError(
-                    f"{file} is a TorchScript archive: a program beside its weights, which is not "
-                    "run. Save the weights alone, once: "
-                    "torch.save(torch.jit.load(PATH, 'cpu').state_dict(), 'weights.pt')"
-                )
-    try:
-        state: object = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{file} cannot be read as weights alone: {str(error).splitlines()[0]}"
-        ) from error
-    return state
 
 
 def _kind(tensor: Tensor) -> str:

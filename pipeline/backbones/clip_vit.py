@@ -9,6 +9,7 @@ of the network decides the activation.
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +137,31 @@ class ClipText:
         self.weights = weights
         self._module: nn.Module | None = None
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Return float32 [P, D], L2-normalised. A prompt's row does not depend on the others."""
-        import open_clip
+    @property
+    def max_tokens(self) -> int:
+        """The number of positions of the text tower."""
+        return int(_tokenizer(self.network).context_length)
 
+    def tokens(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return all tokens of each prompt, with those of its start and its end."""
+        tokenizer = _tokenizer(self.network)
+        start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
+        return [(start, *tokenizer.encode(prompt), end) for prompt in prompts]
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Return float32 [P, D], L2-normalised. A prompt's row does not depend on the others.
+
+        Raises:
+            ValueError: A prompt has more than `max_tokens` tokens.
+        """
+        for prompt, whole in zip(prompts, self.tokens(prompts), strict=True):
+            if len(whole) > self.max_tokens:
+                raise ValueError(
+                    f"a prompt of {len(whole)} tokens, where {self.network} reads "
+                    f"{self.max_tokens}: {prompt!r}; shorten it"
+                )
         module: Any = self._loaded()
-        tokens = open_clip.get_tokenizer(self.network)(list(prompts))
+        tokens = _tokenizer(self.network)(list(prompts))
         rows = []
         with torch.inference_mode():
             for part in tokens.split(PROMPTS_A_BATCH):
@@ -173,6 +193,13 @@ class ClipText:
                 _weights.fill(module, state, f"the text tower of {self.network}:{self.weights}")
             self._module = module.float().eval().requires_grad_(False)
         return self._module
+
+
+@lru_cache
+def _tokenizer(network: str) -> Any:
+    import open_clip
+
+    return open_clip.get_tokenizer(network)
 
 
 def _config(network: str, weights: str) -> dict[str, Any]:

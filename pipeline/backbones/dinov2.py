@@ -42,8 +42,10 @@ def build(network: str, weights: str, precision: torch.dtype) -> Backbone:
     if _weights.seed_of(weights) is None:
         with torch.device("meta"):
             shaped = make()
+        state = _state(timm, network, weights)
+        _check_registers(network, name, shaped, state)
         # Takes the original project's names too, and resamples the position embedding.
-        state = checkpoint_filter_fn(_state(timm, network, weights), shaped)
+        state = checkpoint_filter_fn(state, shaped)
     whole: Any = _weights.construct(make, weights, state, name)
     config = whole.pretrained_cfg
     return Backbone(
@@ -105,6 +107,23 @@ def _check_plain(whole: Any) -> None:
         odd.append("global_pool")
     if odd:
         raise ValueError(f"not a plain DINOv2 transformer: its {', '.join(odd)} is another")
+
+
+def _check_registers(network: str, name: str, whole: Any, state: dict[str, Tensor]) -> None:
+    """Refuse weights with register tokens in a network without, and the other way about."""
+    has_registers = any(key in state for key in ("reg_token", "register_tokens"))
+    if has_registers == (whole.reg_token is not None):
+        return
+    if has_registers:
+        other = network.replace("_dinov2", "_reg4_dinov2")
+        raise ValueError(
+            f"the weights of {name} have register tokens, and {network} has none: name the network "
+            f"{other}"
+        )
+    raise ValueError(
+        f"the weights of {name} have no register tokens, and {network} has: name the network "
+        f"{network.replace('_reg4', '')}"
+    )
 
 
 def _state(timm: Any, network: str, weights: str) -> dict[str, Tensor]:

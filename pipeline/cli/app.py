@@ -42,6 +42,7 @@ for command in (
     store_commands.demo,
     run_commands.run,
     run_commands.ablate,
+    run_commands.cost,
     run_commands.route,
 ):
     app.command(epilog=EVERYWHERE)(command)

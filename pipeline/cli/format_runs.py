@@ -1,8 +1,12 @@
 """Format runs and routed videos: as JSON for programs, as text for people."""
 
+import json
 from math import isnan
 from typing import Any
 
+import pandas as pd
+
+from varve.pipeline.experiments.cost_table import FROM_CACHE, FROM_VIDEO, Cost
 from varve.pipeline.experiments.metrics import Matrix, display_of, names
 from varve.pipeline.experiments.routing import Routed
 from varve.pipeline.experiments.run_folder import Run
@@ -23,6 +27,8 @@ def run_summary(run: Run) -> str:
         "(row: after learning task i; column: on the test clips of task j)",
         matrix_text(run.matrix),
     ]
+    if share := spec.get("validation"):
+        lines.insert(1, f"VALIDATION: tested on {share:.0%} of the training clips, held out")
     for prefix, matrix in (("", run.matrix), ("nearest mean of exemplars: ", run.nme)):
         if matrix is not None:
             values = {display_of(name).label: matrix.metric(name) for name in names()}
@@ -40,6 +46,53 @@ def run_summary(run: Run) -> str:
         lines.append(f"SAME BYTES in training and test: {shared} test clips are training clips too")
     lines.append(f"in {run.folder}")
     return "\n".join(lines)
+
+
+def cost_facts(cost: Cost) -> dict[str, Any]:
+    """Return the cost of a head as JSON."""
+    tables = {"parts": cost.parts, "totals": cost.totals(), "latency": cost.latency}
+    return {name: json.loads(x.to_json(orient="records")) for name, x in tables.items()}
+
+
+def cost_text(cost: Cost) -> str:
+    """Return the cost of a head, in one variant, as text."""
+    rows = [("", "parameters", "multiply-adds")]
+    for part in cost.parts.to_dict("records"):
+        name = f"{part['part']}, cached" if part["cached"] else part["part"]
+        rows.append((name, f"{part['parameters']:,}", f"{part['multiply_adds']:,}"))
+    (totals,) = cost.totals().to_dict("records")
+    for total in (FROM_CACHE, FROM_VIDEO):
+        parameters, count = (totals[f"{n} {total}"] for n in ("parameters", "multiply_adds"))
+        rows.append((total, f"{parameters:,}", f"{count:,}"))
+    width = max(len(name) for name, _, _ in rows)
+    lines = [f"{name:{width}}  {n:>14}  {m:>18}" for name, n, m in rows]
+    lines.insert(-2, "-" * len(lines[0]))
+    lines.append("(of one clip; a multiply-add is a multiplication with its addition)")
+    for row in cost.latency.to_dict("records"):
+        line = f"{row['stage']}: {row['milliseconds']:.3g} ms a clip"
+        if row["graft"]:
+            line += (
+                f" with {row['graft']}, {row['milliseconds_without']:.3g} ms without: "
+                f"{row['ratio']:.3f} times"
+            )
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def forecast_text(table: pd.DataFrame, device: str) -> str:
+    """Return the forecast of a sweep as text."""
+    shown = pd.DataFrame(
+        {
+            "head": table["head"],
+            "options": table["options"],
+            "runs": table["runs"],
+            "trainings": table["trainings"],
+            "a training": [clock(seconds) for seconds in table["training_seconds"]],
+            "all": [clock(seconds) for seconds in table["seconds"]],
+        }
+    )
+    total = f"about {clock(table['seconds'].sum())} on {device}, one run after another"
+    return f"{shown.to_string(index=False)}\n{total}" if len(table) else "every run has finished"
 
 
 def routed_text(routed: Routed) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,14 @@ from varve.stores import FeatureStore, clips
 from varve.stores.garbage import GarbageReport
 
 if TYPE_CHECKING:  # they load torch, which a description of a store does not need
+    from varve.pipeline.backbones import ClassPrompts
     from varve.pipeline.extraction.build import BuildReport
     from varve.pipeline.extraction.estimate import Estimate
     from varve.pipeline.extraction.passes import Source
     from varve.pipeline.extraction.plan import ColumnPlan, Plan
     from varve.pipeline.extraction.verify import Verified
 
+MOST_PROMPTS = 4
 STATUS_ORDER = ("ready", "pending", "quarantined")
 # Attributes of a report that have another name in JSON.
 IN_JSON = {"summary": "dataset", "hashed": "files_hashed", "decoded": "files_decoded",
@@ -54,7 +57,7 @@ def report_summary(report: "BuildReport") -> str:
     if report.computed:
         rate = report.frames / max(seconds["all"], 1e-9)
         lines.append(
-            f"  decoded {report.decoded} files, computed {report.computed} clips "
+            f"  decoded {report.decoded} files, computed {report.computed} {report.unit} "
             f"({report.frames} frames) in {clock(seconds['all'])}, {rate:.1f} frames/s"
             + (f"; read {size(report.bytes_read)} of features" if report.bytes_read else "")
         )
@@ -70,6 +73,7 @@ def report_summary(report: "BuildReport") -> str:
         lines.append(f"  {report.copied} cells copied from clips with the same bytes")
     if warning := clips.shared_text(report.duplicates):
         lines.append(f"  {warning}")
+    lines += same_prompts_lines(report.same_prompts)
     lines.append(f"  features weigh {size(report.file_bytes)}")
     if len(report.quarantined):
         lines += ["quarantined:", failure_lines(report.quarantined)]
@@ -100,8 +104,12 @@ def plan_facts(work: "Plan", seconds: "Estimate | None", store: str | Path) -> d
                     "shards": int(np.unique(np.flatnonzero(column.after) // spec.shard_clips).size),
                 }
             )
+    prompts = work.prompts
     return {
         "clips": len(work.table),
+        "unit": work.unit,
+        "prompts": dict(prompts.words) if prompts else {},
+        "same_prompts": list(map(list, prompts.shared)) if prompts else [],
         "left_out": dict(work.left_out),
         "not_there": sorted(set(work.table.loc[work.table["reason"] == "missing", "path"])),
         "decodes": work.decodes,
@@ -121,7 +129,8 @@ def plan_facts(work: "Plan", seconds: "Estimate | None", store: str | Path) -> d
 def plan_summary(work: "Plan", seconds: "Estimate | None", store: str | Path) -> str:
     """Return a plan as text."""
     facts = plan_facts(work, seconds, store)
-    lines = [f"{facts['clips']} clips; columns of {store}:"]
+    unit = facts["unit"]
+    lines = [f"{facts['clips']} {unit}; columns of {store}:"]
     if facts["not_there"]:
         first, *more = facts["not_there"]
         rest = f" and {len(more)} more" if more else ""
@@ -140,13 +149,13 @@ def plan_summary(work: "Plan", seconds: "Estimate | None", store: str | Path) ->
         stages = p["stages"]
         run = f"{stages[0]} to {stages[-1]}" if stages else "no stage"
         lines.append(
-            f"  {p['backbone']}{view} from {p['from']}: {p['clips']} clips in {p['batches']} "
+            f"  {p['backbone']}{view} from {p['from']}: {p['clips']} {unit} in {p['batches']} "
             f"batches through {run} ({len(stages)} of {p['of_stages']} stages), "
             f"{p['block_calls']} block calls"
         )
     lines.append(
-        f"to do: {facts['decodes']} files to decode, {facts['clips_to_compute']} clips to compute, "
-        f"{facts['block_calls']} block calls"
+        f"to do: {facts['decodes']} files to decode, {facts['clips_to_compute']} {unit} to "
+        f"compute, {facts['block_calls']} block calls"
         + (f", {size(facts['bytes_to_read'])} of features to read" * bool(facts["bytes_to_read"]))
     )
     lines.append(
@@ -155,11 +164,33 @@ def plan_summary(work: "Plan", seconds: "Estimate | None", store: str | Path) ->
     )
     if facts["bytes_needed"] > facts["bytes_free"]:
         lines.append(f"  NOT ENOUGH: {size(facts['bytes_needed'])} are needed while it runs")
+    lines += prompt_lines(work.prompts) if work.prompts else []
     if seconds is not None:
         lines.append(f"time: about {clock(seconds.seconds)} on this machine")
     elif not work.blocks:
         lines.append("time: nothing is to be computed")
     return "\n".join(lines)
+
+
+def prompt_lines(prompts: "ClassPrompts") -> list[str]:
+    """Return lines of the words that stand for classes in prompts, first those that differ."""
+    words = {label: phrase for label, phrase in prompts.words.items() if label != phrase}
+    shown = [*words.items()][:MOST_PROMPTS] or [*prompts.words.items()][:1]
+    lines = [
+        f"text: prompts of {len(prompts.words)} classes, {len(words)} of them in other words than "
+        "the label:"
+    ]
+    lines += [f'  {printable(label)}: "{printable(phrase)}"' for label, phrase in shown]
+    return lines + same_prompts_lines(prompts.shared)
+
+
+def same_prompts_lines(groups: Sequence[Sequence[str]]) -> list[str]:
+    """Return a warning for each group of classes that have one text feature."""
+    return [
+        f"  ONE TEXT FEATURE for {' and '.join(map(printable, group))}: their prompts are the "
+        "same; rename or merge these classes"
+        for group in groups
+    ]
 
 
 def store_facts(opened: FeatureStore) -> dict[str, Any]:
@@ -173,6 +204,7 @@ def store_facts(opened: FeatureStore) -> dict[str, Any]:
             "view": feature.spec["frames"]["view"],
             "shape": list(feature.shape),
             "dtype": feature.dtype,
+            "whole_videos": feature.spec.get("pages", ""),
             "changed_at": feature.spec.get("grafts", []),
             "modules": feature.spec.get("modules", []),
             "resumed_from": feature.spec.get("resumed", []),
@@ -216,6 +248,7 @@ def store_summary(opened: FeatureStore) -> str:
         lines.append(
             f"  {f['backbone']}  {f['feature']}{view}  {tuple(f['shape'])} {f['dtype']}  "
             f"{f['valid']} valid  {size(f['bytes'])}  {f['fingerprint'][:16]}"
+            + (f"  whole videos ({f['whole_videos']})" if f["whole_videos"] else "")
             + (f"  changed at {changes}" if changes else "")
             + (f"  from {' and '.join(f['resumed_from'])}" if f["resumed_from"] else "")
         )

@@ -1,7 +1,7 @@
 """The audio around the times of a file's frames.
 
-One track at one rate, the mean of its channels, on the clock of the frames: sample 0 is at the
-time of the first frame. libswresample does all of it, with the options of
+One track at one rate, the mean of its channels, on the clock of the file: sample 0 is at the time
+0 of the frames. libswresample does all of it, with the options of
 
     ffmpeg -i FILE -f f32le -af \\
         aresample=RATE:async=1:first_pts=0:ochl=mono:osf=flt:rematrix_maxval=1 OUT

@@ -182,7 +182,8 @@ class _FileReader:
             return Failure(
                 "too_short",
                 f"no frame between {start:g} s and {'the end' if end is None else f'{end:g} s'}: "
-                f"the file's {index.num_frames} frames end at {index.times_N[-1]:.3f} s",
+                f"the file's {index.num_frames} frames are from {index.times_N[0]:.3f} s to "
+                f"{index.times_N[-1]:.3f} s",
             )
         decoders = sorted({self.decoder(frame_set) for frame_set in self.request.frame_sets})
         facts = Facts(

@@ -21,12 +21,14 @@ class Crop:
     """Crop of the frames of a clip: one value for all T frames of a view.
 
     `box` is the (left, upper, right, lower) square of the frame that is resized to the whole
-    picture; None for the resizing and centre crop of the plain view.
+    picture; None for the resizing and crop of the plain view, at `corner`: its view, or 0 for the
+    centre.
     """
 
     picture: Picture
     box: Box | None = None
     flip: bool = False
+    corner: int = 0
 
 
 def choose_crop(frame_set: FrameSet, width: int, height: int, seed: str = "") -> Crop:
@@ -35,6 +37,8 @@ def choose_crop(frame_set: FrameSet, width: int, height: int, seed: str = "") ->
     View 0 is always plain. Whether a view is mirrored does not change its crop, nor the reverse.
     """
     assert isinstance(frame_set.picture, Picture)
+    if frame_set.view < 0:
+        return Crop(frame_set.picture, corner=frame_set.view)
     if frame_set.view == 0 or not (frame_set.random_crop or frame_set.flip):
         return Crop(frame_set.picture)
     scale, across, down, mirror = generator(seed, frame_set.view, "picture").random(4).tolist()
@@ -74,6 +78,9 @@ def apply_crop(image: Image.Image, crop: Crop) -> np.ndarray:
         image = image.resize((width, height), resample)
         # Python rounds halves to even, and so does the reference: an odd margin matters here.
         left, upper = round((width - size) / 2.0), round((height - size) / 2.0)
+        if crop.corner:
+            right, lower = crop.corner in (-2, -4), crop.corner in (-3, -4)
+            left, upper = right * (width - size), lower * (height - size)
         image = image.crop((left, upper, left + size, upper + size))
     if crop.flip:
         image = ImageOps.mirror(image)

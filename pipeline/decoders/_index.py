@@ -6,10 +6,15 @@ costs the decoding of its group of pictures alone. Where anything is unclear (pa
 lists, discarded or damaged packets, an unknown codec) the file is decoded from the start, which is
 slower and needs no proof.
 
+Times are of the file's clock, on which the earliest stream starts at 0, as for `ffmpeg -ss`. Where
+that is the video, its first frame has the time 0, whatever its time stamp is.
+
 `pyav.pictures` compares each decoded frame with the index, and raises `Contradicted` where the
 packets promised another; the file is then read again with `proof=False`.
 """
 
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -22,6 +27,7 @@ from av.video.stream import VideoStream
 
 from varve.pipeline.decoders import _audio
 from varve.pipeline.decoders._bitstream import Shape, reader
+from varve.pipeline.decoders._cut import cut_off
 from varve.pipeline.decoders._stream import Undecodable, VideoPacket, decode, demux, open_video
 
 # Bytes kept in memory to save a second pass over the file. A larger file is read twice.
@@ -30,6 +36,11 @@ KEPT_FRAME_BYTES = 256 << 20
 
 # MPEG-4 "packed" streams put placeholders of 7 bytes or so where a frame came a packet early.
 PLACEHOLDER_BYTES = 8
+
+# Share of the promised seconds by which headers of whole files are off.
+SLACK_OF_PROMISE = 0.01
+# Step of the time stamps of a container as a whole; each stream has a finer clock of its own.
+CLOCK_STEP_SECONDS = 1e-6
 
 # The rate that ffmpeg assumes for a file without times and rate.
 ASSUMED_FPS = 25.0
@@ -44,14 +55,14 @@ class Index:
     """The frames of a file in display order.
 
     Attributes:
-        times_N: Presentation times in seconds, float64 [N]; the first is 0.
+        times_N: Presentation times in seconds of the file's clock, float64 [N], increasing.
         num_frames_claimed: Number of frames by the header; 0 for none there.
         fps: Average frame rate.
         hazard: Why a decoder other than PyAV may fail on the file; "" for a plain file.
         warning: What is wrong with a file that could be decoded, for a person; "" for nothing.
         proven: Whether the packets prove the frames; nothing has been decoded then.
         files: Paths of the frames of a folder; else empty.
-        start_seconds: Time of the container's clock at which the first frame is shown.
+        start_seconds: Time stamp in the container of the time 0.
         source: The open stream; None for a folder.
     """
 
@@ -137,7 +148,11 @@ class _Table:
     hazards: set[str] = field(default_factory=set)
     packets: list[VideoPacket] | None = field(default_factory=list)
     audio: list[_audio.AudioPacket] | None = None
-    end_seconds: float = 0.0
+    hidden: int = 0  # packets of frames that an edit list does not show
+    start_seconds: float = math.inf  # of the video, as the next one
+    end_seconds: float = -math.inf
+    time_base: float = 0.0
+    end_of_all_seconds: float = 0.0
     damage: str = ""
 
 
@@ -158,21 +173,24 @@ def read(path: str, proof: bool = True, audio: bool = False) -> Index:
     claimed = max(stream.frames, 0)
     fps = float(stream.average_rate or stream.guessed_rate or 0) or ASSUMED_FPS
     ticks, starts = _starts(table)
-    missing_seconds = _missing(container, table)
+    promised = _promised(container, stream, table, claimed / fps)
     source = Source(path, container, stream, ticks, starts, table.packets, audio=table.audio)
     proven = proof and bool(starts)
-    seconds = float(stream.time_base)
+    seconds, start = float(stream.time_base), _start_time(container)
     if proven:
-        start, times_N = float(ticks[0]) * seconds, (ticks - ticks[0]) * seconds
+        first, times_N = float(ticks[0]) * seconds, (ticks - ticks[0]) * seconds
     else:
-        start, times_N = _decode_all(source, fps)
-    warning = _warning(table, claimed, len(times_N), missing_seconds)
+        first, times_N = _decode_all(source, fps)
+    start = start if first - start > CLOCK_STEP_SECONDS else first
+    times_N = times_N + (first - start)
+    warning = "; ".join(_warnings(table, claimed, len(times_N), promised, path))
     hazard = ", ".join(sorted(table.hazards))
     return Index(times_N, claimed, fps, hazard, warning, proven, (), start, source)
 
 
 def _tabulate(container: InputContainer, stream: VideoStream, audio: AudioStream | None) -> _Table:
     table, kept_bytes = _Table(audio=[] if audio else None), 0
+    table.time_base = float(stream.time_base)
     context = stream.codec_context
     shape = reader(context.codec.canonical_name, context.extradata or b"")
     try:
@@ -181,8 +199,12 @@ def _tabulate(container: InputContainer, stream: VideoStream, audio: AudioStream
                 continue
             time = packet.pts if packet.pts is not None else packet.dts
             if time is not None:
-                seconds = float((time + (packet.duration or 0)) * packet.time_base)
-                table.end_seconds = max(table.end_seconds, seconds)
+                start = float(time * packet.time_base)
+                end = start + float((packet.duration or 0) * packet.time_base)
+                table.end_of_all_seconds = max(table.end_of_all_seconds, end)
+                if packet.stream_index == stream.index:
+                    table.start_seconds = min(table.start_seconds, start)
+                    table.end_seconds = max(table.end_seconds, end)
             if audio and packet.stream_index == audio.index and table.audio is not None:
                 kept_bytes += packet.size
                 table.audio.append(cast(_audio.AudioPacket, packet))
@@ -191,6 +213,7 @@ def _tabulate(container: InputContainer, stream: VideoStream, audio: AudioStream
             if not table.ticks and not packet.is_keyframe:
                 table.hazards.add("the first packet is no key frame")
             if packet.is_discard:
+                table.hidden += 1
                 table.hazards.add("packets to be discarded")
                 table.doubts.add("discard")
             if packet.pts is not None and packet.pts < 0:
@@ -251,7 +274,8 @@ def _decode_all(source: Source, fps: float) -> tuple[float, np.ndarray]:
             kept.append(frame)
     source.frames = kept
     if not ticks:
-        raise Undecodable("corrupt", "the video stream holds no frame that can be decoded")
+        cut = cut_off(source.path)
+        raise Undecodable("corrupt", cut or "the video stream holds no frame that can be decoded")
     known = [tick for tick in ticks if tick is not None]
     if len(known) == len(ticks) and (np.diff(known) > 0).all():
         seconds = float(source.stream.time_base)
@@ -260,19 +284,76 @@ def _decode_all(source: Source, fps: float) -> tuple[float, np.ndarray]:
     return (source.container.start_time or 0) / av.time_base, np.arange(len(ticks)) / fps
 
 
-def _missing(container: InputContainer, table: _Table) -> float:
-    """Return the seconds that the header promises beyond the last packet of any stream."""
-    start = (container.start_time or 0) / av.time_base
-    return (container.duration or 0) / av.time_base - (table.end_seconds - start)
+def _start_time(container: InputContainer) -> float:
+    """Return the time stamp, in seconds, of a container's earliest stream; infinity if unknown."""
+    # AVI has no presentation times. FFmpeg makes them of the order of decoding, and the delay of
+    # B-frames would be a late start.
+    if container.start_time is None or container.format.name == "avi":
+        return np.inf
+    return container.start_time / av.time_base
 
 
-def _warning(table: _Table, claimed: int, num_frames: int, missing_seconds: float) -> str:
-    warnings = []
-    if claimed > num_frames:
-        warnings.append(f"the header promises {claimed} frames, {num_frames} could be decoded")
-    # Rounding, and the unknown length of the last frame, are well under a second.
-    if not claimed and missing_seconds > 1.0:
-        warnings.append(f"the header promises {missing_seconds:.1f} seconds more than there are")
+@dataclass(frozen=True)
+class _Promise:
+    """Seconds that the header promises, and how many of them are not there."""
+
+    seconds: float
+    missing: float
+
+
+def _promised(
+    container: InputContainer, stream: VideoStream, table: _Table, seconds_claimed: float
+) -> _Promise:
+    """Compare the end of the video with the one that the header promises.
+
+    The header of Matroska counts from the start of the clock, others from the first frame. A header
+    with the length of all streams alone is compared with the last packet of any.
+    """
+    whole = (container.duration or 0) / av.time_base
+    start = min((container.start_time or 0) / av.time_base, table.start_seconds)
+    formats = container.format.name.split(",")
+    if "avi" in formats:  # whose frames have one length; its own seconds are estimated from bytes
+        promised, there = seconds_claimed, table.end_seconds - table.start_seconds
+    elif "matroska" in formats and (tag := _tagged_seconds(stream)):
+        promised, there = min(tag, whole), table.end_seconds
+    elif "matroska" in formats:
+        promised, there = whole, table.end_of_all_seconds
+    elif stream.duration:
+        promised = float(stream.duration * stream.time_base)
+        there = table.end_seconds - table.start_seconds
+    else:
+        promised, there = whole, table.end_of_all_seconds - start
+    return _Promise(promised, promised - max(there, 0.0))
+
+
+def _tagged_seconds(stream: VideoStream) -> float:
+    """Return the length of a stream by its tag "DURATION", "00:00:02.400"; 0 without one."""
+    tag = next((v for k, v in stream.metadata.items() if k.upper().startswith("DURATION")), "")
+    match = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", tag)
+    if not match:
+        return 0.0
+    hours, minutes, seconds = map(float, match.groups())
+    return hours * 3600 + minutes * 60 + seconds
+
+
+def _warnings(
+    table: _Table, claimed: int, num_frames: int, promised: _Promise, path: str
+) -> Iterator[str]:
+    """Yield what is wrong with a file that could be decoded."""
+    times = np.unique([tick for tick in table.ticks if tick is not None])
+    longest = float(np.diff(times).max(initial=0)) * table.time_base
+    # The length of the last frame is unknown, and headers are rounded.
+    is_short = promised.missing > max(1.5 * longest, SLACK_OF_PROMISE * promised.seconds)
+    shown = len(table.ticks) - table.hidden
+    if claimed > num_frames and (is_short or shown > num_frames):
+        there = claimed if is_short else min(claimed, shown)
+        yield f"the header promises {there} frames, {num_frames} could be decoded"
+    elif is_short:
+        yield (
+            f"the header promises {promised.seconds:.2f} seconds, the last "
+            f"{promised.missing:.2f} of them are not there"
+        )
+    if cut := cut_off(path):
+        yield cut
     if table.damage:
-        warnings.append(table.damage)
-    return "; ".join(warnings)
+        yield table.damage

@@ -20,6 +20,8 @@ from av.sidedata.sidedata import Type as SideData
 from av.video.stream import VideoStream
 from PIL import Image
 
+from varve.pipeline.decoders._cut import cut_off
+
 # Without this FFmpeg takes a text file for a playlist, and opens what it names, on the network too.
 FILES_ONLY = {"protocol_whitelist": "file"}
 
@@ -97,6 +99,8 @@ def open_video(path: str) -> tuple[InputContainer, VideoStream]:
         # Shift-JIS are no reason to fail.
         container = av.open("file:" + path, container_options=FILES_ONLY)
     except av.error.FFmpegError as error:
+        if cut := cut_off(path):
+            raise Undecodable("not_video", f"{cut}; copy or download it again") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
             raise Undecodable("unreadable", error_text(error)) from error
         raise Undecodable(

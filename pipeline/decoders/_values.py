@@ -23,7 +23,7 @@ REASONS = (
 
 @dataclass(frozen=True)
 class Stretch:
-    """One clip of a file: the whole, or [start_seconds, end_seconds).
+    """One clip of a file: the whole, or [start_seconds, end_seconds) of the file's clock.
 
     Attributes:
         seed: Seed of its random draws: the clip's row key.
@@ -80,7 +80,7 @@ class Timeline:
     """The frames of a whole file: their times, and which of them are kept.
 
     Attributes:
-        times_N: Presentation times of all frames in seconds, float64 [N]; the first is 0.
+        times_N: Presentation times of all frames in seconds of the file's clock, float64 [N].
         kept_K: Display indices of the kept frames, int64 [K].
         facts: Facts of the whole file.
     """

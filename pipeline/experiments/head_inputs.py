@@ -11,6 +11,7 @@ from dataclasses import fields
 from itertools import takewhile
 
 import numpy as np
+import pandas as pd
 import torch
 
 from varve.heads.parts.clips import Clips
@@ -21,10 +22,11 @@ from varve.pipeline.experiments.feature_tensors import BUDGET_BYTES, FeatureTens
 from varve.pipeline.experiments.scenarios import Division
 from varve.pipeline.extraction.update import recorded_request
 from varve.stores import Feature, FeatureStore, SpecMismatch, VideoFeature
-from varve.stores.clips import row_keys
+from varve.stores.clips import OVERFLOW, row_keys
 from varve.stores.digests import digest, store_name
 
 VECTOR, SOUND = "vector", "sound"
+VARIED = ("view", "flip", "random_crop")  # what differs between the views of one request
 _BLOCK = re.compile(r"(blocks\.\d+)\.(attn|mlp)|(layer\d+\.\d+)")
 _FROM_THE_END = re.compile(r"blocks\.-([1-9]\d*)(?:\.(\w+))?")
 
@@ -134,7 +136,7 @@ def find_features(
                 "that the head reads, such as --frames 8 --sampling tsn, or sampled={'frames': 8}"
             )
         features[name] = feature
-    lengths = {name: feature.shape[1] for name, feature in features.items()}
+    lengths = {name: feature.spec["frames"]["frames"] for name, feature in features.items()}
     if len(set(lengths.values())) > 1:
         raise SpecMismatch(
             f"the head's features have different numbers of frames ({lengths}): build them with "
@@ -256,6 +258,7 @@ def make_clips(
     labels: np.ndarray,
     device: str = "cpu",
     budget_bytes: int = BUDGET_BYTES,
+    views: Sequence[Mapping[str, Feature]] = (),
 ) -> Clips:
     """Return some rows of the table of clips as a head sees them.
 
@@ -265,15 +268,84 @@ def make_clips(
         labels: Class number of every row of the table.
         device: Where batches are wanted.
         budget_bytes: Largest size of a feature's cells that stay in memory.
+        views: Columns of further views of the clips, by the same names.
 
     Raises:
         ValueError: There is no row.
     """
-    cells = {
-        name: FeatureTensors(feature, rows, device, budget_bytes)
-        for name, feature in features.items()
-    }
-    return Clips(cells, torch.from_numpy(labels[rows]), torch.from_numpy(rows))
+    cells, *others = (
+        {
+            name: FeatureTensors(feature, rows, device, budget_bytes)
+            for name, feature in columns.items()
+        }
+        for columns in (features, *views)
+    )
+    return Clips(cells, torch.from_numpy(labels[rows]), torch.from_numpy(rows), others)
+
+
+def find_views(
+    store: FeatureStore, features: Mapping[str, Feature], numbers: Sequence[int]
+) -> list[dict[str, Feature]]:
+    """Find the columns of other views of the clips, by the head's names for them.
+
+    Args:
+        store: The store.
+        features: The columns of the plain view that a head reads.
+        numbers: Views, such as 1, 2, 3, or the corners -1 to -4; see `FrameSet.view`.
+
+    Raises:
+        SpecMismatch: The store lacks one; the message has the command that adds it. Or several
+            columns could be meant.
+    """
+    return [
+        {name: _view_of(store, feature, number) for name, feature in features.items()}
+        for number in numbers
+    ]
+
+
+def _view_of(store: FeatureStore, feature: Feature, number: int) -> Feature:
+    kept = {n: x for n, x in feature.spec["frames"].items() if n not in VARIED}
+    matching = [
+        other
+        for other in _published(store, feature.backbone)
+        if other.name == feature.name
+        and other.dtype == feature.dtype
+        and other.spec["stages"] == feature.spec["stages"]
+        and other.spec["frames"]["view"] == number
+        and {n: x for n, x in other.spec["frames"].items() if n not in VARIED} == kept
+    ]
+    if len(matching) > 1:
+        request = recorded_request(store)
+        matching = [
+            other
+            for other in matching
+            if all(other.spec["frames"][n] == getattr(request, n) for n in ("flip", "random_crop"))
+        ]
+    if len(matching) == 1:
+        return matching[0]
+    what = f"view {number}" if number > 0 else "the corners"
+    more = f"--views {number + 1} --flip --random-crop" if number > 0 else "--five-crop"
+    raise SpecMismatch(
+        f"{store.location} has {'several of them' if matching else 'none'}: {what} of "
+        f"{feature.name} of {feature.backbone}, which the head reads in training or testing. This "
+        f"adds it:\n  {build_command(store, feature.backbone, feature.name)} {more}"
+    )
+
+
+def with_status(table: pd.DataFrame, features: Mapping[str, Feature]) -> pd.DataFrame:
+    """Return the table of clips with each one's status in the columns that a head reads.
+
+    A value that only another column cannot represent takes no clip from a run.
+    """
+    lost_N = np.any([feature.overflowed for feature in features.values()], axis=0)
+    valid_N = np.all([feature.valid for feature in features.values()], axis=0)
+    overflow_N = (table["reason"] == OVERFLOW).to_numpy()
+    status = np.select(
+        [lost_N, overflow_N & valid_N, overflow_N],
+        ["quarantined", "ready", "pending"],
+        table["status"].to_numpy(object),
+    )
+    return table.assign(status=status)
 
 
 def clips_digest(store: FeatureStore, division: Division) -> str:

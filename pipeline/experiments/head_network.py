@@ -40,6 +40,11 @@ class HeadNetwork:
         """Names of the stages, in order."""
         return self._frozen.stage_names
 
+    @property
+    def frozen(self) -> Backbone:
+        """The network as it computed the features of the store."""
+        return self._frozen
+
     def identity(self) -> str:
         """Return the key of the frozen network, and of the user's grafts that its head uses."""
         key = self._frozen.keys("")[self.stages[-1]]
@@ -55,6 +60,10 @@ class HeadNetwork:
         full_name, _, reduction = self.find(name).partition(":")
         stage = self._frozen.stage(full_name)
         return self._frozen.feature_shape(stage, canonical_reduction(stage, reduction))
+
+    def time_steps(self, name: str) -> int:
+        """Return the number of time steps of a feature of a clip."""
+        return self._frozen.time_steps(self.find(name).partition(":")[0], self.frames)
 
     def module(self, stage: str) -> nn.Module:
         """Return the frozen module of a stage."""

@@ -29,7 +29,7 @@ from typing import Any
 from varve import heads
 from varve.heads import Head
 from varve.pipeline.backbones import origin
-from varve.pipeline.registry import available, source_digest, variant
+from varve.pipeline.registry import SUBFOLDERS, available, source_digest, variant
 from varve.stores import atomic
 
 FOLDER = "head_source"
@@ -215,25 +215,39 @@ def code_digest(source: HeadSource) -> str:
     For a user's file it covers the modules beside it and the heads of heads/ that it imports.
     """
     shared = sorted([*(HEADS / "parts").glob("*.py"), *(HEADS / "grafts").glob("*.py")])
-    file, texts = HEADS / f"{source.name}.py", source.parts
-    if not source.files and not file.is_file():
+    file, texts = _shipped_file(source.name), source.parts
+    if not source.files and file is None:
         texts = [source_digest("heads", source.name).encode()]
-    files = [*([] if texts else [file]), *sorted(imported_heads(source)), *shared]
-    texts = [(HEADS / "__init__.py").read_bytes(), *texts, *(file.read_bytes() for file in files)]
+    head_files = [] if texts or file is None else [file]
+    imported = _imported_heads([*source.files.values(), *(f.read_bytes() for f in head_files)])
+    contract = [HEADS / "__init__.py", HEADS / "_whitening.py"]
+    files = [*head_files, *sorted(imported), *shared, *contract]
+    texts = [*texts, *(file.read_bytes() for file in files)]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
 
 
 def imported_heads(source: HeadSource) -> set[Path]:
     """Return the files of heads/ that a user's files import, directly or through one another."""
+    return _imported_heads([*source.files.values()])
+
+
+def _imported_heads(waiting: list[bytes]) -> set[Path]:
+    """Return the files of heads/ that texts import, directly or through one another."""
     files: set[Path] = set()
-    waiting = list(source.files.values())
     while waiting:
         for name in _imports(waiting.pop()):
-            file = HEADS / f"{name.removeprefix('varve.heads.')}.py"
-            if name.startswith("varve.heads.") and file.is_file() and file not in files:
+            file = HEADS.joinpath(*name.removeprefix("varve.heads.").split(".")).with_suffix(".py")
+            is_head = name.startswith("varve.heads.") and file == _shipped_file(file.stem)
+            if is_head and file not in files:
                 files.add(file)
                 waiting.append(file.read_bytes())
     return files
+
+
+def _shipped_file(name: str) -> Path | None:
+    """Return the file of a head of heads/; None where it is none."""
+    folders = [HEADS, *(HEADS / folder for folder in SUBFOLDERS["heads"])]
+    return next((f for f in (folder / f"{name}.py" for folder in folders) if f.is_file()), None)
 
 
 def _read(path: Path) -> HeadSource:

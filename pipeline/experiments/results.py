@@ -76,25 +76,29 @@ def requested(runs: pd.DataFrame) -> list[str]:
     return [name for name in runs if name not in aside and not name.startswith(NUMBERS)]
 
 
-def summary(runs: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFrame:
+def summary(
+    runs: pd.DataFrame, by: Sequence[str] | None = None, over: Sequence[str] = SEEDS
+) -> pd.DataFrame:
     """Mean and standard deviation (n - 1 in its denominator) of finished runs over the seeds.
 
     Args:
         runs: Table of `read`.
-        by: Columns in which configurations differ: by default all that was requested but seeds.
+        by: Columns in which configurations differ: by default all that was requested but `over`.
+        over: Columns in which the runs of a configuration differ: the seeds, and with `store` the
+            splits of a data set, where there is a store for each.
 
     Returns:
         A row for each configuration, in order of appearance: `by`, `n`, and of each metric and
         cost `.mean` and `.std`; NaN where one of the runs lacks it, and `.std` of a single run.
 
     Raises:
-        ValueError: No run has finished, or a configuration has a seed twice.
+        ValueError: No run has finished, or a configuration has twice the same values of `over`.
     """
     finished = runs[runs["finished"]]
     if finished.empty:
         raise ValueError(f"none of {len(runs)} runs has finished; `varve run` resumes one")
-    keys = requested(runs) if by is None else [*by]
-    seeds = [name for name in SEEDS if name in runs]
+    keys = [name for name in requested(runs) if name not in over] if by is None else [*by]
+    seeds = [name for name in over if name in runs]
     repeated = finished["run"][finished.duplicated([*keys, *seeds], keep=False)]
     if len(repeated):
         raise ValueError(
@@ -108,6 +112,73 @@ def summary(runs: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFrame
         parts[f"{name}.mean"] = groups[name].agg(lambda values: values.mean(skipna=False))
         parts[f"{name}.std"] = groups[name].agg(lambda values: values.std(ddof=1, skipna=False))
     return pd.DataFrame(parts).reset_index()
+
+
+def paired(
+    runs: pd.DataFrame,
+    baseline: Mapping[str, Any],
+    figure: str = "cnn.final",
+    over: Sequence[str] = SEEDS,
+) -> pd.DataFrame:
+    """Compare each configuration with a baseline, run by run of the same seed (Student's t).
+
+    Args:
+        runs: Table of `read`.
+        baseline: Values of the columns that single out one configuration, such as
+            {"head": "nearest_mean"} or {"head": "stpr", "option.routing": "average"}.
+        figure: Column to compare, such as "cnn.final" or "nme.bwf".
+        over: As for `summary`: the columns that pair the runs.
+
+    Returns:
+        A row for each other configuration, in order of appearance: the columns in which any two
+        differ; `n`, the number of pairs; `difference`, the mean over them of the configuration less
+        the baseline; `standard_error` of that mean; `low` and `high`, the 95 % confidence interval;
+        and `p`, two-sided. All but the difference are NaN for a single pair.
+
+    Raises:
+        ValueError: No run, or several configurations, are the baseline; or another one lacks a run
+            of the same seed.
+        ImportError: scipy is not installed.
+    """
+    try:
+        from scipy.stats import ttest_1samp
+    except ImportError as error:
+        raise ImportError("paired tests need scipy: pip install 'varve[notebooks]'") from error
+    finished = runs[runs["finished"] & runs[figure].notna()]
+    keys = [name for name in requested(runs) if name not in over]
+    pairs = [name for name in over if name in runs]
+    numbers = finished.groupby(keys, dropna=False, sort=False).ngroup()
+    chosen = np.ones(len(finished), bool)
+    for name, value in baseline.items():
+        chosen &= (finished[name] == value).fillna(False).to_numpy(bool)
+    if len(set(numbers[chosen])) != 1:
+        raise ValueError(
+            f"{dict(baseline)} are {len(set(numbers[chosen]))} configurations among the finished "
+            f"runs with {figure}: give columns and values of one of {', '.join(keys)}"
+        )
+    reference = finished[chosen].set_index(pairs)[figure].astype(float)
+    varied = [name for name in keys if finished[name].astype(str).nunique() > 1]
+    rows = []
+    for _, alike in finished[~chosen].groupby(numbers[~chosen], sort=False):
+        values = alike.set_index(pairs)[figure].astype(float)
+        if {*values.index} != {*reference.index} or values.index.has_duplicates:
+            raise ValueError(
+                f"{alike.iloc[0]['run']} and those like it have {pairs} {[*values.index]}, and the "
+                f"baseline {[*reference.index]}: compare runs of the same ones, each once"
+            )
+        gaps = (values - reference[values.index]).to_numpy()
+        row = {name: alike.iloc[0][name] for name in varied}
+        row |= {"n": len(gaps), "difference": gaps.mean()}
+        row |= dict.fromkeys(("standard_error", "low", "high", "p"), np.nan)
+        if len(gaps) > 1:
+            test = ttest_1samp(gaps, 0.0) if gaps.std() else None
+            row["standard_error"] = gaps.std(ddof=1) / np.sqrt(len(gaps))
+            interval = test.confidence_interval() if test else (gaps.mean(), gaps.mean())
+            row["low"], row["high"] = interval
+            row["p"] = test.pvalue if test else float(not gaps.any())
+        rows.append(row)
+    columns = [*varied, "n", "difference", "standard_error", "low", "high", "p"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def writable(path: str | Path) -> Path:
@@ -356,7 +427,10 @@ def _columns(
 
 
 def _differing(table: pd.DataFrame) -> list[str]:
-    """Return the columns that tell the rows of a summary apart, the head first."""
+    """Return the columns that tell the rows of a summary apart, the head first.
+
+    Figures of clips held out of training are never shown without their share.
+    """
     names = list(table)[: list(table).index("n")]
     # The name of a head identifies its code, and options that other heads lack.
     heads = table.groupby("head" if "head" in table else np.zeros(len(table)))
@@ -365,7 +439,8 @@ def _differing(table: pd.DataFrame) -> list[str]:
     differing = [
         name
         for name in names
-        if name == "head" or (table[name].nunique(dropna=False) > 1 and name not in implied)
+        if name in ("head", "validation")
+        or (table[name].nunique(dropna=False) > 1 and name not in implied)
     ]
     # Fingerprints mostly repeat the options.
     short = [name for name in differing if not name.startswith("features.")]

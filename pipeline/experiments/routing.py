@@ -23,7 +23,7 @@ from varve.pipeline.extraction.commit import device_of
 from varve.pipeline.extraction.extract import ClipResult, FileWork, extract, file_work
 from varve.pipeline.extraction.passes import Output, Pass, passes
 from varve.pipeline.progress import Progress
-from varve.stores import Feature, FeatureStore, SpecMismatch
+from varve.stores import Feature, FeatureStore, SampledFeature, SpecMismatch
 
 
 @dataclass(frozen=True)
@@ -143,19 +143,50 @@ def _passes_of(
         text=False,
     )
     every = passes(spec, networks, store, device)
-    by_key = {output.spec.fingerprint: output for pass_ in every for output in pass_.outputs}
-    for feature in features.values():
-        if feature.fingerprint not in by_key:
+    named = every
+    if isinstance(first, SampledFeature):
+        whole = _every_frame(first, store).request()
+        named = passes(replace(spec, **whole), networks, store, device)
+    by_key = {
+        known.spec.fingerprint: output
+        for theirs, ours in zip(named, every, strict=True)
+        for known, output in zip(theirs.outputs, ours.outputs, strict=True)
+    }
+    keys = {
+        name: feature.source.fingerprint
+        if isinstance(feature, SampledFeature)
+        else feature.fingerprint
+        for name, feature in features.items()
+    }
+    for name, feature in features.items():
+        if keys[name] not in by_key:
             raise SpecMismatch(
                 f"{feature.name} of {feature.backbone} comes out under another key than in "
                 f"{store.location}: its weights or this version's code are not what they were"
             )
-    outputs = {name: by_key[feature.fingerprint] for name, feature in features.items()}
+    outputs = {name: by_key[key] for name, key in keys.items()}
     needed = outputs.values()
     requested = [
         replace(pass_, outputs=tuple(o for o in pass_.outputs if o in needed)) for pass_ in every
     ]
     return tuple(pass_ for pass_ in requested if pass_.outputs), outputs, networks
+
+
+def _every_frame(feature: SampledFeature, store: FeatureStore) -> FrameSet:
+    """Return the frame set of the whole videos that a run's frames were chosen from.
+
+    Raises:
+        SpecMismatch: It lacks frames, or the run's frames are of a varied view: the frames of a new
+            video are the plain view, chosen among all.
+    """
+    whole = FrameSet.of(feature.spec["whole"])
+    if whole.grid != "stride-1" or feature.frame_set.view:
+        raise SpecMismatch(
+            f"the run chose its frames as view {feature.frame_set.view} of {whole.grid} in "
+            f"{store.location}, and a new video is read as view 0 of all its frames. Run it on "
+            "whole videos of every frame (--sampling all), or on a store of T frames"
+        )
+    return whole
 
 
 def _routed(

@@ -13,6 +13,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from varve.pipeline.experiments.cost import memory_peak, multiply_adds
 from varve.pipeline.experiments.metrics import Matrix
 from varve.pipeline.experiments.run_folder import CNN, NME, Run, write_json
 from varve.pipeline.experiments.run_spec import PreparedRun, prepare_run, training_digest
-from varve.pipeline.experiments.scenarios import Scenario
+from varve.pipeline.experiments.scenarios import ClassList, Scenario
 from varve.pipeline.progress import Progress
 from varve.stores import Feature, FeatureStore, SpecMismatch, atomic, lock
 from varve.stores.digests import digest
@@ -49,6 +50,9 @@ def run(
     backbone: str = "",
     splits: tuple[str, str] = ("train", "test"),
     sampled: Mapping[str, Any] | None = None,
+    order: ClassList | None = None,
+    only: ClassList | None = None,
+    validation: float = 0.0,
     out: str | Path = "runs",
     device: str = "cpu",
     threads: int = 0,
@@ -71,6 +75,10 @@ def run(
         splits: The splits to train on and to test on.
         sampled: Frames to read of a store of whole videos: options of `FeatureStore.sampled`, such
             as {"frames": 8, "sampling": "tsn"}.
+        order: The classes as they arrive, or a file of them; see `make_scenario`.
+        only: The classes to shuffle, or a file of them.
+        validation: Share of the training clips of each class to test on in the place of the test
+            split, and not to train on: to choose options by. See `scenarios.divide`.
         out: Folder in which the run folder is made.
         device: Where the head works: "cpu" or "cuda".
         threads: Number of threads of torch; 0 leaves it as it is. A resumed run takes the number
@@ -90,7 +98,18 @@ def run(
     """
     progress = progress or Progress()
     plan = prepare_run(
-        store, head, scenario, seed, options or {}, backbone, splits, device, sampled
+        store,
+        head,
+        scenario,
+        seed,
+        options or {},
+        backbone,
+        splits,
+        device,
+        sampled,
+        order,
+        only,
+        validation,
     )
     folder = Path(out) / plan.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,10 +132,14 @@ def run(
 
 
 def scores_of(score: Callable[[Batch], Tensor], clips: Clips) -> Tensor:
-    """Return the scores of all clips, float32 [N, C], on the CPU."""
+    """Return the scores of all clips, float32 [N, C], on the CPU: the mean over their views."""
     cell_bytes = sum(cells.cell_bytes for cells in clips.features.values())  # type: ignore[attr-defined]
     size = int(min(256, max(1, SCORE_BATCH_BYTES // cell_bytes)))
-    return torch.cat([score(batch).cpu() for _, batch in clips.batches(size)])
+    scores = [
+        torch.cat([score(batch).cpu() for _, batch in view.batches(size)])
+        for view in clips.each_view()
+    ]
+    return torch.stack(scores).mean(dim=0) if len(scores) > 1 else scores[0]
 
 
 class RunState:
@@ -144,7 +167,7 @@ class RunState:
         self.costs: list[dict[str, Any]] = records.get("costs", [])
         self.diagnostics: list[dict[str, float]] = records.get("diagnostics", [])
         self.predictions: list[pd.DataFrame] = []
-        self.test_clips = [plan.clips(rows) for rows in plan.division.test[: self.committed]]
+        self.test_clips = [plan.test_clips(rows) for rows in plan.division.test[: self.committed]]
         self._train_clips: list[Clips] = []
         self._cost: dict[str, Any] = {}
         self._donated = False
@@ -165,13 +188,13 @@ class RunState:
             exemplars = head.exemplars.numpy()
         donated = self._donated_state(task)
         self._donated = donated is not None
-        teacher: dict[str, Feature] = {}
+        teacher: list[dict[str, Feature]] = []
         if isinstance(head, UsesTeacher) and task and not donated:
             teacher = teacher_features.compute_teacher_features(
                 plan, head, [*rows, *exemplars], self.folder, self.progress
             )
-        clips = plan.clips(rows, teacher)
-        memory = plan.clips(exemplars, teacher) if len(exemplars) else None
+        clips = plan.training_clips(rows, teacher)
+        memory = plan.training_clips(exemplars, teacher) if len(exemplars) else None
         self._train_clips = [clips] if memory is None else [clips, memory]
         started = time.perf_counter()
         if donated:
@@ -184,6 +207,11 @@ class RunState:
             with _epoch_bar(self.progress, f"task {task + 1}/{len(plan.tasks)}") as on_epoch_end:
                 keys = digest(plan.spec["features"])
                 head.learn(Task(clips, task, text, memory, on_epoch_end, keys))
+            if plan.views and not head.trainable:
+                raise ValueError(
+                    f"views={1 + len(plan.views)}: {plan.spec['head']} trains nothing by gradient "
+                    "descent, and has read the plain view alone: leave `views` out"
+                )
             self._cost = {"seconds": time.perf_counter() - started}
         report = {} if donated or not isinstance(head, ReportsDiagnostics) else head.diagnostics
         self.diagnostics.append(dict(report))
@@ -191,7 +219,7 @@ class RunState:
     def evaluate(self, task: int) -> None:
         """Append the row of the accuracy matrix: accuracy on the test clips of each task so far."""
         head, started = self.plan.head, time.perf_counter()
-        self.test_clips.append(self.plan.clips(self.plan.division.test[task]))
+        self.test_clips.append(self.plan.test_clips(self.plan.division.test[task]))
         classifiers = {CNN: head.scores}
         if isinstance(head, ReplaysExemplars) and len(head.exemplars):
             classifiers[NME] = head.nearest
@@ -237,7 +265,10 @@ class RunState:
         matrices = {name: Matrix.from_rows(rows, counts) if rows else None
                     for name, rows in self.accuracy.items()}  # fmt: skip
         exemplars = len(head.exemplars) if isinstance(head, ReplaysExemplars) else 0
+        kept = plan.spec["options"].get("exemplar_frames", 0)  # of T frames; 0 for all
+        frames = next(iter(plan.features.values())).spec["frames"]["frames"]
         cells = self.test_clips[0].features.values()
+        clip_bytes = sum(c.cell_bytes for c in cells)  # type: ignore[attr-defined]
         by_task = {name: [cost[name] for cost in self.costs] for name in self.costs[0]}
         cost = {
             "trainable": head.trainable,
@@ -247,7 +278,7 @@ class RunState:
             "bytes_read": sum(by_task["bytes_read"]),
             "state_bytes": sum(tensor.nbytes for tensor in head.state_dict().values()),
             "exemplars": exemplars,
-            "exemplar_bytes": exemplars * sum(c.cell_bytes for c in cells),  # type: ignore[attr-defined]
+            "exemplar_bytes": exemplars * clip_bytes * min(kept or frames, frames) // frames,
         }
         write_json(self.folder, "cost", cost)
         accuracies = {name: matrix and matrix.to_json() for name, matrix in matrices.items()}
@@ -309,7 +340,7 @@ def _start_or_resume(folder: Path, plan: PreparedRun, threads: int) -> int:
 def _check_donor(plan: PreparedRun, folder: str | Path) -> Run:
     """Read the run whose states are to be taken, and check that it trained as this one would."""
     donor = Run.read(folder)
-    spec = {name: donor.spec[name] for name in plan.spec}
+    spec = {name: donor.spec[name] for name in plan.spec if name in donor.spec}
     same_code = all(spec[name] == plan.spec[name] for name in ("head", "code"))
     if not same_code or training_digest(spec, plan.source) != plan.training_digest:
         raise SpecMismatch(f"{folder} was trained with another specification than {plan.name}")
@@ -330,7 +361,7 @@ def _bytes_read(clips: list[Clips]) -> int:
     """Return the bytes read from the store since the last call, and count from 0 again."""
     total = 0
     for part in clips:
-        for cells in part.features.values():
+        for cells in chain.from_iterable(view.values() for view in (part.features, *part.views)):
             total += cells.bytes_read  # type: ignore[attr-defined]
             cells.bytes_read = 0  # type: ignore[attr-defined]
     return total

@@ -6,7 +6,7 @@ options, scenario, features, clips and code; its digest is the identity of the r
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from varve import heads
-from varve.heads import FineTunesBackbone, HasInferenceOptions, Head, UsesTeacher
+from varve.heads import FineTunesBackbone, HasInferenceOptions, Head, LimitsClasses, UsesTeacher
 from varve.heads.parts.clips import Clips
 from varve.pipeline import backbones
 from varve.pipeline.experiments import head_inputs, scenarios
 from varve.pipeline.experiments.head_network import HeadNetwork
 from varve.pipeline.experiments.head_source import HeadSource, code_digest, find_head
 from varve.pipeline.experiments.run_folder import FORMAT
-from varve.pipeline.experiments.scenarios import Scenario, divide
+from varve.pipeline.experiments.scenarios import ClassList, Scenario, divide
 from varve.stores import Feature, FeatureStore, SpecMismatch
 from varve.stores.digests import digest
 
@@ -47,6 +47,8 @@ class PreparedRun:
         classes: Class names of the store, by number.
         class_text: float32 [classes, width], text features; None without a text tower.
         device: Where the head works.
+        views: Columns of each further view to train on, like `features`.
+        corners: Columns of the corners of the picture, to test on.
     """
 
     spec: dict[str, Any]
@@ -61,6 +63,8 @@ class PreparedRun:
     classes: list[str]
     class_text: Tensor | None
     device: str
+    views: list[dict[str, Feature]]
+    corners: list[dict[str, Feature]]
 
     @property
     def digest(self) -> str:
@@ -78,10 +82,23 @@ class PreparedRun:
         spec = self.spec
         return f"{spec['head']}-{spec['scenario']}-{spec['seed']}-{self.digest[:8]}"
 
-    def clips(self, rows: np.ndarray, more: Mapping[str, Feature] = {}) -> Clips:
-        """Return some rows of the table of clips with the features of the head, and more."""
-        features = {**self.features, **more}
-        return head_inputs.make_clips(features, rows, self.labels, self.device)
+    def training_clips(self, rows: np.ndarray, teacher: Sequence[Mapping[str, Feature]]) -> Clips:
+        """Return some rows of the table of clips, in every view to train on.
+
+        Args:
+            rows: Row ids.
+            teacher: Further columns of each view, the plain one first; none for no further ones.
+        """
+        views = [self.features, *self.views]
+        teacher = teacher or [{}] * len(views)
+        plain, *views = ({**view, **more} for view, more in zip(views, teacher, strict=True))
+        return head_inputs.make_clips(plain, rows, self.labels, self.device, views=views)
+
+    def test_clips(self, rows: np.ndarray) -> Clips:
+        """Return some rows of the table of clips, with the corners to test on as views."""
+        return head_inputs.make_clips(
+            self.features, rows, self.labels, self.device, views=self.corners
+        )
 
 
 def prepare_run(
@@ -94,6 +111,9 @@ def prepare_run(
     splits: tuple[str, str] = ("train", "test"),
     device: str = "cpu",
     sampled: Mapping[str, Any] | None = None,
+    order: ClassList | None = None,
+    only: ClassList | None = None,
+    validation: float = 0.0,
 ) -> PreparedRun:
     """Check a run and write its specification, before anything is computed.
 
@@ -111,17 +131,25 @@ def prepare_run(
     built, network, features = build_head(opened, source, chosen, name)
     classes = list(opened.attributes["classes"])
     if isinstance(scenario, str):
-        scenario = scenarios.make_scenario(scenario, classes, seed)
-    division = divide(opened.clips, scenario, *splits)
+        scenario = scenarios.make_scenario(scenario, classes, seed, order=order, only=only)
+    elif order is not None or only is not None:
+        raise ValueError(f"{scenario.name} has its classes: leave out `order`, `only`")
+    if isinstance(built, LimitsClasses):
+        built.check_classes(len(scenario.classes))
+    views, corners = _other_views(opened, features, defaults | chosen, sampled or {})
+    every = {f"{n} {name}": feature for n, view in enumerate([features, *views, *corners])
+             for name, feature in view.items()}  # fmt: skip
+    table = head_inputs.with_status(opened.clips, every)
+    division = divide(table, scenario, *splits, validation)
     rows = np.concatenate([*division.train, *division.test])
-    for feature in features.values():
+    for feature in every.values():
         if not feature.valid[rows].all():
             feature.read(rows[~feature.valid[rows]])  # raises, and names clips and reason
     try:
         text: Tensor | None = torch.from_numpy(opened.text(name, classes).values).float()
     except LookupError:
         text = None
-    spec = {
+    spec: dict[str, Any] = {
         "format": FORMAT,
         "head": source.name,
         "options": defaults | chosen,
@@ -137,10 +165,35 @@ def prepare_run(
         "device": torch.device(device).type,
         "code": code_digest(source),
         **({"sampled": dict(sampled)} if sampled else {}),
+        **({"validation": validation} if validation else {}),
     }
+    for kind, columns in (("views", views), ("corners", corners)):
+        if columns:
+            names = [{n: f.fingerprint for n, f in view.items()} for view in columns]
+            spec |= {kind: names}
     return PreparedRun(spec, str(opened.location), source, built, network, features, scenario.tasks,
                        division, head_inputs.class_numbers(opened), classes, text,
-                       device)  # fmt: skip
+                       device, views, corners)  # fmt: skip
+
+
+def _other_views(
+    store: FeatureStore,
+    features: Mapping[str, Feature],
+    options: Mapping[str, Any],
+    sampled: Mapping[str, Any],
+) -> tuple[list[dict[str, Feature]], list[dict[str, Feature]]]:
+    """Return the columns of the further views to train on, and of the corners to test on."""
+    views, crops = options[heads.VIEWS.name], options[heads.CROPS.name]
+    numbers, corners = range(1, views), range(-1, -crops, -1)
+    if sampled and (numbers or corners):
+        raise SpecMismatch(
+            f"{views=}, {crops=} of frames chosen from whole videos, which have the plain view "
+            "alone: build the views with --frames, or leave both out"
+        )
+    training, testing = (
+        head_inputs.find_views(store, features, each) for each in (numbers, corners)
+    )
+    return training, testing
 
 
 def build_head(
@@ -173,7 +226,7 @@ def build_head(
             f"those of {backbone} in {store.location} are of {precision}: build it with "
             "--precision float32"
         )
-    frames = next(iter(features.values())).shape[1]
+    frames = next(iter(features.values())).spec["frames"]["frames"]
     attached = HeadNetwork(network, frames, partial(head_inputs.load_network, store, backbone))
     head.attach(attached)
     return head, attached, features
@@ -203,8 +256,9 @@ def training_digest(spec: Mapping[str, Any], source: HeadSource) -> str:
     """Digest of a specification without inference-only options: runs that share it train alike."""
     head = source.build_head(spec["options"])
     inference = head.inference_options if isinstance(head, HasInferenceOptions) else ()
-    options = {name: value for name, value in spec["options"].items() if name not in inference}
-    return digest(dict(spec) | {"options": options})
+    left_out = {*inference, heads.CROPS.name}
+    options = {name: value for name, value in spec["options"].items() if name not in left_out}
+    return digest({n: x for n, x in spec.items() if n != "corners"} | {"options": options})
 
 
 def option_defaults(build: Callable[..., Head]) -> dict[str, Any]:

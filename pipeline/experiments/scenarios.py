@@ -1,8 +1,9 @@
 """Scenarios: which classes arrive with which task, and which clips train and test on them.
 
 A scenario is written BASE+KxN: a first task of BASE classes, then N tasks of K. "51+10x5" is the
-published "ucf101-10x5"; with a BASE of 0 all tasks have one size ("0+40x10"). The classes arrive in
-the order of their numbers, shuffled by a seed, or in the order of a list.
+published "ucf101-10x5"; with a BASE of 0 all tasks have one size ("0+40x10"). More parts may
+follow, "+KxN" or "+K" for one task of K, where the classes do not divide evenly: "0+3x2+1". The
+classes arrive in the order of their numbers, shuffled by a seed, or in the order of a list.
 
 Classes whose names are all whole numbers are ordered by value, and a whole number in an order or
 list means the class of that name. Elsewhere it is the number of a class, from 0.
@@ -22,19 +23,22 @@ and the seed, and returns the class names of each task:
 `one_by_one.classes = 10`, or a list of names, says for which classes alone it is made.
 """
 
+import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import batched
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from varve.pipeline.experiments._pickles import read_pickle
 from varve.pipeline.registry import available, register, source_digest, variant
+from varve.stores.clips import row_keys
 
 SEEDS = (1000, 1993, 2021)
 PUBLISHED = {
@@ -56,7 +60,9 @@ FROM_A_LIST = {"avk-100": 100, "avk-200": 200, "avk-400": 400}
 GIVEN = "given"
 # A sort by code points swaps HammerThrow with Hammering and JumpRope with JumpingJack.
 BY_ALPHABET = ("ucf101-", "hmdb51-")
+HELD_OUT = "held out of training"
 MOST_NAMES = 10  # in a message
+PICKLES = (".pkl", ".pickle")
 
 # A file's path, or class names or numbers, in one list or a list for each task.
 ClassList = str | Path | Sequence[str | int] | Sequence[Sequence[str | int]]
@@ -112,8 +118,9 @@ def make_scenario(
     """Decide which classes arrive with which task.
 
     Args:
-        name: A registered scenario; BASE+KxN; "avk-100:BASE+KxN" (or 200, 400), which needs `only`
-            or `order`; "given" or "avk-100", which need an `order` with a list for each task.
+        name: A registered scenario; BASE+KxN, with more parts "+KxN" or "+K"; "avk-100:BASE+KxN"
+            (or 200, 400), which needs `only` or `order`; "given" or "avk-100", which need an
+            `order` with a list for each task.
         classes: Classes of the store.
         seed: Seed of the shuffle of class numbers, as in TCD and PILOT. None: the classes arrive
             in the order of their numbers. Without effect beside `order`.
@@ -151,7 +158,8 @@ def make_scenario(
     listed = order is not None or only is not None
     _check_count(name, shape, len(arrival), len(classes), listed)
     if shape is not None:
-        cut = [[arrival[i] for i in task] for task in split_classes(len(arrival), *shape[:2])]
+        ends = accumulate(shape, initial=0)
+        cut = [arrival[start:end] for start, end in pairwise(ends)]
         if len(tasks) > 1 and [*map(len, tasks)] != [*map(len, cut)]:
             raise ValueError(
                 f"{name} has tasks of {_sizes(cut)} classes, the order of {_sizes(tasks)}; name "
@@ -203,42 +211,32 @@ def shuffled(classes: Sequence[str], seed: int | None) -> list[str]:
     return [classes[number] for number in order.tolist()]
 
 
-def split_classes(count: int, base: int, increment: int) -> list[list[int]]:
-    """Return the class numbers of each task: the first `base`, if any, then `increment` each.
-
-    Raises:
-        ValueError: The classes cannot be divided so.
-
-    >>> split_classes(7, base=3, increment=2)
-    [[0, 1, 2], [3, 4], [5, 6]]
-    >>> split_classes(4, base=0, increment=2)
-    [[0, 1], [2, 3]]
-    """
-    if count < 1 or not 0 <= base <= count or increment < 1 or (count - base) % increment:
-        raise ValueError(f"{count} classes are not {base} and then tasks of {increment}")
-    first = [list(range(base))] if base else []
-    return first + [list(task) for task in batched(range(base, count), increment)]
-
-
 def read_list(path: Path) -> list[Any]:
     """Read an order of classes: names, or numbers from 0, in one list or a list for each task.
 
-    A .json file is such a list, or a file of vCLIMB, of which only the order is taken: the splits
-    are those of the store. Any other file has a name or a number on each line.
+    A .json, .pkl or .pickle file is such a list, or a file of vCLIMB, of which only the order is
+    taken: the splits are those of the store. Any other file has a name or a number on each line.
+    No code in a pickle is run.
 
     Raises:
         ValueError: It is none of these.
         OSError: It cannot be read.
     """
-    text = path.read_text("utf-8-sig")
-    if path.suffix.lower() != ".json":
-        return [line.strip() for line in text.split("\n") if line.strip()]
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno} is not JSON: {error.msg}") from None
-    if isinstance(value, dict) and isinstance(tasks := value.get("train"), list):
-        value = [list(task) if isinstance(task, dict) else task for task in tasks]
+    if path.suffix.lower() in PICKLES:
+        value = read_pickle(path)
+    else:
+        text = path.read_text("utf-8-sig")
+        if path.suffix.lower() != ".json":
+            return [line.strip() for line in text.split("\n") if line.strip()]
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {error.lineno} is not JSON: {error.msg}") from None
+    if isinstance(value, dict) and isinstance(value.get("train"), list | tuple):
+        value = value["train"]
+    if isinstance(value, list | tuple):
+        # A task of vCLIMB has the videos of each of its classes.
+        value = [list(task) if isinstance(task, dict) else task for task in value]
     if not isinstance(value, list):
         kind = f"an object of {', '.join(map(repr, value))}" if isinstance(value, dict) else value
         raise ValueError(
@@ -248,23 +246,39 @@ def read_list(path: Path) -> list[Any]:
 
 
 def divide(
-    table: pd.DataFrame, scenario: Scenario, train: str = "train", test: str = "test"
+    table: pd.DataFrame,
+    scenario: Scenario,
+    train: str = "train",
+    test: str = "test",
+    validation: float = 0.0,
 ) -> Division:
     """Find the training and test clips of each task: those of two splits that are ready.
+
+    With `validation`, numbers such as a temperature are chosen without the test clips: a share of
+    each class's training clips is tested on instead of them, and is not trained on.
 
     Args:
         table: Table of clips of a store.
         train: Split to learn from.
         test: Split to test on: "validation" for Something-Something, whose test has no labels.
+        validation: Share of the training clips of each class to test on; 0 for the test split.
+            Which clips depends on their bytes alone, so they are the same for every head and seed.
 
     Raises:
-        ValueError: A class has no clip to learn from, or none to test on; the message names them.
+        ValueError: `validation` is not in [0, 1). Or a class has no clip to learn from, or none to
+            test on; the message names them.
     """
     if train == test:
         raise ValueError(f"split {train!r} cannot be for both training and test; name two splits")
+    if not 0 <= validation < 1:
+        raise ValueError(f"{validation=}: give a share of the training clips, from 0 to below 1")
     task = {label: i for i, labels in enumerate(scenario.tasks) for label in labels}
     task_N = table["label"].map(task).fillna(-1).to_numpy(np.int64)
     split_N, status_N = (table[name].to_numpy() for name in ("split", "status"))
+    if validation:
+        learned_N = (task_N >= 0) & (split_N == train) & (status_N == "ready")
+        test, split_N = HELD_OUT, split_N.astype(object)
+        split_N[_held_out(table, np.flatnonzero(learned_N), validation)] = HELD_OUT
     reasons = np.select(
         [task_N < 0, ~np.isin(split_N, (train, test)), status_N != "ready"],
         [
@@ -300,8 +314,22 @@ def divide(
     return Division(train_rows, test_rows, left_out, shared)
 
 
-def _shape(name: str) -> tuple[int, int, int] | None:
-    """Return (base, increment, tasks after the base) of a scenario's name; None for a list.
+def _held_out(table: pd.DataFrame, indices: np.ndarray, share: float) -> list[int]:
+    """Return a share of some clips of each class, at least one of two and never all."""
+    keys = [key.tobytes() for key in row_keys(table.iloc[indices])]
+    drawn: list[int] = []
+    for _, of_class in pd.Series(indices).groupby(table["label"].to_numpy()[indices]):
+        # Clips with the same bytes stay together.
+        clips: dict[bytes, list[int]] = {}
+        for position, index in of_class.items():
+            clips.setdefault(hashlib.sha256(keys[int(position)]).digest(), []).append(int(index))
+        count = min(max(1, round(share * len(clips))), len(clips) - 1)
+        drawn += [index for digest in sorted(clips)[:count] for index in clips[digest]]
+    return drawn
+
+
+def _shape(name: str) -> list[int] | None:
+    """Return the number of classes of each task of a scenario's name; None for a list.
 
     Raises:
         ValueError: There is no such scenario.
@@ -310,15 +338,19 @@ def _shape(name: str) -> tuple[int, int, int] | None:
     if name == GIVEN or name in FROM_A_LIST:
         return None
     written = written if colon and family in FROM_A_LIST else PUBLISHED.get(name, name)
-    match = re.fullmatch(r"([0-9]+)\+([1-9][0-9]*)x([1-9][0-9]*)", written)
-    if not match:
+    part = r"[1-9][0-9]{0,5}(?:x[1-9][0-9]{0,5})?"
+    if not re.fullmatch(rf"[0-9]{{1,6}}(?:\+{part})+", written):
         known = ", ".join([*available("scenarios"), *FROM_A_LIST])
         raise ValueError(
             f"no scenario {name!r}; choose from {known}, write BASE+KxN (51+10x5: 51 classes, then "
-            f"5 tasks of 10), or {GIVEN!r} with an order that has a list of classes for each task"
+            f"5 tasks of 10; 0+3x2+1: one of 1 at the end), or {GIVEN!r} with an order that has a "
+            "list of classes for each task"
         )
-    base, increment, count = map(int, match.groups())
-    return base, increment, count
+    base, *parts = written.split("+")
+    sizes = [int(base)] * (int(base) > 0)
+    for size, _, count in (part.partition("x") for part in parts):
+        sizes += [int(size)] * int(count or 1)
+    return sizes
 
 
 def _numbered(name: str, classes: Sequence[str]) -> list[str]:
@@ -388,7 +420,7 @@ def _by_number(entry: Any, numbered: Sequence[str]) -> Any:
 
 
 def _check_count(
-    name: str, shape: tuple[int, int, int] | None, count: int, in_store: int, listed: bool
+    name: str, shape: Sequence[int] | None, count: int, in_store: int, listed: bool
 ) -> None:
     """Refuse a number of classes that is not the scenario's."""
     family = name.partition(":")[0]
@@ -397,16 +429,29 @@ def _check_count(
         raise ValueError(
             f"{family} needs a list of its {FROM_A_LIST[family]} classes (`only`, `order`); {has}"
         )
-    total = shape[0] + shape[1] * shape[2] if shape else count
+    total = sum(shape) if shape else count
     if total != count:
         written = f" ({PUBLISHED[name]})" if name in PUBLISHED else ""
-        half = count // 2
         raise ValueError(
             f"{name} is {total} classes{written}; {'the list' if listed else 'the store'} "
             f"has {count}. Write BASE+KxN that adds up to {count}"
-            + (f" (such as {count - half}+{half}x1)" if half else "")
+            + (f" (such as {_that_fits(shape or [], count)})" if count > 1 else "")
             + (f", or list the {total} that are meant (`only`)" if total < in_store else "")
         )
+
+
+def _that_fits(shape: Sequence[int], count: int) -> str:
+    """Return a scenario of so many classes, with the last task's size where it fits.
+
+    >>> _that_fits([3, 3], 7), _that_fits([51, 10, 10], 4)
+    ('0+3x2+1', '2+2x1')
+    """
+    size = shape[-1]
+    base = 0 if len(set(shape)) == 1 else shape[0]
+    increments, rest = divmod(count - base, size)
+    if base >= count or not increments:
+        return f"{count - count // 2}+{count // 2}x1"
+    return f"{base}+{size}x{increments}" + (f"+{rest}" if rest else "")
 
 
 def _flat(tasks: Iterable[Iterable[Any]]) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from varve.pipeline.experiments.head_source import HeadSource, find_head
 from varve.pipeline.experiments.run_spec import option_defaults
-from varve.pipeline.experiments.scenarios import SEEDS
+from varve.pipeline.experiments.scenarios import SEEDS, ClassList
 from varve.pipeline.registry import load_plugin
 
 # Options of `FeatureStore.sampled` that a grid may vary, where no head has one of that name.
@@ -33,6 +33,8 @@ class Sweep:
         plugins: Files of user-defined variants that `read` loads.
         sampled: Frames to read of a store of whole videos; see `varve.run`. The grid may vary them
             by these names: `frames`, `sampling`, `fps`, `stride`, `view`.
+        order, only: Classes, or a file of them; see `varve.run`.
+        validation: Share of the training clips to test on; see `varve.run`.
     """
 
     heads: Sequence[str | Path | HeadSource]
@@ -44,12 +46,15 @@ class Sweep:
     splits: Sequence[str] = ("train", "test")
     plugins: Sequence[str] = ()
     sampled: Mapping[str, Any] = field(default_factory=dict)
+    order: ClassList | None = None
+    only: ClassList | None = None
+    validation: float = 0.0
 
     @classmethod
     def read(cls, file: str | Path) -> "Sweep":
         """Read a sweep from TOML, with the attributes as keys. "null" stands for None.
 
-        Paths of heads and plugins are relative to the folder of the file.
+        Paths of heads, plugins and lists of classes are relative to the folder of the file.
 
         Raises:
             ValueError: It is no such file.
@@ -62,11 +67,16 @@ class Sweep:
             for plugin in sweep.plugins:
                 load_plugin(folder / plugin)
             heads = [folder / h if h.endswith(".py") else h for h in map(str, sweep.heads)]
-            return replace(sweep, heads=heads)
+            order, only = (
+                folder / classes if isinstance(classes, str) else classes
+                for classes in (sweep.order, sweep.only)
+            )
+            return replace(sweep, heads=heads, order=order, only=only)
         except (ValueError, TypeError) as error:  # of TOML and of UTF-8, too
             raise ValueError(
                 f"{file} is no sweep: {error}. One has `heads`, `scenario`, and maybe `seeds`, "
-                "`backbone`, `splits`, `plugins`, [grid] and [options.HEAD]"
+                "`backbone`, `splits`, `plugins`, `order`, `only`, `validation`, [grid] and "
+                "[options.HEAD]"
             ) from error
 
     def with_options(self, options: Mapping[str, Any]) -> "Sweep":

@@ -26,27 +26,31 @@ PAUSE_SECONDS = 0.2
 
 def compute_teacher_features(
     plan: "PreparedRun", head: UsesTeacher, rows: Sequence[int], folder: Path, progress: Progress
-) -> dict[str, Feature]:
+) -> list[dict[str, Feature]]:
     """Compute and store the teacher's outputs for some rows of the table of clips.
 
     The teacher is the head's network, as the previous task left it. The run folder references the
     columns.
 
     Returns:
-        Columns by the names that the head reads: "teacher " and the stage.
+        For each view to train on, the plain one first, columns by the names that the head reads:
+        "teacher " and the stage. None where the head reads none.
 
     Raises:
         ValueError: The store is of another precision than what trains.
     """
     if not head.teacher_stages:
-        return {}
+        return []
     network = plan.network
     assert network is not None
     backbone = network.backbone_of(head.suffix)
     # The frames of the features that the head reads, whatever the last build of the store was.
     read = next(iter(plan.features.values()))
     frames = FrameSet.of(read.spec["frames"])
-    spec = BuildSpec((backbone.name,), **frames.request(), dtype=read.dtype)
+    varied = next(iter(plan.views[0].values())).spec["frames"] if plan.views else {}
+    spec = BuildSpec((backbone.name,), **frames.request(), dtype=read.dtype,
+                     views=1 + len(plan.views), flip=varied.get("flip", False),
+                     random_crop=varied.get("random_crop", False))  # fmt: skip
     stages = {name: network.find(name) for name in head.teacher_stages}
     waiting = False
     while True:
@@ -65,7 +69,12 @@ def compute_teacher_features(
         network.calls[stage.rpartition(" ")[2]] += count
     progress.message(f"teacher features of {len(rows)} clips: {report.computed} computed")
     store = FeatureStore.open(plan.store)
-    return {
-        PREFIX + name: store.feature(backbone.name, stage, fingerprint=report.fingerprints[stage])
-        for name, stage in stages.items()
-    }
+    return [
+        {
+            PREFIX + name: store.feature(
+                backbone.name, stage, fingerprint=report.fingerprints[stage, view]
+            )
+            for name, stage in stages.items()
+        }
+        for view in range(1 + len(plan.views))
+    ]

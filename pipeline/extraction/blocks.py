@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from varve.pipeline.extraction.extract import ClipWork, FileWork, optional
+from varve.pipeline.extraction.extract import PART_PAGES, ClipWork, FileWork, optional
 from varve.pipeline.extraction.passes import Pass
 from varve.stores.pages import PAGE_FRAMES, Pages
 
@@ -107,7 +107,7 @@ def video_blocks(
     on_gpu = any(pass_.execution.device == "cuda" for pass_ in passes)
     limit = GPU_BLOCK_PICTURES if on_gpu else CPU_BLOCK_PICTURES
     # A long video is the work of many blocks; the clips of one file are read in one pass over it.
-    most = MAX_CLIPS_A_PASS if pages is None else max(1, limit // PAGE_FRAMES)
+    most = MAX_CLIPS_A_PASS if pages is None else max(1, min(PART_PAGES, limit // PAGE_FRAMES))
     files = [
         FileWork(
             path=str(root / path),
@@ -150,7 +150,7 @@ def cached_blocks(
     sources: Sequence[np.ndarray | None],
     first: int,
     pages: Pages | None = None,
-    frames: Callable[[int], tuple[int, ...]] | None = None,
+    frames: Callable[[int], np.ndarray | None] | None = None,
 ) -> list[Block]:
     """Divide clips that start from a feature into blocks of about equal work, in row order.
 
@@ -161,8 +161,8 @@ def cached_blocks(
             output is not computed from it.
         first: Number of the first block.
         pages: Of whole videos, whose rows are pages.
-        frames: Gives the frames of whole videos that a row is taken from; None where the source
-            has a cell for it.
+        frames: Gives the frames of whole videos that a row is taken from, int64 [T]; None where the
+            source has a cell for it.
     """
     assert pass_.source is not None
     work: dict[bytes, tuple[list[int], int, set[int]]] = {}
@@ -174,9 +174,14 @@ def cached_blocks(
             outputs.add(c)
             if row not in rows:
                 rows.append(row)
+
+    def frames_of(row: int) -> tuple[int, ...]:
+        rows = frames(row) if frames else None
+        return () if rows is None else tuple(rows.tolist())
+
     clips = [
         ClipWork(tuple(sorted(rows)), key, None, None, {number: tuple(sorted(outputs))}, row,
-                 page_of(pages, rows[0]), frames(rows[0]) if frames else ())
+                 page_of(pages, rows[0]), frames_of(rows[0]))
         for key, (rows, row, outputs) in work.items()
     ]  # fmt: skip
     clips.sort(key=lambda clip: clip.rows)

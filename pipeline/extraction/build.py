@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -21,7 +21,13 @@ import pandas as pd
 import torch
 
 from varve.pipeline import backbones as networks
-from varve.pipeline.backbones import Backbone, class_features, class_features_key
+from varve.pipeline.backbones import (
+    Backbone,
+    ClassPrompts,
+    check_prompts,
+    class_features,
+    class_features_key,
+)
 from varve.pipeline.config import WHOLE, BuildSpec, FrameSet, Runtime
 from varve.pipeline.datasets import layouts
 from varve.pipeline.datasets.layouts import Listing
@@ -40,7 +46,7 @@ from varve.pipeline.extraction.whole_videos import settle_clips
 from varve.pipeline.progress import Progress
 from varve.stores import FeatureStore, atomic, clips, lock, staging, text_features
 from varve.stores.locations import local_folder
-from varve.stores.pages import Pages
+from varve.stores.pages import Pages, lost_message
 from varve.stores.pages import read as read_pages
 from varve.stores.pages import write as write_pages
 
@@ -72,7 +78,7 @@ class BuildReport:
             splits; see `clips.shared_between_splits`.
         hashed: Files whose bytes were read for their digest.
         decoded: Files decoded.
-        computed: Clips computed.
+        computed: Clips computed; pages, of whole videos.
         frames: Frames that went through a network, in all passes together.
         adopted: Cells that an unfinished build had left staged.
         copied: Cells copied from another row with the same bytes.
@@ -82,6 +88,8 @@ class BuildReport:
         calls: Calls of each stage, "network stage"; a call is one batch.
         bytes_read: Bytes of the features that computations started from.
         left_out: Files of the data set that are no clip, by kind.
+        unit: What `computed` counts, "clips" or "pages".
+        same_prompts: Groups of classes that have the same prompts, and so one text feature.
     """
 
     store: Path
@@ -104,6 +112,8 @@ class BuildReport:
     calls: dict[str, int]
     bytes_read: int
     left_out: tuple[tuple[str, int], ...] = ()
+    unit: str = "clips"
+    same_prompts: tuple[tuple[str, ...], ...] = ()
 
 
 def build(
@@ -159,11 +169,12 @@ def build(
         _record(opened, ready, root, spec)
         clips.write(opened.path, table)
         networks = ready.backbones if runtime.serial else {}
-        if pages := ready.pages:
+        pages = ready.pages
+        if pages is not None:
             write_pages(opened.path, pages)
         job = job_of(plan, path, runtime, describe=pages is None)
         done = run_plan(plan, job, runtime, progress, networks)
-        if pages:
+        if pages is not None:
             settle_clips(table, ready.scan.rows, plan, pages, done.failed, done.overflowed)
         else:
             settle(table, plan, ready.scan.rows)
@@ -198,6 +209,8 @@ def build(
         calls=dict(done.calls),
         bytes_read=plan.bytes_read,
         left_out=plan.left_out,
+        unit=plan.unit,
+        same_prompts=plan.prompts.shared if plan.prompts else (),
     )
 
 
@@ -283,6 +296,7 @@ def prepare(
     listing = layouts.read(root, layout, split, splits)
     progress.message(listing.summary)
     backbones = requested_networks(spec)
+    prompts = _class_prompts(spec, backbones, listing.classes)
     requested = passes(spec, backbones, opened, device_of(runtime))
     old = opened.clips if opened else clips.empty()
     base = listing.root.absolute()
@@ -294,6 +308,8 @@ def prepare(
     enter_known(old, scanned.table)
     left = map(Outcome.from_json, staging.all_facts(path))
     enter(scanned.table, (o for o in left if not (retry and (o.reason or o.overflowed))))
+    for grid in StoreInventory(path, opened, len(scanned.table)).lost_grids():
+        progress.message(lost_message(path, grid))
     pages, table, rows = None, scanned.table, scanned.rows
     if spec.sampling == WHOLE:
         frame_set = requested[0].frame_set
@@ -302,11 +318,27 @@ def prepare(
         table, rows = whole_videos.page_table(table, rows, pages)
     inventory = StoreInventory(path, opened, len(table))
     plan = make_plan(inventory, table, rows, base, requested, backbones, pages=pages)
-    plan = replace(plan, left_out=listing.left_out)
+    plan = replace(plan, left_out=listing.left_out, prompts=prompts)
     here = device_of(runtime) == "cpu" and not runtime.scheduler
     if plan.blocks and here and (warning := networks.precision_warning(spec.precision)):
         progress.message(warning)
     return Prepared(listing, scanned, backbones, plan, pages)
+
+
+def _class_prompts(
+    spec: BuildSpec, backbones: Mapping[str, Backbone], classes: Sequence[str]
+) -> ClassPrompts | None:
+    """Return the prompts of the classes; None where no text features are requested.
+
+    Raises:
+        ValueError: A prompt is longer than a text tower can read.
+    """
+    towers = [backbone.text for backbone in backbones.values() if backbone.text] * spec.text
+    checked = [check_prompts(text, classes) for text in towers if classes]
+    if not checked:
+        return None
+    shared = dict.fromkeys(group for prompts in checked for group in prompts.shared)
+    return replace(checked[0], shared=tuple(shared))
 
 
 def keep_text(store: Path, backbone: Backbone, classes: Iterable[str], progress: Progress) -> None:
@@ -316,12 +348,10 @@ def keep_text(store: Path, backbone: Backbone, classes: Iterable[str], progress:
         return
     key = class_features_key(backbone.text)
     known = text_features.stored(store, backbone.name, key)
-    missing = [name for name in names if name not in known]
-    if not missing:
-        return
-    progress.message(f"text features of {len(missing)} classes for {backbone.name}")
-    computed = class_features(backbone.text, missing).numpy()
-    known |= dict(zip(missing, computed, strict=True))
+    if missing := [name for name in names if name not in known]:
+        progress.message(f"text features of {len(missing)} classes for {backbone.name}")
+        computed = class_features(backbone.text, missing).numpy()
+        known |= dict(zip(missing, computed, strict=True))
     values = np.stack([known[name] for name in names])
     features = text_features.TextFeatures(tuple(names), values)
     text_features.write(store, backbone.name, key, features)
@@ -357,8 +387,9 @@ def requested_networks(spec: BuildSpec) -> dict[str, Backbone]:
 
 def _weights_in_full(backbone: str) -> str:
     network, colon, weights = backbone.partition(":")
-    file = Path(weights)
-    return f"{network}:{file.resolve()}" if colon and file.is_file() else backbone
+    path = Path(weights)
+    named = path.is_file() or ("/" in weights and path.is_dir())
+    return f"{network}:{path.resolve()}" if colon and named else backbone
 
 
 def _log(store: Path, spec: BuildSpec, runtime: Runtime, done: Done) -> None:

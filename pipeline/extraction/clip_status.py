@@ -11,12 +11,11 @@ from varve.pipeline.decoders import Facts
 from varve.pipeline.extraction.extract import ClipResult
 from varve.pipeline.extraction.plan import ColumnPlan, Plan
 from varve.stores import clips
+from varve.stores.clips import OVERFLOW
 from varve.stores.columns import ColumnSpec
 
 # Reasons about the present state of the data set, and not about the clip's bytes.
 ABSENT = ("missing", "unreadable")
-# Reason of a clip with an overflow in a requested column. Its other cells are valid.
-OVERFLOW = "not_finite"
 _NUMBERS = ("num_frames", "num_frames_claimed", "fps", "width", "height", "decoder")
 
 
@@ -143,9 +142,13 @@ def overflows(columns: Sequence[ColumnPlan], overflowed: Iterable[str]) -> list[
 
 def overflow_text(spec: ColumnSpec) -> str:
     """Return the sentence for people about a value that a column cannot represent."""
+    column = f"{spec.feature} of {spec.backbone} ({spec.short})"
+    if spec.dtype == "float16":
+        return f"{column} leaves the range of float16; keep it with --dtype float32 or bfloat16"
+    # The other formats have the range of the network's own numbers.
     return (
-        f"{spec.feature} of {spec.backbone} ({spec.short}) leaves the range of {spec.dtype}; "
-        "keep it with --dtype float32 or bfloat16"
+        f"{column} is infinite or not a number in the network itself, not in {spec.dtype} alone; "
+        "check its weights, or run it with --precision float32"
     )
 
 

@@ -16,14 +16,14 @@ import torch
 from varve.pipeline.backbones import Backbone
 from varve.pipeline.config import Runtime
 from varve.pipeline.extraction.blocks import Block
-from varve.pipeline.extraction.clip_status import OVERFLOW, Outcome, enter, overflows
+from varve.pipeline.extraction.clip_status import Outcome, enter, overflows
 from varve.pipeline.extraction.plan import ColumnPlan, Plan
 from varve.pipeline.extraction.schedule import Events, Lost, local_workers, run_blocks
 from varve.pipeline.extraction.worker import Job, Report
 from varve.pipeline.progress import Progress
 from varve.pipeline.registry import plugins
 from varve.stores import staging
-from varve.stores.clips import KEY_BYTES
+from varve.stores.clips import KEY_BYTES, OVERFLOW
 from varve.stores.columns import STORED
 
 

@@ -149,7 +149,7 @@ def _compare(feature: Feature, chains: list[_Requested], request: BuildSpec) -> 
         return verdict(NOT_ASKED, [("backbone", feature.backbone, others)], why)
     best = max(named, key=lambda chain: _common(stored["stages"], chain.stages))
     frame_sets = request.frame_sets(best.backbone.picture)
-    wanted = frame_sets[view if view < len(frame_sets) else 0]
+    wanted = next((each for each in frame_sets if each.view == view), frame_sets[0])
     frames = _flat_differences("frames.", stored["frames"], wanted.identity())
     if stored["pixels"] != pixels(wanted):
         frames.append(("pixels", stored["pixels"], pixels(wanted)))

@@ -7,6 +7,7 @@ workers. `route`, `verify` and the figures call `extract` itself.
 
 import os
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,12 +24,15 @@ from varve.pipeline.extraction.forward import Cells, adopted, filled, run_pages,
 from varve.pipeline.extraction.passes import Pass
 from varve.pipeline.registry import plugins
 from varve.stores.clips import row_key
+from varve.stores.pages import PAGE_FRAMES
 
 if TYPE_CHECKING:
     from varve.pipeline.backbones import Backbone
 
 # Files whose frames are in memory at once.
 FILES_AT_ONCE = 32
+# Pages of a film that are one request to a decoding child, at most.
+PART_PAGES = 8
 
 
 @dataclass(frozen=True)
@@ -161,14 +165,14 @@ def decode_files(
     files: Sequence[FileWork], passes: Sequence[Pass], children: int, deadline_seconds: float
 ) -> list[ClipResult]:
     """Decode files, each once, and return a result per clip: frames and facts, or a failure."""
-    if any(clip.page for file in files for clip in file.clips):
-        children = min(children, 1)  # which reads the pages of a file in their order, and keeps it
-    pool = _decode_pool(children, deadline_seconds) if children else None
     requests = [_request(file, passes) for file in files]
-    waiting = [pool.submit(request) for request in requests] if pool else []
+    waiting = [
+        _pool_of(file, children, deadline_seconds).submit(request)
+        for file, request in zip(files if children else (), requests, strict=bool(children))
+    ]
     results: list[ClipResult] = []
     for number, (file, request) in enumerate(zip(files, requests, strict=True)):
-        answers = waiting[number].result() if pool else decode(request)
+        answers = waiting[number].result() if children else decode(request)
         if _changed(file):
             failure = Failure("changed", "the file changed while it was read; build again")
             answers = [failure] * len(file.clips)
@@ -235,17 +239,30 @@ def run_passes(
     ]
 
 
-_POOLS: dict[tuple[int, float, frozenset[tuple[str, str]]], DecodePool] = {}
+_POOLS: dict[tuple[int, float, int, frozenset[tuple[str, str]]], DecodePool] = {}
 _POOLS_LOCK = threading.Lock()
 
 
-def _decode_pool(children: int, deadline_seconds: float) -> DecodePool:
-    """Return this process's decoding children: kept between calls, shared by its threads.
+def _pool_of(file: FileWork, children: int, deadline_seconds: float) -> DecodePool:
+    """Return the decoding children of this process that read a file.
+
+    Pages of whole videos have children of one process each, so that the consecutive pages of a part
+    of a film are read by the child that has it open.
+    """
+    page = file.clips[0].page
+    if page is None:
+        return _decode_pool(children, deadline_seconds)
+    part = page[0] // (PART_PAGES * PAGE_FRAMES)
+    return _decode_pool(1, deadline_seconds, (zlib.crc32(file.path.encode()) + part) % children)
+
+
+def _decode_pool(children: int, deadline_seconds: float, number: int = 0) -> DecodePool:
+    """Return some of this process's decoding children: kept between calls, shared by its threads.
 
     Children load plugin files when they start, so other plugins need other children.
     """
     with _POOLS_LOCK:
-        key = (children, deadline_seconds, frozenset(plugins().items()))
+        key = (children, deadline_seconds, number, frozenset(plugins().items()))
         return _POOLS.get(key) or _POOLS.setdefault(key, DecodePool(children, deadline_seconds))
 
 

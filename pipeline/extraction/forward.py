@@ -22,9 +22,8 @@ from varve.pipeline.extraction.passes import (
     column_key,
     frames_key,
 )
-from varve.stores import Feature, clips
+from varve.stores import Feature, VideoFeature, clips
 from varve.stores.columns import FEATURES, MISSING, STORED, ColumnSpec, Damaged, node_name
-from varve.stores.pages import PAGE_FRAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,9 +49,10 @@ class Cells:
     ) -> None:
         names = (node_name(source.backbone), node_name(source.feature), source.fingerprint[:16])
         path = store.joinpath(FEATURES, *names)
-        self._feature = Feature(path, source.backbone, source.feature, clips.read(store))
         self._rows = np.asarray(rows, np.int64)
         self._frames = frames if any(frames) else ()
+        column = (path, source.backbone, source.feature, clips.read(store))
+        self._feature = VideoFeature(*column, store) if self._frames else Feature(*column)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -67,16 +67,15 @@ class Cells:
         return bits
 
     def _gathered(self, cells: Sequence[tuple[int, ...]]) -> np.ndarray:
-        """Read cells frame by frame from pages, each page once; shorter cells end in zeros."""
+        """Read cells frame by frame from pages; shorter cells end in zeros."""
+        assert isinstance(self._feature, VideoFeature)
         flat = np.concatenate([np.asarray(frames, np.int64) for frames in cells])
-        numbers, of_frame = np.unique(flat // PAGE_FRAMES, return_inverse=True)
-        pages = self._feature.bits(numbers)
-        if self._feature.is_fill(pages).any():
+        read = self._feature.frame_bits(flat)
+        if self._feature.is_fill(read).any():
             raise Damaged(f"{self._feature.path} has lost pages since the plan was made")
-        bits = np.zeros((len(cells), max(map(len, cells)), *pages.shape[2:]), pages.dtype)
+        bits = np.zeros((len(cells), max(map(len, cells)), *read.shape[1:]), read.dtype)
         lengths = np.array([len(frames) for frames in cells])
-        filled = np.arange(bits.shape[1]) < lengths[:, None]
-        bits[filled] = pages[of_frame, flat % PAGE_FRAMES]
+        bits[np.arange(bits.shape[1]) < lengths[:, None]] = read
         return bits
 
 
@@ -225,7 +224,7 @@ def _batches(inputs: "Sequence[np.ndarray] | Cells", size: int) -> Iterator[tupl
 
 
 def _bits(x: "Tensor", output: Output, clips: int) -> np.ndarray:
-    """Return a batch's feature [clips * T, ...] as stored bits [clips, T, ...]."""
+    """Return a batch's feature [clips * T, ...] as stored bits [clips, T, ...], T of the column."""
     import torch
 
     x = x.to(getattr(torch, output.spec.dtype)).contiguous().cpu()

@@ -21,7 +21,7 @@ from varve.stores.locations import Location
 
 # Version of the pixels and samples: changed when the decoders give other values.
 PIXELS = "rgb24, libswscale bicubic, 1"
-SAMPLES = "mono float32, libswresample, 2"
+SAMPLES = "mono float32, libswresample, 3"
 CPU_BATCH_FRAMES = 8
 # Frames of a whole video that run as one clip does.
 GROUP_FRAMES = 8
@@ -150,19 +150,7 @@ def passes(
     kept = keep_of_each(spec.keep, backbones)
     result = []
     for name, backbone in backbones.items():
-        for stage in backbone.stages:
-            if stage.frames and spec.sampling == WHOLE:
-                raise ValueError(
-                    f"{backbone.name}: {stage.name} is a temporal module over {stage.frames} "
-                    "frames, and whole videos have any number. Build with `--sampling tsn --frames "
-                    f"{stage.frames}`"
-                )
-            if stage.frames not in (0, spec.frames):
-                raise ValueError(
-                    f"{backbone.name}: {stage.name} is a temporal module over {stage.frames} "
-                    f"frames, and the clips have {spec.frames}. Build with `--frames "
-                    f"{stage.frames}`"
-                )
+        _check_frames(backbone, spec)
         for frame_set in spec.frame_sets(backbone.picture):
             keys = backbone.keys(frames_key(frame_set))
             by_execution: dict[Execution, list[Output]] = {}
@@ -176,6 +164,26 @@ def passes(
                 for execution, outputs in by_execution.items()
             ]
     return tuple(result)
+
+
+def _check_frames(backbone: Backbone, spec: BuildSpec) -> None:
+    """Check that each temporal module is given as many frames, or time steps, as it mixes."""
+    steps = spec.frames
+    for stage in backbone.stages:
+        if not stage.frames:
+            continue
+        title = f"{backbone.name}: {stage.name} is a temporal module over {stage.frames} frames"
+        if spec.sampling == WHOLE:
+            raise ValueError(
+                f"{title}, and whole videos have any number. Build with `--sampling tsn --frames "
+                f"{backbone.clip_frames}`"
+            )
+        if stage.frames != steps:
+            raise ValueError(
+                f"{title}, and the clips have {steps}"
+                + (f". Build with `--frames {stage.frames}`" if steps == spec.frames else " there")
+            )
+        steps = backbone.time_steps(stage.name, spec.frames)
 
 
 def keep_of_each(
@@ -248,7 +256,8 @@ def _output(
         # A column of another device keeps its execution where that device is present.
         execution = recorded if recorded.device == device else execution
     else:
-        cell = (frame_set.frames, *backbone.feature_shape(stage, reduction))
+        steps = backbone.time_steps(stage.name, frame_set.frames)
+        cell = (steps, *backbone.feature_shape(stage, reduction))
     attributes["execution"] = asdict(recorded)
     column = replace(draft, cell=cell, attributes=attributes)
     return Output(column, stage.name, reduction), execution

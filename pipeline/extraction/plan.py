@@ -8,20 +8,19 @@ the store that can give it; from its video where none can.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from varve.pipeline.backbones import Backbone
+from varve.pipeline.backbones import Backbone, ClassPrompts
 from varve.pipeline.extraction.blocks import Block, cached_blocks, video_blocks
 from varve.pipeline.extraction.extract import ClipWork
 from varve.pipeline.extraction.passes import Output, Pass, Source
 from varve.pipeline.extraction.sources import (
     CachedColumn,
     Inventory,
-    frame_rows,
+    frame_finder,
     lossless,
     refusal,
     rows_with_cells,
@@ -93,6 +92,7 @@ class Plan:
         columns: Plans of the columns of each requested pass.
         blocks: The work; empty where nothing is missing.
         left_out: Files of the data set that are no clip, by kind; see `Listing`.
+        prompts: Words of the classes in their prompts; None where no text features are kept.
     """
 
     table: pd.DataFrame
@@ -102,10 +102,16 @@ class Plan:
     columns: tuple[tuple[ColumnPlan, ...], ...]
     blocks: tuple[Block, ...] = field(repr=False)
     left_out: tuple[tuple[str, int], ...] = ()
+    prompts: ClassPrompts | None = None
 
     @property
     def all_columns(self) -> list[ColumnPlan]:
         return [plan for plans in self.columns for plan in plans]
+
+    @property
+    def unit(self) -> str:
+        """Name of the rows of the table: "clips", or "pages" of whole videos."""
+        return "pages" if any(pass_.frame_set.whole for pass_ in self.passes) else "clips"
 
     @property
     def decodes(self) -> int:
@@ -211,25 +217,12 @@ def make_plan(
     blocks = video_blocks(table, keys, root, passes, missing, undescribed, pages)
     for p, ((number, source), pass_) in enumerate(resumed.items(), start=len(passes)):
         source_rows = [dict(plan.sources).get(source) for plan in columns[number]]
-        frames = partial(_frames, inventory, pass_, table, keys, pages) if source.grid else None
+        frames = None
+        if source.grid:
+            grid = inventory.grids[source.grid]
+            frames = frame_finder(grid, table, keys, pass_.frame_set, pages)
         blocks += cached_blocks(keys, p, pass_, source_rows, len(blocks), pages, frames)
     return Plan(table, keys, root, (*passes, *resumed.values()), columns, tuple(blocks))
-
-
-def _frames(
-    inventory: Inventory,
-    pass_: Pass,
-    table: pd.DataFrame,
-    keys: np.ndarray,
-    pages: Pages | None,
-    row: int,
-) -> tuple[int, ...]:
-    """Return the frames of whole videos that a clip or page of a pass is taken from."""
-    assert pass_.source is not None
-    grid = inventory.grids[pass_.source.grid]
-    frames = frame_rows(grid, table, keys, row, pass_.frame_set, pages)
-    assert frames is not None  # else the source was not chosen
-    return tuple(frames.tolist())
 
 
 def _plan_column(
@@ -288,8 +281,9 @@ def _choose_sources(
             rows = np.full(len(keys), -1, np.int64)
             grid = inventory.grids[source.grid]
             marked = (column.done[: len(grid)] == grid.keys).all(axis=1)
+            frames_of = frame_finder(grid, table, keys, pass_.frame_set, pages)
             for row in np.flatnonzero(rest).tolist():
-                frames = frame_rows(grid, table, keys, row, pass_.frame_set, pages)
+                frames = frames_of(row)
                 if frames is not None and marked[frames // PAGE_FRAMES].all():
                     rows[row] = row
         if (rows >= 0).any():

@@ -4,7 +4,7 @@ A column is a source where its fingerprint is one that the present network's own
 looked up by key alone, whatever its name.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -109,6 +109,10 @@ class StoreInventory:
         names = {column.grid for columns in self.columns.values() for column in columns}
         return {grid: read_pages(self.store, grid) for grid in sorted(names - {""})}
 
+    def lost_grids(self) -> list[str]:
+        """Return the grids of columns that have pages, whose table the store does not have."""
+        return [grid for grid, pages in self.grids.items() if not len(pages)]
+
 
 def sources(
     columns: Mapping[str, Sequence[CachedColumn]], pass_: Pass, backbone: Backbone
@@ -142,6 +146,7 @@ def whole_sources(
     """Return every column of whole videos whose frames are the same pictures as those of a pass."""
     frame_set = pass_.frame_set
     varied = frame_set.view and (frame_set.flip or frame_set.random_crop)
+    varied = varied or frame_set.view < 0  # a corner of the picture
     if varied or not isinstance(frame_set.picture, Picture):
         return []
     candidates = []
@@ -158,40 +163,46 @@ def whole_sources(
     return candidates
 
 
-def frame_rows(
+def frame_finder(
     source: Pages,
     table: pd.DataFrame,
     keys: np.ndarray,
-    row: int,
     frame_set: FrameSet,
     pages: Pages | None,
-) -> np.ndarray | None:
-    """Return where the frames of a clip or page are in the pages of another grid, int64 [T].
+) -> Callable[[int], np.ndarray | None]:
+    """Return a function that finds the frames of a clip or page in the pages of another grid.
+
+    The function takes a row of the table and returns rows of the flattened pages, int64 [T], or
+    None where the grid does not have all of these frames. For clips it must have every frame, since
+    a sampling rule chooses among all of them.
 
     Args:
         source: The pages of the other grid.
         table: The table of clips, or of pages.
         keys: Row keys of the table, uint8 [rows, 16].
-        row: Row of the table.
         frame_set: The frames to find.
         pages: Of whole videos, whose rows are pages; None for clips.
-
-    Returns:
-        Rows of the flattened pages; None where the grid does not have all of these frames. For
-        clips it must have every frame, since a sampling rule chooses among all of them.
     """
+    spans, times, kept = source.spans(table), source.times.reshape(-1), source.indices.reshape(-1)
     if pages is not None:
-        wanted = pages.indices[row][pages.indices[row] >= 0]
-        rows = source.frames_of(table.at[row, "digest"])
-        kept = source.indices.reshape(-1)[rows]
-        at = np.minimum(np.searchsorted(kept, wanted), len(kept) - 1)
-        return rows[at] if len(kept) and (kept[at] == wanted).all() else None
-    rows = source.frames_of(*table.loc[row, ["digest", "start_seconds", "end_seconds"]])
-    if not len(rows) or len(rows) != table.at[row, "num_frames"]:
-        return None
-    times = source.times.reshape(-1)[rows]
-    chosen: np.ndarray = rows[sampling.indices(frame_set, times, keys[row].tobytes().hex())]
-    return chosen
+
+        def frames_of_page(row: int) -> np.ndarray | None:
+            first, last = spans[row]
+            wanted = pages.indices[row][: pages.counts[row]]
+            at = np.minimum(first + np.searchsorted(kept[first:last], wanted), last - 1)
+            return at if first < last and (kept[at] == wanted).all() else None
+
+        return frames_of_page
+    choose, num_frames = sampling.chooser(frame_set), table["num_frames"].to_numpy()
+
+    def frames_of_clip(row: int) -> np.ndarray | None:
+        first, last = spans[row]
+        if first == last or last - first != num_frames[row]:
+            return None
+        chosen: np.ndarray = first + choose(times[first:last], keys[row].tobytes().hex())
+        return chosen
+
+    return frames_of_clip
 
 
 def refusal(source: Source, output: Output, pass_: Pass, backbone: Backbone) -> str:

@@ -16,9 +16,10 @@ import pandas as pd
 
 from varve.pipeline.config import FrameSet, Runtime
 from varve.pipeline.decoders import DecodePool, Facts, Failure, Request, Timeline
-from varve.pipeline.extraction.clip_status import OVERFLOW, overflows
+from varve.pipeline.extraction.clip_status import overflows
 from varve.pipeline.extraction.plan import Plan
 from varve.pipeline.progress import Progress
+from varve.stores.clips import OVERFLOW
 from varve.stores.pages import PAGE_FRAMES, SLACK_SECONDS, Pages
 
 # Files that wait in memory for their turn, and for the deadline of each so much of a file is read.
@@ -72,24 +73,33 @@ def page_table(
     Pages that no listed clip has a frame in are not computed.
     """
     names = ["path", "size_bytes", "mtime_ns", "digest", "status", "reason", "overflowed"]
-    known = table.loc[rows, names]
+    known = table.loc[rows, [*names, "start_seconds", "end_seconds"]]
     known = known[(known["status"] != "quarantined") | (known["reason"] == OVERFLOW)]
-    first = known.drop_duplicates("digest").set_index("digest", drop=False)
+    first = known[names].drop_duplicates("digest").set_index("digest", drop=False)
     digests = np.empty(len(pages), object)
     for digest, first_page, frames in pages.files.itertuples():
         digests[first_page : first_page + -(-frames // PAGE_FRAMES)] = digest
-    result = first.reindex(digests).reset_index(drop=True)
+    result = first.reindex(digests)
+    # Pages of a file that is gone would make the numbers floats, which round a time of change.
+    for name in ("size_bytes", "mtime_ns"):
+        result[name] = first[name].reindex(digests, fill_value=0)
+    result = result.reset_index(drop=True)
     result["overflowed"] = [o if isinstance(o, tuple) else () for o in result["overflowed"]]
     result["start_seconds"], result["end_seconds"] = np.nan, np.nan
     result["num_frames"] = pages.counts
-    wanted = [pages_of(table, row, pages) for row in known.index]
-    return result, np.unique(np.concatenate([np.empty(0, np.int64), *wanted]))
+    wanted = np.zeros(len(pages), bool)
+    for clip_pages in pages_of(known, pages):
+        wanted[clip_pages.start : clip_pages.stop] = True
+    return result, np.flatnonzero(wanted)
 
 
-def pages_of(table: pd.DataFrame, row: int, pages: Pages) -> np.ndarray:
-    """Return the pages that have a frame of a clip, int64, increasing."""
-    clip = table.loc[row, ["digest", "start_seconds", "end_seconds"]]
-    return np.unique(pages.frames_of(*clip) // PAGE_FRAMES)
+def pages_of(clips: pd.DataFrame, pages: Pages) -> list[range]:
+    """Return the pages that have a frame of each clip."""
+    first, last = pages.spans(clips).T
+    ends = np.where(first < last, -(-last // PAGE_FRAMES), first // PAGE_FRAMES)
+    return [
+        range(a, b) for a, b in zip((first // PAGE_FRAMES).tolist(), ends.tolist(), strict=True)
+    ]
 
 
 def settle_clips(
@@ -112,10 +122,9 @@ def settle_clips(
     complete = plan.keys.any(axis=1)
     for column in plan.all_columns:
         complete &= (column.column.done(len(pages)) == plan.keys).all(axis=1)
-    for row in rows.tolist():
+    for row, clip_pages in zip(rows.tolist(), pages_of(table.loc[rows], pages), strict=True):
         if table.at[row, "reason"] not in ("", OVERFLOW):
             continue
-        clip_pages = pages_of(table, row, pages).tolist()
         shorts = {
             *table.at[row, "overflowed"],
             *(s for p in clip_pages for s in overflowed.get(p, ())),
@@ -127,7 +136,7 @@ def settle_clips(
             first = pages.indices[broken[0]]
             frames = f"frames {first[0]} to {first[first >= 0][-1]}"
             detail = f"{frames}, from {pages.times[broken[0], 0]:.2f} s on: {detail}"
-        ready = bool(clip_pages) and complete[clip_pages].all()
+        ready = bool(clip_pages) and complete[clip_pages.start : clip_pages.stop].all()
         changes = {
             "overflowed": tuple(sorted(shorts)),
             "status": "quarantined" if reason else "ready" if ready else "pending",
@@ -166,7 +175,8 @@ def _enter(table: pd.DataFrame, row: int, result: Timeline | Failure) -> None:
         changes = _facts(result.facts) | {"num_frames": int(last - first)}
         if first >= last:
             detail = f"no frame between {bounds[0]:g} s and {bounds[1]:g} s: the file's "
-            detail += f"{len(result.times_N)} frames end at {result.times_N[-1]:.3f} s"
+            detail += f"{len(result.times_N)} frames are from {result.times_N[0]:.3f} s to "
+            detail += f"{result.times_N[-1]:.3f} s"
             changes |= {"status": "quarantined", "reason": "too_short", "detail": detail}
     else:
         cause = {"reason": result.reason, "detail": result.detail}

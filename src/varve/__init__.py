@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from varve.pipeline.config import BuildSpec, Runtime
+    from varve.pipeline.experiments.cost_table import cost
     from varve.pipeline.experiments.feature_tensors import FeatureTensors
     from varve.pipeline.experiments.routing import route
     from varve.pipeline.experiments.run import run
@@ -26,6 +27,7 @@ _PUBLIC = {
     "Runtime": "varve.pipeline.config",
     "ablate": "varve.pipeline.experiments.sweep",
     "build": "varve.pipeline.extraction.build",
+    "cost": "varve.pipeline.experiments.cost_table",
     "load_plugin": "varve.pipeline.registry",
     "plan": "varve.pipeline.extraction.build",
     "register": "varve.pipeline.registry",
@@ -42,6 +44,7 @@ __all__ = [
     "Runtime",
     "ablate",
     "build",
+    "cost",
     "load_plugin",
     "plan",
     "register",

@@ -68,7 +68,9 @@ def learn(exemplars, labels, classes, rows, seed, memory=None):
     whole = exemplars.rehearsal(task)
     vectors = torch.stack([vector_of(row) for row in whole.rows.tolist()])
     rng = np.random.default_rng(seed)
-    return exemplars.select(vectors, whole, task.classes, classes, rng)
+    return exemplars.select(
+        vectors, whole, task.classes, classes, rng, lambda clips: clips.whole("vector")[:, 0]
+    )
 
 
 def vector_of(row):
@@ -174,3 +176,43 @@ def test_a_state_brings_back_rows_labels_and_means():
     assert torch.equal(again.rows, first.rows)
     assert torch.equal(again.labels, first.labels)
     assert torch.equal(again.nearest(vectors), first.nearest(vectors))
+
+
+def drawn_clips(clips, frames=8, width=4):
+    rng = np.random.default_rng(0)
+    feats = torch.from_numpy(rng.normal(size=(clips, frames, width)).astype(np.float32))
+    return Clips({"vector": feats}, torch.arange(clips) % 2), feats
+
+
+@pytest.mark.parametrize(("count", "kept"), [(1, [4] * 8), (2, [2] * 5 + [6] * 3)])
+def test_exemplars_of_a_few_frames_are_replayed_and_averaged_with_those_alone(count, kept):
+    config = ExemplarConfig(budget=3, exemplar_frames=count)
+    clips, feats = drawn_clips(10)
+    whole = Exemplars(config).rehearsal(Task(clips))
+    assert torch.equal(whole.whole("vector"), feats)  # clips of a task have all frames
+    exemplars, chosen = Exemplars(config).select(
+        feats.mean(dim=1), whole, [0, 1], [0, 1], np.random.default_rng(0),
+        lambda clips: clips.whole("vector").mean(dim=1),
+    )  # fmt: skip
+    replayed = feats[chosen][:, kept]
+    memory = Clips({"vector": feats[chosen]}, exemplars.labels, exemplars.rows)
+    new = Clips({"vector": feats[:2] + 1}, torch.tensor([5, 5]), torch.tensor([90, 91]))
+    rehearsal = exemplars.rehearsal(Task(new, memory=memory))
+    assert torch.equal(rehearsal.whole("vector"), torch.cat([feats[:2] + 1, replayed]))
+    unit = torch.nn.functional.normalize(replayed.mean(dim=1).double(), dim=1)
+    means = torch.stack([unit[exemplars.labels == label].mean(dim=0) for label in (0, 1)])
+    torch.testing.assert_close(exemplars.state()["exemplars.means"], means)
+    # Herding chose by all frames.
+    for label in (0, 1):
+        of_class = torch.nonzero(clips.labels == label)[:, 0]
+        order = herd(feats[of_class].mean(dim=1), 3)
+        assert torch.equal(exemplars.rows[exemplars.labels == label], of_class[order])
+
+
+def test_as_many_frames_as_there_are_change_nothing():
+    with pytest.raises(ValueError, match="exemplar_frames=-1"):
+        ExemplarConfig(exemplar_frames=-1)
+    clips, feats = drawn_clips(4)
+    assert Exemplars(ExemplarConfig()).replayed(clips) is clips
+    more = Exemplars(ExemplarConfig(exemplar_frames=100)).replayed(clips)
+    assert torch.equal(more.whole("vector"), feats)

@@ -372,6 +372,47 @@ def test_channels_are_scaled_by_the_row_of_the_predicted_class(regularizer):
     assert graft.predict(x).tolist() == classes
 
 
+class Halved(nn.Module):
+    """A stage of a 3D network: it makes time steps [B * T / 2, C, H, W] of [B * T, C, H, W]."""
+
+    mixes_time = True
+
+    def __init__(self, frames):
+        super().__init__()
+        self.frames = frames
+
+    def forward(self, x):
+        return x.unflatten(0, (-1, self.frames))[:, ::2].flatten(0, 1)
+
+
+@pytest.mark.parametrize("steps", [3, 6])
+def test_of_3d_maps_the_mean_over_time_and_space_chooses_for_the_whole_clip(steps):
+    """Maps [B, C, T', H, W] by sums in float64; a stage keeps the time steps or halves them."""
+    classifier = linear(7, 11).double()
+    inner = nn.Sequential(Halved(6)) if steps == 3 else nn.Identity()
+    graft = stirred(ClassRegularization(inner, classifier, 5, steps, strength=0.4))
+    assert graft.frames == 6
+    x = torch.from_numpy(draw(12, 6, 5, 4, 2))
+    a = x[:, :: 6 // steps].transpose(1, 2)  # [B, C, T', H, W]
+    rows = torch.from_numpy(rows_of(graft))
+    pooled = a.sum(dim=(2, 3, 4)) / (steps * 8)
+    chosen = (pooled @ rows.T).argmax(dim=1)
+    w = rows[chosen]
+    low, high = w.min(dim=1, keepdim=True).values, w.max(dim=1, keepdim=True).values
+    m = (w - low + 5e-7) / (high - low + 1e-6)
+    expected = a * (2 * 0.4 * m + 0.6)[:, :, None, None, None]
+    out = graft(x.flatten(0, 1)).unflatten(0, (12, steps)).transpose(1, 2)
+    close(out, expected.numpy())
+    assert graft.predict(x.flatten(0, 1)).tolist() == chosen.tolist()
+    assert len(set(chosen.tolist())) > 1
+
+
+def test_other_time_steps_than_the_stage_gives_are_refused():
+    graft = ClassRegularization(Halved(6), linear(7, 11), 5, 6, strength=0.4)
+    with pytest.raises(ValueError, match="give `frames` the time steps of the stage's output"):
+        graft(torch.zeros(12, 5, 4, 2))
+
+
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_on_tokens_the_patches_choose_and_every_token_is_scaled(regularizer, prefix):
     tokens = draw(6, 3, 9 + prefix, 5)

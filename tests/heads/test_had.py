@@ -160,6 +160,36 @@ def test_noise_is_as_large_as_a_dimension_deviates(runner):
     torch.testing.assert_close(moved.std(dim=(0, 1)), 0.5 * torch.arange(8.0), rtol=0.04, atol=0)
 
 
+def test_tuning_trains_the_classifier_alone_on_as_many_exemplars_a_class(runner):
+    """A step of SGD from the classifier that training left, in float64."""
+    plain = learned(runner, budget=3, shared=False)
+    tuned = learned(runner, budget=3, shared=False, tune_epochs=1, tune_lr=0.1)
+    before, after = (run.head.state_dict() for run in (plain, tuned))
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == (name != "model.classifier.weight"), name
+    head, rows = plain.head, plain.head.exemplars
+    assert torch.equal(rows, tuned.head.exemplars)
+    assert len(rows) == 3 * len(head.classes)
+    tokens = torch.stack([plain.seen[row][0] for row in rows.tolist()])
+    x_MW = head._model.hybrid(head._features(plain.batch(tokens))).detach().double()
+    columns_M = torch.tensor([head.classes.index(plain.seen[row][1]) for row in rows.tolist()])
+    weight = before["model.classifier.weight"].double().requires_grad_()
+    unit_CW, unit_MW = (x / x.norm(dim=1, keepdim=True) for x in (weight[:, 0], x_MW))
+    scores_MC = before["model.classifier.scale"].double() * unit_MW @ unit_CW.T
+    loss = (scores_MC.logsumexp(dim=1) - scores_MC[range(len(rows)), columns_M]).mean()
+    (gradient,) = torch.autograd.grad(loss, weight)
+    expected = (weight - 0.1 * gradient).detach().float()
+    torch.testing.assert_close(after["model.classifier.weight"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_first_task_and_one_without_exemplars_are_not_tuned(runner):
+    for tasks, options in [(1, {}), (2, {"budget": 0, "parts": ""})]:
+        plain, tuned = (
+            learned(runner, tasks, tune_epochs=n, **options).head.state_dict() for n in (0, 3)
+        )
+        assert all(torch.equal(plain[name], tuned[name]) for name in plain)
+
+
 def test_gaussians_are_of_the_task_that_brought_the_class(runner):
     run = learned(runner, 1)
     before = run.head.state_dict()

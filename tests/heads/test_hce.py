@@ -1,6 +1,7 @@
 """HCE's loss by its parts, its state from task to task, and what is refused."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +119,20 @@ def test_the_loss_is_the_sum_of_its_parts(runner, options, terms):
     expected = terms[0] * ce + terms[1] * kd + terms[2] * hc
     np.testing.assert_allclose(epoch_losses[0], expected, rtol=1e-4)
     assert (terms[2] > 0) == (hc > 0)
+
+
+@pytest.mark.parametrize(("levels", "layers"), [(1, "4"), (3, "234"), (4, "1234")])
+def test_levels_are_map_sizes_from_the_coarsest(levels, layers):
+    sizes = {"1": 56, "2": 28, "3": 14, "4": 7}
+    shapes = {f"layer{n}.{i}": (8, size, size) for n, size in sizes.items() for i in (0, 1)}
+    shapes = {"stem": (8, 56, 56)} | shapes | {"vector": (8,)}
+    network = SimpleNamespace(
+        stages=list(shapes), find=lambda name: "stem" if name == "blocks.-9" else name,
+        shape=shapes.__getitem__, time_steps=lambda name: 2,
+    )  # fmt: skip
+    head = build_head(HCE, {"blocks": 8, "levels": levels})
+    head.attach(network)
+    assert head.distilled_stages == [f"layer{n}.{i}" for n in layers for i in (0, 1)]
 
 
 def test_the_logits_are_offset_from_the_second_epoch_on_by_crm(runner):

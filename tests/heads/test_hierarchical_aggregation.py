@@ -232,3 +232,19 @@ def test_effective_channels_are_one_where_all_count_alike_and_one_in_c_where_one
     p = np.array([0.5, 0.25, 0.25])
     expected = np.exp(-(p * np.log(p)).sum()) / 3
     assert effective(torch.tensor([[1.5, 0.75, 0.75]])) == pytest.approx(expected)
+
+
+def test_the_finest_maps_may_be_those_of_layer_1():
+    """Four groups: the importance of each depends on the maps of layer 1."""
+    shapes = groups((1, 1, 1, 1), (6, 8, 12, 16), (24, 12, 6, 3))
+    has = HAS(shapes)
+    new, old = maps(shapes, 2, 0), maps(shapes, 2, 1)
+    finest = next(iter(new))
+    new[finest].requires_grad_()
+    importances = has(new, old)
+    assert {name: tuple(h.shape) for name, h in importances.items()} == {
+        name: (2, shape[0]) for name, shape in shapes.items()
+    }
+    for h in importances.values():
+        (gradient,) = torch.autograd.grad(h.square().sum(), new[finest], retain_graph=True)
+        assert gradient.abs().max() > 0

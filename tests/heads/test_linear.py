@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from varve.heads import Task, build_head
+from varve.heads.closed_form.nearest_mean import NearestMean
 from varve.heads.linear import Linear
-from varve.heads.nearest_mean import NearestMean
 from varve.heads.parts.clips import Clips
 
 N, T, D = 12, 3, 5

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from varve.heads import Task
-from varve.heads.nearest_mean import NearestMean
+from varve.heads.closed_form.nearest_mean import NearestMean
 from varve.heads.parts.clips import Clips
 
 

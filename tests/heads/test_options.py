@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from varve.heads import build_head, options_of
+from varve.heads.closed_form.nearest_mean import NearestMean
 from varve.heads.had import HAD
 from varve.heads.hf_net import HFNet
 from varve.heads.joint import Joint
-from varve.heads.nearest_mean import NearestMean
 from varve.heads.parts.training import OptimConfig
 from varve.heads.stpr import StPR
 from varve.pipeline import registry

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from varve.heads import Task
+from varve.heads.closed_form.ranpac import RIDGES, RanPAC, solved
 from varve.heads.parts.clips import Clips
-from varve.heads.ranpac import RIDGES, RanPAC, solved
 
 T, D = 3, 6
 

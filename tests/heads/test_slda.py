@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from varve.heads import Task
+from varve.heads._whitening import oas
+from varve.heads.closed_form.slda import StreamingLDA
 from varve.heads.parts.clips import Clips
-from varve.heads.slda import StreamingLDA, oas
 
 T, D = 3, 6
 

@@ -171,6 +171,8 @@ def test_routing_and_scores_are_those_of_the_equations(learned, routing, softmax
     )
     np.testing.assert_allclose(run.head.residuals(batch).numpy(), residuals, atol=1e-5)
     np.testing.assert_allclose(run.scores(tokens).numpy(), scores, atol=1e-5)
+    again = run.head.scores_with(batch, torch.from_numpy(weights).float())
+    np.testing.assert_allclose(again.numpy(), scores, atol=1e-5)
 
     routes = run.head.routing(batch)
     assert (routes.weights.diff(dim=1) <= 0).all()
@@ -193,6 +195,8 @@ def test_without_experts_the_mean_frame_alone_is_compared_with_text(learned, ada
     assert run.head.trainable == adapters * 2 * 16 * 64
     with pytest.raises(ValueError, match="no experts"):
         run.head.routing(run.batch(tokens))
+    with pytest.raises(ValueError, match="no experts"):
+        run.head.scores_with(run.batch(tokens), torch.ones(6, 3))
 
 
 @pytest.mark.parametrize("adapters", [0, 1])
@@ -623,3 +627,43 @@ def test_modules_around_an_adapter_train_and_are_kept_with_it(runner):
     ungated = dict(state, **{"adapter.2.weight": torch.zeros_like(state["adapter.2.weight"])})
     again.head.load_state_dict(ungated)
     assert not torch.equal(again.scores(tokens), run.scores(tokens))
+
+
+def test_class_means_take_the_place_of_text(learned, runner):
+    run = learned(text="means")
+    head = run.head
+    mean_ND = torch.nn.functional.normalize(run.tasks[0].clips.whole("vector"), dim=2).mean(dim=1)
+    labels_N = run.tasks[0].clips.labels
+    state, rows = head.state_dict(), dict(zip(head.classes, range(9), strict=False))
+    expected = unit(numpy(mean_ND[labels_N == 7]).mean(axis=0))
+    np.testing.assert_allclose(numpy(state["text"])[rows[7]], expected, atol=1e-6)
+    last = run.tasks[2].clips  # class 3 came again, with other clips
+    mean_ND = torch.nn.functional.normalize(last.whole("vector"), dim=2).mean(dim=1)
+    expected = unit(numpy(mean_ND[last.labels == 3]).mean(axis=0))
+    np.testing.assert_allclose(numpy(state["text"])[rows[3]], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("routing", ["td", "adapter", "clip"])
+@pytest.mark.parametrize("softmax", [None, 0.5])
+def test_calibrated_weights_are_standardised_by_the_experts_own_clips(learned, routing, softmax):
+    run = learned(routing=routing, softmax=softmax, calibrate=True)
+    head = run.head
+    batch = run.tasks[1].clips[torch.arange(4)]
+    routed = head.routed
+    plain = head._learned_spatial(batch)
+    similarities_BK, _ = routed.similarities(batch, plain, routed.encode_all(plain))
+    z = np.empty(similarities_BK.shape)
+    for k, task in enumerate(run.tasks):
+        clips = task.clips[torch.arange(len(task.clips))]
+        spatial = head._learned_spatial(clips)
+        compared = numpy(routed.compared(routing, clips, spatial, routed.encode_all(spatial)))[:, k]
+        labels = task.clips.labels.numpy()
+        anchors = [compared[labels == c].mean(axis=0) for c in task.classes]
+        r = [max(cosine(x, anchor) for anchor in anchors) for x in compared]
+        z[:, k] = (numpy(similarities_BK)[:, k] - np.mean(r)) / np.std(r)
+    e = np.exp(z / (softmax or 1.0))
+    weights = e / e.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(numpy(routed.weights(similarities_BK)), weights, atol=1e-4)
+    again = build_head(build, SMALL | dict(routing=routing, softmax=softmax, calibrate=True))
+    again.load_state_dict(head.state_dict())
+    assert torch.equal(again.scores(batch), head.scores(batch))

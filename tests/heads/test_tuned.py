@@ -13,6 +13,7 @@ from varve.heads.hce import HCE
 from varve.heads.hf_net import HFNet
 from varve.heads.parts.fine_tuned_head import FineTunedHead, grid
 from varve.heads.podnet import PODNet
+from varve.pipeline.experiments.cost import multiply_adds
 
 FLAT = {"strengths": [0.1, 0.2, 0.3]}
 
@@ -84,6 +85,7 @@ def test_a_grid_is_recognized_by_its_shape(shape, expected):
         (PODNet, {"classifier": "linear"}, "one of cosines"),
         (HFNet, {"budget": -1}, "give at least 0"),
         (Regularized, {"start": "random"}, "choose from drawn, fitted"),
+        (Regularized, {"at": "ends"}, "choose from stages, blocks"),
         (HCE, {"budget": 0, "parts": "hc+crm"}, "crm compares exemplars with new clips"),
         (HAD, {"budget": 0, "parts": "high"}, "exemplars are what low and high augment"),
     ],
@@ -222,3 +224,15 @@ def test_means_are_those_of_blocks_that_read_the_tuned_classifier(runner):
         stored_means.append(run.head.state_dict()["exemplars.means"])
         torch.testing.assert_close(stored_means[-1], means, rtol=1e-5, atol=1e-6)
     assert (stored_means[0] - stored_means[1]).abs().max() > 1e-3
+
+
+def test_blocks_of_class_regularization_that_are_off_cost_nothing(runner):
+    counts = {}
+    for strengths in ([0.0] * 3, [0.3] * 3):
+        run = trained(runner, Regularized, blocks=2, strengths=strengths, epochs=1, first_epochs=1)
+        tokens, _ = run.tokens([4, 2], seed=9)
+        clips = run.clips(tokens, torch.tensor([4] * len(tokens)))
+        counts[strengths[0]] = multiply_adds(run.head, clips)
+    plain = trained(runner, FineTunedHead, blocks=2, epochs=1, first_epochs=1)
+    clips = plain.clips(tokens, torch.tensor([4] * len(tokens)))
+    assert counts[0.0] == multiply_adds(plain.head, clips) < counts[0.3]

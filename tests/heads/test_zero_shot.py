@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from varve.heads import Task
+from varve.heads.closed_form.zero_shot import ZeroShot
 from varve.heads.parts.clips import Clips
-from varve.heads.zero_shot import ZeroShot
 
 
 def draw(*shape, seed=0):

@@ -4,9 +4,11 @@ Data sets, stores and networks are made once for many tests, which read them alo
 changes it copies first.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from types import SimpleNamespace
 import av
 import pytest
 
-from varve.contracts.videos import FPS, encode, number_of
+from varve.contracts.videos import FPS, encode, number_of, numbered
 
 
 def cut_copy(source: Path, target: Path, start: int) -> Path:
@@ -87,6 +89,45 @@ def number_of_fixture():
 @pytest.fixture(scope="session", name="encode")
 def encode_fixture():
     return encode
+
+
+def film(path: Path, frames: int, fps: int | Fraction) -> Path:
+    """Write a long film of small frames, which repeat after 256 of them."""
+    pictures = [
+        av.VideoFrame.from_ndarray(numbered(number), "rgb24").reformat(format="yuv420p")
+        for number in range(min(frames, 256))
+    ]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps, options={"g": "12"})
+        stream.width, stream.height = pictures[0].width, pictures[0].height
+        for number in range(frames):
+            picture = pictures[number % 256]
+            picture.pts, picture.time_base = number, 1 / Fraction(fps)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.fixture(scope="session", name="film")
+def film_fixture():
+    return film
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Iterator[Path]:
+    """The plugin of docs/ADDING_A_BACKBONE.md, a tiny network, with pictures of 224 pixels."""
+    from varve.pipeline import registry
+
+    page = Path(__file__).parents[2] / "docs" / "ADDING_A_BACKBONE.md"
+    family, *_ = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    plugin = tmp_path_factory.mktemp("tiny") / "tiny.py"
+    plugin.write_text(family.replace("size=64, resize=72", "size=224, resize=224"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_LOADED", dict(registry._LOADED))
+        patch.setenv(registry.VARIABLE, "")
+        registry.load_plugin(str(plugin))
+        yield plugin
+        registry.unregister("backbones", "tiny")
 
 
 @pytest.fixture(scope="session")

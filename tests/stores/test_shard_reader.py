@@ -195,6 +195,95 @@ def test_an_extended_column_is_seen_when_opened_and_does_not_disturb_readers(mak
     np.testing.assert_array_equal(stored.feature().read(slice(5, 30)), cells_of(range(5, 30)))
 
 
+@pytest.mark.parametrize("kind", ["plain", *OTHERS])
+@pytest.mark.parametrize("near", [0, 12, 1 << 20])
+def test_single_items_of_cells_are_what_zarr_reads(make, monkeypatch, kind, near):
+    monkeypatch.setattr(shard_reader, "NEAR_BYTES", near)
+    stored = make(60, absent=[*range(16, 24), 3, 40], dtype="float32")
+    whole = stored.whole()
+    if kind != "plain":
+        stored.rewrite(**OTHERS[kind])
+    feature = stored.feature()
+    reader, rng = feature._reader, np.random.default_rng(0)
+    assert isinstance(reader, ShardReader) == (kind == "plain")
+    there = np.flatnonzero(feature.valid)
+    for count in [1, 3, 40]:
+        rows, items = rng.choice(there, count), rng.integers(0, CELL[0], count)
+        in_order = np.lexsort((items, rows))
+        out = np.zeros((count, CELL[1]), np.float32)
+        for order in (np.arange(count), in_order):
+            assert reader.read_items(rows[order], items[order], out) == []
+            assert out.tobytes() == whole[rows[order], items[order]].tobytes()
+    rows, items = np.repeat(there[:5], CELL[0]), np.tile(np.arange(CELL[0]), 5)
+    out = np.zeros((20, CELL[1]), np.float32)
+    assert reader.read_items(rows, items, out) == []
+    assert out.tobytes() == whole[there[:5]].tobytes()
+    absent = reader.read_items(np.array([2, 17, 3, 2]), np.array([1, 1, 2, 0]), out[:4])
+    assert sorted(absent) == [1, 2]
+    assert out[[0, 3]].tobytes() == whole[2, [1, 0]].tobytes()
+    assert reader.read_items(rows[:0], items[:0], out[:0]) == []
+
+
+def items_of(feature, rows, verify=True):
+    """Return the second item of some cells."""
+    out = np.zeros((len(rows), CELL[1]), np.float16)
+    items = np.ones(len(rows), np.int64)
+    feature._reader.read_items(np.array(rows), items, out, verify)
+    return out
+
+
+def test_a_chunk_is_checked_when_an_item_of_it_is_first_read_and_after_its_replacement(
+    make, monkeypatch
+):
+    stored = make(20)
+    feature, real, sizes = stored.feature(), os.preadv, []
+
+    def counting(descriptor, buffers, start):
+        sizes.append(sum(map(len, buffers)))
+        return real(descriptor, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", counting)
+    chunk, item = 4 * 12 + 4, 12
+    for expected in ([chunk, item], [item], [item]):
+        del sizes[:]
+        np.testing.assert_array_equal(items_of(feature, [9]), cells_of([9])[:, 1])
+        assert sizes[-len(expected) :] == expected
+    stored.write(np.arange(8, 16), 20, salt=1)
+    np.testing.assert_array_equal(items_of(feature, [9]), cells_of([9], salt=1)[:, 1])
+    assert sizes[-2:] == [chunk, item]
+    del sizes[:]
+    items_of(stored.feature(), [9], verify=False)
+    assert chunk not in sizes
+
+
+@pytest.mark.parametrize("damage", ["a cell", "its checksum", "an entry", "cut in a cell"])
+def test_damage_is_found_by_the_items_of_a_chunk(make, damage):
+    stored = make(20)
+    before, after = stored.feature(), stored.feature()
+    items_of(before, [2, 18])
+    spoil(stored, damage)
+    for feature in (before, after):
+        for _ in range(2):
+            with pytest.raises(shard_reader.Unreadable) as caught:
+                items_of(feature, [18, 2])
+            assert caught.value.row == 2
+    stored.shard().write_bytes(b"")
+    with pytest.raises(shard_reader.Unreadable, match="cut off"):
+        items_of(after, [2])
+
+
+def test_a_failing_disk_is_no_item(make, monkeypatch):
+    feature = make(8).feature()
+    items_of(feature, [2])
+
+    def failing(descriptor, buffers, start):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(shard_reader.Unreadable):
+        items_of(feature, [2])
+
+
 def test_a_replaced_shard_is_detected(make):
     stored = make(20)
     feature = stored.feature()
@@ -512,7 +601,7 @@ def test_many_shards_need_few_descriptors(make, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) <= open_before + shard_reader.OPEN_FILES
     del feature
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert len(os.listdir("/proc/self/fd")) <= open_before
 
 
 def test_no_cell_is_kept_in_memory(make, monkeypatch):

@@ -13,7 +13,8 @@ class ListedClip:
             forward slashes.
         label: Name of the class, with whatever characters.
         split: Name of the part of the dataset ("train", "test"...); "" for none.
-        start_seconds: Start of the clip in its file; None for the start of the file.
+        start_seconds: Start of the clip on the clock of its file, whose earliest stream, video or
+            audio, starts at 0; None for the start of the file.
         end_seconds: End of the clip in its file; None for the end of the file.
     """
 

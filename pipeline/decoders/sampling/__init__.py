@@ -17,7 +17,8 @@ The indices do not decrease, unless the rule has an attribute `ORDERED = False`.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -77,30 +78,39 @@ def indices(frame_set: FrameSet, times_N: np.ndarray, seed: str = "") -> np.ndar
     >>> rule(times_N, frames=4, sampling="dense", stride=4)
     [0, 4, 8, 9]
     """
+    return chooser(frame_set)(times_N, seed)
+
+
+def chooser(frame_set: FrameSet) -> Callable[[np.ndarray, str], np.ndarray]:
+    """Return `indices` of one frame set, as a function of the times and the seed of a clip."""
     name, frames = frame_set.sampling, frame_set.frames
-    if len(times_N) < 1:
-        raise ValueError(f"cannot choose {frames} frames from a clip that has none")
-    rule = variant("samplings", name)
-    draws = generator(seed, frame_set.view, "frames")
-    values = {
-        "fps": frame_set.fps,
-        "stride": frame_set.stride,
-        "view": frame_set.view,
-        "random": lambda: float(draws.random()),
-    }
-    options = {option: values[option] for option in rule_options(name)}
-    try:
-        chosen: Sequence[int] = getattr(rule, "choose", rule)(times_N, frames, **options)
-        chosen_T = np.asarray(chosen)
-    except Exception as error:
-        raise SamplingError(f"sampling {name!r}: {type(error).__name__}: {error}") from error
-    inside = chosen_T.shape == (frames,) and chosen_T.dtype.kind in "iu"
-    if not (inside and chosen_T.min() >= 0 and chosen_T.max() < len(times_N)):
-        raise SamplingError(
-            f"sampling {name!r} returned {chosen!r}: not {frames} whole numbers from 0 to "
-            f"{len(times_N) - 1}"
-        )
-    return chosen_T.astype(np.int64)
+    rule, names = variant("samplings", name), rule_options(name)
+    view = max(0, frame_set.view)  # corners show the frames of the plain view
+    values = {"fps": frame_set.fps, "stride": frame_set.stride, "view": view}
+    options: dict[str, Any] = {option: values[option] for option in names if option in values}
+    choose: Callable[..., Sequence[int]] = getattr(rule, "choose", rule)
+
+    def indices_of(times_N: np.ndarray, seed: str) -> np.ndarray:
+        if len(times_N) < 1:
+            raise ValueError(f"cannot choose {frames} frames from a clip that has none")
+        drawn = options
+        if "random" in names:
+            draws = generator(seed, view, "frames")
+            drawn = options | {"random": lambda: float(draws.random())}
+        try:
+            chosen = choose(times_N, frames, **drawn)
+            chosen_T = np.asarray(chosen)
+        except Exception as error:
+            raise SamplingError(f"sampling {name!r}: {type(error).__name__}: {error}") from error
+        inside = chosen_T.shape == (frames,) and chosen_T.dtype.kind in "iu"
+        if not (inside and chosen_T.min() >= 0 and chosen_T.max() < len(times_N)):
+            raise SamplingError(
+                f"sampling {name!r} returned {chosen!r}: not {frames} whole numbers from 0 to "
+                f"{len(times_N) - 1}"
+            )
+        return chosen_T.astype(np.int64)
+
+    return indices_of
 
 
 def kept(frame_set: FrameSet, times_N: np.ndarray) -> np.ndarray:

@@ -81,6 +81,9 @@ class TinyNetwork:
     def shape(self, name):
         return (D,) if name == "vector" or name.endswith(":cls") else (L, D)
 
+    def time_steps(self, name):
+        return T
+
     def module(self, stage):
         return self.modules[self.find(stage)]
 

@@ -44,8 +44,7 @@ def pytest_generate_tests(metafunc):
 def stage():
     """A frozen stage with batch norms that do something, by form and precision."""
 
-    @cache
-    def load(form, precision):
+    def drawn(form, precision):
         network, name = STAGES[form]
         loaded = backbones.load(f"{network}:random-0", precision).stage(name)
         generator = torch.Generator().manual_seed(0)
@@ -56,6 +55,12 @@ def stage():
                 norm.running_mean.copy_(noise)
                 norm.running_var.copy_(noise.sigmoid() + 0.5)
         return loaded
+
+    @cache
+    def load(form, precision):
+        # A test may ask first inside inference mode, whose tensors another could not train with.
+        with torch.inference_mode(False):
+            return drawn(form, precision)
 
     return lambda form, precision=torch.float32: load(form, precision)
 

@@ -4,20 +4,22 @@ import copy
 import math
 import shutil
 
+import av
 import numpy as np
 import pytest
 import torch
 
-from varve import BuildSpec, run
+from varve import BuildSpec, Runtime, build, run
 from varve.heads import Task
 from varve.heads.class_regularization import Regularized
+from varve.heads.closed_form.nearest_mean import NearestMean
 from varve.heads.grafts.hf_gate import HFGate
-from varve.heads.nearest_mean import NearestMean
 from varve.heads.parts.classifiers import LENGTH
 from varve.heads.parts.fine_tuned_head import FineTunedHead
 from varve.heads.parts.trainable_suffix import Passed
 from varve.pipeline import backbones
 from varve.pipeline.analysis import interpret
+from varve.pipeline.decoders._crop import apply_crop, choose_crop
 from varve.pipeline.experiments import head_inputs, run_spec
 from varve.pipeline.experiments.head_source import find_head
 from varve.pipeline.experiments.routing import restored
@@ -277,3 +279,19 @@ def test_heads_that_have_no_such_thing_are_refused(heads_and_clips):
     known = {READS: clip.batch[READS], "x": torch.ones(1, 3, 4, 2, 2)}
     with pytest.raises(ValueError, match=r"maps of layer3.0, .* and of stage"):
         interpret.hypercorrelations(head, Known(), known)
+
+
+@pytest.mark.parametrize("rate", [{"stride": 1}, {"stride": 3}, {"fps": 4.0}], ids=str)
+def test_pictures_of_whole_videos_are_the_frames_that_were_chosen_of_them(dataset, tmp_path, rate):
+    folder = dataset(CLASSES, 3)
+    spec = BuildSpec(NAME, "stem:pool", sampling="all", **rate)
+    build(folder, tmp_path / "s.zarr", spec, runtime=Runtime(serial=True))
+    store = FeatureStore.open(tmp_path / "s.zarr").sampled(frames=4)
+    (feature,) = store.features()
+    with av.open(str(folder / store.clips.at[5, "path"])) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    crop = choose_crop(feature.frame_set, *frames[0].size, "")
+    expected = [apply_crop(frames[index], crop) for index in feature.indices(5).tolist()]
+    pictures = interpret.clip(store, {"x": feature}, 5).pictures
+    # Within the rounding of another conversion to RGB.
+    assert np.abs(pictures.astype(int) - np.stack(expected)).mean() < 1

@@ -1,11 +1,15 @@
 """Particulars of each family: real sizes, real files, weights in all their forms."""
 
+import io
 import json
 import pickle
+import re
 import subprocess
 import sys
 import urllib.error
 import zipfile
+from argparse import Namespace
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +23,21 @@ import torchvision
 from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as safetensors_bytes
+from torchvision.models.video import resnet as video
+from torchvision.models.video.mvit import MSBlockConfig
 
 from varve.pipeline import backbones
-from varve.pipeline.backbones import Backbone, _weights, clip_vit, dinov2, parameter_digest, resnet
+from varve.pipeline.backbones import (
+    Backbone,
+    Normalise,
+    _weights,
+    clip_vit,
+    dinov2,
+    parameter_digest,
+    resnet,
+)
+from varve.pipeline.backbones.video import i3d, mvit, s3d, swin3d, video_resnet
 from varve.pipeline.config import Picture
 from varve.pipeline.experiments.head_inputs import resolve_name
 from varve.pipeline.extraction.passes import keep_of_each
@@ -29,6 +45,7 @@ from varve.stores.digests import store_name
 
 GOLDEN = Path(__file__).parent / "golden_keys.json"
 REAL = Path(__file__).parents[3] / "../shared/weights"
+KINETICS = ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
@@ -327,12 +344,12 @@ def test_files_that_are_not_weights_are_refused(tmp_path, state):
 
     with pytest.raises(FileNotFoundError, match=r"no weight file .*gone\.pt"):
         _weights.read(tmp_path / "gone.pt")
-    (tmp_path / "w.safetensors").write_bytes(b"not at all")
+    (tmp_path / "w.safetensors").write_bytes(b"\0not at all")
     refused("cannot be read as safetensors", "w.safetensors")
-    (tmp_path / "w.pt").write_bytes(b"not at all")
-    refused("cannot be read as weights alone")
+    (tmp_path / "w.pt").write_bytes(b"\0not at all")
+    refused(r"w\.pt is no file of torch\.save")
     (tmp_path / "w.pt").write_bytes(pickle.dumps(print, protocol=2))
-    refused("cannot be read as weights alone")
+    refused("holds Python objects beside its tensors .*print")
     torch.save([1], tmp_path / "w.pt")
     refused("holds a list")
     torch.save({**state, "epoch": 3}, tmp_path / "w.pt")
@@ -340,6 +357,160 @@ def test_files_that_are_not_weights_are_refused(tmp_path, state):
     with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
         archive.writestr("clip/constants.pkl", b"")
     refused("TorchScript archive.*torch.jit.load")
+
+
+class Runs:
+    """An object whose unpickling would run code."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code was run')",)
+
+
+def safetensors_of(state, cut=None):
+    return safetensors_bytes(state)[:cut]
+
+
+def saved(value, cut=None, **options):
+    file = io.BytesIO()
+    torch.save(value, file, **options)
+    return file.getvalue()[:cut]
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+SMALL = {"weight": torch.zeros(4, 300), "bias": torch.zeros(4)}
+OLD = {"_use_new_zipfile_serialization": False}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "empty"),
+        (LFS, "a pointer of git-lfs .*git lfs pull"),
+        (b"<!DOCTYPE html>\n<html><head><title>404", "a web page .*download"),
+        (b"\n <html lang=en>", "a web page"),
+        (b'{"error": "no such file"}', "text .*no such file"),
+        (b"\x1f\x8b\x08\0\0\0", "compressed by gzip; unpack it"),
+        (b"w.pt".ljust(257, b"\0") + b"ustar\0" + bytes(249), "a tar archive; unpack it"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(data, what, suffix, tmp_path):
+    file = tmp_path / f"w{suffix}"
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))} is {what}"):
+        _weights.read(file)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "data", "what"),
+    [
+        (".pt", saved(SMALL, cut=-100), "is cut off"),
+        (".pt", saved(SMALL, cut=-100, **OLD), "is cut off"),
+        (".safetensors", safetensors_of(SMALL, cut=-100), "is cut off"),
+        (".pt", safetensors_of(SMALL), r"is a file of safetensors; name it \.safetensors"),
+        (".safetensors", saved(SMALL), r"is a file of torch\.save; name it \.pt"),
+        (".safetensors", saved(SMALL, **OLD), r"is a file of torch\.save; name it \.pt"),
+        (
+            ".pt",
+            saved(torch.nn.Linear(2, 2)),
+            r"is a whole pickled network \(torch\.nn.*state_dict",
+        ),
+        (".pt", saved(torch.nn.Linear(2, 2), **OLD), "is a whole pickled network"),
+        (".pt", saved({**SMALL, "hook": Runs()}), "objects beside its tensors .*exec"),
+        (".pt", saved({**SMALL, "hook": Runs()}, **OLD), "objects beside its tensors .*exec"),
+    ],
+)
+def test_what_torch_refuses_is_named_without_its_advice(suffix, data, what, tmp_path):
+    (tmp_path / f"w{suffix}").write_bytes(data)
+    with pytest.raises(ValueError, match=what) as error:
+        _weights.read(tmp_path / f"w{suffix}")
+    assert not re.search("weights_only|\x1b|\n", str(error.value))
+
+
+@pytest.mark.parametrize("options", [{}, OLD])
+def test_a_checkpoint_with_options_and_numbers_of_numpy_is_read(options, state, tmp_path):
+    checkpoint = {
+        "model": state,
+        "args": Namespace(lr=0.1, layers=[1, 2], folder=None),
+        "best": np.float64(0.5),
+        "epoch": np.int64(3),
+    }
+    torch.save(checkpoint, tmp_path / "w.pth", **options)
+    assert _weights.read(tmp_path / "w.pth").keys() == state.keys()
+
+
+@pytest.mark.parametrize(
+    "prefix", ["backbone.", "model.", "module.", "encoder_q.", "_orig_mod.", "module.encoder_q."]
+)
+def test_a_prefix_of_all_names_is_left_out_with_a_note(prefix, state, tmp_path, caplog):
+    torch.save({f"{prefix}{key}": tensor for key, tensor in state.items()}, tmp_path / "w.pt")
+    backbone = backbones.load(f"resnet18:{tmp_path}/w.pt")
+    assert torch.equal(backbone.stage("fc").module.weight, state["fc.weight"])
+    assert [r.message for r in caplog.records] == [
+        f"{tmp_path}/w.pt: all names begin with {prefix!r}, which is left out"
+    ]
+
+
+def test_a_network_whose_own_names_have_a_prefix_keeps_it(state, tmp_path):
+    def make():
+        return torch.nn.Sequential(OrderedDict(backbone=torch.nn.Linear(2, 2)))
+
+    with _weights.seeded(0):
+        own_state = make().state_dict()
+    torch.save({f"module.{key}": tensor for key, tensor in own_state.items()}, tmp_path / "w.pt")
+    network = _weights.make_network(make, "mine", str(tmp_path / "w.pt"))
+    assert torch.equal(network.backbone.weight, own_state["backbone.weight"])
+
+
+def test_of_two_networks_in_a_checkpoint_the_first_is_read_with_a_note(state, tmp_path, caplog):
+    other = {key: tensor + 1 for key, tensor in state.items()}
+    torch.save({"ema": other, "model": state}, tmp_path / "w.pt")
+    assert torch.equal(_weights.read(tmp_path / "w.pt")["fc.weight"], state["fc.weight"])
+    assert "'model' is read; it holds 'ema' too" in caplog.text
+    torch.save({"ema": other}, tmp_path / "w.pt")
+    assert torch.equal(_weights.read(tmp_path / "w.pt")["fc.weight"], other["fc.weight"])
+
+
+def test_a_checkpoint_of_two_encoders_says_which_names_fit(state, tmp_path):
+    both = {f"{side}.{key}": t for side in ("encoder_q", "encoder_k") for key, t in state.items()}
+    torch.save(both, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"names that begin with 'encoder_q\.' fit: save these"):
+        backbones.load(f"resnet18:{tmp_path}/w.pt")
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(state, tmp_path):
+    spoilt = {key: tensor.clone() for key, tensor in state.items()}
+    spoilt["layer1.0.conv1.weight"].view(-1)[[3, 5, 8]] = torch.nan
+    spoilt["bn1.running_var"][7] = torch.inf
+    torch.save(spoilt, tmp_path / "w.pt")
+    with pytest.raises(
+        ValueError,
+        match=r"not a number: bn1\.running_var \(1 of 64\), "
+        r"layer1\.0\.conv1\.weight \(3 of 36864\)\.",
+    ):
+        backbones.load(f"resnet18:{tmp_path}/w.pt")
+
+
+def test_a_mask_of_minus_infinity_is_no_damage():
+    module = torch.nn.Linear(2, 2)
+    module.register_buffer("mask", torch.zeros(2))
+    state = {**module.state_dict(), "mask": torch.tensor([0.0, -torch.inf])}
+    _weights.fill(module, state, "linear")
+    with pytest.raises(ValueError, match=r"bias \(2 of 2\)"):
+        _weights.fill(module, {**state, "bias": torch.full((2,), -torch.inf)}, "linear")
+
+
+@pytest.mark.parametrize("name", ["reg_token", "register_tokens"])
+def test_register_tokens_and_networks_without_them_do_not_fit(name, tmp_path):
+    with torch.device("meta"):
+        plain = timm.create_model("vit_small_patch14_dinov2", img_size=dinov2.SIZE)
+    shapes = {key: torch.zeros(tensor.shape) for key, tensor in plain.state_dict().items()}
+    save_file({**shapes, name: torch.zeros(1, 4, 384)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="name the network vit_small_patch14_reg4_dinov2"):
+        backbones.load(f"vit_small_patch14_dinov2:{tmp_path}/w.safetensors")
+    save_file(shapes, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="name the network vit_small_patch14_dinov2"):
+        backbones.load(f"vit_small_patch14_reg4_dinov2:{tmp_path}/w.safetensors")
 
 
 def test_weights_that_are_written_wrongly_are_refused():
@@ -548,14 +719,27 @@ def tiny_chains():
             16, 8, embed_dim=8, depth=1, num_heads=2, init_values=1.0, num_classes=0)),
         "resnet": (resnet, IMAGENET, lambda: torchvision.models.ResNet(
             block, [1, 1, 1, 1], num_classes=3)),
+        "video_resnet": (video_resnet, KINETICS, lambda: video.VideoResNet(
+            video.BasicBlock, [video.Conv3DSimple] * 4, [1, 1, 1, 1], video.BasicStem, 3)),
+        "s3d": (s3d, KINETICS, lambda: torchvision.models.video.S3D(num_classes=3)),
+        "swin3d": (swin3d, IMAGENET, lambda: torchvision.models.video.SwinTransformer3d(
+            [2, 4, 4], 8, [1, 1, 1, 1], [1, 1, 1, 1], [8, 7, 7], num_classes=3)),
+        "mvit": (mvit, KINETICS, lambda: torchvision.models.video.MViT(
+            (32, 32), 16, [MSBlockConfig(1, 8, 8, [3] * 3, [3] * 3, [1] * 3, [1, 2, 2])] * 2,
+            residual_pool=True, residual_with_cls_embed=False, rel_pos_embed=True,
+            proj_after_attn=True, num_classes=3)),
+        "i3d": (i3d, ((0.5,) * 3, (0.5,) * 3), lambda: i3d.I3D(3)),
     }  # fmt: skip
     for family, (module, mean_std, make) in families.items():
-        network = make()
+        network = make().eval()
         for i, (_, tensor) in enumerate(sorted(network.state_dict().items())):
             if tensor.is_floating_point():
                 values = (np.arange(tensor.numel()) % 251 - 125 + i) / 128
                 tensor.copy_(torch.from_numpy(values).reshape(tensor.shape))
-        chain = module.stages(network, *mean_std, torch.float32)
+        if module in (video_resnet, s3d, swin3d, mvit, i3d):
+            chain = module.stages(network, Normalise(*mean_std, torch.float32, False))
+        else:
+            chain = module.stages(network, *mean_std, torch.float32)
         yield family, Backbone("tiny:0", "tiny", chain, Picture(16, 16), torch.float32)
 
 

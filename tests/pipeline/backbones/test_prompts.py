@@ -33,7 +33,21 @@ class Codes:
         ("shoot_ball", "shoot ball"),
         ("abseiling", "abseiling"),
         ("air drumming", "air drumming"),
-        ("Pushing [something] from left to right", "Pushing [something] from left to right"),
+        ("Pushing [something] from left to right", "Pushing something from left to right"),
+        ("Pretending to put [number of] [something]", "Pretending to put number of something"),
+        ("adult+female+singing", "adult female singing"),
+        ("C++", "c++"),
+        ("1 + 1", "1 + 1"),
+        ("HandstandPushups", "handstand pushups"),
+        ("TV_news", "tv news"),
+        ("passing_American_football_(not_in_game)", "passing american football (not in game)"),
+        ("brush_hair slowly", "brush hair slowly"),
+        ("walk \t fast", "walk fast"),
+        ("Level3", "level 3"),
+        ("Take12Jumps", "take 12 jumps"),
+        ("3DPrinting", "3d printing"),
+        ("17", "17"),
+        ("[]", "[]"),
         ("Throwing {}", "Throwing {}"),
         (" A ", "a"),
         ("push-up", "push-up"),
@@ -72,6 +86,35 @@ def test_a_class_is_the_unit_mean_of_its_prompts():
     })  # fmt: skip
     features = _prompts.class_features(text, ["run", "sit"], ["a {}", "b {}"])
     torch.testing.assert_close(features, torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, -1.0]]))
+
+
+LONG = "putting " + "one more of the small things " * 12
+
+
+def test_labels_that_are_too_long_are_refused_by_name():
+    text = backbones.load("ViT-S-32:random-0").text
+    labels = ["brush_hair", f"{LONG} left", f"{LONG} right"]
+    with pytest.raises(ValueError, match=r"of 2 of 3 classes .* 77 tokens .* left' \(8[0-9]\)"):
+        _prompts.check_prompts(text, labels)
+    with pytest.raises(ValueError, match=r"a prompt of 8[0-9] tokens"):
+        _prompts.class_features(text, labels[1:], TWO)
+
+
+def test_a_prompt_that_fits_to_the_last_token_is_read():
+    text = backbones.load("ViT-S-32:random-0").text
+    label = "run " * (text.max_tokens - len(text.tokens(["a "])[0]))
+    assert _prompts.check_prompts(text, [label], ["a {}"]).shared == ()
+    with pytest.raises(ValueError, match=r"\(78\)"):
+        _prompts.check_prompts(text, [label + "run"], ["a {}"])
+
+
+def test_labels_that_share_a_text_feature_are_found():
+    text = backbones.load("ViT-S-32:random-0").text
+    labels = ["brush_hair", "run", "BrushHair", "Running", "brush  hair"]
+    checked = _prompts.check_prompts(text, labels)
+    assert checked.shared == (("brush_hair", "BrushHair", "brush  hair"),)
+    features = _prompts.class_features(text, labels, TWO)
+    assert len(features.unique(dim=0)) == 3
 
 
 def test_class_features_of_a_clip_network_are_unit_and_stand_alone(monkeypatch):

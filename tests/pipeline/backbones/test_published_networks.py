@@ -12,15 +12,32 @@ from safetensors.torch import save_file
 
 from varve.pipeline import backbones
 from varve.pipeline.backbones import _weights
+from varve.pipeline.backbones.video import i3d
 from varve.pipeline.registry import available, variant
+
+try:
+    import transformers
+except ModuleNotFoundError:  # an extra
+    transformers = None
 
 SMALL = {
     "clip_vit": "ViT-S-32",
     "dinov2": "vit_small_patch14_dinov2",
+    "i3d": "i3d",
     "mel_resnet": "mel_resnet18",
+    "mvit": "mvit_v2_s",
     "resnet": "resnet18",
+    "s3d": "s3d",
+    "swin3d": "swin3d_t",
     "tsm_resnet": "tsm_resnet18",
+    "video_resnet": "mc3_18",
+    "videomae": "videomae_tiny",
+    "vjepa2": "vjepa2_tiny",
 }
+VIDEO = ("i3d", "mvit", "s3d", "swin3d", "video_resnet")
+TRANSFORMERS = ("videomae", "vjepa2")
+SLOW = ("i3d", "mvit", "swin3d")
+TINY = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3}
 
 
 def plain(family):
@@ -30,7 +47,19 @@ def plain(family):
             return open_clip.CLIP(**open_clip.get_model_config(SMALL[family]))
         case "dinov2":
             return timm.create_model(SMALL[family], img_size=224)
-        case "resnet":
+        case "i3d":
+            return i3d.I3D(400)
+        case "videomae":
+            config = transformers.VideoMAEConfig(
+                **TINY, intermediate_size=384, image_size=64, num_frames=8, num_labels=7
+            )
+            return transformers.VideoMAEForVideoClassification(config)
+        case "vjepa2":
+            config = transformers.VJEPA2Config(
+                **TINY, mlp_ratio=2.0, crop_size=64, frames_per_clip=8, pred_num_hidden_layers=1
+            )
+            return transformers.VJEPA2Model(config)
+        case "resnet" | "mvit" | "s3d" | "swin3d" | "video_resnet":
             return torchvision.models.get_model(SMALL[family])
         case "tsm_resnet":
             network = torchvision.models.get_model("resnet18")
@@ -48,14 +77,28 @@ def plain(family):
 def call_plain(family, network, pictures):
     if family == "mel_resnet":
         return network(log_mel(pictures.numpy()))
+    kinetics = ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989))
+    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     mean, std = {
+        **dict.fromkeys(TRANSFORMERS, imagenet),
+        "i3d": ((0.5,) * 3, (0.5,) * 3),
         "clip_vit": (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD),
         "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         "resnet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        "mvit": ((0.45,) * 3, (0.225,) * 3),
+        "s3d": kinetics,
+        "swin3d": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         "tsm_resnet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        "video_resnet": kinetics,
     }[family]
     x = pictures.permute(0, 3, 1, 2).float() / 255
     x = torchvision.transforms.functional.normalize(x, mean, std)
+    if family == "videomae":
+        return network(x.unflatten(0, (-1, 8))).logits
+    if family == "vjepa2":
+        return network.get_vision_features(x.unflatten(0, (-1, 8))).mean(dim=1)
+    if family in VIDEO:
+        return network(x.unflatten(0, (-1, 16)).transpose(1, 2))
     return network.encode_image(x) if family == "clip_vit" else network(x)
 
 
@@ -110,8 +153,16 @@ def weight_files(tmp_path_factory):
     return file
 
 
-@pytest.mark.parametrize("family", available("backbones"))
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name in available("backbones")
+    ],
+)
 def test_the_chain_is_the_whole_network(family, weight_files):
+    if family in TRANSFORMERS:
+        pytest.importorskip("transformers")
     backbone = backbones.load(f"{SMALL[family]}:{weight_files(family)}")
     with torch.device("meta"):
         network = plain(family)
@@ -126,8 +177,7 @@ def test_the_chain_is_the_whole_network(family, weight_files):
 
 
 def pictures(count, backbone):
-    frames = max(stage.frames for stage in backbone.stages) or 1
-    rng, shape = np.random.default_rng(0), (count * frames, *backbone.picture.shape)
+    rng, shape = np.random.default_rng(0), (count * backbone.clip_frames, *backbone.picture.shape)
     if backbone.picture.dtype == "float32":
         return torch.from_numpy(rng.uniform(-0.5, 0.5, shape).astype(np.float32))
     return torch.from_numpy(rng.integers(0, 256, shape, np.uint8))
@@ -151,7 +201,8 @@ def test_every_stage_that_takes_each_token_alone_declares_it(network):
 
 
 @pytest.mark.parametrize(
-    ("family", "count"), [("clip_vit", 40), ("dinov2", 8), ("resnet", 5), ("tsm_resnet", 3)]
+    ("family", "count"),
+    [("clip_vit", 40), ("dinov2", 8), ("resnet", 5), ("tsm_resnet", 3), ("video_resnet", 3)],
 )
 def test_a_family_has_its_networks(family, count, monkeypatch):
     def on_meta(make, weights, state, name):

@@ -1,6 +1,7 @@
 """Files that are broken, cut off or no videos at all: what they hold, or a true reason why not."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -57,6 +58,78 @@ def test_a_truncated_file_is_decoded_as_far_as_it_goes(videos, encode, tmp_path,
     wanted = list(range(answer.facts.num_frames - 1))
     pictures = pyav.pictures(str(part), _index.read(str(part), proof=False), wanted)
     assert [number_of(np.asarray(image)) for _, image in pictures] == wanted
+
+
+def with_sound(path, video_seconds, sound_seconds, codec="libx264", sound_codec="aac"):
+    """A file whose video and sound have different lengths, their packets in order of time."""
+    packets = []
+    with av.open(str(path), "w") as container:
+        video = container.add_stream(codec, rate=25, options={"g": "12"})
+        video.width, video.height, video.pix_fmt = 160, 96, "yuv420p"
+        sound = container.add_stream(sound_codec, rate=16000, layout="mono")
+        for number in range(round(video_seconds * 25)):
+            picture = np.full((96, 160, 3), number * 4 % 256, np.uint8)
+            packets += video.encode(av.VideoFrame.from_ndarray(picture, "rgb24"))
+        for start in range(0, round(sound_seconds * 16000), 1024):
+            noise = np.random.default_rng(start).normal(size=(1, 1024)) / 10
+            frame = av.AudioFrame.from_ndarray(noise.astype(np.float32), "fltp", "mono")
+            frame.sample_rate, frame.pts = 16000, start
+            packets += sound.encode(frame)
+        packets += [*video.encode(None), *sound.encode(None)]
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            container.mux(packet)
+    return path
+
+
+def test_whole_files_have_no_warning(videos):
+    warnings = {name: decode_one(video.path).facts.warning for name, video in videos.items()}
+    assert {name: text for name, text in warnings.items() if text} == {}
+
+
+@pytest.mark.parametrize("seconds", [(2, 4), (4, 2)])
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.ts", "a.avi"])
+def test_sound_of_another_length_is_no_cut(name, seconds, tmp_path):
+    codecs = ("mpeg4", "libmp3lame") if name == "a.avi" else ("libx264", "aac")
+    facts = decode_one(with_sound(tmp_path / name, *seconds, *codecs)).facts
+    assert (facts.num_frames, facts.warning) == (seconds[0] * 25, "")
+
+
+@pytest.mark.parametrize(
+    "name", ["h264.mkv", "uneven.mkv", "odd.mkv", "vp8.webm", "mpeg4.avi", "h264_open.ts"]
+)
+@pytest.mark.parametrize("percent", [40, 60, 90, 97])
+def test_a_cut_file_says_so(videos, name, percent, tmp_path):
+    whole = videos[name].path.read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) * percent // 100])
+    facts = decode_one(tmp_path / name).facts
+    assert "the file is cut off" in facts.warning
+    if name.endswith((".mkv", ".webm")) and percent < 90:
+        last = _index.read(str(tmp_path / name)).times_N[-1]
+        promised, missing = re.search(
+            r"promises ([\d.]+) seconds, the last ([\d.]+) of them are not there", facts.warning
+        ).groups()
+        assert float(promised) == pytest.approx(3.034 if name == "uneven.mkv" else 2.4, abs=0.01)
+        assert float(promised) - float(missing) == pytest.approx(last + 0.04, abs=0.021)
+
+
+def test_a_cut_file_that_declares_no_bytes_is_known_by_its_seconds(videos, tmp_path):
+    whole = videos["sorenson.flv"].path.read_bytes()
+    (tmp_path / "cut.flv").write_bytes(whole[: len(whole) * 9 // 10])
+    warning = decode_one(tmp_path / "cut.flv").facts.warning
+    assert re.match(r"the header promises 2\.4. seconds, the last 0\.[2-5]. of them", warning)
+
+
+@pytest.mark.parametrize("percent", [30, 60, 92])
+def test_an_mp4_without_its_index_says_so(videos, percent, tmp_path):
+    whole = videos["h264.mp4"].path.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * percent // 100])
+    answer = decode_one(tmp_path / "cut.mp4")
+    assert answer.reason in ("not_video", "corrupt")
+    assert re.match(
+        "no moov atom: the file is cut off" if percent < 90 else "the moov atom, its index, is cut",
+        answer.detail,
+    )
+    assert "Invalid data" not in answer.detail
 
 
 @pytest.mark.parametrize("name", ["mpeg4_b.avi", "h264.mp4", "vp9.webm", "mpeg2.mpg"])
@@ -163,7 +236,8 @@ def test_a_file_that_may_not_be_read_is_unreadable(videos, tmp_path, monkeypatch
 def test_an_interval_without_frames_reports_where_the_file_ends(videos):
     answer = decode_one(videos["h264.mp4"].path, start_seconds=5.0, end_seconds=9.0)
     assert answer == Failure(
-        "too_short", "no frame between 5 s and 9 s: the file's 60 frames end at 2.360 s"
+        "too_short",
+        "no frame between 5 s and 9 s: the file's 60 frames are from 0.000 s to 2.360 s",
     )
 
 

@@ -30,8 +30,11 @@ def decode_audio(path, *stretches, frame_set=AUDIO):
     return decode(Request(str(path), stretches or (Stretch(),), (frame_set,)))
 
 
-def mux(path, codec, samples_CN, rate, late_seconds=0.0, gap=None, **options):
-    """A video of 60 frames with a track that begins late, or leaves out [a, b) seconds."""
+def mux(path, codec, samples_CN, rate, late_seconds=0.0, gap=None, late_frames=0, **options):
+    """A video of 60 frames with a track that begins late, or leaves out [a, b) seconds.
+
+    The frames begin `late_frames` frames after the file.
+    """
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("mpeg4", rate=FPS)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -40,6 +43,7 @@ def mux(path, codec, samples_CN, rate, late_seconds=0.0, gap=None, **options):
         for number in range(FRAMES):
             picture = np.full((48, 64, 3), 4 * number, np.uint8)
             frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame.pts, frame.time_base = number + late_frames, Fraction(1, FPS)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
         step = rate // 50
@@ -182,6 +186,22 @@ def test_the_clock_of_the_frames_is_that_of_the_sound(tmp_path, rate):
     assert np.abs(decoded - pulse(RATE)[0]).max() < 0.02
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+def test_a_track_that_starts_before_the_frames_is_heard_at_the_times_of_the_file(tmp_path, name):
+    """The sound is a pulse at 1 s, where the first frame is shown."""
+    path = mux(tmp_path / name, "mp2", pulse(RATE), RATE, late_frames=FPS)
+    first, second, whole = decode_audio(path, Stretch(0.9, 1.4), Stretch(1.4, 1.9), Stretch())
+    for answer, frames in ((first, [1, 3, 6, 8]), (whole, [7, 22, 37, 52])):
+        for row, frame in enumerate(frames):
+            expected = around(np.pad(pulse(RATE)[0], (0, RATE)), frame + FPS)
+            if answer is first:
+                middle = round((1 + (frame + 0.5) / FPS) * RATE)
+                cut = np.arange(middle - RATE // 2, middle + RATE // 2)
+                expected[(cut < 0.9 * RATE) | (cut >= 1.4 * RATE)] = 0
+            assert np.abs(answer.frames[0][row] - expected).max() < 0.06
+    assert np.abs(second.frames[0]).max() < 0.06
+
+
 def test_a_track_that_changes_its_format_is_read_to_its_end(tmp_path):
     parts = [mux(tmp_path / f"{rate}.ts", "mp2", pulse(rate), rate, output_ts_offset=str(late))
              for rate, late in ((44100, 0), (48000, 3))]  # fmt: skip
@@ -281,7 +301,7 @@ def test_an_audio_backbone_is_a_column_like_any_other(sounding):
     mel = store.feature("mel_resnet18:random-0", "mel")
     pool = store.feature("mel_resnet18:random-0", "pool")
     assert mel.shape == (3, 1, 1, 64, 98)
-    assert pool.spec["pixels"] == "mono float32, libswresample, 2"
+    assert pool.spec["pixels"] == "mono float32, libswresample, 3"
     network = backbones.load("mel_resnet18:random-0")
     for row, clip in store.clips.iterrows():
         (answer,) = decode_audio(folder / "set" / clip["path"], frame_set=replace(AUDIO, frames=1))

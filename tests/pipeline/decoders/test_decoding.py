@@ -282,7 +282,7 @@ def test_adjacent_intervals_share_no_frame_and_lose_none(videos):
 def test_facts_report_what_was_counted(videos):
     facts = decode_one(videos["cut_h264.mp4"].path).facts
     assert (facts.num_frames, facts.num_frames_claimed) == (41, 60)
-    assert facts.warning == "the header promises 60 frames, 41 could be decoded"
+    assert facts.warning == ""  # the other frames are hidden by an edit list
     plain = decode_one(videos["h264.mp4"].path).facts
     assert (plain.num_frames, plain.num_frames_claimed, plain.fps) == (60, 60, 25.0)
     assert (plain.width, plain.height, plain.decoder, plain.warning) == (160, 96, "pyav", "")

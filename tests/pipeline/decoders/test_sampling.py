@@ -112,6 +112,28 @@ def test_pictures_equal_torchvisions_resize_and_centre_crop(size, interpolation,
     np.testing.assert_array_equal(cropped, np.asarray(reference(image)))
 
 
+@pytest.mark.parametrize("size", [(320, 240), (240, 320), (225, 224)])
+@pytest.mark.parametrize(("resize", "crop"), [(224, 224), (256, 224), (96, 63)])
+def test_corners_equal_torchvisions_five_crops(size, resize, crop):
+    transforms = pytest.importorskip("torchvision.transforms")
+    mode = transforms.InterpolationMode("bilinear")
+    image = noise(*size)
+    reference = transforms.FiveCrop(crop)(transforms.Resize(resize, mode)(image))
+    spec = Picture(size=crop, resize=resize, interpolation="bilinear")
+    for view, expected in zip((-1, -2, -3, -4, 0), reference, strict=True):
+        cropped = apply_crop(image, choose_crop(FrameSet(picture=spec, view=view), *size))
+        np.testing.assert_array_equal(cropped, np.asarray(expected))
+
+
+def test_corners_show_the_frames_of_the_plain_view():
+    times = np.arange(50) / 25
+    for options in ({"sampling": "tsn_random"}, {"sampling": "dense", "stride": 2}):
+        plain, corner = (FrameSet(4, view=view, **options) for view in (0, -2))
+        assert indices(corner, times, "a").tolist() == indices(plain, times, "a").tolist()
+    with pytest.raises(ValueError, match="view=-1"):
+        FrameSet(view=-1, flip=True)
+
+
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_pictures_equal_the_preprocessing_of_open_clip(resize_mode, interpolation):

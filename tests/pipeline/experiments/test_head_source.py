@@ -42,7 +42,8 @@ def test_a_file_is_a_head_and_is_called_by_its_stem(vector_store, head_file, tmp
     done = run(vector_store, str(head_file), SCENARIO, out=tmp_path / "runs", options={"lr": 0.1})
     assert done.folder.name.startswith(f"mine-{SCENARIO}-1000-")
     assert done.spec["head"] == "mine"
-    assert done.spec["options"] == {"lr": 0.1, "epochs": 2, "seed": 1000}
+    assert done.spec["options"] == {"lr": 0.1, "epochs": 2, "seed": 1000, "whiten": "",
+                                    "views": 1, "crops": 1}  # fmt: skip
     assert str(head_file) not in (done.folder / "spec.json").read_text()
     plain = run(vector_store, "linear", SCENARIO, out=tmp_path / "runs",
                 options={"lr": 0.1, "epochs": 2, "first_epochs": 2})  # fmt: skip
@@ -97,7 +98,7 @@ def test_modules_beside_it_are_read_with_it(vector_store, head_file, tmp_path):
 def test_a_head_that_it_imports_is_part_of_its_code(head_file, tmp_path, monkeypatch):
     for folder in ("parts", "grafts"):
         (tmp_path / "heads" / folder).mkdir(parents=True)
-    for name in ("__init__", "linear", "lwf"):
+    for name in ("__init__", "_whitening", "linear", "lwf"):
         (tmp_path / "heads" / f"{name}.py").write_text("")
     monkeypatch.setattr(head_source, "HEADS", tmp_path / "heads")
     before = code_digest(find_head(head_file))
@@ -134,7 +135,7 @@ def test_a_file_put_beside_a_run_of_heads_is_not_run(vector_store, tmp_path):
     (done.folder / "head_source").mkdir()
     (done.folder / "head_source" / "nearest_mean.py").write_text("raise RuntimeError")
     head, _ = routing.restored(done, vector_store)
-    assert type(head).__module__ == "varve.heads.nearest_mean"
+    assert type(head).__module__ == "varve.heads.closed_form.nearest_mean"
 
 
 def test_what_is_imported_for_types_alone_is_not_looked_at(head_file):

@@ -5,10 +5,13 @@ import math
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from varve import BuildSpec, Runtime, ablate
 from varve.pipeline.experiments import results
+from varve.pipeline.experiments.run_spec import option_defaults
+from varve.pipeline.experiments.scenarios import make_scenario
 from varve.pipeline.experiments.sweep_spec import Sweep
 from varve.stores import FeatureStore
 
@@ -38,9 +41,11 @@ def ends(grid):
 def test_a_sweep_names_options_that_there_are(name):
     sweep = Sweep.read(FOLDER / f"{name}.toml")
     assert sweep.seed_list() == [1000, 1993, 2021]
-    runs = sweep.runs()
-    each = math.prod(map(len, sweep.grid.values()))
-    assert len(runs) == 3 * each * len(sweep.heads)
+    expected = 0
+    for head in sweep.heads:
+        axes = [v for name, v in sweep.grid.items() if name.rpartition(".")[0] in ("", head)]
+        expected += 3 * math.prod(map(len, axes))
+    assert len(sweep.runs()) == expected
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("stpr_")])
@@ -66,14 +71,25 @@ def test_rows_of_the_paper_are_one_call(store, tmp_path, name):
 
 @pytest.fixture(scope="module")
 def maps(dataset, built_once, tmp_path_factory) -> FeatureStore:
-    spec = BuildSpec(("resnet18:random-0",), keep=("layer2.1", "layer3.1", "pool"), frames=2)
+    spec = BuildSpec(("resnet18:random-0",), keep=("layer2.1", "layer3.1", "layer4.0", "pool"),
+                     frames=2)  # fmt: skip
     path = tmp_path_factory.mktemp("maps") / "s.zarr"
     shutil.copytree(built_once(dataset(CLASSES, 3), spec), path)  # runs add teacher features
     return FeatureStore.open(path)
 
 
 @pytest.mark.parametrize(
-    "name", ["hce_parts", "hce_levels", "hf_net_gates", "hf_net_trn", "class_regularization"]
+    "name",
+    [
+        "hce_parts",
+        "hce_levels",
+        "hce_scalar",
+        "hce_sizes",
+        "hf_net_gates",
+        "hf_net_trn",
+        "class_regularization",
+        "tcd",
+    ],
 )
 def test_rows_of_methods_that_train_blocks_are_one_call(maps, tmp_path, name):
     sweep = Sweep.read(FOLDER / f"{name}.toml")
@@ -89,6 +105,57 @@ def test_rows_of_methods_that_train_blocks_are_one_call(maps, tmp_path, name):
         cost = json.loads((Path(record["run"]) / "cost.json").read_bytes())
         for calls in cost["stages_recomputed"]:
             assert min(name for name in calls if name.startswith("layer")) == first
+
+
+JOINT = {"joint_hmdb51": 51, "joint_ucf101": 101, "joint_ssv2": 174}
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_joint_training_is_one_task_of_all_classes(name):
+    sweep, first = (Sweep.read(FOLDER / f"{n}.toml") for n in (name, "joint_hmdb51"))
+    classes = [str(number) for number in range(JOINT[name])]
+    assert [len(task) for task in make_scenario(sweep.scenario, classes).tasks] == [JOINT[name]]
+    assert (sweep.heads, sweep.grid, sweep.options) == (first.heads, first.grid, first.options)
+    assert list(sweep.splits) == ["train", "validation" if name == "joint_ssv2" else "test"]
+
+
+def test_all_classes_at_once_over_several_splits_are_one_call(maps, dataset, built_once, tmp_path):
+    sweep = Sweep.read(FOLDER / "joint_hmdb51.toml")
+    spec = BuildSpec(("resnet18:random-0",), keep=("layer3.1", "pool"), frames=2)
+    stores = [maps, built_once(dataset(CLASSES, 4), spec)]
+    options = {head: {**sweep.options[head], "first_epochs": 1} for head in sweep.heads}
+    table = ablate(stores, sweep.heads, "0+2x1", sweep.grid, 1, options=options, out=tmp_path,
+                   runtime=Runtime(serial=True))  # fmt: skip
+    assert table.attrs["errors"] == []
+    assert table["n"].tolist() == [2] * 4
+    runs = pd.DataFrame(table.attrs["runs"])
+    assert runs.groupby("store").size().tolist() == [4, 4]
+    for head, rows in runs.groupby("head"):
+        means = table.loc[table["head"] == head, "cnn.final.mean"]
+        assert means.mean() == pytest.approx(rows["cnn.final"].mean())
+    assert "nme.final.mean" not in table  # no exemplars
+
+
+def test_rivals_train_the_same_blocks_in_one_call(maps, tmp_path):
+    sweep = Sweep.read(FOLDER / "field.toml")
+    assert {*Sweep.read(FOLDER / "rivals.toml").heads} < {*sweep.heads}
+    short = {"first_epochs": 1, "epochs": 1, "condense_epochs": 1, "tune_epochs": 1}
+    short |= {"correct_epochs": 1, "features": 64}
+    options = {
+        source.name: {k: v for k, v in short.items() if k in option_defaults(source.build)}
+        for source in sweep.sources()
+    }
+    table = ablate(maps, sweep.heads, "1+1x1", {"blocks": [1]}, 1, options=options, out=tmp_path,
+                   runtime=Runtime(serial=True))  # fmt: skip
+    assert table.attrs["errors"] == []
+    assert len(table) == len(sweep.heads)
+    trains = {source.name: "blocks" in option_defaults(source.build) for source in sweep.sources()}
+    assert sum(trains.values()) >= 13
+    for record in table.attrs["runs"]:
+        cost = json.loads((Path(record["run"]) / "cost.json").read_bytes())
+        for calls in cost["stages_recomputed"]:
+            maps_of = [stage for stage in calls if stage.startswith("layer")]
+            assert maps_of == (["layer4.1"] if trains[record["head"]] else [])
 
 
 def test_the_parts_of_had_are_one_call(dataset, built_once, tmp_path):
@@ -129,6 +196,9 @@ def test_the_command_line_runs_and_sweeps(vector_store, tmp_path, varve):
             ["nearest_mean", "mean"], ["nearest_mean", "order"],
         ]  # fmt: skip
         assert (tmp_path / f"table.{form}").stat().st_size > 100
+    twice = varve("ablate", store, store, sweep, "--scenario", "2+2x2", "--out", out, "--serial")
+    assert twice.returncode == 2
+    assert "a store for each split, and each once" in " ".join(twice.stderr.split())
     records = json.loads(varve("ablate", store, sweep, "--scenario", "2+2x2", "--out", out,
                                "--serial", "--json").stdout)  # fmt: skip
     assert [record["n"] for record in records] == [3, 3]

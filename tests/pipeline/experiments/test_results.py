@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from varve.pipeline.cli.format_runs import run_summary
 from varve.pipeline.experiments import results
 from varve.pipeline.experiments.metrics import Matrix, names
 from varve.pipeline.experiments.results import changes, latex, per_class, read, summary, text, write
-from varve.pipeline.experiments.run_folder import FORMAT
+from varve.pipeline.experiments.run_folder import FORMAT, Run
 
 NAN = math.nan
 
@@ -137,6 +138,24 @@ def test_a_damaged_file_is_named(file, content, tmp_path):
         read(tmp_path)
 
 
+def test_figures_of_held_out_clips_say_so_in_every_table(tmp_path):
+    make_run(tmp_path / "a", validation=0.2)
+    make_run(tmp_path / "b")
+    for file in tmp_path.glob("*/cost.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"exemplars": 0}))
+    alone = summary(read(tmp_path / "a"))
+    assert "0.2" in text(alone)
+    assert "validation" in text(alone)
+    assert "validation" in latex(alone)
+    assert "VALIDATION: tested on 20% of the training clips" in run_summary(
+        Run.read(tmp_path / "a")
+    )
+    both = summary(read(tmp_path))  # of one configuration and seed otherwise
+    assert both["validation"].fillna(0).tolist() == [0.2, 0]
+    assert "validation" not in text(summary(read(tmp_path / "b")))
+    assert "VALIDATION" not in run_summary(Run.read(tmp_path / "b"))
+
+
 def test_whole_numbers_stay_whole_and_mixed_options_become_text(tmp_path):
     make_run(tmp_path / "a", options={"width": 64, "position": None, "epochs": [60, 30]})
     make_run(tmp_path / "b", head="linear", options={"fssd": 0.5, "position": "learned"})
@@ -203,6 +222,48 @@ def test_configurations_differ_by_all_that_was_requested(tmp_path):
     assert list(by_head.columns[:2]) == ["head", "n"]
     with pytest.raises(ValueError, match=r"one configuration and seed: .*, \.\.\."):
         summary(read(tmp_path), by=["head", "scenario"])
+
+
+def finals(tmp_path, **by_head):
+    """Runs of heads, a seed for each final accuracy given."""
+    for head, values in by_head.items():
+        for seed, final in enumerate(values):
+            make_run(tmp_path / f"{head}-{seed}", head, seed, rows=((1.0,), (final, final)))
+    return read(tmp_path)
+
+
+def test_pairs_of_one_seed_are_compared_by_student_s_t(tmp_path):
+    runs = finals(tmp_path, base=(0.5, 0.6, 0.4), better=(0.58, 0.63, 0.45), same=(0.5, 0.6, 0.4))
+    table = results.paired(runs, {"head": "base"}).set_index("head")
+    gaps = [0.08, 0.03, 0.05]
+    mean, error = statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(3)
+    t = mean / error
+    expected = {
+        "n": 3,
+        "difference": mean,
+        "standard_error": error,
+        "low": mean - 4.302653 * error,  # the quantile of Student's t with 2 degrees of freedom
+        "high": mean + 4.302653 * error,
+        "p": 1 - t / math.sqrt(2 + t * t),  # its distribution in closed form
+    }
+    assert table.loc["better"].to_dict() == pytest.approx(expected, rel=1e-5)
+    assert table.loc["same", ["difference", "low", "high", "p"]].tolist() == [0, 0, 0, 1]
+
+
+def test_a_single_pair_has_a_difference_alone(tmp_path):
+    (row,) = results.paired(finals(tmp_path, a=(0.5,), b=(0.7,)), {"head": "a"}).to_dict("records")
+    assert row["difference"] == pytest.approx(0.2)
+    assert all(math.isnan(row[name]) for name in ("standard_error", "low", "high", "p"))
+
+
+def test_runs_without_a_partner_and_an_unclear_baseline_are_refused(tmp_path):
+    runs = finals(tmp_path, a=(0.5, 0.6), b=(0.7,))
+    with pytest.raises(ValueError, match="compare runs of the same ones"):
+        results.paired(runs, {"head": "a"})
+    with pytest.raises(ValueError, match="are 2 configurations"):
+        results.paired(runs, {"scenario": "2+1x1"})
+    with pytest.raises(ValueError, match="are 0 configurations"):
+        results.paired(runs, {"head": "c"})
 
 
 def test_a_run_twice_is_refused(tmp_path):

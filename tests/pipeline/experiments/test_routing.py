@@ -109,3 +109,25 @@ def test_another_store_under_the_same_name_is_refused(done, videos, tmp_path):
           runtime=Runtime(serial=True))  # fmt: skip
     with pytest.raises((SpecMismatch, ValueError)):
         route(done, [next(videos.rglob("*.mp4"))], store=tmp_path / "s.zarr")
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_run_on_whole_videos_routes_as_its_frames_were_chosen_or_is_refused(
+    done, videos, tmp_path, stride
+):
+    whole = BuildSpec(SPEC.backbones, SPEC.keep, sampling="all", stride=stride)
+    build(videos, tmp_path / "s.zarr", whole, runtime=Runtime(serial=True))
+    of_whole = run(tmp_path / "s.zarr", "stpr", "1+1x2", options=OPTIONS,
+                   sampled={"frames": 4}, out=tmp_path)  # fmt: skip
+    clips = [videos / path for path in FeatureStore.open(tmp_path / "s.zarr").clips["path"][:2]]
+    if stride > 1:
+        with pytest.raises(SpecMismatch, match=r"view 0 of stride-2 in .*--sampling all"):
+            route(of_whole.folder, clips)
+        return
+    for answer, expected in zip(
+        route(of_whole.folder, clips), route(done.folder, clips), strict=True
+    ):
+        assert [label for label, _ in answer.classes] == [label for label, _ in expected.classes]
+        assert [score for _, score in answer.classes] == pytest.approx(
+            [score for _, score in expected.classes], rel=1e-2
+        )

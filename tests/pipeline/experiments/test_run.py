@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import torchvision
 
-from varve import run
+from varve import BuildSpec, Runtime, build, run
 from varve.heads.parts.clips import Clips
+from varve.pipeline.backbones import _weights
 from varve.pipeline.experiments import checkpoints, head_inputs, run_spec
 from varve.pipeline.experiments.metrics import from_predictions
 from varve.pipeline.experiments.run import RunState
@@ -261,6 +265,76 @@ def test_a_damaged_checkpoint_is_named(store, tmp_path, monkeypatch):
         run(store, "nearest_mean", "2+2x2", out=tmp_path)
 
 
+def loud_for_one_clip(videos: Path, folder: Path) -> str:
+    """A ResNet of which one clip of the videos leaves the range of float16, and no other."""
+    with _weights.seeded(0):
+        state = torchvision.models.resnet18(weights=None).state_dict()
+    name, scale = f"resnet18:{folder}/loud.safetensors", 1e4
+
+    def save(scale):
+        state["layer1.0.bn2.weight"].fill_(scale)
+        safetensors.torch.save_file(state, folder / "loud.safetensors")
+
+    save(scale)
+    spec = BuildSpec(name, "layer1.0:pool", frames=2, dtype="float32")
+    build(videos, folder / "wide.zarr", spec, runtime=Runtime(serial=True))
+    (feature,) = FeatureStore.open(folder / "wide.zarr").features()
+    second, first = np.sort(np.abs(feature.read()).max(axis=(1, 2)))[-2:]
+    save(scale * 65504 / np.sqrt(first * second))
+    return name
+
+
+@pytest.mark.parametrize("order", [("plain", "loud"), ("loud", "plain"), ("both",)])
+def test_an_overflow_of_one_network_takes_no_clip_from_another(dataset, tmp_path, order):
+    videos = dataset(("grow", "shrink"), 4)
+    loud, plain = loud_for_one_clip(videos, tmp_path), "resnet18:random-0"
+    networks = {"plain": [plain], "loud": [loud], "both": [loud, plain]}
+    for name in order:
+        spec = BuildSpec(tuple(networks[name]), ("layer1.0:pool",), frames=2)
+        report = build(videos, tmp_path / "s.zarr", spec, runtime=Runtime(serial=True))
+        assert len(report.quarantined) == (name != "plain")
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    counts = {}
+    for name in (plain, "resnet18:loud"):
+        (feature,) = (f for f in store.features() if f.backbone == name)
+        done = run(store, "nearest_mean", "1+1x1", backbone=name, out=tmp_path / "runs",
+                   options={"feature": "layer1.0:pool"})  # fmt: skip
+        counts[name] = done.metrics["left_out"], len(feature.dataset())
+    assert counts == {plain: ({}, 8), "resnet18:loud": ({"quarantined": 1}, 7)}
+
+
+@pytest.mark.parametrize("head", ["icarl", "lucir"])
+def test_a_budget_smaller_than_the_classes_is_refused_before_the_first_task(store, tmp_path, head):
+    options = {**QUICK, "budget": 5, "shared": True}
+    with pytest.raises(ValueError, match="shared by 6 classes leave some without: give at least 6"):
+        run(store, head, "2+2x2", out=tmp_path, options=options)
+    assert not any(tmp_path.iterdir())
+    run(store, head, "2+1x3", out=tmp_path, options=options, only=list(CLASSES[:5]))
+
+
+def test_classes_come_from_files_on_the_command_line(store, tmp_path, varve):
+    (tmp_path / "only.txt").write_text("fox\nant\nbee\n")
+    (tmp_path / "tasks.pkl").write_bytes(pickle.dumps({"train": [{"fox": []}, {"bee": []}]}))
+    options = [store.path, "--head", "nearest_mean", "--out", tmp_path / "runs", "--json"]
+    tasks = [
+        json.loads(varve("run", *options, *more).stdout)["spec"]["tasks"]
+        for more in (
+            ["--scenario", "0+2x1+1", "--only", tmp_path / "only.txt"],
+            ["--scenario", "given", "--order", tmp_path / "tasks.pkl"],
+        )
+    ]
+    assert [len(task) for task in tasks[0]] == [2, 1]
+    assert {label for task in tasks[0] for label in task} == {"fox", "ant", "bee"}
+    assert tasks[1] == [["fox"], ["bee"]]
+    (tmp_path / "sweep.toml").write_text(
+        'heads = ["nearest_mean"]\nscenario = "given"\nseeds = 1\norder = "tasks.pkl"\n'
+    )
+    sweep = [store.path, tmp_path / "sweep.toml", "--out", tmp_path / "runs", "--serial"]
+    assert varve("ablate", *sweep).returncode == 0
+    specs = [json.loads(file.read_text()) for file in (tmp_path / "runs").glob("*/spec.json")]
+    assert sorted(len(spec["tasks"]) for spec in specs) == [2, 2]
+
+
 def test_quarantined_clips_are_left_out_and_counted(store, tmp_path):
     shutil.copytree(store.path, tmp_path / "s.zarr")
     table = store.clips.copy()
@@ -281,7 +355,11 @@ def test_progress_has_a_bar_a_task_and_a_line_after_it(store, tmp_path, capsys):
 def test_numbers_do_not_depend_on_whether_features_fit_in_memory(store, tmp_path, monkeypatch):
     whole = run(store, "linear", "2+2x2", out=tmp_path / "a", options=QUICK, threads=1)
     make_clips = head_inputs.make_clips
-    monkeypatch.setattr(head_inputs, "make_clips", lambda *rest: make_clips(*rest, budget_bytes=0))
+    monkeypatch.setattr(
+        head_inputs,
+        "make_clips",
+        lambda *rest, **options: make_clips(*rest, **options | {"budget_bytes": 0}),
+    )
     streamed = run(store, "linear", "2+2x2", out=tmp_path / "b", options=QUICK, threads=1)
     assert files_of(whole.folder) == files_of(streamed.folder)
     assert isinstance(run_spec.prepare_run(store, "linear", "2+2x2").clips(np.arange(3)), Clips)

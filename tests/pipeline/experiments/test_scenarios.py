@@ -1,7 +1,9 @@
 """Scenarios: the published orders, how classes are numbered, what does not fit, which clips."""
 
-import itertools
 import json
+import os
+import pickle
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,6 @@ from varve.pipeline.experiments.scenarios import (
     divide,
     make_scenario,
     read_list,
-    split_classes,
 )
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -240,6 +241,10 @@ def test_avk_takes_the_users_classes_and_task_sizes(name):
     [
         ({"name": "ucf101-10x5"}, r"101 classes \(51\+10x5\); the store has 4.*such as 2\+2x1\)$"),
         ({"name": "2+1x1"}, r"2\+1x1 is 3 classes; the store has 4.*or list the 3"),
+        ({"name": "0+3x1"}, r"0\+3x1 is 3 classes; the store has 4.*such as 0\+3x1\+1\)"),
+        ({"name": "1+2x2"}, r"5 classes; the store has 4.*such as 1\+2x1\+1\)$"),
+        ({"name": "0+3x1+"}, "no scenario"),
+        ({"name": "0+3x1+0"}, "no scenario"),
         ({"name": "2+2x2", "only": ["ant", "bee"]}, "6 classes; the list has 2"),
         (
             {"name": "ucf-10x5"},
@@ -289,17 +294,74 @@ def test_a_file_that_is_no_list_is_refused(name, content, message, tmp_path):
         read_list(tmp_path / name)
 
 
-def test_split_classes_gives_each_class_once_or_refuses():
-    for count, base, increment in itertools.product(range(9), range(10), range(5)):
-        fits = count and increment and base <= count and (count - base) % increment == 0
-        if not fits:
-            with pytest.raises(ValueError, match=f"{count} classes are not {base}"):
-                split_classes(count, base, increment)
-            continue
-        tasks = split_classes(count, base, increment)
-        assert [c for task in tasks for c in task] == list(range(count))
-        expected = ([base] if base else []) + [increment] * ((count - base) // increment)
-        assert [len(task) for task in tasks] == expected
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("0+3x2+1", [3, 3, 1]),
+        ("3+2x2", [3, 2, 2]),
+        ("0+7x1", [7]),
+        ("2+1+4", [2, 1, 4]),
+        ("1+2x2+1x2", [1, 2, 2, 1, 1]),
+    ],
+)
+def test_tasks_may_be_of_any_sizes(name, expected):
+    scenario = make_scenario(name, names(7), seed=None)
+    assert sizes(scenario) == expected
+    assert list(scenario.classes) == names(7)
+
+
+VCLIMB = {
+    "train": [OrderedDict(bee=["a.mp4"], dog=["b.mp4"]), {"ant": ["c.mp4"]}],
+    "val": [{"bee": ["d.mp4"]}, {"ant": ["e.mp4"]}],
+}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize(
+    "value",
+    [
+        VCLIMB,
+        defaultdict(list, VCLIMB),
+        {"train": tuple(VCLIMB["train"]), "seen": {1, 2}, "rate": 0.5, "done": True},
+        VCLIMB["train"],
+        [["bee", "dog"], ["ant"]],
+        [[1, 3], (0,)],
+    ],
+)
+def test_tasks_may_come_from_a_pickle(value, protocol, tmp_path):
+    (tmp_path / "tasks.pkl").write_bytes(pickle.dumps(value, protocol))
+    scenario = make_scenario("given", ABC, order=tmp_path / "tasks.pkl")
+    assert scenario.tasks == (("bee", "dog"), ("ant",))
+
+
+class Runs:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code was run')",)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (Runs(), r"builtins\.exec"),
+        ([["ant"], Runs()], r"builtins\.exec"),
+        ([[np.int64(3)]], "numpy.*scalar"),
+        ([[Path("ant")]], r"pathlib\.|copyreg\._reconstructor"),
+        (defaultdict(Path), r"pathlib"),
+        (os.system, r"posix\.system"),
+    ],
+)
+def test_a_pickle_of_more_than_data_is_refused_and_not_run(value, what, protocol, tmp_path):
+    (tmp_path / "tasks.pickle").write_bytes(pickle.dumps(value, protocol))
+    with pytest.raises(ValueError, match=f"holds ({what}).* save it as JSON"):
+        read_list(tmp_path / "tasks.pickle")
+
+
+@pytest.mark.parametrize("data", [b"", b"not a pickle", pickle.dumps(VCLIMB)[:-9]])
+def test_a_damaged_pickle_is_refused(data, tmp_path):
+    (tmp_path / "tasks.pkl").write_bytes(data)
+    with pytest.raises(ValueError, match="is no pickle, or is damaged"):
+        read_list(tmp_path / "tasks.pkl")
 
 
 def table(rows):
@@ -397,3 +459,42 @@ def test_numbers_in_an_order_mean_the_classes_of_those_names(tmp_path):
 
 def test_numbers_in_an_order_are_positions_where_classes_have_words_as_names():
     assert make_scenario("1+1x1", ["a", "1"], order=[1, 0]).tasks == (("1",), ("a",))
+
+
+def held_out_table(more=()):
+    """Ten clips a class in training, one of them twice, and four to test on."""
+    rows = [(label, split, "ready", f"{label}{split}{i}") for label in ("ant", "bee")
+            for split, count in (("train", 10), ("test", 4)) for i in range(count)]  # fmt: skip
+    rows += [("ant", "train", "ready", "anttrain0"), *more]
+    frame = pd.DataFrame(rows, columns=["label", "split", "status", "digest"])
+    return frame.assign(start_seconds=np.nan, end_seconds=np.nan).rename_axis(index="row")
+
+
+def test_a_share_of_the_training_clips_is_tested_on_and_not_trained_on():
+    scenario, clips = make_scenario("1+1x1", ["ant", "bee"], None), held_out_table()
+    whole, part = divide(clips, scenario), divide(clips, scenario, validation=0.3)
+    for task in range(2):
+        assert not set(part.test[task]) & set(part.train[task])
+        assert sorted([*part.test[task], *part.train[task]]) == whole.train[task].tolist()
+        assert clips["digest"][part.test[task]].nunique() == 3
+    twice = clips.index[clips["digest"] == "anttrain0"]
+    assert set(twice) <= set(part.test[0]) or set(twice) <= set(part.train[0])
+    assert part.left_out == {"in split 'test'": 8}
+    assert part.shared == 0
+    # Neither the order of the classes nor clips of another class change what is held out.
+    more = held_out_table([("cow", "train", "ready", f"cow{i}") for i in range(5)])
+    again = divide(more, make_scenario("2+1x1", ["ant", "bee", "cow"], 1993), validation=0.3)
+    assert set(np.concatenate(part.test)) <= set(np.concatenate(again.test))
+    no_test = clips[clips["split"] == "train"]
+    assert divide(no_test, scenario, validation=0.3).test[0].tolist() == part.test[0].tolist()
+
+
+def test_one_clip_of_a_class_cannot_be_held_out():
+    rows = held_out_table([("cow", "train", "ready", "cow0"), ("cow", "test", "ready", "cow1")])
+    scenario = make_scenario("1+1x2", ["ant", "bee", "cow"], None)
+    with pytest.raises(ValueError, match=r"no clip to test on \(split 'held out of training'\): "
+                                         "cow"):  # fmt: skip
+        divide(rows, scenario, validation=0.5)
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="a share of the training clips"):
+            divide(rows, scenario, validation=share)

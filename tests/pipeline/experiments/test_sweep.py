@@ -11,7 +11,7 @@ from varve.heads.stpr import StPR
 from varve.pipeline.experiments import sweep
 from varve.pipeline.experiments.sweep_spec import Sweep
 from varve.pipeline.progress import Progress
-from varve.stores import SpecMismatch
+from varve.stores import FeatureStore, SpecMismatch, clips
 
 SERIAL = Runtime(serial=True)
 GRID = {"nearest_mean.time": ["mean", "order"], "unit": [True, False]}
@@ -81,6 +81,49 @@ def test_a_table_has_mean_and_deviation_over_the_seeds(vector_store, tmp_path):
         assert row["cnn.final.std"] == pytest.approx(np.std(finals, ddof=1))
     assert len(pd.DataFrame(table.attrs["runs"])) == 6
     assert table.attrs["errors"] == []
+
+
+def of_split(store, number):
+    """Move the test clips of a store, as another split of its data set has them."""
+    table = store.clips.copy()
+    table["split"] = np.roll(table["split"], number)
+    clips.write(store.path, table)
+    return FeatureStore.open(store.path)
+
+
+def test_several_stores_are_the_splits_of_one_data_set(make_vector_store, tmp_path, client):
+    stores = [of_split(make_vector_store(tmp_path / f"{n}.zarr"), n) for n in range(3)]
+    table = ablate(stores, "nearest_mean", "2+2x2", {"time": ["mean", "order"]}, seeds=2,
+                   out=tmp_path / "runs", runtime=SERIAL)  # fmt: skip
+    assert table["n"].tolist() == [6, 6]
+    for time, row in table.set_index("option.time").iterrows():
+        finals = [
+            run(store, "nearest_mean", "2+2x2", seed=seed, options={"time": time},
+                out=tmp_path / "runs").matrix.metric("final")
+            for store in stores
+            for seed in (1000, 1993)
+        ]  # fmt: skip
+        assert row["cnn.final.mean"] == pytest.approx(np.mean(finals))
+        assert row["cnn.final.std"] == pytest.approx(np.std(finals, ddof=1))
+    assert {r["store"] for r in table.attrs["runs"]} == {str(s.location) for s in stores}
+    paths = [store.path for store in stores]
+    again = ablate(paths, "nearest_mean", "2+2x2", {"time": ["mean", "order"]}, seeds=2,
+                   out=tmp_path / "processes", client=client)  # fmt: skip
+    names = ["option.time", "n", "cnn.final.mean", "cnn.final.std"]
+    pd.testing.assert_frame_equal(again[names], table[names])
+
+
+def test_stores_of_other_data_are_refused_before_anything_runs(make_vector_store, tmp_path):
+    first, second = (of_split(make_vector_store(tmp_path / f"{n}.zarr"), n) for n in range(2))
+    out = tmp_path / "runs"
+    with pytest.raises(ValueError, match=r"0\.zarr have the same clips .* each once"):
+        ablate([first, first.path], "nearest_mean", "2+2x2", seeds=1, out=out, runtime=SERIAL)
+    with pytest.raises(ValueError, match="no store"):
+        ablate([], "nearest_mean", "2+2x2", seeds=1, out=out, runtime=SERIAL)
+    other = of_split(make_vector_store(tmp_path / "o.zarr", dtype="float16"), 2)
+    with pytest.raises(ValueError, match=r"0\.zarr and .*o\.zarr give runs of different features"):
+        ablate([first, second, other], "nearest_mean", "2+2x2", seeds=1, out=out, runtime=SERIAL)
+    assert not out.exists()
 
 
 def test_finished_runs_are_not_run_again(vector_store, tmp_path, monkeypatch):

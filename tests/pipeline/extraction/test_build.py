@@ -3,18 +3,23 @@
 import json
 import os
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from varve.pipeline import backbones
+from varve.pipeline.backbones import _prompts
 from varve.pipeline.cli.format_store import report_summary, store_facts, store_summary
 from varve.pipeline.config import BuildSpec, Runtime
 from varve.pipeline.datasets.synthetic import broken_files, make_dataset
-from varve.pipeline.extraction.build import build, plan
+from varve.pipeline.extraction.build import build, keep_text, plan
 from varve.pipeline.extraction.disk_space import DiskTooSmall
 from varve.pipeline.extraction.scan import OtherDataset
+from varve.pipeline.progress import Progress
 from varve.stores import FeatureStore, SpecMismatch, lock
 
 SERIAL = Runtime(serial=True)
@@ -465,6 +470,58 @@ def test_text_features_are_kept_beside_for_a_clip_network(videos, tmp_path):
     np.testing.assert_array_equal(turned.values, text_features.values[::-1])
     with pytest.raises(LookupError, match="no text features"):
         FeatureStore.open(store).text("ViT-S-32:random-0", ["juggling"])
+
+
+def test_text_features_of_earlier_prompts_are_replaced(tmp_path, monkeypatch):
+    backbone, classes = backbones.load("ViT-S-32:random-0"), ["brush_hair", "YoYo"]
+    store = FeatureStore.create(tmp_path / "s.zarr")
+    keep = partial(keep_text, store.path, backbone, progress=Progress())
+    keep(classes)
+    (array,) = (store.path / "text").glob("*/*/zarr.json")
+    new = array.read_bytes(), store.text(backbone.name, classes).values
+    array.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(_prompts, "CODE", "prompts/1")
+        patch.setattr(_prompts, "words", str)
+        keep(classes)
+    assert (store.text(backbone.name, classes).values != new[1]).any()
+    keep(classes)
+    (array,) = (store.path / "text").glob("*/*/zarr.json")
+    assert array.read_bytes() == new[0]
+    np.testing.assert_array_equal(store.text(backbone.name, classes).values, new[1])
+
+
+def test_classes_that_share_a_text_feature_are_reported(dataset, tmp_path, varve):
+    root = tmp_path / "videos"
+    shutil.copytree(dataset(("grow",), 1), root)
+    for label in ("brush_hair", "BrushHair"):
+        for split in root.iterdir():
+            shutil.copytree(split / "grow", split / label)
+    options = [root, "--store", tmp_path / "s.zarr", "--backbone", "ViT-S-32:random-0",
+               "--keep", "stem:cls", "--frames", 1]  # fmt: skip
+    planned = varve("plan", *options, "--no-estimate").stdout
+    assert "text: prompts of 3 classes, 2 of them in other words than the label" in planned
+    assert '  BrushHair: "brush hair"' in planned
+    assert "ONE TEXT FEATURE for BrushHair and brush_hair" in planned
+    facts = json.loads(varve("plan", *options, "--no-estimate", "--json").stdout)
+    assert facts["prompts"]["brush_hair"] == "brush hair"
+    assert facts["same_prompts"] == [["BrushHair", "brush_hair"]]
+    without = varve("plan", *options, "--no-estimate", "--no-text").stdout
+    assert "text:" not in without
+    assert "ONE TEXT FEATURE for BrushHair and brush_hair" in varve("build", *options).stdout
+
+
+def test_labels_too_long_for_the_text_tower_are_refused_before_anything_is_made(dataset, tmp_path):
+    root = tmp_path / "videos"
+    shutil.copytree(dataset(("grow",), 1), root)
+    for split in root.iterdir():
+        (split / "grow").rename(split / ("a b c d " * 20).strip())
+    spec = BuildSpec(("ViT-S-32:random-0",), ("stem:cls",), frames=1)
+    with pytest.raises(ValueError, match="the prompts of 1 of 1 classes have more than the 77"):
+        build(root, tmp_path / "s.zarr", spec, runtime=SERIAL)
+    assert not (tmp_path / "s.zarr").exists()
+    without = replace(spec, text=False)
+    assert build(root, tmp_path / "s.zarr", without, runtime=SERIAL).clips["ready"]
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,21 @@ def test_an_overflow_loses_its_cell_and_no_other(videos, store, tmp_path, monkey
     assert len(build(videos, store, spec, runtime=SERIAL).quarantined) == 6
 
 
+def test_a_network_without_finite_values_is_named_and_no_retry_adds_to_it(videos, store, tmp_path):
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    state["layer1.0.bn2.weight"].fill_(3e38)
+    safetensors.torch.save_file(state, tmp_path / "huge.safetensors")
+    spec = BuildSpec((f"resnet18:{tmp_path}/huge.safetensors",), ("layer1.0:pool",), frames=2,
+                     dtype="float32")  # fmt: skip
+    first = build(videos, store, spec, runtime=SERIAL).quarantined
+    assert set(first["reason"]) == {"not_finite"}
+    assert "infinite or not a number in the network itself" in first["detail"].iloc[0]
+    assert "--dtype" not in first["detail"].iloc[0]
+    for _ in range(2):
+        again = build(videos, store, spec, runtime=Runtime(serial=True, retry=True)).quarantined
+        assert again["detail"].tolist() == first["detail"].tolist()
+
+
 def test_two_weight_files_of_equal_content_or_equal_name_are_two_backbones(videos, store, tmp_path):
     loud = loud_weights(tmp_path)
     (tmp_path / "a").mkdir()

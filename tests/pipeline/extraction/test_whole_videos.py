@@ -2,7 +2,9 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ import zarr
 
 from varve import BuildSpec, FeatureStore, Runtime, ablate, build, plan, run
 from varve.pipeline.config import PAGE_FRAMES, FrameSet, Picture
+from varve.pipeline.datasets.media import size_and_mtime
 from varve.pipeline.decoders import Request, Stretch, decode
 from varve.pipeline.decoders.sampling import kept
-from varve.pipeline.extraction import blocks
+from varve.pipeline.extraction import blocks, extract
 from varve.pipeline.extraction.verify import verify
 from varve.stores import Damaged, SpecMismatch, VideoFeature, atomic, pages
 
@@ -212,7 +215,7 @@ def test_windows_slide_over_a_clip(built):
 def test_other_libraries_read_the_pages_and_their_times(built):
     feature = FeatureStore.open(built).feature("resnet18", "stem:pool")
     row = row_of(built, "train/ant/long.mp4")
-    page = int(feature.pages.of(FeatureStore.open(built).clips.at[row, "digest"])[-1])
+    page = int(feature.spans[row, 1] - 1) // PAGE_FRAMES
     last = feature.clip(row)[2 * PAGE_FRAMES :]
     array = zarr.open_array(feature.path, mode="r")
     assert array.metadata.dimension_names[:2] == ("page", "frame")
@@ -231,7 +234,7 @@ def test_verification_reads_every_page_and_names_the_file_of_a_damaged_one(store
     whole = verify(store, sample=2)
     assert (whole.chunks, whole.whole, whole.findings) == (2 * 8, 2, [])
     feature = FeatureStore.open(store).feature("resnet18", "stem:pool")
-    page = int(feature.pages.of(FeatureStore.open(store).clips["digest"].iloc[0])[0])
+    page = int(feature.spans[0, 0]) // PAGE_FRAMES
     shard = store / feature.shard_of(page)
     data = bytearray(shard.read_bytes())
     data[page * (PAGE_FRAMES * 64 * 4 + 4)] ^= 1
@@ -267,8 +270,6 @@ def test_a_kill_in_the_middle_of_a_film_costs_the_pages_in_flight(
 
 
 def test_a_page_that_fails_is_a_failure_of_its_clips_alone(folder, tmp_path, monkeypatch):
-    from varve.pipeline.extraction import extract
-
     real = extract.decode_files
 
     def failing(files, passes, children, deadline):
@@ -288,6 +289,47 @@ def test_a_page_that_fails_is_a_failure_of_its_clips_alone(folder, tmp_path, mon
     assert clip["detail"].startswith("frames 64 to 127, from 2.56 s on: a bad part")
 
 
+@pytest.mark.parametrize("damage", ["lost", "damaged"])
+def test_a_lost_table_of_pages_is_reported_and_costs_no_computation(
+    folder, built, store, varve, damage
+):
+    table = store / "frames.stride-1.parquet"
+    table.write_bytes(b"no table") if damage == "damaged" else table.unlink()
+    word = "is damaged" if damage == "damaged" else "is missing"
+    for command in (("info", store), ("verify", store, "--sample", 0)):
+        done = varve(*command)
+        assert done.returncode in (1, 2)
+        text = " ".join((done.stdout + done.stderr).split())
+        assert word in text
+        assert "build again: the times of all videos are read again" in text.replace(
+            "Build", "build"
+        )
+    (finding, *_) = verify(store, sample=0).findings
+    assert "frames.stride-1.parquet" in finding.problem
+    options = ["--backbone", "resnet18:random-0", "--keep", "stem:pool", "--keep", "layer1.0:pool",
+               "--sampling", "all", "--dtype", "float32", "--serial"]  # fmt: skip
+    if damage == "damaged":
+        assert (
+            "Remove it and build again" in varve("build", folder, "--store", store, *options).stderr
+        )
+        table.unlink()
+    done = varve("build", folder, "--store", store, *options)
+    assert "is missing" in done.stderr
+    assert done.returncode == 1  # one clip is broken
+    assert bytes_of(store) == bytes_of(built)
+    report = build(folder, store, SPEC, runtime=SERIAL)
+    assert report.computed == 0
+
+
+def test_a_data_set_without_one_video_that_can_be_read_is_quarantined(tmp_path):
+    (tmp_path / "set" / "ant").mkdir(parents=True)
+    (tmp_path / "set" / "ant" / "broken.mp4").write_bytes(b"no video")
+    for _ in range(2):
+        report = build(tmp_path / "set", tmp_path / "s.zarr", SPEC, runtime=SERIAL)
+        assert report.clips == {"quarantined": 1}
+    assert report.quarantined["reason"].tolist() == ["not_video"]
+
+
 def test_pages_are_decoded_one_after_the_other_from_anywhere(folder):
     path = str(folder / "train" / "ant" / "long.mp4")
     frame_set = FrameSet(sampling="all", picture=Picture(96, 96))
@@ -299,6 +341,58 @@ def test_pages_are_decoded_one_after_the_other_from_anywhere(folder):
         (part,) = decode(Request(path, (Stretch(page=page),), (frame_set,)))
         first, count = page
         np.testing.assert_array_equal(part.frames[0], expected.frames[0][first : first + count])
+
+
+def test_children_share_the_parts_of_a_film(folder, monkeypatch):
+    path, picture = folder / "train" / "ant" / "long.mp4", Picture(96, 96)
+    frame_set = FrameSet(sampling="all", picture=picture)
+    pass_ = SimpleNamespace(frame_set=frame_set)
+    monkeypatch.setattr(extract, "PART_PAGES", 1)
+    size, mtime = size_and_mtime(path)
+    pages = [(0, 64), (64, 64), (128, 22)]
+    works = [
+        extract.FileWork(str(path), size, mtime,
+                         (extract.ClipWork((i,), b"key", None, None, {0: ()}, page=page),))
+        for i, page in enumerate(pages)
+    ]  # fmt: skip
+    decode = partial(extract.decode_files, works, (pass_,), deadline_seconds=60)
+    real, used = extract._decode_pool, []
+    monkeypatch.setattr(extract, "_decode_pool", lambda *key: used.append(key) or real(*key))
+    for alone, shared in zip(decode(children=0), decode(children=2), strict=True):
+        np.testing.assert_array_equal(alone.frames[frame_set], shared.frames[frame_set])
+        assert len(alone.frames[frame_set]) == alone.work.page[1]
+    assert used[0] == used[2] != used[1]
+    assert {number for _, _, number in used} == {0, 1}
+
+
+def test_replaced_added_and_equal_bytes_are_computed_once(folder, store, tmp_path):
+    videos = Path(shutil.copytree(folder, tmp_path / "set"))
+    ant, bee = videos / "train" / "ant" / "long.mp4", videos / "train" / "bee" / "short.mp4"
+    film = (videos / "test" / "ant" / "long.mp4").read_bytes()
+    spec = replace(SPEC, keep=("stem:pool",))
+    bee.write_bytes(film)  # the bytes of another clip
+    report = build(videos, store, spec, runtime=SERIAL)
+    assert (report.changed, report.computed, report.decoded) == (1, 0, 0)
+    assert report.clips == {"ready": 4, "quarantined": 1}
+    # No clip has the pages of `short.mp4` any more, and other files are still recognised.
+    shutil.copy(folder / "train" / "bee" / "short.mp4", ant)
+    shutil.copy(folder / "train" / "ant" / "long.mp4", ant.with_name("added.mp4"))
+    report = build(videos, store, spec, runtime=SERIAL)
+    assert (report.changed, report.new, report.computed) == (1, 1, 0)
+    assert report.clips == {"ready": 5, "quarantined": 1}
+    with open(ant.with_name("added.mp4"), "ab") as file:
+        file.write(b"\0\0\0\x08free")  # other bytes of the same frames
+    report = build(videos, store, spec, runtime=SERIAL)
+    assert (report.changed, report.computed, report.decoded) == (1, 3, 1)
+    assert report.clips == {"ready": 5, "quarantined": 1}
+    feature = FeatureStore.open(store).feature("resnet18", "stem:pool")
+    lengths = {row: len(feature.clip(row)) for row in np.flatnonzero(feature.valid).tolist()}
+    names = {path: lengths[row_of(store, path)] for path in ("train/ant/long.mp4",
+             "train/ant/added.mp4", "train/bee/short.mp4")}  # fmt: skip
+    assert names == {"train/ant/long.mp4": 20, "train/ant/added.mp4": 150,
+                     "train/bee/short.mp4": 140}  # fmt: skip
+    with pytest.raises(LookupError, match=r"broken\.mp4"):
+        feature.times(row_of(store, "test/bee/broken.mp4"))
 
 
 def test_a_sweep_over_the_number_of_frames_computes_nothing(store, tmp_path):
@@ -317,7 +411,7 @@ def test_a_sweep_over_the_number_of_frames_computes_nothing(store, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stride": 2, "fps": 2.0}, "give a finite fps above 0, or a stride"),
+        ({"stride": 2, "fps": 2.0}, "not both"),
         ({"fps": float("inf")}, "finite"),
         ({"views": 2, "flip": True}, "one view"),
     ],

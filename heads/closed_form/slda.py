@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from varve.heads import Task
+from varve.heads._whitening import oas
 from varve.heads.parts.classifiers import columns
 from varve.heads.parts.clips import TIMES, Batch, vectors
 
@@ -122,14 +123,6 @@ class StreamingLDA:
     def _vectors(self, batch: Batch) -> Tensor:
         width = self._means_CW.shape[1] if self.classes else None
         return vectors(batch, self.reads[0], self.time, width)
-
-
-def oas(covariance_WW: Tensor, clips: float) -> float:
-    """Return the share of the identity, in [0, 1], by OAS (Chen et al., IEEE TSP 2010, Eq. 23)."""
-    W = len(covariance_WW)
-    square, whole = float((covariance_WW**2).sum()), float(covariance_WW.trace()) ** 2
-    spread = (clips + 1 - 2 / W) * (square - whole / W)
-    return min(1.0, ((1 - 2 / W) * square + whole) / spread) if spread > 0 else 1.0
 
 
 build = StreamingLDA
