@@ -21,8 +21,8 @@ since every tap reads a position of the same input. Parameters that have no such
 norms, grouped convolutions, fused attention weights) are frozen after the first task.
 
 Ours besides: only the last `blocks` train; eta = 16; the basis of a new class starts from the
-singular vectors of its frames; energy = 0.95; the optimiser of all heads, without weight decay,
-which would leave the null space.
+singular vectors of its frames; energy = 0.95; the optimiser of all heads, SGD alone and without
+weight decay, since Adam's scaling and weight decay leave the null space.
 
 Shapes: B clips, T frames, D width of a frame's vector, C classes, R rank, c channels.
 """
@@ -131,7 +131,8 @@ class STSP(FineTunedHead):
         options: Options of `varve.heads.parts.fine_tuned_head.FineTunedHead`.
 
     Raises:
-        ValueError: A number is out of range, or another encoder or classifier is given.
+        ValueError: A number is out of range, another encoder or classifier is given, or Adam or
+            weight decay with projected gradients.
     """
 
     tunes_old = False
@@ -156,6 +157,12 @@ class STSP(FineTunedHead):
                 f"{rank=}, {orthogonal=}, {energy=}: give a dimension at least, a weight of 0 or "
                 "more, and a share below 1"
             )
+        if energy and (optim.optimizer != "sgd" or optim.weight_decay):
+            raise ValueError(
+                f"optimizer={optim.optimizer!r}, weight_decay={optim.weight_decay}: Adam's scaling "
+                "and weight decay move weights out of the null space of earlier tasks; leave them "
+                "out, or project nothing with energy=0"
+            )
         self._rank, self.orthogonal, self.energy = rank, orthogonal, energy
         self.moments: dict[str, Tensor] = {}  # sums of x x' by layer, [c, c]
         super().__init__(blocks, encoder=encoder, exemplars=exemplars, batch_norm=batch_norm,
@@ -176,20 +183,26 @@ class STSP(FineTunedHead):
         return ProjectedGradients(self, training)
 
     def second_moments(self, training: TaskTraining) -> dict[str, Tensor]:
-        """Return the sum of x x' over the inputs of each layer that trains, and its count."""
+        """Return E[x x'] over the inputs of each layer that trains, [c, c] float64, by name.
+
+        The mean is over all positions of the task's clips: those of a smaller last batch count as
+        much as others.
+        """
         sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
 
         def add(name: str, layer: nn.Module, inputs: Any, output: Tensor) -> None:
             x = inputs[0].flatten(0, 1) if inputs[0].ndim == 5 else inputs[0]
             x_nc = positions(x.float()).flatten(0, 1)
-            moment_cc = (x_nc.T @ x_nc).double() / len(x_nc)
-            sums[name] = sums[name] + moment_cc if name in sums else moment_cc
+            sum_cc = (x_nc.T @ x_nc).double()
+            sums[name] = sums[name] + sum_cc if name in sums else sum_cc
+            counts[name] = counts.get(name, 0) + len(x_nc)
 
         with ExitStack() as stack:
             for name, layer in _layers(training.suffix).items():
                 stack.callback(layer.register_forward_hook(partial(add, name)).remove)
             training.vectors(training.task.clips)
-        return {name: moment_cc.cpu() for name, moment_cc in sums.items()}
+        return {name: sum_cc.cpu() / counts[name] for name, sum_cc in sums.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         return super().state_dict() | models.copies(self.moments, "moments.")

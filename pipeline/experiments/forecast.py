@@ -22,7 +22,7 @@ from varve.heads import ReplaysExemplars, Routes, Task, UsesTeacher
 from varve.heads.parts.clips import Clips
 from varve.pipeline.experiments.run import scores_of
 from varve.pipeline.experiments.run_spec import PreparedRun, prepare_run
-from varve.pipeline.experiments.sweep import PlannedRun, expand, group
+from varve.pipeline.experiments.sweep import PlannedRun, check_stores, expand, group
 from varve.pipeline.experiments.sweep_spec import Sweep
 from varve.stores import FeatureStore
 
@@ -83,6 +83,7 @@ def forecast(
         ValueError, SpecMismatch: As `varve.ablate`.
     """
     runs = [planned for store in stores for planned in expand(store, sweep, Path(out), device)]
+    check_stores(stores, runs)
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     measured: dict[tuple[str, str], tuple[float, float]] = {}
     for members in group(runs):

@@ -122,6 +122,8 @@ def paired(
 ) -> pd.DataFrame:
     """Compare each configuration with a baseline, run by run of the same seed (Student's t).
 
+    Heads that draw nothing have no `option.seed`: their runs are paired by `seed` alone.
+
     Args:
         runs: Table of `read`.
         baseline: Values of the columns that single out one configuration, such as
@@ -137,7 +139,7 @@ def paired(
 
     Raises:
         ValueError: No run, or several configurations, are the baseline; or another one lacks a run
-            of the same seed.
+            of the same seed, or one on the same clips.
         ImportError: scipy is not installed.
     """
     try:
@@ -146,7 +148,6 @@ def paired(
         raise ImportError("paired tests need scipy: pip install 'varve[notebooks]'") from error
     finished = runs[runs["finished"] & runs[figure].notna()]
     keys = [name for name in requested(runs) if name not in over]
-    pairs = [name for name in over if name in runs]
     numbers = finished.groupby(keys, dropna=False, sort=False).ngroup()
     chosen = np.ones(len(finished), bool)
     for name, value in baseline.items():
@@ -156,17 +157,22 @@ def paired(
             f"{dict(baseline)} are {len(set(numbers[chosen]))} configurations among the finished "
             f"runs with {figure}: give columns and values of one of {', '.join(keys)}"
         )
-    reference = finished[chosen].set_index(pairs)[figure].astype(float)
+    reference = finished[chosen]
     varied = [name for name in keys if finished[name].astype(str).nunique() > 1]
     rows = []
     for _, alike in finished[~chosen].groupby(numbers[~chosen], sort=False):
-        values = alike.set_index(pairs)[figure].astype(float)
-        if {*values.index} != {*reference.index} or values.index.has_duplicates:
+        # What only one of the two has, such as the seed of a head that draws, does not pair runs.
+        pairs = [name for name in over if name in runs
+                 and alike[name].notna().all() and reference[name].notna().all()]  # fmt: skip
+        ours, theirs = (table.set_index(pairs).sort_index() for table in (alike, reference))
+        if [*ours.index] != [*theirs.index] or ours.index.has_duplicates:
             raise ValueError(
-                f"{alike.iloc[0]['run']} and those like it have {pairs} {[*values.index]}, and the "
-                f"baseline {[*reference.index]}: compare runs of the same ones, each once"
+                f"{alike.iloc[0]['run']} and those like it have {pairs} {[*ours.index]}, and the "
+                f"baseline {[*theirs.index]}: compare runs of the same ones, each once"
             )
-        gaps = (values - reference[values.index]).to_numpy()
+        for compared, base in zip(ours["run"], theirs["run"], strict=True):
+            _check_same_clips(base, compared)
+        gaps = (ours[figure].astype(float) - theirs[figure].astype(float)).to_numpy()
         row = {name: alike.iloc[0][name] for name in varied}
         row |= {"n": len(gaps), "difference": gaps.mean()}
         row |= dict.fromkeys(("standard_error", "low", "high", "p"), np.nan)
@@ -283,7 +289,7 @@ def changes(
         frequent wrong prediction, and its share of the class's clips.
 
     Raises:
-        ValueError: A run has no such predictions, or they are of other clips.
+        ValueError: A run has no such predictions, or they are of other clips or another order.
     """
     tables = [_predictions(run, stage, classifier) for run in (before, after)]
     clips = [set(zip(table["row"], table["label"], strict=True)) for table in tables]
@@ -293,6 +299,7 @@ def changes(
             f"{len(clips[0] & clips[1])} of them the same; compare runs of one store and scenario, "
             "after a task where they have learned the same classes"
         )
+    _check_same_clips(before, after)
     old, new = (metrics.per_class(t["label"].tolist(), t["top1"].tolist()) for t in tables)
     table = pd.DataFrame(
         {
@@ -307,6 +314,16 @@ def changes(
         }
     )
     return table.sort_values("change", ascending=False, kind="stable")
+
+
+def _check_same_clips(before: str | Path, after: str | Path) -> None:
+    """Refuse two runs whose tasks have other clips to train or to test on."""
+    clips = [_read_json(Path(run) / "spec.json").get("clips") for run in (before, after)]
+    if clips[0] != clips[1]:
+        raise ValueError(
+            f"{before} and {after} have other clips to train or to test on, task by task: compare "
+            "runs of one store, split, scenario and seed"
+        )
 
 
 def _predictions(run: str | Path, stage: int | None, classifier: str) -> pd.DataFrame:

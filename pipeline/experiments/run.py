@@ -265,10 +265,12 @@ class RunState:
         matrices = {name: Matrix.from_rows(rows, counts) if rows else None
                     for name, rows in self.accuracy.items()}  # fmt: skip
         exemplars = len(head.exemplars) if isinstance(head, ReplaysExemplars) else 0
-        kept = plan.spec["options"].get("exemplar_frames", 0)  # of T frames; 0 for all
-        frames = next(iter(plan.features.values())).spec["frames"]["frames"]
-        cells = self.test_clips[0].features.values()
-        clip_bytes = sum(c.cell_bytes for c in cells)  # type: ignore[attr-defined]
+        kept = plan.spec["options"].get("exemplar_frames", 0)  # time steps; 0 for all
+        clip_bytes = 0
+        for cells in self.test_clips[0].features.values():
+            steps = cells.feature.shape[1]  # type: ignore[attr-defined]
+            part = min(kept or steps, steps)
+            clip_bytes += cells.cell_bytes // steps * part  # type: ignore[attr-defined]
         by_task = {name: [cost[name] for cost in self.costs] for name in self.costs[0]}
         cost = {
             "trainable": head.trainable,
@@ -278,7 +280,7 @@ class RunState:
             "bytes_read": sum(by_task["bytes_read"]),
             "state_bytes": sum(tensor.nbytes for tensor in head.state_dict().values()),
             "exemplars": exemplars,
-            "exemplar_bytes": exemplars * clip_bytes * min(kept or frames, frames) // frames,
+            "exemplar_bytes": exemplars * clip_bytes,
         }
         write_json(self.folder, "cost", cost)
         accuracies = {name: matrix and matrix.to_json() for name, matrix in matrices.items()}

@@ -132,7 +132,7 @@ def ablate(
                   sampled=sampled or {}, order=order, only=only,
                   validation=validation)  # fmt: skip
     runs = [planned for each in stores for planned in expand(each, sweep, out, device)]
-    _check_stores(stores, runs)
+    check_stores(stores, runs)
     groups = group(runs)
     waiting = [planned for group in groups for planned in group.runs]
     finished = len(runs) - len(waiting)
@@ -177,7 +177,7 @@ def expand(store: FeatureStore, sweep: Sweep, out: Path, device: str) -> list[Pl
     return list(runs.values())
 
 
-def _check_stores(stores: Sequence[FeatureStore], runs: Sequence[PlannedRun]) -> None:
+def check_stores(stores: Sequence[FeatureStore], runs: Sequence[PlannedRun]) -> None:
     """Refuse several stores that are not of one data set in as many splits.
 
     Raises:

@@ -7,6 +7,7 @@ from torch import nn
 
 from varve.contracts._head_runner import BLOCKS, D, TinyNetwork
 from varve.heads import build_head
+from varve.heads.parts import models
 from varve.heads.parts.encoders import EncoderConfig
 from varve.heads.stsp import ETA, STSP, Subspaces, null_space
 
@@ -134,7 +135,9 @@ def moments_of(run, tokens):
     return moments
 
 
-def test_second_moments_are_those_of_the_inputs_of_the_task(runner):
+@pytest.mark.parametrize("batch", [32, 5])
+def test_second_moments_are_those_of_the_inputs_of_the_task(runner, monkeypatch, batch):
+    monkeypatch.setattr(models, "BATCH", batch)  # 12 clips, and 5 + 5 + 2
     run = learned(runner, [4, 2])
     expected = moments_of(run, torch.stack([run.seen[row][0] for row in range(12)]))
     moments = dict(zip(expected, run.head.moments.values(), strict=True))
@@ -203,6 +206,8 @@ def test_old_bases_stay_and_new_ones_become_orthogonal_to_them(runner):
         ({"orthogonal": -1.0}, "orthogonal=-1"),
         ({"energy": 1.0}, "a share below 1"),
         ({"classifier": "linear"}, "a classifier of its own"),
+        ({"optimizer": "adam"}, "out of the null space"),
+        ({"weight_decay": 5e-4}, "out of the null space"),
     ],
 )
 def test_options_that_do_not_go_are_refused(options, message):

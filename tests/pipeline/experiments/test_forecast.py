@@ -119,6 +119,14 @@ def test_heads_that_train_blocks_with_a_teacher_are_measured(store, tmp_path):
     assert row["score_seconds"] > 0
 
 
+def test_what_an_ablation_refuses_has_no_forecast(store, tmp_path):
+    sweep = Sweep(["nearest_mean"], SCENARIO)
+    with pytest.raises(ValueError, match="have the same clips to train and to test on"):
+        forecast([store, FeatureStore.open(store.location)], sweep, tmp_path)
+    with pytest.raises(ValueError, match="no store"):
+        forecast([], sweep, tmp_path)
+
+
 def test_the_command_prints_it_and_runs_nothing(store, tmp_path):
     file = tmp_path / "sweep.toml"
     file.write_text('heads = ["nearest_mean", "slda"]\nscenario = "1+1x2"\nseeds = 3\n')

@@ -266,6 +266,28 @@ def test_runs_without_a_partner_and_an_unclear_baseline_are_refused(tmp_path):
         results.paired(runs, {"head": "c"})
 
 
+def test_heads_that_draw_nothing_are_paired_by_the_seed_of_the_class_order(tmp_path):
+    for seed, base, value in [(2, 0.5, 0.7), (1, 0.4, 0.5), (3, 0.6, 0.6)]:
+        rows = ((0.9,), (value, value))
+        make_run(tmp_path / f"a{seed}", "drawn", seed, rows, options={"seed": seed})
+        rows = ((0.9,), (base, base))
+        make_run(tmp_path / f"b{seed}", "closed", seed, rows, options={})
+    for baseline, sign in [("closed", 1), ("drawn", -1)]:
+        (row,) = results.paired(read(tmp_path), {"head": baseline}).to_dict("records")
+        assert (row["n"], row["difference"]) == (3, pytest.approx(0.1 * sign))
+
+
+def test_paired_runs_and_changes_are_on_the_same_clips(tmp_path):
+    for seed, clips in [(1, "beef"), (2, "cafe")]:
+        make_run(tmp_path / f"a{seed}", "a", seed, clips=clips)
+        make_run(tmp_path / f"b{seed}", "b", seed, clips="beef")
+    with pytest.raises(ValueError, match=r"a2 and .*b2 have other clips"):
+        results.paired(read(tmp_path), {"head": "a"})
+    before, after = predict(tmp_path / "x", {}), predict(tmp_path / "y", {}, clips="cafe")
+    with pytest.raises(ValueError, match="one store, split, scenario and seed"):
+        changes(before, after)
+
+
 def test_a_run_twice_is_refused(tmp_path):
     make_run(tmp_path / "a" / "x")
     make_run(tmp_path / "b" / "x")
@@ -401,7 +423,7 @@ def test_single_runs_are_no_summary(tmp_path):
 LABELS = {3: "run", 5: "run", 7: "run", 8: "walk", 9: "walk", 2: "jump"}
 
 
-def predict(folder, named, stages=(0, 1), classifier="cnn"):
+def predict(folder, named, stages=(0, 1), classifier="cnn", clips="beef"):
     """Write predictions: correct after task 0; `named` has the later wrong ones, by row."""
     folder.mkdir(exist_ok=True)
     rows = [
@@ -417,6 +439,7 @@ def predict(folder, named, stages=(0, 1), classifier="cnn"):
         for row, label in LABELS.items()
     ]
     pd.DataFrame(rows).to_parquet(folder / "predictions.parquet")
+    (folder / "spec.json").write_text(json.dumps({"clips": clips}))
     return folder
 
 

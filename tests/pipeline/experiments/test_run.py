@@ -362,7 +362,9 @@ def test_numbers_do_not_depend_on_whether_features_fit_in_memory(store, tmp_path
     )
     streamed = run(store, "linear", "2+2x2", out=tmp_path / "b", options=QUICK, threads=1)
     assert files_of(whole.folder) == files_of(streamed.folder)
-    assert isinstance(run_spec.prepare_run(store, "linear", "2+2x2").clips(np.arange(3)), Clips)
+    plan = run_spec.prepare_run(store, "linear", "2+2x2")
+    assert isinstance(plan.test_clips(np.arange(3)), Clips)
+    assert not plan.test_clips(np.arange(3)).features["vector"].in_memory
 
 
 def test_a_folder_that_is_no_finished_run_is_refused(tmp_path):
