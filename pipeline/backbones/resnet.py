@@ -25,6 +25,12 @@ def networks() -> list[str]:
     return ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 
+def picture_of(preset: Any) -> Picture:
+    """Return how the preset of a weight tag of torchvision prepares frames."""
+    size, resize = int(preset.crop_size[0]), int(preset.resize_size[0])
+    return Picture(size, resize, preset.interpolation.value)
+
+
 def build(
     network: str,
     weights: str,
@@ -49,13 +55,8 @@ def build(
         state = renamed(state_of(network, weights, tags))
     whole = construct(network, weights, state, name)
     preset = (tags.get(weights) or tags[PICTURES_OF]).transforms()
-    picture = Picture(
-        size=int(preset.crop_size[0]),
-        resize=int(preset.resize_size[0]),
-        interpolation=preset.interpolation.value,
-    )
     chain = stages(whole, preset.mean, preset.std, precision)
-    return Backbone(name, network, chain, picture, precision, channels_last=True)
+    return Backbone(name, network, chain, picture_of(preset), precision, channels_last=True)
 
 
 def construct(

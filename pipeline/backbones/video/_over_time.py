@@ -17,7 +17,6 @@ from varve.pipeline.backbones import _weights, resnet
 from varve.pipeline.backbones._stage import Backbone, Stage
 from varve.pipeline.backbones._vit import Normalise
 from varve.pipeline.backbones._weights import tensors_of
-from varve.pipeline.config import Picture
 from varve.stores.digests import store_name
 
 PICTURES_OF = "KINETICS400_V1"
@@ -86,16 +85,11 @@ def build(
         state = resnet.state_of(network, weights, tags)
     whole = _construct(network, weights, state, name, classifier)
     preset = (tags.get(weights) or tags[PICTURES_OF]).transforms()
-    picture = Picture(
-        size=int(preset.crop_size[0]),
-        resize=int(preset.resize_size[0]),
-        interpolation=preset.interpolation.value,
-    )
     normalise = Normalise(preset.mean, preset.std, precision, channels_last=False)
     stages = cut(whole.to(precision).eval().requires_grad_(False), normalise)
     for stage in stages:
         stage.module.eval()
-    return Backbone(name, network, stages, picture, precision)
+    return Backbone(name, network, stages, resnet.picture_of(preset), precision)
 
 
 def _construct(
