@@ -45,6 +45,10 @@ class Block:
         """Return the number of clips that go through a pass's network."""
         return sum(bool(clip.needs.get(pass_number)) for clip in self.clips)
 
+    def runs_of(self, pass_number: int) -> int:
+        """Return how many clips these are to a pass's network; see `ClipWork.runs`."""
+        return sum(clip.runs for clip in self.clips if clip.needs.get(pass_number))
+
     def outputs_of(self, pass_number: int) -> set[int]:
         """Return the outputs of a pass that some clip needs."""
         return set().union(*(clip.needs.get(pass_number, ()) for clip in self.clips))

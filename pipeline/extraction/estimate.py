@@ -4,14 +4,16 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from varve.pipeline.backbones import Backbone
 from varve.pipeline.config import Runtime
 from varve.pipeline.extraction.blocks import Block
-from varve.pipeline.extraction.extract import close_pools
-from varve.pipeline.extraction.forward import Cells, adopted, run_pass
+from varve.pipeline.extraction.extract import ClipWork, close_pools
+from varve.pipeline.extraction.forward import Cells, adopted, run_pages, run_pass
+from varve.pipeline.extraction.passes import Pass
 from varve.pipeline.extraction.plan import Plan
 from varve.pipeline.extraction.schedule import local_workers
 from varve.pipeline.extraction.worker import Job, decode
@@ -68,18 +70,29 @@ def _running(plan: Plan, job: Job) -> tuple[float, float]:
         batches = plan.batches(number)
         if not batches:
             continue
-        batch = _example(plan, job, number) * pass_.batch_clips
+        clip = next(c for b in plan.blocks for c in b.clips if c.needs.get(number))
+        example = _example(job, pass_, clip)
         outputs = tuple(set().union(*(block.outputs_of(number) for block in plan.blocks)))
+        run = partial(_run, pass_, outputs, clip, example)
+        each = -(-clip.runs // pass_.batch_clips)  # batches in a run
         began = time.perf_counter()
-        list(run_pass(pass_, outputs, batch))
+        run()
         load_seconds += time.perf_counter() - began
         times: list[float] = []
-        while sum(times) < FORWARD_SECONDS and len(times) < min(20, batches):
+        while sum(times) < FORWARD_SECONDS and len(times) < min(20, -(-batches // each)):
             began = time.perf_counter()
-            list(run_pass(pass_, outputs, batch))
+            run()
             times.append(time.perf_counter() - began)
-        forward_seconds += float(np.median(times)) * batches
+        forward_seconds += float(np.median(times)) / each * batches
     return load_seconds, forward_seconds
+
+
+def _run(pass_: Pass, outputs: tuple[int, ...], clip: ClipWork, example: list[np.ndarray]) -> None:
+    """Run a batch of clips, or one page."""
+    if clip.page:
+        run_pages(pass_, outputs, example, [clip.page[1]])
+    else:
+        list(run_pass(pass_, outputs, example * pass_.batch_clips))
 
 
 def _decoding(plan: Plan, job: Job) -> float:
@@ -100,13 +113,12 @@ def _decoding(plan: Plan, job: Job) -> float:
     return seconds / clips * sum(len(file.clips) for file in files)
 
 
-def _example(plan: Plan, job: Job, number: int) -> list[np.ndarray]:
-    """Return one clip's input of a pass."""
-    pass_ = plan.passes[number]
+def _example(job: Job, pass_: Pass, clip: ClipWork) -> list[np.ndarray]:
+    """Return the input of a clip, or page, in a pass: its cell, or noise for its frames."""
     if pass_.source:
-        clips = (clip for block in plan.blocks for clip in block.cached)
-        row = next(clip.source_row for clip in clips if number in clip.needs)
-        return list(Cells(job.store, pass_.source, [row])[:1])
+        cells = Cells(job.store, pass_.source, [clip.source_row], [clip.source_frames])
+        return list(cells[:1])
+    frames = clip.page[1] if clip.page else pass_.frame_set.frames
     picture = pass_.frame_set.picture
-    noise = np.random.default_rng(0).integers(0, 256, (pass_.frame_set.frames, *picture.shape))
+    noise = np.random.default_rng(0).integers(0, 256, (frames, *picture.shape))
     return [noise.astype(picture.dtype)]

@@ -21,7 +21,7 @@ from varve.pipeline.config import FrameSet
 from varve.pipeline.datasets.media import size_and_mtime
 from varve.pipeline.decoders import Decoded, DecodePool, Facts, Failure, Request, Stretch, decode
 from varve.pipeline.extraction.forward import Cells, adopted, filled, run_pages, run_pass
-from varve.pipeline.extraction.passes import Pass
+from varve.pipeline.extraction.passes import GROUP_FRAMES, Pass
 from varve.pipeline.registry import plugins
 from varve.stores.clips import row_key
 from varve.stores.pages import PAGE_FRAMES
@@ -60,6 +60,11 @@ class ClipWork:
     source_row: int = -1
     page: tuple[int, int] | None = None
     source_frames: tuple[int, ...] = ()
+
+    @property
+    def runs(self) -> int:
+        """Number of clips that it is to a network: of a page, every group of frames is one."""
+        return 1 if self.page is None else -(-self.page[1] // GROUP_FRAMES)
 
 
 @dataclass(frozen=True)

@@ -135,13 +135,13 @@ class Plan:
     def batches(self, number: int) -> int:
         """Forward batches of pass `number`."""
         size = self.passes[number].batch_clips
-        return sum(-(-block.clips_of(number) // size) for block in self.blocks)
+        return sum(-(-block.runs_of(number) // size) for block in self.blocks)
 
     def calls(self, number: int) -> int:
         """Stage calls of pass `number`: its batches, times the stages that each runs."""
         pass_ = self.passes[number]
         return sum(
-            -(-block.clips_of(number) // pass_.batch_clips) * len(pass_.run_stages(outputs))
+            -(-block.runs_of(number) // pass_.batch_clips) * len(pass_.run_stages(outputs))
             for block in self.blocks
             if (outputs := block.outputs_of(number))
         )
@@ -280,7 +280,10 @@ def _choose_sources(
         else:
             rows = np.full(len(keys), -1, np.int64)
             grid = inventory.grids[source.grid]
-            marked = (column.done[: len(grid)] == grid.keys).all(axis=1)
+            # Pages that a build of another column has added have no row in this one.
+            done = column.done[: len(grid)]
+            marked = np.zeros(len(grid), bool)
+            marked[: len(done)] = (done == grid.keys[: len(done)]).all(axis=1)
             frames_of = frame_finder(grid, table, keys, pass_.frame_set, pages)
             for row in np.flatnonzero(rest).tolist():
                 frames = frames_of(row)

@@ -16,16 +16,19 @@ import numpy as np
 import pandas as pd
 
 from varve.pipeline.backbones import Backbone, snapshot
-from varve.pipeline.config import BuildSpec, Runtime
+from varve.pipeline.config import WHOLE, BuildSpec, Runtime
 from varve.pipeline.decoders import require
 from varve.pipeline.extraction.commit import device_of, job_of, run_plan
 from varve.pipeline.extraction.disk_space import check_disk, explained
 from varve.pipeline.extraction.passes import passes
 from varve.pipeline.extraction.plan import Plan, make_plan
 from varve.pipeline.extraction.sources import StoreInventory
+from varve.pipeline.extraction.whole_videos import page_table
 from varve.pipeline.progress import Progress
 from varve.stores import FeatureStore, SpecMismatch, atomic, lock
 from varve.stores.clips import row_ids
+from varve.stores.pages import Pages
+from varve.stores.pages import read as read_pages
 
 Rows = Sequence[int] | np.ndarray | slice | None
 
@@ -38,14 +41,14 @@ class UpdateReport:
         store: The store's folder.
         fingerprints: Fingerprints of the requested columns, by the name of the feature and by
             (feature, view). `FeatureStore.feature(..., fingerprint=)` takes one.
-        computed: Clips computed.
+        computed: Clips computed; pages, of whole videos.
         decoded: Files decoded; 0 unless no feature could serve.
         frames: Frames that went through the network.
         adopted: Cells that an unfinished update had left staged.
         calls: Calls of each stage, "network stage"; a call is one batch. Stages that are missing
             here did not run.
         bytes_read: Bytes of the features that the computation started from.
-        failed: Clips that lack a feature, with `reason` and `detail`.
+        failed: Clips, or pages of whole videos, that lack a feature, with `reason` and `detail`.
         seconds: Seconds in all, and by part.
     """
 
@@ -110,7 +113,7 @@ def update(
         done = run_plan(plan, job, runtime, progress, networks)
         atomic.clear_temporary(path)
     done.seconds["all"] = time.perf_counter() - began
-    failed = opened.clips.loc[sorted(done.failed), ["path"]].copy()
+    failed = plan.table.loc[sorted(done.failed), ["path"]].copy()
     failed["reason"] = [done.failed[row][0] for row in sorted(done.failed)]
     failed["detail"] = [done.failed[row][1] for row in sorted(done.failed)]
     return UpdateReport(
@@ -153,14 +156,33 @@ def prepare_update(
     require(wanted.decoder)
     networks = {name: frozen}
     requested = passes(wanted, networks, opened, device_of(runtime))
-    table = opened.clips
+    table = opened.clips.copy()
     ready = (table["status"] == "ready").to_numpy()
     chosen = np.flatnonzero(ready) if rows is None else np.unique(row_ids(rows, len(table)))
     base = Path(str(opened.attributes.get("dataset", "")))
     base = base.parent if base.is_file() else base
+    pages = None
+    if wanted.sampling == WHOLE:
+        pages = read_pages(opened.path, requested[0].frame_set.grid)
+        _check_pages(opened, table.loc[chosen], pages)
+        table, chosen = page_table(table, chosen, pages)
     inventory = StoreInventory(opened.path, opened, len(table))
-    plan = make_plan(inventory, table.copy(), chosen, base, requested, networks, describe=False)
+    plan = make_plan(
+        inventory, table, chosen, base, requested, networks, describe=False, pages=pages
+    )
     return networks, plan
+
+
+def _check_pages(opened: FeatureStore, clips: pd.DataFrame, pages: Pages) -> None:
+    """Refuse clips of whole videos whose frames are not known; a build reads them."""
+    first, last = pages.spans(clips).T
+    lacking = clips["path"][first == last].tolist()
+    if lacking:
+        raise ValueError(
+            f"{opened.path} does not know the frames of {len(lacking)} clips in {pages.grid} "
+            f"({', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}): build them with "
+            "--sampling all first, or give `rows` without them"
+        )
 
 
 def recorded_request(opened: FeatureStore) -> BuildSpec:

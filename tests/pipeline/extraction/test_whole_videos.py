@@ -9,15 +9,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tensorstore
+import torch
 import xarray
 import zarr
 
 from varve import BuildSpec, FeatureStore, Runtime, ablate, build, plan, run
+from varve.pipeline.backbones import load
 from varve.pipeline.config import PAGE_FRAMES, FrameSet, Picture
 from varve.pipeline.datasets.media import size_and_mtime
 from varve.pipeline.decoders import Request, Stretch, decode
 from varve.pipeline.decoders.sampling import kept
-from varve.pipeline.extraction import blocks, extract
+from varve.pipeline.extraction import blocks, estimate, extract
+from varve.pipeline.extraction.update import update
 from varve.pipeline.extraction.verify import verify
 from varve.stores import Damaged, SpecMismatch, VideoFeature, atomic, pages
 
@@ -419,3 +422,63 @@ def test_a_sweep_over_the_number_of_frames_computes_nothing(store, tmp_path):
 def test_whole_videos_have_one_rate_and_one_view(options, message):
     with pytest.raises(ValueError, match=message):
         replace(SPEC, **options)
+
+
+PAGES = replace(SPEC, keep=("layer1.1:pool",))
+FOUR = BuildSpec("resnet18:random-0", ("layer1.1:pool",), frames=4, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("keep", "spec"), [("stem:pool", PAGES), ("layer1.0", PAGES), ("layer1.0", FOUR)]
+)
+def test_a_plan_counts_the_batches_that_a_build_runs(tmp_path, monkeypatch, encode, keep, spec):
+    monkeypatch.setattr(estimate, "FORWARD_SECONDS", 0.01)
+    root, store = tmp_path / "set", tmp_path / "s.zarr"
+    (root / "train" / "ant").mkdir(parents=True)
+    encode(root / "train" / "ant" / "a.mp4", "libx264", frames=70, **X264)
+    build(root, store, replace(SPEC, keep=(keep,)), runtime=SERIAL)
+    # Another column extends the grid: the source has fewer pages than that.
+    encode(root / "train" / "ant" / "b.mp4", "libx264", frames=20, **X264)
+    build(root, store, replace(SPEC, keep=("stem",)), runtime=SERIAL)
+    first = FeatureStore.open(store).feature("resnet18", keep)
+    assert first.valid.tolist() == first.sampled(frames=4).valid.tolist() == [True, False]
+    with pytest.raises(LookupError, match=r"b\.mp4"):
+        first.clip(1)
+    planned, seconds = plan(root, store, spec, runtime=SERIAL)
+    assert seconds.forward_seconds > 0
+    report = build(root, store, spec, runtime=SERIAL)
+    assert sum(report.calls.values()) == sum(map(planned.calls, range(len(planned.passes))))
+    assert planned.decodes == report.decoded
+
+
+@pytest.mark.parametrize("rows", [None, [0]])
+def test_an_update_computes_the_pages_of_a_changed_network(tmp_path, encode, rows):
+    for name, frames in (("a", 70), ("b", 20)):
+        (tmp_path / "set" / "train" / name).mkdir(parents=True)
+        encode(tmp_path / "set" / "train" / name / "v.mp4", "libx264", frames=frames, **X264)
+    build(tmp_path / "set", tmp_path / "s.zarr", replace(SPEC, keep=("layer1.0",)), runtime=SERIAL)
+    network = load("resnet18:random-0", torch.float32)
+    stage = network.stages[network.stage_names.index("layer1.1")]
+    with torch.no_grad():
+        stage.module.conv2.weight.mul_(1.5)
+    report = update(tmp_path / "s.zarr", network, "layer1.1:pool", rows)
+    opened = FeatureStore.open(tmp_path / "s.zarr")
+    feature = opened.feature("resnet18", "layer1.1:pool",
+                             fingerprint=report.fingerprints["layer1.1:pool"])  # fmt: skip
+    wanted = (
+        np.flatnonzero((opened.clips["status"] == "ready").to_numpy()) if rows is None else rows
+    )
+    assert np.flatnonzero(feature.valid).tolist() == [*wanted]
+    assert (report.decoded, len(report.failed)) == (0, 0)
+    assert {name.split()[-1] for name in report.calls} == {"layer1.1"}
+    before = opened.feature("resnet18", "layer1.0").clip(wanted[0])
+    with torch.no_grad():
+        expected = stage.module(torch.from_numpy(before)).mean(dim=(2, 3))
+    np.testing.assert_allclose(feature.clip(wanted[0]), expected, rtol=1e-4, atol=1e-5)
+    assert update(tmp_path / "s.zarr", network, "layer1.1:pool", rows).computed == 0
+
+
+def test_an_update_of_frames_that_are_not_known_is_refused(store):
+    network = load("resnet18:random-0", torch.float32)
+    with pytest.raises(ValueError, match=r"4 clips in stride-3 .*build them with --sampling all"):
+        update(store, network, "layer1.1:pool", spec=replace(SPEC, stride=3))
