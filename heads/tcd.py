@@ -12,10 +12,9 @@ frames, F' and f' those of the network as the previous task left it (the teacher
 
 R_l(c) has the cosines between a channel's maps of the T frames. The importance I is computed after
 the last epoch of a task, from its clips and the exemplars, and weighs the distillation of the next
-task. The classifier has one proxy per
-class, and the NCA loss CE' of the code (`parts/losses.py`); old proxies are frozen. Then the
-proxies of the task alone are tuned on equally many exemplars per class. Statistics and affine
-parameters of batch norms are frozen.
+task. The classifier has one proxy per class, and the NCA loss CE' of the code (`parts/losses.py`);
+old proxies are frozen. Then the proxies of the task alone are tuned on equally many exemplars per
+class. Statistics and affine parameters of batch norms are frozen.
 
 Ours: only the last `blocks` train, from a cached feature on, so that frozen stages have no term;
 stage l is the last trained block of each size of map, every trained block of a transformer. A clip

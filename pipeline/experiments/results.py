@@ -138,14 +138,17 @@ def paired(
         and `p`, two-sided. All but the difference are NaN for a single pair.
 
     Raises:
-        ValueError: No run, or several configurations, are the baseline; or another one lacks a run
-            of the same seed, or one on the same clips.
+        ValueError: There is no such column. No run, or several configurations, are the baseline; or
+            another one lacks a run of the same seed, or one on the same clips.
         ImportError: scipy is not installed.
     """
     try:
         from scipy.stats import ttest_1samp
     except ImportError as error:
         raise ImportError("paired tests need scipy: pip install 'varve[notebooks]'") from error
+    lacking = [name for name in (figure, *baseline) if name not in runs]
+    if lacking:
+        raise ValueError(f"no column {', '.join(lacking)}; there are {', '.join(runs)}")
     finished = runs[runs["finished"] & runs[figure].notna()]
     keys = [name for name in requested(runs) if name not in over]
     numbers = finished.groupby(keys, dropna=False, sort=False).ngroup()

@@ -264,6 +264,8 @@ def test_runs_without_a_partner_and_an_unclear_baseline_are_refused(tmp_path):
         results.paired(runs, {"scenario": "2+1x1"})
     with pytest.raises(ValueError, match="are 0 configurations"):
         results.paired(runs, {"head": "c"})
+    with pytest.raises(ValueError, match=r"no column final, haed; there are run, "):
+        results.paired(runs, {"haed": "a"}, "final")
 
 
 def test_heads_that_draw_nothing_are_paired_by_the_seed_of_the_class_order(tmp_path):
