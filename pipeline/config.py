@@ -19,12 +19,12 @@ DTYPES = ("float16", "float32", "bfloat16")
 INTERPOLATIONS = ("bicubic", "bilinear")
 RESIZE_MODES = ("shortest", "squash")
 # What a build asks of all its frame sets.
-FRAME_OPTIONS = ("frames", "sampling", "fps", "stride", "decoder")
+FRAME_OPTIONS = ("frames", "sampling", "fps", "stride", "decoder", "window_step")
 # What a sampling rule may take by name: numbers of the frame set, its view, a source of draws.
 CORNERS = 4  # of five crops, beside the centre
 RULE_OPTIONS = ("fps", "stride", "view", "random")
 # The sampling of whole videos: every frame, every N-th (`stride`), or F a second (`fps`). A cell
-# has a page: so many consecutive frames of a file.
+# has a page, so many consecutive frames of a file; or, with `window_step`, a window of a clip.
 WHOLE = "all"
 PAGE_FRAMES = 64
 
@@ -143,7 +143,7 @@ class FrameSet:
         frames: Number of frames per clip, T.
         sampling: Name of the rule that chooses the frames: a file of
             `varve.pipeline.decoders.sampling`, or a registered function; or `all`, for whole
-            videos, whose cells have `PAGE_FRAMES` frames.
+            videos, whose cells have `PAGE_FRAMES` frames, or windows of T.
         fps: Frames per second, for a rule that takes `fps`; otherwise 0.
         stride: Step in frames, for a rule that takes `stride`; otherwise 0. `all` takes either.
         view: 0 for the plain view. Views from 1 on are seeded variations of it; -1 to -4 show the
@@ -151,6 +151,8 @@ class FrameSet:
         flip: Whether views other than 0 are mirrored with probability one half.
         random_crop: Whether views other than 0 show a drawn square (0.6 to 1.0 of the shorter
             side) in place of the centre.
+        window_step: Kept frames from the start of a window to that of the next, for windows of T
+            frames of whole videos; otherwise 0.
         decoder: Name of the decoder. `auto` is PyAV; `pyav` becomes `auto`, to have one key.
         picture: What each frame becomes: a picture of it, or the audio around its time.
         code: Digests of the user's own sampling rule and decoder, "" where both are Varve's.
@@ -166,6 +168,7 @@ class FrameSet:
     view: int = 0
     flip: bool = False
     random_crop: bool = False
+    window_step: int = 0
     decoder: str = "auto"
     picture: Picture | Sound = field(default_factory=Picture)
     code: str = field(init=False, default="")
@@ -179,6 +182,11 @@ class FrameSet:
         if self.decoder not in ("auto", *(decoders := available("decoders"))):
             raise ValueError(
                 f"no decoder {self.decoder!r}; choose from auto, {', '.join(decoders)}"
+            )
+        if self.window_step and not self.whole:
+            raise ValueError(
+                f"sampling={self.sampling!r} with window_step={self.window_step}: windows slide "
+                "over whole videos, sampling='all'"
             )
         if self.whole:
             self._check_whole()
@@ -199,8 +207,13 @@ class FrameSet:
 
     @property
     def whole(self) -> bool:
-        """True for whole videos: a cell then has a page of the video's frames."""
+        """True for whole videos: a cell then has a page, or a window, of the video's frames."""
         return self.sampling == WHOLE
+
+    @property
+    def in_pages(self) -> bool:
+        """True for whole videos whose cells have pages."""
+        return self.whole and not self.window_step
 
     @property
     def grid(self) -> str:
@@ -210,7 +223,10 @@ class FrameSet:
     def _check_whole(self) -> None:
         if not self.fps and not self.stride:
             object.__setattr__(self, "stride", 1)
-        object.__setattr__(self, "frames", PAGE_FRAMES)
+        if self.window_step < 0:
+            raise ValueError(f"window_step={self.window_step}: give a step of at least one frame")
+        if not self.window_step:
+            object.__setattr__(self, "frames", PAGE_FRAMES)
         numbers_fit = (self.fps > 0) != (self.stride > 0) and 0 <= self.fps < math.inf
         if not numbers_fit or self.stride < 0 or self.view:
             raise ValueError(
@@ -251,9 +267,9 @@ class FrameSet:
         )
 
     def identity(self) -> dict[str, Any]:
-        """The JSON form that enters the frames' key. Without `code` where there is none."""
-        identity = asdict(self)
-        return identity if self.code else {k: v for k, v in identity.items() if k != "code"}
+        """The JSON form that enters the frames' key, without `code` and `window_step` if unused."""
+        unused = {name for name in ("code", "window_step") if not getattr(self, name)}
+        return {name: value for name, value in asdict(self).items() if name not in unused}
 
     @classmethod
     def of(cls, identity: Mapping[str, Any]) -> Self:
@@ -336,10 +352,15 @@ class BuildSpec:
         "tsn",
         choices="samplings",
         help="Rule that chooses the frames of a clip; all keeps the whole video, whatever --frames "
-        "says.",
+        "says without --window-step.",
     )
     fps: float = option(0.0, help="Frames per second, for a rule that takes it (uniform_fps, all).")
     stride: int = option(0, help="Step in frames, for a rule that takes it (dense, all).")
+    window_step: int = option(
+        0,
+        help="With --sampling all, for networks with temporal modules: windows of --frames kept "
+        "frames, one every so many.",
+    )
     views: int = option(1, help="Number of views of each clip; the first is never varied.")
     flip: bool = option(False, help="Mirror the views after the first with probability 1/2.")
     random_crop: bool = option(False, help="Crop the views after the first at random.")
@@ -366,7 +387,7 @@ class BuildSpec:
             object.__setattr__(self, name, names := tuple(names))
             if not all(isinstance(text, str) and text for text in names):
                 raise ValueError(f"{name}={names!r}: each is a text that is not empty")
-        for name in ("frames", "stride", "views"):
+        for name in ("frames", "stride", "window_step", "views"):
             number = getattr(self, name)
             try:
                 object.__setattr__(self, name, operator.index(number))
@@ -399,7 +420,7 @@ class BuildSpec:
         """
         changes = {name: value for name, value in changes.items() if value is not None}
         if changes.get("sampling", self.sampling) != self.sampling:
-            changes = {"fps": 0.0, "stride": 0} | changes
+            changes = {"fps": 0.0, "stride": 0, "window_step": 0} | changes
         if changes.get("views") == 1:
             changes = {"flip": False, "random_crop": False} | changes
         return replace(self, **changes)
@@ -413,8 +434,10 @@ class BuildSpec:
         """
         visual = isinstance(picture, Picture)
         decoder = self.decoder if visual else "auto"
-        plain = FrameSet(self.frames, self.sampling, self.fps, self.stride, decoder=decoder,
-                         picture=picture)  # fmt: skip
+        plain = FrameSet(
+            self.frames, self.sampling, self.fps, self.stride, window_step=self.window_step,
+            decoder=decoder, picture=picture,
+        )  # fmt: skip
         varied = replace(plain, flip=self.flip and visual, random_crop=self.random_crop and visual)
         corners = range(-1, -1 - CORNERS, -1) if self.five_crop and visual else ()
         return (

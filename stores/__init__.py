@@ -20,7 +20,7 @@ from varve.stores.digests import store_name
 from varve.stores.feature import Feature, FeatureDataset
 from varve.stores.garbage import GarbageReport
 from varve.stores.locations import Location, Unreachable, local_folder, location_of
-from varve.stores.video_feature import SampledFeature, VideoFeature
+from varve.stores.video_feature import SampledFeature, VideoFeature, WindowFeature
 
 __all__ = [
     "Damaged",
@@ -32,6 +32,7 @@ __all__ = [
     "SpecMismatch",
     "Unreachable",
     "VideoFeature",
+    "WindowFeature",
 ]
 
 FORMAT = 2
@@ -165,9 +166,10 @@ class FeatureStore:
             Damaged: Its metadata cannot be read.
         """
         feature = Feature(location, backbone, name, self.clips)
-        if "pages" not in feature.spec:
-            return feature
-        return VideoFeature(location, backbone, name, self.clips, self.location)
+        kinds = {"pages": VideoFeature, "windows": WindowFeature}
+        for kind in kinds.keys() & feature.spec.keys():
+            return kinds[kind](location, backbone, name, self.clips, self.location)
+        return feature
 
     def feature(
         self, backbone: str, name: str, *, view: int | None = None, fingerprint: str = ""

@@ -82,10 +82,38 @@ class Pages:
         """Row keys of the pages, uint8 [pages, 16]: of the file's bytes and the page's number."""
         keys = np.zeros((len(self), KEY_BYTES), np.uint8)
         for digest, first, frames in self.files.itertuples():
-            for number in range(-(-frames // PAGE_FRAMES)):
-                key = hashlib.sha256(bytes.fromhex(digest) + number.to_bytes(8, "big")).digest()
-                keys[first + number] = np.frombuffer(key[:KEY_BYTES], np.uint8)
+            pages = -(-frames // PAGE_FRAMES)
+            keys[first : first + pages] = numbered_keys(bytes.fromhex(digest), pages)
         return keys
+
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """Digest of each page's file, str [pages]."""
+        digests = np.empty(len(self), object)
+        for digest, first, frames in self.files.itertuples():
+            digests[first : first + -(-frames // PAGE_FRAMES)] = digest
+        return digests
+
+    def part(self, row: int) -> tuple[int, int]:
+        """Return the first kept frame of a page in its file, and the page's number of frames."""
+        first_pages = self.files["first_page"].to_numpy()
+        number = row - int(first_pages[np.searchsorted(first_pages, row, side="right") - 1])
+        return number * PAGE_FRAMES, int(self.counts[row])
+
+    def indices_of(self, row: int) -> np.ndarray:
+        """Return the display indices of a page's frames, int64 [frames]."""
+        indices: np.ndarray = self.indices[row, : self.counts[row]]
+        return indices
+
+    def start_seconds(self, row: int) -> float:
+        """Return the presentation time of a page's first frame."""
+        return float(self.times[row, 0])
+
+    def rows_of(self, clips: pd.DataFrame) -> np.ndarray:
+        """Return the pages [first, last) that have a frame of each clip, int64 [clips, 2]."""
+        first, last = self.spans(clips).T
+        ends = np.where(first < last, -(-last // PAGE_FRAMES), first // PAGE_FRAMES)
+        return np.stack([first // PAGE_FRAMES, ends], axis=1)
 
     def spans(self, clips: pd.DataFrame) -> np.ndarray:
         """Return where the frames of clips are: rows [first, last) of the flattened pages.
@@ -127,6 +155,13 @@ class Pages:
         added = _table(records)
         table = pd.concat([self.files, added]) if len(self.files) else added
         return Pages(self.grid, table, np.concatenate(times), np.concatenate(indices))
+
+
+def numbered_keys(content: bytes, count: int) -> np.ndarray:
+    """Return the row keys of the parts of some content, by their numbers: uint8 [count, 16]."""
+    keys = (hashlib.sha256(content + number.to_bytes(8, "big")).digest() for number in range(count))
+    joined = b"".join(key[:KEY_BYTES] for key in keys)
+    return np.frombuffer(joined, np.uint8).reshape(count, KEY_BYTES)
 
 
 # Container clocks have steps as coarse as a millisecond; see `pipeline.decoders.sampling`.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from varve.stores import windows
 from varve.stores.clips import row_keys
 from varve.stores.columns import Damaged
 from varve.stores.digests import digest
@@ -15,6 +16,7 @@ from varve.stores.feature import Feature
 from varve.stores.locations import Location
 from varve.stores.pages import PAGE_FRAMES, Pages, lost_message, read
 from varve.stores.shard_reader import Unreadable
+from varve.stores.windows import Parts, Windows
 
 # The rules of a build choose the frames. Stores import nothing of the pipeline until then.
 SAMPLING = "varve.pipeline.decoders.sampling"
@@ -26,6 +28,8 @@ class VideoFeature(Feature):
 
     The array on disk has shape (pages, 64, ...), and `valid` and all methods here take clips.
     `sampled` gives a feature of T frames per clip, which heads and loaders take.
+
+    The features of a clip are its items: frames here, and windows in `WindowFeature`.
     """
 
     def __init__(
@@ -34,6 +38,11 @@ class VideoFeature(Feature):
         super().__init__(location, backbone, name, clips)
         self._store = store
 
+    @property
+    def grid(self) -> str:
+        """Name of the frames that are kept, such as "stride-1" or "fps-4"."""
+        return str(self.spec["pages"])
+
     @cached_property
     def pages(self) -> Pages:
         """The pages of the column: which frames of which file each one has.
@@ -41,30 +50,51 @@ class VideoFeature(Feature):
         Raises:
             Damaged: Their table is missing or damaged; the message says what to do.
         """
-        grid = self.spec["pages"]
+        grid = self.grid
         pages = read(self._store, grid)
         if self._array.shape[0] and not len(pages):
             raise Damaged(lost_message(self._store, grid))
         return pages
 
+    @property
+    def parts(self) -> Parts:
+        """Pages, or windows: the rows of the array."""
+        return self.pages
+
     @cached_property
     def valid_cells(self) -> np.ndarray:
-        """Mask of valid pages, bool [pages]."""
-        return self._marked(self.pages.keys)
+        """Mask of valid rows of the array, bool [pages], or [windows]."""
+        return self._marked(self.parts.keys)
 
     @cached_property
     def valid(self) -> np.ndarray:
         """Mask of clips whose frames are all valid, bool [clips]. A clip has at least one frame."""
-        first, last = self.spans.T
+        first, last = self.parts.rows_of(self._clips).T
         lost = np.concatenate([[0], np.cumsum(~self.valid_cells)])
-        valid: np.ndarray = lost[-(-last // PAGE_FRAMES)] == lost[first // PAGE_FRAMES]
-        valid &= first < last
+        valid: np.ndarray = (lost[last] == lost[first]) & (first < last)
         return valid
 
     @cached_property
     def spans(self) -> np.ndarray:
-        """Rows [first, last) of the flattened pages that each clip has, int64 [clips, 2]."""
+        """Items [first, last) that each clip has, int64 [clips, 2].
+
+        Frames are rows of the flattened pages.
+        """
         return self.pages.spans(self._clips)
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """Shape of the feature of an item."""
+        return self.shape[2:]
+
+    @property
+    def item_steps(self) -> int:
+        """Number of time steps of an item: 1 of a frame."""
+        return 1
+
+    def frame_rows(self, items: np.ndarray) -> np.ndarray:
+        """Return the frames of items as rows of the flattened pages, int64 [items]."""
+        return items
 
     def clip(self, row: int) -> np.ndarray:
         """Return the features of every kept frame of a clip, (F, ...).
@@ -75,20 +105,18 @@ class VideoFeature(Feature):
             Damaged: A shard's file is missing, truncated or changed.
         """
         (row,) = self.rows([row])
-        return self.values(self.frame_bits(self._checked(int(row))))
+        return self.values(self.item_bits(self._checked(int(row))))
 
     def times(self, row: int) -> np.ndarray:
         """Return the presentation time of every kept frame of a clip, float64 [F], in seconds.
 
         Times are of the file's clock, on which its earliest stream, video or audio, starts at 0.
         """
-        times: np.ndarray = self.pages.times.reshape(-1)[self._known(row)]
-        return times
+        return self._times(self._known(row))
 
     def frames(self, row: int) -> np.ndarray:
         """Return the display index in the file of every kept frame of a clip, int64 [F]."""
-        indices: np.ndarray = self.pages.indices.reshape(-1)[self._known(row)]
-        return indices
+        return self._indices(self._known(row))
 
     def windows(
         self, row: int, seconds: float, step: float | None = None
@@ -110,7 +138,7 @@ class VideoFeature(Feature):
         for number in range(int((times[-1] - times[0] + slack) / step) + 1):
             start = float(times[0]) + number * step
             first, last = np.searchsorted(times, [start - slack, start + seconds - slack])
-            yield start, self.values(self.frame_bits(rows[first:last]))
+            yield start, self.values(self.item_bits(rows[first:last]))
 
     def sampled(
         self,
@@ -152,37 +180,43 @@ class VideoFeature(Feature):
         return self.read(rows)
 
     def path_of(self, row: int) -> str:
-        """Return the path of the file that a page is of."""
-        files = self.pages.files
-        digest = files.index[np.searchsorted(files["first_page"], row, side="right") - 1]
-        clips = self._clips.index[self._clips["digest"] == digest]
+        """Return the path of the file that a row of the array is of."""
+        clips = self._clips.index[self._clips["digest"] == self.parts.digests[row]]
         return super().path_of(int(clips[0])) if len(clips) else "a file that is gone"
 
-    def _rows_of(self, row: int) -> np.ndarray:
-        """Return where the frames of a clip are, as rows of the flattened pages."""
+    def _times(self, items: np.ndarray) -> np.ndarray:
+        """Return the presentation times of items; those of a window are of its first frame."""
+        times: np.ndarray = self.pages.times.reshape(-1)[self.frame_rows(items)]
+        return times
+
+    def _indices(self, items: np.ndarray) -> np.ndarray:
+        indices: np.ndarray = self.pages.indices.reshape(-1)[self.frame_rows(items)]
+        return indices
+
+    def _items_of(self, row: int) -> np.ndarray:
         return np.arange(*self.spans[row])
 
     def _known(self, row: int) -> np.ndarray:
         (row,) = self.rows([row])
-        if not len(frames := self._rows_of(int(row))):
+        if not len(items := self._items_of(int(row))):
             raise LookupError(self._invalid_message(np.array([row])))
-        return frames
+        return items
 
     def _checked(self, row: int) -> np.ndarray:
         if not self.valid[row]:
             raise LookupError(self._invalid_message(np.array([row])))
-        return self._rows_of(row)
+        return self._items_of(row)
 
-    def frame_bits(
-        self, rows: np.ndarray, out: np.ndarray | None = None, verify: bool = True
+    def item_bits(
+        self, items: np.ndarray, out: np.ndarray | None = None, verify: bool = True
     ) -> np.ndarray:
-        """Read the stored bits of frames, rows of the flattened pages, (len(rows), ...).
+        """Read the stored bits of items: of frames, rows of the flattened pages, (F, ...).
 
         Raises:
             Damaged: A shard's file is missing, truncated or changed.
         """
-        out = np.empty((len(rows), *self.shape[2:]), self._stored) if out is None else out
-        pages, frames = np.divmod(rows, PAGE_FRAMES)
+        out = np.empty((len(items), *self.shape[2:]), self._stored) if out is None else out
+        pages, frames = np.divmod(items, PAGE_FRAMES)
         try:
             absent = self._reader.read_items(pages, frames, out, verify)
         except Unreadable as error:
@@ -193,12 +227,80 @@ class VideoFeature(Feature):
         return out
 
 
+class WindowFeature(VideoFeature):
+    """A column of windows of whole videos: features of T frames together, one every few frames.
+
+    The array on disk has shape (windows, steps, ...), with the network's time steps. `clip` gives
+    (W, steps, ...) of the W windows of a clip; `times` the time of the first frame of each, and
+    `frames` the display indices of all its frames, int64 [W, T]. `sampled(frames=4)` chooses 4
+    windows of each clip, by the times of their first frames, and has their time steps one after the
+    other.
+    """
+
+    @cached_property
+    def parts(self) -> Windows:
+        """The windows of the column: which frames of which clip each one has.
+
+        Raises:
+            Damaged: Their table is missing or damaged; the message says what to do.
+        """
+        of = self.spec["windows"]
+        table = windows.read(self._store, self.pages, of["frames"], of["step"])
+        if self._array.shape[0] and not len(table):
+            raise Damaged(windows.lost_message(self._store, *of.values()))
+        return table
+
+    @cached_property
+    def spans(self) -> np.ndarray:
+        """Windows [first, last) that each clip has, int64 [clips, 2]."""
+        return self.parts.rows_of(self._clips)
+
+    @property
+    def grid(self) -> str:
+        """Name of the frames that the windows have, such as "stride-1" or "fps-4"."""
+        return str(self.spec["windows"]["grid"])
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """Shape of the feature of a window: (steps, ...)."""
+        return self.shape[1:]
+
+    @property
+    def item_steps(self) -> int:
+        """Number of time steps of a window."""
+        return self.shape[1]
+
+    def frame_rows(self, items: np.ndarray) -> np.ndarray:
+        """Return the frames of windows as rows of the flattened pages, int64 [items, T]."""
+        rows: np.ndarray = self.parts.frame_rows[items]
+        return rows
+
+    def item_bits(
+        self, items: np.ndarray, out: np.ndarray | None = None, verify: bool = True
+    ) -> np.ndarray:
+        """Read the stored bits of windows, (W, steps, ...).
+
+        Raises:
+            Damaged: A shard's file is missing, truncated or changed.
+        """
+        out = np.empty((len(items), *self.shape[1:]), self._stored) if out is None else out
+        if absent := self._bits(items, out, verify):
+            window = int(items[absent].min())
+            raise Damaged(self._damage_message(window, "it has no chunk for a window marked done"))
+        return out
+
+    def _times(self, items: np.ndarray) -> np.ndarray:
+        times: np.ndarray = self.pages.times.reshape(-1)[self.frame_rows(items)[:, 0]]
+        return times
+
+
 class SampledFeature(Feature):
     """T frames per clip of a column of whole videos: a feature like any other, that stores nothing.
 
     Attributes:
-        source: The column of whole videos.
-        frame_set: The frames that are chosen of each clip.
+        source: The column of whole videos. Of a column of windows, T windows are chosen, and the
+            feature has their time steps.
+        frame_set: The frames, or windows, that are chosen of each clip.
     """
 
     def __init__(self, source: VideoFeature, frame_set: Any) -> None:
@@ -209,7 +311,8 @@ class SampledFeature(Feature):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape as an array of all clips: (clips, T, ...)."""
-        return (len(self._clips), self.frame_set.frames, *self.source.shape[2:])
+        steps = self.frame_set.frames * self.source.item_steps
+        return (len(self._clips), steps, *self.source.shape[2:])
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
@@ -233,37 +336,38 @@ class SampledFeature(Feature):
         return self.source.overflowed
 
     def indices(self, row: int) -> np.ndarray:
-        """Return the display indices in the file of the T frames of a clip, int64 [T]."""
-        indices: np.ndarray = self.source.pages.indices.reshape(-1)[
-            self._chosen(self.rows([row]))[0]
-        ]
-        return indices
+        """Return the display indices in the file of the T frames of a clip, int64 [T].
+
+        Of T windows it is [T, frames of a window].
+        """
+        return self.source._indices(self._chosen(self.rows([row]))[0])
 
     def _chosen(self, rows: np.ndarray) -> np.ndarray:
-        """Return where the frames of clips are: rows of the flattened pages, int64 [n, T]."""
-        unknown = np.unique(rows[self._frame_rows[rows, 0] < 0])
+        """Return the chosen items of the source, int64 [n, T]."""
+        unknown = np.unique(rows[self._items[rows, 0] < 0])
         if len(unknown):
             choose = importlib.import_module(SAMPLING).chooser(self.frame_set)
-            times = self.source.pages.times.reshape(-1)
             for row in unknown.tolist():
                 first, last = self.source.spans[row]
                 seed = self._keys[row].tobytes().hex()
-                self._frame_rows[row] = first + choose(times[first:last], seed)
-        chosen_rows: np.ndarray = self._frame_rows[rows]
-        return chosen_rows
+                times = self.source._times(np.arange(first, last))
+                self._items[row] = first + choose(times, seed)
+        chosen: np.ndarray = self._items[rows]
+        return chosen
 
     @cached_property
     def _keys(self) -> np.ndarray:
         return row_keys(self._clips)
 
     @cached_property
-    def _frame_rows(self) -> np.ndarray:
-        """The chosen frames of each clip, int64 [clips, T]; -1 until they are first asked for."""
+    def _items(self) -> np.ndarray:
+        """The chosen items of each clip, int64 [clips, T]; -1 until they are first asked for."""
         return np.full((len(self._clips), self.frame_set.frames), -1, np.int64)
 
     def _bits(self, rows: np.ndarray, out: np.ndarray, verify: bool) -> list[int]:
-        frames = self._chosen(rows).reshape(-1)
-        self.source.frame_bits(frames, out.reshape(-1, *self.shape[2:]), verify)
+        items = self._chosen(rows).reshape(-1)
+        of_items = out.reshape(len(items), *self.source.item_shape)
+        self.source.item_bits(items, of_items, verify)
         return []
 
     def to_dask(self) -> Any:

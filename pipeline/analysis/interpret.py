@@ -104,11 +104,16 @@ def _pictures(path: Path, clip: pd.Series, features: Mapping[str, Feature]) -> n
     feature = sets[frame_set]
     if isinstance(feature, SampledFeature):
         # The rule chose among the frames that the store keeps, which may not be all.
+        if "windows" in feature.spec:
+            raise ValueError(
+                f"{feature.name} has windows of whole videos, whose frames have no feature of "
+                "their own: explain a run on a store of T frames (--sampling tsn)"
+            )
         pages = feature.source.pages
         first_page, count = pages.files.loc[clip["digest"], ["first_page", "frames"]]
         kept = pages.indices[first_page:].reshape(-1)[:count]
         at = np.searchsorted(kept, feature.indices(int(clip.name)))
-        stretches = tuple(Stretch(page=(position, 1)) for position in at.tolist())
+        stretches = tuple(Stretch(part=(position, 1)) for position in at.tolist())
         frame_set = FrameSet.of(feature.spec["whole"])
         results = decode(Request(str(path), stretches, (frame_set,)))
         failures = [result for result in results if isinstance(result, Failure)]

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,6 +205,7 @@ def store_facts(opened: FeatureStore) -> dict[str, Any]:
             "shape": list(feature.shape),
             "dtype": feature.dtype,
             "whole_videos": feature.spec.get("pages", ""),
+            "windows": feature.spec.get("windows"),
             "changed_at": feature.spec.get("grafts", []),
             "modules": feature.spec.get("modules", []),
             "resumed_from": feature.spec.get("resumed", []),
@@ -249,10 +250,15 @@ def store_summary(opened: FeatureStore) -> str:
             f"  {f['backbone']}  {f['feature']}{view}  {tuple(f['shape'])} {f['dtype']}  "
             f"{f['valid']} valid  {size(f['bytes'])}  {f['fingerprint'][:16]}"
             + (f"  whole videos ({f['whole_videos']})" if f["whole_videos"] else "")
+            + (f"  windows of whole videos ({_windows(f['windows'])})" if f["windows"] else "")
             + (f"  changed at {changes}" if changes else "")
             + (f"  from {' and '.join(f['resumed_from'])}" if f["resumed_from"] else "")
         )
     return "\n".join(lines)
+
+
+def _windows(of: Mapping[str, Any]) -> str:
+    return f"{of['frames']} frames of {of['grid']}, every {of['step']}"
 
 
 def failure_facts(failed: pd.DataFrame) -> list[dict[str, Any]]:

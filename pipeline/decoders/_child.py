@@ -40,7 +40,7 @@ def decode(request: Request) -> list[Decoded | Timeline | Failure]:
     try:
         if not whole:
             return [*_read(request)]
-        return [*(_whole.pages(request) if request.clips else [_whole.timeline(request)])]
+        return [*(_whole.parts(request) if request.clips else [_whole.timeline(request)])]
     except Undecodable as error:
         failure = Failure(error.reason, error.detail)
     except (ModuleNotFoundError, SamplingError, DecoderError):

@@ -27,14 +27,14 @@ class Stretch:
 
     Attributes:
         seed: Seed of its random draws: the clip's row key.
-        page: Of a whole video, the first of the kept frames to read and their number; None for
+        part: Of a whole video, the first of the kept frames to read and their number; None for
             what the frame sets choose.
     """
 
     start_seconds: float | None = None
     end_seconds: float | None = None
     seed: str = ""
-    page: tuple[int, int] | None = None
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

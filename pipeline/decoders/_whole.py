@@ -1,7 +1,8 @@
-"""Whole videos in a decoding process: the timeline of a file, and its pages one after the other.
+"""Whole videos in a decoding process: the timeline of a file, and its parts one after the other.
 
-A process keeps the last file open where it stopped, so that a file whose pages are requested in
-order is indexed once and decoded once, from its first requested page on.
+A process keeps the last file open where it stopped, and the pictures of the last part, so that a
+file whose pages or windows are requested in order is indexed once and decoded once, from its first
+requested part on.
 """
 
 import os
@@ -19,6 +20,10 @@ from varve.pipeline.decoders._crop import Crop, apply_crop, choose_crop
 from varve.pipeline.decoders._stream import Undecodable
 from varve.pipeline.decoders._values import Decoded, Facts, Request, Timeline
 from varve.pipeline.registry import source_digest, variant
+
+# Frames between two windows that are decoded too. Where there are more, decoding starts at the
+# keyframe before the window.
+READ_OVER = 64
 
 
 def read_index(path: str, proof: bool = True, audio: bool = False) -> _index.Index:
@@ -88,19 +93,19 @@ def timeline(request: Request) -> Timeline:
     return Timeline(stream.index.times_N, stream.kept_K, stream.facts)
 
 
-def pages(request: Request) -> list[Decoded]:
-    """Return the frames of each requested page, and facts of the file.
+def parts(request: Request) -> list[Decoded]:
+    """Return the frames of each requested page or window, and facts of the file.
 
     Raises:
         Undecodable: The file cannot be opened, or has other frames than its packets promised.
     """
-    return [_page(request, clip.page) for clip in request.clips if clip.page]
+    return [_part(request, clip.part) for clip in request.clips if clip.part]
 
 
-def _page(request: Request, page: tuple[int, int]) -> Decoded:
+def _part(request: Request, part: tuple[int, int]) -> Decoded:
     stream = _opened(request)
     try:
-        return Decoded(stream.page(*page, request.frame_sets), stream.facts)
+        return Decoded(stream.part(*part, request.frame_sets), stream.facts)
     except _index.Contradicted as error:
         promised_K = stream.kept_K
         stream = _opened(request, proof=False)
@@ -110,12 +115,12 @@ def _page(request: Request, page: tuple[int, int]) -> Decoded:
                 f"decoding gives other frames than its packets promise ({error}); keep a fixed "
                 "number of frames, such as --sampling tsn, or convert the file",
             ) from error
-        return Decoded(stream.page(*page, request.frame_sets), stream.facts)
+        return Decoded(stream.part(*part, request.frame_sets), stream.facts)
 
 
 @dataclass(eq=False)
 class _Stream:
-    """An open file, and the decoded frames that follow the last page."""
+    """An open file, the pictures of the last part, and the decoded frames that follow it."""
 
     key: tuple[Any, ...]
     path: str
@@ -125,29 +130,53 @@ class _Stream:
     facts: Facts
     position: int = 0
     frames: Iterator[tuple[int, Image.Image]] | None = None
+    # The last window: the first of its kept frames and the one after it, and its pictures.
+    window: tuple[int, int] = (0, 0)
+    known: dict[FrameSet, np.ndarray] = field(default_factory=dict, repr=False)
 
-    def page(
+    def part(
         self, first: int, count: int, frame_sets: tuple[FrameSet, ...]
     ) -> tuple[np.ndarray, ...]:
-        """Decode `count` kept frames from the `first` on: uint8 [count, S, S, 3] a frame set."""
-        if self.frames is None or self.position != first:
-            self.frames = pictures(
-                self.decoder, self.path, self.index, self.kept_K[first:].tolist()
-            )
-            self.position = first
-        arrays = tuple(np.empty((count, *fs.picture.shape), np.uint8) for fs in frame_sets)
-        for i in range(count):
-            number, image = next(self.frames, (-1, None))
-            if image is None or number != self.kept_K[first + i]:
-                raise _index.Contradicted(f"frame {self.kept_K[first + i]} was not decoded")
+        """Return `count` kept frames from the `first` on, by frame set: uint8 [frames, S, S, 3].
+
+        A window has T frames; the last is repeated where there are fewer.
+        """
+        arrays = {
+            fs: np.empty((count if fs.in_pages else fs.frames, *fs.picture.shape), np.uint8)
+            for fs in frame_sets
+        }
+        shared = 0
+        if self.window[0] <= first < self.window[1] and arrays.keys() <= self.known.keys():
+            shared = min(self.window[1] - first, count)
+            for frame_set, array in arrays.items():
+                array[:shared] = self.known[frame_set][first - self.window[0] :][:shared]
+        for i in range(shared, count):
+            image = self._picture(first + i)
             cropped: dict[Crop, np.ndarray] = {}
-            for frame_set, array in zip(frame_sets, arrays, strict=True):
+            for frame_set, array in arrays.items():
                 crop = choose_crop(frame_set, *image.size, "")
                 if crop not in cropped:
                     cropped[crop] = apply_crop(image, crop)
                 array[i] = cropped[crop]
-        self.position = first + count
-        return arrays
+        for array in arrays.values():
+            array[count:] = array[count - 1]
+        self.window = first, first + count
+        self.known = {fs: array for fs, array in arrays.items() if not fs.in_pages}
+        return tuple(arrays.values())
+
+    def _picture(self, wanted: int) -> Image.Image:
+        """Return a kept frame, by reading on where few frames are before it, else by seeking."""
+        if self.frames is None or not 0 <= wanted - self.position <= READ_OVER:
+            self.position = wanted
+            rest = self.kept_K[wanted:].tolist()
+            self.frames = pictures(self.decoder, self.path, self.index, rest)
+        while True:
+            number, image = next(self.frames, (-1, None))
+            if image is None or number != self.kept_K[self.position]:
+                raise _index.Contradicted(f"frame {self.kept_K[self.position]} was not decoded")
+            self.position += 1
+            if self.position > wanted:
+                return image
 
 
 _LAST: list[_Stream] = []

@@ -143,7 +143,10 @@ def find_features(
             "one --frames"
         )
     moments = {
-        tuple(feature.spec["frames"].get(key) for key in ("sampling", "fps", "stride", "view"))
+        (
+            *(feature.spec["frames"].get(key) for key in ("sampling", "fps", "stride", "view")),
+            *feature.spec.get("windows", {}).values(),
+        )
         for feature in features.values()
     }
     if len(moments) > 1:
@@ -207,7 +210,7 @@ def _find_column(store: FeatureStore, backbone: str, name: str) -> Feature | Non
             feature
             for feature in _published(store, backbone)
             if feature.name == name
-            and all(feature.spec["frames"][k] == getattr(request, k) for k in FRAME_OPTIONS)
+            and all(feature.spec["frames"].get(k, 0) == getattr(request, k) for k in FRAME_OPTIONS)
             and feature.spec["frames"]["view"] == 0
             and feature.dtype == request.dtype
             and feature.spec["stages"][0]["precision"] == request.precision

@@ -180,6 +180,12 @@ def _every_frame(feature: SampledFeature, store: FeatureStore) -> FrameSet:
             video are the plain view, chosen among all.
     """
     whole = FrameSet.of(feature.spec["whole"])
+    if whole.window_step:
+        raise SpecMismatch(
+            f"the run read windows of {whole.frames} frames in {store.location}, and a new video "
+            "is read as frames chosen among all of it. Run it on a store of T frames (--sampling "
+            f"tsn --frames {whole.frames})"
+        )
     if whole.grid != "stride-1" or feature.frame_set.view:
         raise SpecMismatch(
             f"the run chose its frames as view {feature.frame_set.view} of {whole.grid} in "

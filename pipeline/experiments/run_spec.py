@@ -26,7 +26,7 @@ from varve.pipeline.experiments.head_network import HeadNetwork
 from varve.pipeline.experiments.head_source import HeadSource, code_digest, find_head
 from varve.pipeline.experiments.run_folder import FORMAT
 from varve.pipeline.experiments.scenarios import ClassList, Scenario, divide
-from varve.stores import Feature, FeatureStore, SpecMismatch
+from varve.stores import Feature, FeatureStore, SampledFeature, SpecMismatch
 from varve.stores.digests import digest
 
 
@@ -213,6 +213,14 @@ def build_head(
     head = source.build_head(options)
     fine_tunes = isinstance(head, FineTunesBackbone) and head.fine_tunes
     network: backbones.Backbone | None = None
+    read = [f for f in store.features() if f.backbone == backbone and isinstance(f, SampledFeature)]
+    of_windows = [feature for feature in read if "windows" in feature.spec]
+    if fine_tunes and of_windows:
+        raise SpecMismatch(
+            f"{source.name} trains a part of {backbone} on clips, and {store.location} has windows "
+            "of whole videos: build a store with --sampling tsn "
+            f"--frames {of_windows[0].spec['windows']['frames']}"
+        )
     if fine_tunes or any(map(head_inputs.is_relative, head.reads)):
         network = head_inputs.load_network(store, backbone)
     features = head_inputs.find_features(store, backbone, head.reads, network)

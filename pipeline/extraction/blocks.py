@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from varve.pipeline.config import FrameSet
 from varve.pipeline.extraction.extract import PART_PAGES, ClipWork, FileWork, optional
 from varve.pipeline.extraction.passes import Pass
-from varve.stores.pages import PAGE_FRAMES, Pages
+from varve.stores.pages import PAGE_FRAMES
+from varve.stores.windows import Parts
 
 # Frames per block: a few seconds of a ViT-B on two cores. A kill costs at most the blocks in
 # flight.
@@ -45,9 +47,9 @@ class Block:
         """Return the number of clips that go through a pass's network."""
         return sum(bool(clip.needs.get(pass_number)) for clip in self.clips)
 
-    def runs_of(self, pass_number: int) -> int:
-        """Return how many clips these are to a pass's network; see `ClipWork.runs`."""
-        return sum(clip.runs for clip in self.clips if clip.needs.get(pass_number))
+    def runs_of(self, pass_number: int, frame_set: FrameSet) -> int:
+        """Return how many clips these are to a pass's network; see `ClipWork.runs_in`."""
+        return sum(clip.runs_in(frame_set) for clip in self.clips if clip.needs.get(pass_number))
 
     def outputs_of(self, pass_number: int) -> set[int]:
         """Return the outputs of a pass that some clip needs."""
@@ -72,7 +74,7 @@ def video_blocks(
     passes: tuple[Pass, ...],
     missing: Sequence[Sequence[np.ndarray]],
     undescribed: np.ndarray,
-    pages: Pages | None = None,
+    parts: Parts | None = None,
 ) -> list[Block]:
     """Divide files to decode into blocks of about equal work, in the order of their first row.
 
@@ -81,7 +83,7 @@ def video_blocks(
         missing: Rows to compute from their videos, bool [clips], by pass and output.
         undescribed: Rows whose facts the table lacks, bool [clips]. They are decoded even where
             all their cells are valid.
-        pages: Of whole videos, whose rows are pages.
+        parts: Of whole videos, whose rows are pages or windows.
     """
     needs: dict[int, dict[int, set[int]]] = {}
     for p, outputs in enumerate(missing):
@@ -105,13 +107,17 @@ def video_blocks(
             end_seconds=optional(first["end_seconds"]),
             needs={p: tuple(sorted(set().union(*(needs[row].get(p, ()) for row in rows))))
                    for p in numbers},
-            page=page_of(pages, rows[0]),
+            part=None if parts is None else parts.part(rows[0]),
         )  # fmt: skip
         by_file.setdefault(first["path"], []).append(work)
     on_gpu = any(pass_.execution.device == "cuda" for pass_ in passes)
     limit = GPU_BLOCK_PICTURES if on_gpu else CPU_BLOCK_PICTURES
     # A long video is the work of many blocks; the clips of one file are read in one pass over it.
-    most = MAX_CLIPS_A_PASS if pages is None else max(1, min(PART_PAGES, limit // PAGE_FRAMES))
+    most = MAX_CLIPS_A_PASS
+    if parts is not None:
+        most = max(1, min(PART_PAGES * PAGE_FRAMES, limit) // passes[0].frame_set.frames)
+        for works in by_file.values():
+            works.sort(key=lambda work: work.part or (0, 0))
     files = [
         FileWork(
             path=str(root / path),
@@ -125,11 +131,7 @@ def video_blocks(
     groups: list[list[FileWork]] = []
     pictures = 0
     for file in files:
-        more = sum(
-            clip.page[1] if clip.page else passes[p].frame_set.frames
-            for clip in file.clips
-            for p in clip.needs
-        )
+        more = sum(clip.frames_in(passes[p].frame_set) for clip in file.clips for p in clip.needs)
         if not groups or pictures + more > limit:
             groups.append([])
             pictures = 0
@@ -138,22 +140,13 @@ def video_blocks(
     return [Block(number, tuple(group)) for number, group in enumerate(groups)]
 
 
-def page_of(pages: Pages | None, row: int) -> tuple[int, int] | None:
-    """Return the first kept frame of a page in its file, and the page's number of frames."""
-    if pages is None:
-        return None
-    first_pages = pages.files["first_page"].to_numpy()
-    number = row - int(first_pages[np.searchsorted(first_pages, row, side="right") - 1])
-    return number * PAGE_FRAMES, int(pages.counts[row])
-
-
 def cached_blocks(
     keys: np.ndarray,
     number: int,
     pass_: Pass,
     sources: Sequence[np.ndarray | None],
     first: int,
-    pages: Pages | None = None,
+    parts: Parts | None = None,
     frames: Callable[[int], np.ndarray | None] | None = None,
 ) -> list[Block]:
     """Divide clips that start from a feature into blocks of about equal work, in row order.
@@ -164,7 +157,7 @@ def cached_blocks(
         sources: By output, the rows of the feature as in `ColumnPlan.sources`; None where the
             output is not computed from it.
         first: Number of the first block.
-        pages: Of whole videos, whose rows are pages.
+        parts: Of whole videos, whose rows are pages or windows.
         frames: Gives the frames of whole videos that a row is taken from, int64 [T]; None where the
             source has a cell for it.
     """
@@ -185,7 +178,7 @@ def cached_blocks(
 
     clips = [
         ClipWork(tuple(sorted(rows)), key, None, None, {number: tuple(sorted(outputs))}, row,
-                 page_of(pages, rows[0]), frames_of(rows[0]))
+                 None if parts is None else parts.part(rows[0]), frames_of(rows[0]))
         for key, (rows, row, outputs) in work.items()
     ]  # fmt: skip
     clips.sort(key=lambda clip: clip.rows)

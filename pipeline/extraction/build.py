@@ -46,22 +46,21 @@ from varve.pipeline.extraction.whole_videos import settle_clips
 from varve.pipeline.progress import Progress
 from varve.stores import FeatureStore, atomic, clips, lock, staging, text_features
 from varve.stores.locations import local_folder
-from varve.stores.pages import Pages, lost_message
 from varve.stores.pages import read as read_pages
-from varve.stores.pages import write as write_pages
+from varve.stores.windows import Parts
 
 LOGS = "logs"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is known before any work starts. A plan of whole videos is over `pages`."""
+    """Everything that is known before any work starts. A plan of whole videos is over `parts`."""
 
     listing: Listing
     scan: Scan
     backbones: dict[str, Backbone]
     plan: Plan
-    pages: Pages | None = None
+    parts: Parts | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class BuildReport:
             splits; see `clips.shared_between_splits`.
         hashed: Files whose bytes were read for their digest.
         decoded: Files decoded.
-        computed: Clips computed; pages, of whole videos.
+        computed: Clips computed; pages or windows, of whole videos.
         frames: Frames that went through a network, in all passes together.
         adopted: Cells that an unfinished build had left staged.
         copied: Cells copied from another row with the same bytes.
@@ -88,7 +87,7 @@ class BuildReport:
         calls: Calls of each stage, "network stage"; a call is one batch.
         bytes_read: Bytes of the features that computations started from.
         left_out: Files of the data set that are no clip, by kind.
-        unit: What `computed` counts, "clips" or "pages".
+        unit: What `computed` counts, "clips", "pages" or "windows".
         same_prompts: Groups of classes that have the same prompts, and so one text feature.
     """
 
@@ -169,13 +168,13 @@ def build(
         _record(opened, ready, root, spec)
         clips.write(opened.path, table)
         networks = ready.backbones if runtime.serial else {}
-        pages = ready.pages
-        if pages is not None:
-            write_pages(opened.path, pages)
-        job = job_of(plan, path, runtime, describe=pages is None)
+        parts = ready.parts
+        if parts is not None:
+            whole_videos.write_parts(opened.path, parts)
+        job = job_of(plan, path, runtime, describe=parts is None)
         done = run_plan(plan, job, runtime, progress, networks)
-        if pages is not None:
-            settle_clips(table, ready.scan.rows, plan, pages, done.failed, done.overflowed)
+        if parts is not None:
+            settle_clips(table, ready.scan.rows, plan, parts, done.failed, done.overflowed)
         else:
             settle(table, plan, ready.scan.rows)
         clips.write(opened.path, table)
@@ -261,7 +260,7 @@ def plan(
     if isinstance(store, Backbone):
         runtime, opened = runtime or Runtime(serial=True), open_store(dataset)
         path = opened.path
-        backbones, work = prepare_update(opened, store, *arguments, runtime=runtime, **options)
+        backbones, work, _ = prepare_update(opened, store, *arguments, runtime=runtime, **options)
     else:
         runtime, path = runtime or Runtime(), local_folder(store)
         ready = prepare(dataset, path, *arguments, runtime=runtime, progress=progress, **options)
@@ -308,21 +307,22 @@ def prepare(
     enter_known(old, scanned.table)
     left = map(Outcome.from_json, staging.all_facts(path))
     enter(scanned.table, (o for o in left if not (retry and (o.reason or o.overflowed))))
-    for grid in StoreInventory(path, opened, len(scanned.table)).lost_grids():
-        progress.message(lost_message(path, grid))
-    pages, table, rows = None, scanned.table, scanned.rows
+    for message in StoreInventory(path, opened, len(scanned.table)).lost_tables():
+        progress.message(message)
+    parts, table, rows = None, scanned.table, scanned.rows
     if spec.sampling == WHOLE:
         frame_set = requested[0].frame_set
         pages = read_pages(path, frame_set.grid)
         pages = whole_videos.describe(pages, table, rows, base, frame_set, runtime, progress)
-        table, rows = whole_videos.page_table(table, rows, pages)
+        parts = whole_videos.parts_of(path, frame_set, pages, table, rows)
+        table, rows = whole_videos.part_table(table, rows, parts)
     inventory = StoreInventory(path, opened, len(table))
-    plan = make_plan(inventory, table, rows, base, requested, backbones, pages=pages)
+    plan = make_plan(inventory, table, rows, base, requested, backbones, parts=parts)
     plan = replace(plan, left_out=listing.left_out, prompts=prompts)
     here = device_of(runtime) == "cpu" and not runtime.scheduler
     if plan.blocks and here and (warning := networks.precision_warning(spec.precision)):
         progress.message(warning)
-    return Prepared(listing, scanned, backbones, plan, pages)
+    return Prepared(listing, scanned, backbones, plan, parts)
 
 
 def _class_prompts(

@@ -113,9 +113,8 @@ def run_plan(
 def _totals(plan: Plan) -> dict[str, tuple[int, str]]:
     """Return the length and the unit of each progress bar."""
     to_decode = sum(len(block.clips) for block in plan.blocks if block.files)
-    unit = "pages" if any(b.clips[0].page for b in plan.blocks[:1]) else "clips"
-    totals = {"decode": (to_decode, unit)} if to_decode else {}
-    totals["forward"] = (sum(len(block.clips) for block in plan.blocks), unit)
+    totals = {"decode": (to_decode, plan.unit)} if to_decode else {}
+    totals["forward"] = (sum(len(block.clips) for block in plan.blocks), plan.unit)
     totals["write"] = (sum(column.missing for column in plan.all_columns), "cells")
     return totals
 

@@ -74,7 +74,7 @@ def _running(plan: Plan, job: Job) -> tuple[float, float]:
         example = _example(job, pass_, clip)
         outputs = tuple(set().union(*(block.outputs_of(number) for block in plan.blocks)))
         run = partial(_run, pass_, outputs, clip, example)
-        each = -(-clip.runs // pass_.batch_clips)  # batches in a run
+        each = -(-clip.runs_in(pass_.frame_set) // pass_.batch_clips)  # batches in a run
         began = time.perf_counter()
         run()
         load_seconds += time.perf_counter() - began
@@ -89,8 +89,8 @@ def _running(plan: Plan, job: Job) -> tuple[float, float]:
 
 def _run(pass_: Pass, outputs: tuple[int, ...], clip: ClipWork, example: list[np.ndarray]) -> None:
     """Run a batch of clips, or one page."""
-    if clip.page:
-        run_pages(pass_, outputs, example, [clip.page[1]])
+    if pass_.frame_set.in_pages:
+        run_pages(pass_, outputs, example, [clip.frames_in(pass_.frame_set)])
     else:
         list(run_pass(pass_, outputs, example * pass_.batch_clips))
 
@@ -118,7 +118,7 @@ def _example(job: Job, pass_: Pass, clip: ClipWork) -> list[np.ndarray]:
     if pass_.source:
         cells = Cells(job.store, pass_.source, [clip.source_row], [clip.source_frames])
         return list(cells[:1])
-    frames = clip.page[1] if clip.page else pass_.frame_set.frames
+    frames = clip.frames_in(pass_.frame_set)
     picture = pass_.frame_set.picture
     noise = np.random.default_rng(0).integers(0, 256, (frames, *picture.shape))
     return [noise.astype(picture.dtype)]

@@ -46,8 +46,8 @@ class ClipWork:
         needs: Output numbers to compute, by pass number. A pass without outputs only has its
             frames decoded, which describes the clip.
         source_row: Row of the feature that the clip starts from; -1 for the video.
-        page: Of a whole video, whose rows are pages: the first of the file's kept frames, and the
-            number of frames; None for the frames that the frame sets choose.
+        part: Of a whole video, whose rows are pages or windows: the first of the file's kept
+            frames, and the number of frames; None for the frames that the frame sets choose.
         source_frames: Frames of the pages of a column of whole videos that the clip starts from, as
             rows of the flattened pages; empty where the clip starts from a cell or the video.
     """
@@ -58,13 +58,16 @@ class ClipWork:
     end_seconds: float | None
     needs: Mapping[int, tuple[int, ...]]
     source_row: int = -1
-    page: tuple[int, int] | None = None
+    part: tuple[int, int] | None = None
     source_frames: tuple[int, ...] = ()
 
-    @property
-    def runs(self) -> int:
-        """Number of clips that it is to a network: of a page, every group of frames is one."""
-        return 1 if self.page is None else -(-self.page[1] // GROUP_FRAMES)
+    def frames_in(self, frame_set: FrameSet) -> int:
+        """Return the number of its frames that go through a network."""
+        return self.part[1] if self.part and frame_set.in_pages else frame_set.frames
+
+    def runs_in(self, frame_set: FrameSet) -> int:
+        """Return how many clips it is to a network: of a page, every group of frames is one."""
+        return -(-self.frames_in(frame_set) // GROUP_FRAMES) if frame_set.in_pages else 1
 
 
 @dataclass(frozen=True)
@@ -225,8 +228,9 @@ def run_passes(
         else:
             inputs = [clips[i].frames[pass_.frame_set] for i in needs]
         outputs = tuple(sorted(set().union(*needs.values())))
-        counts = [page[1] for i in needs if (page := clips[i].work.page)]
-        if counts:
+        in_pages = pass_.frame_set.in_pages
+        if in_pages:
+            counts = [clips[i].work.frames_in(pass_.frame_set) for i in needs]
             columns = run_pages(pass_, outputs, inputs, counts, calls)
         else:
             batches = list(run_pass(pass_, outputs, inputs, calls))
@@ -235,7 +239,7 @@ def run_passes(
             spec = pass_.outputs[c].spec
             for cell, (i, needed) in zip(columns[c], needs.items(), strict=True):
                 if c in needed and _finite(cell, spec.dtype):
-                    cells[i][spec.relative_path] = cell if not counts else filled(cell, spec)
+                    cells[i][spec.relative_path] = filled(cell, spec) if in_pages else cell
                 elif c in needed:
                     overflowed[i][spec.short] = None
     return [
@@ -251,14 +255,14 @@ _POOLS_LOCK = threading.Lock()
 def _pool_of(file: FileWork, children: int, deadline_seconds: float) -> DecodePool:
     """Return the decoding children of this process that read a file.
 
-    Pages of whole videos have children of one process each, so that the consecutive pages of a part
-    of a film are read by the child that has it open.
+    Whole videos have children of one process each, so that what follows in a stretch of a film is
+    read by the child that has it open.
     """
-    page = file.clips[0].page
-    if page is None:
+    part = file.clips[0].part
+    if part is None:
         return _decode_pool(children, deadline_seconds)
-    part = page[0] // (PART_PAGES * PAGE_FRAMES)
-    return _decode_pool(1, deadline_seconds, (zlib.crc32(file.path.encode()) + part) % children)
+    stretch = part[0] // (PART_PAGES * PAGE_FRAMES)
+    return _decode_pool(1, deadline_seconds, (zlib.crc32(file.path.encode()) + stretch) % children)
 
 
 def _decode_pool(children: int, deadline_seconds: float, number: int = 0) -> DecodePool:
@@ -282,7 +286,7 @@ def _request(file: FileWork, passes: Sequence[Pass]) -> Request:
     """Return everything that is requested of a file: its clips, and each frame set once."""
     numbers = sorted(set().union(*(clip.needs for clip in file.clips)))
     frame_sets = dict.fromkeys(passes[number].frame_set for number in numbers)
-    stretches = (Stretch(c.start_seconds, c.end_seconds, c.key.hex(), c.page) for c in file.clips)
+    stretches = (Stretch(c.start_seconds, c.end_seconds, c.key.hex(), c.part) for c in file.clips)
     return Request(file.path, tuple(stretches), tuple(frame_sets))
 
 

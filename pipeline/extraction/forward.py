@@ -70,7 +70,7 @@ class Cells:
         """Read cells frame by frame from pages; shorter cells end in zeros."""
         assert isinstance(self._feature, VideoFeature)
         flat = np.concatenate([np.asarray(frames, np.int64) for frames in cells])
-        read = self._feature.frame_bits(flat)
+        read = self._feature.item_bits(flat)
         if self._feature.is_fill(read).any():
             raise Damaged(f"{self._feature.path} has lost pages since the plan was made")
         bits = np.zeros((len(cells), max(map(len, cells)), *read.shape[1:]), read.dtype)

@@ -173,10 +173,12 @@ def _check_frames(backbone: Backbone, spec: BuildSpec) -> None:
         if not stage.frames:
             continue
         title = f"{backbone.name}: {stage.name} is a temporal module over {stage.frames} frames"
-        if spec.sampling == WHOLE:
+        if spec.sampling == WHOLE and not spec.window_step:
+            frames = backbone.clip_frames
             raise ValueError(
                 f"{title}, and whole videos have any number. Build with `--sampling tsn --frames "
-                f"{backbone.clip_frames}`"
+                f"{frames}`, or windows of whole videos with `--sampling all --frames {frames} "
+                f"--window-step {frames}`"
             )
         if stage.frames != steps:
             raise ValueError(
@@ -184,6 +186,12 @@ def _check_frames(backbone: Backbone, spec: BuildSpec) -> None:
                 + (f". Build with `--frames {stage.frames}`" if steps == spec.frames else " there")
             )
         steps = backbone.time_steps(stage.name, spec.frames)
+    if spec.window_step and not any(stage.frames for stage in backbone.stages):
+        raise ValueError(
+            f"{backbone.name} computes each frame alone, so that windows would compute a frame "
+            "several times. Build it without --window-step, in a build of its own: "
+            "`feature.windows(row, seconds)` then gives any window of its frames"
+        )
 
 
 def keep_of_each(
@@ -237,8 +245,11 @@ def _output(
         "stages": [backbone.describe(stage) for stage in backbone.stages[:upto]],
         "reduction": reduction,
     }
-    if frame_set.whole:
+    if frame_set.in_pages:
         attributes["pages"] = frame_set.grid
+    elif frame_set.whole:
+        windows = {"frames": frame_set.frames, "step": frame_set.window_step}
+        attributes["windows"] = {"grid": frame_set.grid, **windows}
     if (identity := reduction_identity(reduction)) != reduction:
         attributes["reduction_code"] = identity
     if grafts := [name for name in backbone.changed if name in backbone.stage_names[:upto]]:
@@ -271,7 +282,7 @@ def new_execution(frame_set: FrameSet, device: str) -> Execution:
     """
     frames = GPU_BATCH_FRAMES if device == "cuda" else CPU_BATCH_FRAMES
     threads = 0 if device == "cuda" else min(MAX_THREADS, os.cpu_count() or 1)
-    clip_frames = GROUP_FRAMES if frame_set.whole else frame_set.frames
+    clip_frames = GROUP_FRAMES if frame_set.in_pages else frame_set.frames
     return Execution(device, max(1, frames // clip_frames), threads)
 
 

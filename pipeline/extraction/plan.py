@@ -29,7 +29,8 @@ from varve.pipeline.extraction.sources import (
 )
 from varve.stores.clips import row_keys
 from varve.stores.columns import Column
-from varve.stores.pages import PAGE_FRAMES, Pages
+from varve.stores.pages import PAGE_FRAMES
+from varve.stores.windows import Parts
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,9 @@ class Plan:
 
     @property
     def unit(self) -> str:
-        """Name of the rows of the table: "clips", or "pages" of whole videos."""
-        return "pages" if any(pass_.frame_set.whole for pass_ in self.passes) else "clips"
+        """Name of the rows of the table: "clips", or "pages" or "windows" of whole videos."""
+        whole = [pass_.frame_set for pass_ in self.passes if pass_.frame_set.whole]
+        return "clips" if not whole else "pages" if whole[0].in_pages else "windows"
 
     @property
     def decodes(self) -> int:
@@ -126,22 +128,21 @@ class Plan:
 
     def frames_of(self, clip: ClipWork) -> int:
         """Frames that go through a network for a clip, all passes together."""
-        return sum(
-            clip.page[1] if clip.page else self.passes[p].frame_set.frames
-            for p, outputs in clip.needs.items()
-            if outputs
-        )
+        frame_sets = [self.passes[p].frame_set for p, outputs in clip.needs.items() if outputs]
+        return sum(map(clip.frames_in, frame_sets))
 
     def batches(self, number: int) -> int:
         """Forward batches of pass `number`."""
-        size = self.passes[number].batch_clips
-        return sum(-(-block.runs_of(number) // size) for block in self.blocks)
+        pass_ = self.passes[number]
+        size = pass_.batch_clips
+        return sum(-(-block.runs_of(number, pass_.frame_set) // size) for block in self.blocks)
 
     def calls(self, number: int) -> int:
         """Stage calls of pass `number`: its batches, times the stages that each runs."""
         pass_ = self.passes[number]
         return sum(
-            -(-block.runs_of(number) // pass_.batch_clips) * len(pass_.run_stages(outputs))
+            -(-block.runs_of(number, pass_.frame_set) // pass_.batch_clips)
+            * len(pass_.run_stages(outputs))
             for block in self.blocks
             if (outputs := block.outputs_of(number))
         )
@@ -178,7 +179,7 @@ def make_plan(
     passes: tuple[Pass, ...],
     backbones: Mapping[str, Backbone],
     describe: bool = True,
-    pages: Pages | None = None,
+    parts: Parts | None = None,
 ) -> Plan:
     """Compare the request with the cells that exist. Decodes and writes nothing.
 
@@ -191,9 +192,10 @@ def make_plan(
         backbones: The networks of the passes, by name.
         describe: Whether to decode clips that the table does not describe, even where all their
             cells are valid.
-        pages: Of whole videos, whose table has a row per page; see `pages.page_table`.
+        parts: Of whole videos, whose table has a row per page, or window; see
+            `whole_videos.part_table`.
     """
-    keys = row_keys(table) if pages is None else pages.keys
+    keys = row_keys(table) if parts is None else parts.keys
     active = np.zeros(len(table), bool)
     active[rows] = True
     # An overflow costs the cells of that column alone; the clip's other cells are computed.
@@ -203,10 +205,10 @@ def make_plan(
     def plan_of(output: Output, pass_: Pass) -> ColumnPlan:
         lost = np.array([output.spec.short in shorts for shorts in overflowed], bool)
         plan = _plan_column(inventory, output, keys, active & ~lost)
-        return _choose_sources(plan, pass_, table, keys, inventory, backbones, pages)
+        return _choose_sources(plan, pass_, table, keys, inventory, backbones, parts)
 
     columns = tuple(tuple(plan_of(output, pass_) for output in pass_.outputs) for pass_ in passes)
-    undescribed = active & (table["num_frames"] == 0).to_numpy() & describe & (pages is None)
+    undescribed = active & (table["num_frames"] == 0).to_numpy() & describe & (parts is None)
     resumed = {
         (number, source): replace(pass_, source=source)
         for number, (pass_, plans) in enumerate(zip(passes, columns, strict=True))
@@ -214,14 +216,14 @@ def make_plan(
         for source, _ in plan.sources
     }
     missing = [[plan.from_video for plan in plans] for plans in columns]
-    blocks = video_blocks(table, keys, root, passes, missing, undescribed, pages)
+    blocks = video_blocks(table, keys, root, passes, missing, undescribed, parts)
     for p, ((number, source), pass_) in enumerate(resumed.items(), start=len(passes)):
         source_rows = [dict(plan.sources).get(source) for plan in columns[number]]
         frames = None
         if source.grid:
             grid = inventory.grids[source.grid]
-            frames = frame_finder(grid, table, keys, pass_.frame_set, pages)
-        blocks += cached_blocks(keys, p, pass_, source_rows, len(blocks), pages, frames)
+            frames = frame_finder(grid, table, keys, pass_.frame_set, parts)
+        blocks += cached_blocks(keys, p, pass_, source_rows, len(blocks), parts, frames)
     return Plan(table, keys, root, (*passes, *resumed.values()), columns, tuple(blocks))
 
 
@@ -255,7 +257,7 @@ def _choose_sources(
     keys: np.ndarray,
     inventory: Inventory,
     backbones: Mapping[str, Backbone],
-    pages: Pages | None,
+    parts: Parts | None,
 ) -> ColumnPlan:
     """Choose for each row to compute the deepest feature that it can be computed from."""
     if not plan.compute.any():
@@ -274,8 +276,8 @@ def _choose_sources(
             source, plan.output, pass_, backbone
         ):
             continue
-        direct = not source.grid or (pass_.frame_set.whole and source.grid == pass_.frame_set.grid)
-        if direct:
+        in_pages = pass_.frame_set.in_pages
+        if not source.grid or (in_pages and source.grid == pass_.frame_set.grid):
             rows = rows_with_cells(column, keys, rest)
         else:
             rows = np.full(len(keys), -1, np.int64)
@@ -284,7 +286,7 @@ def _choose_sources(
             done = column.done[: len(grid)]
             marked = np.zeros(len(grid), bool)
             marked[: len(done)] = (done == grid.keys[: len(done)]).all(axis=1)
-            frames_of = frame_finder(grid, table, keys, pass_.frame_set, pages)
+            frames_of = frame_finder(grid, table, keys, pass_.frame_set, parts)
             for row in np.flatnonzero(rest).tolist():
                 frames = frames_of(row)
                 if frames is not None and marked[frames // PAGE_FRAMES].all():

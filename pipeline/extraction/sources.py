@@ -24,10 +24,10 @@ from varve.pipeline.extraction.passes import (
     column_metadata,
     frames_key,
 )
-from varve.stores import FeatureStore, staging
+from varve.stores import FeatureStore, pages, staging
 from varve.stores.columns import Column, ColumnSpec
 from varve.stores.pages import Pages
-from varve.stores.pages import read as read_pages
+from varve.stores.windows import Parts, lost_message, table_file
 
 # Bits of a number's fraction, which limit the precision of a stored feature.
 FRACTION_BITS = {"float32": 23, "float16": 10, "bfloat16": 7}
@@ -37,12 +37,14 @@ FRACTION_BITS = {"float32": 23, "float16": 10, "bfloat16": 7}
 class CachedColumn:
     """A column of the store, and the row keys of its cells, uint8 [clips, 16].
 
-    One of whole videos has a cell per page of its grid.
+    One of whole videos has a cell per page of its `grid`, or per window; `windows` has then the
+    grid of their frames, T and their step. No other frames are taken from windows.
     """
 
     spec: ColumnSpec
     done: np.ndarray
     grid: str = ""
+    windows: tuple[str, int, int] | None = None
 
 
 class Inventory(Protocol):
@@ -97,21 +99,30 @@ class StoreInventory:
             with column_metadata(path / "zarr.json") as array:
                 fingerprint = array["attributes"]["fingerprint"]
                 dtype, (rows, *cell) = array["attributes"]["dtype"], array["shape"]
-                grid = array["attributes"].get("pages", "")
+                grid, windows = array["attributes"].get("pages", ""), None
+                if of := array["attributes"].get("windows"):
+                    windows = of["grid"], of["frames"], of["step"]
+            whole = grid or windows
             spec = ColumnSpec(backbone, feature, fingerprint, tuple(cell), dtype, {})
-            done = Column(self.store, spec).done(max(rows, self._clips) if grid else self._clips)
-            columns.setdefault(fingerprint, []).append(CachedColumn(spec, done, grid))
+            done = Column(self.store, spec).done(max(rows, self._clips) if whole else self._clips)
+            columns.setdefault(fingerprint, []).append(CachedColumn(spec, done, grid, windows))
         return columns
 
     @cached_property
     def grids(self) -> dict[str, Pages]:
         """The pages of whole videos that the columns have, by grid."""
         names = {column.grid for columns in self.columns.values() for column in columns}
-        return {grid: read_pages(self.store, grid) for grid in sorted(names - {""})}
+        return {grid: pages.read(self.store, grid) for grid in sorted(names - {""})}
 
-    def lost_grids(self) -> list[str]:
-        """Return the grids of columns that have pages, whose table the store does not have."""
-        return [grid for grid, pages in self.grids.items() if not len(pages)]
+    def lost_tables(self) -> list[str]:
+        """Return a message for each table of pages or windows that columns have and is missing."""
+        windows = {column.windows for columns in self.columns.values() for column in columns}
+        lost = [pages.lost_message(self.store, g) for g, of in self.grids.items() if not len(of)]
+        return lost + [
+            lost_message(self.store, *of)
+            for of in sorted(filter(None, windows))
+            if not table_file(self.store, *of).exists()
+        ]
 
 
 def sources(
@@ -156,7 +167,7 @@ def whole_sources(
         whole = FrameSet(
             sampling=WHOLE, decoder=frame_set.decoder, picture=frame_set.picture, **rate
         )
-        if frame_set.whole and grid == frame_set.grid:
+        if frame_set.in_pages and grid == frame_set.grid:
             continue  # found by its own key
         keys = backbone.keys(frames_key(whole))
         candidates += sources(inventory.columns, replace(pass_, stage_keys=keys), backbone)
@@ -168,31 +179,31 @@ def frame_finder(
     table: pd.DataFrame,
     keys: np.ndarray,
     frame_set: FrameSet,
-    pages: Pages | None,
+    parts: Parts | None,
 ) -> Callable[[int], np.ndarray | None]:
-    """Return a function that finds the frames of a clip or page in the pages of another grid.
+    """Return a function that finds the frames of a clip, page or window in pages of a grid.
 
     The function takes a row of the table and returns rows of the flattened pages, int64 [T], or
     None where the grid does not have all of these frames. For clips it must have every frame, since
     a sampling rule chooses among all of them.
 
     Args:
-        source: The pages of the other grid.
-        table: The table of clips, or of pages.
+        source: The pages of the grid.
+        table: The table of clips, of pages or of windows.
         keys: Row keys of the table, uint8 [rows, 16].
         frame_set: The frames to find.
-        pages: Of whole videos, whose rows are pages; None for clips.
+        parts: Of whole videos, whose rows are pages or windows; None for clips.
     """
     spans, times, kept = source.spans(table), source.times.reshape(-1), source.indices.reshape(-1)
-    if pages is not None:
+    if parts is not None:
 
-        def frames_of_page(row: int) -> np.ndarray | None:
+        def frames_of_part(row: int) -> np.ndarray | None:
             first, last = spans[row]
-            wanted = pages.indices[row][: pages.counts[row]]
+            wanted = parts.indices_of(row)
             at = np.minimum(first + np.searchsorted(kept[first:last], wanted), last - 1)
             return at if first < last and (kept[at] == wanted).all() else None
 
-        return frames_of_page
+        return frames_of_part
     choose, num_frames = sampling.chooser(frame_set), table["num_frames"].to_numpy()
 
     def frames_of_clip(row: int) -> np.ndarray | None:

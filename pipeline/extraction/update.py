@@ -23,12 +23,13 @@ from varve.pipeline.extraction.disk_space import check_disk, explained
 from varve.pipeline.extraction.passes import passes
 from varve.pipeline.extraction.plan import Plan, make_plan
 from varve.pipeline.extraction.sources import StoreInventory
-from varve.pipeline.extraction.whole_videos import page_table
+from varve.pipeline.extraction.whole_videos import part_table, parts_of
 from varve.pipeline.progress import Progress
-from varve.stores import FeatureStore, SpecMismatch, atomic, lock
+from varve.stores import FeatureStore, SpecMismatch, atomic, lock, windows
 from varve.stores.clips import row_ids
 from varve.stores.pages import Pages
 from varve.stores.pages import read as read_pages
+from varve.stores.windows import Parts, Windows
 
 Rows = Sequence[int] | np.ndarray | slice | None
 
@@ -41,14 +42,15 @@ class UpdateReport:
         store: The store's folder.
         fingerprints: Fingerprints of the requested columns, by the name of the feature and by
             (feature, view). `FeatureStore.feature(..., fingerprint=)` takes one.
-        computed: Clips computed; pages, of whole videos.
+        computed: Clips computed; pages or windows, of whole videos.
         decoded: Files decoded; 0 unless no feature could serve.
         frames: Frames that went through the network.
         adopted: Cells that an unfinished update had left staged.
         calls: Calls of each stage, "network stage"; a call is one batch. Stages that are missing
             here did not run.
         bytes_read: Bytes of the features that the computation started from.
-        failed: Clips, or pages of whole videos, that lack a feature, with `reason` and `detail`.
+        failed: Clips, or pages or windows of whole videos, that lack a feature, with `reason` and
+            `detail`.
         seconds: Seconds in all, and by part.
     """
 
@@ -105,10 +107,14 @@ def update(
     with explained(path), lock.locked(path):
         opened = FeatureStore.open(path)
         atomic.clear_temporary(path)
-        networks, plan = prepare_update(opened, backbone, keep, rows, spec=spec, runtime=runtime)
+        networks, plan, parts = prepare_update(
+            opened, backbone, keep, rows, spec=spec, runtime=runtime
+        )
         check_disk(plan, path)
         if holder is not None:
             opened.add_reference(holder, _fingerprints(plan).values())
+        if isinstance(parts, Windows):
+            windows.write(path, parts)
         job = job_of(plan, path, runtime, describe=False)
         done = run_plan(plan, job, runtime, progress, networks)
         atomic.clear_temporary(path)
@@ -143,8 +149,11 @@ def prepare_update(
     *,
     spec: BuildSpec | None = None,
     runtime: Runtime,
-) -> tuple[dict[str, Backbone], Plan]:
-    """Return the network as it is now, by its name in the plan, and the plan."""
+) -> tuple[dict[str, Backbone], Plan, Parts | None]:
+    """Return the network as it is now, by its name in the plan; the plan; and what its rows are.
+
+    These are pages or windows of whole videos; None for clips.
+    """
     frozen = snapshot(backbone)
     precision = str(backbone.precision).removeprefix("torch.")
     _check_precision(opened, backbone.name, precision)
@@ -161,16 +170,18 @@ def prepare_update(
     chosen = np.flatnonzero(ready) if rows is None else np.unique(row_ids(rows, len(table)))
     base = Path(str(opened.attributes.get("dataset", "")))
     base = base.parent if base.is_file() else base
-    pages = None
+    parts = None
     if wanted.sampling == WHOLE:
-        pages = read_pages(opened.path, requested[0].frame_set.grid)
+        frame_set = requested[0].frame_set
+        pages = read_pages(opened.path, frame_set.grid)
         _check_pages(opened, table.loc[chosen], pages)
-        table, chosen = page_table(table, chosen, pages)
+        parts = parts_of(opened.path, frame_set, pages, table, chosen)
+        table, chosen = part_table(table, chosen, parts)
     inventory = StoreInventory(opened.path, opened, len(table))
     plan = make_plan(
-        inventory, table, chosen, base, requested, networks, describe=False, pages=pages
+        inventory, table, chosen, base, requested, networks, describe=False, parts=parts
     )
-    return networks, plan
+    return networks, plan, parts
 
 
 def _check_pages(opened: FeatureStore, clips: pd.DataFrame, pages: Pages) -> None:

@@ -1,8 +1,8 @@
-"""Whole videos: the frames of each file, the pages that a build computes, and what became of them.
+"""Whole videos: the frames of each file, the parts that a build computes, and what became of them.
 
-A column of whole videos has a row per page of a file, where other columns have one per clip. So a
-plan, its blocks and the writing of shards are those of any build, over a table of pages. Clips that
-are stretches of one file share its pages.
+A column of whole videos has a row per page of a file, or per window of a clip, where other columns
+have one per clip. So a plan, its blocks and the writing of shards are those of any build, over a
+table of these parts. Clips that are stretches of one file share its pages.
 """
 
 import os
@@ -19,8 +19,12 @@ from varve.pipeline.decoders import DecodePool, Facts, Failure, Request, Timelin
 from varve.pipeline.extraction.clip_status import overflows
 from varve.pipeline.extraction.plan import Plan
 from varve.pipeline.progress import Progress
+from varve.stores import windows
 from varve.stores.clips import OVERFLOW
-from varve.stores.pages import PAGE_FRAMES, SLACK_SECONDS, Pages
+from varve.stores.locations import Location
+from varve.stores.pages import SLACK_SECONDS, Pages
+from varve.stores.pages import write as write_pages
+from varve.stores.windows import Parts
 
 # Files that wait in memory for their turn, and for the deadline of each so much of a file is read.
 QUEUED_FILES = 256
@@ -65,78 +69,105 @@ def describe(
     return pages.extended(sorted(added, key=lambda entry: rows_of[entry[0]][0]))
 
 
-def page_table(
-    table: pd.DataFrame, rows: np.ndarray, pages: Pages
-) -> tuple[pd.DataFrame, np.ndarray]:
-    """Return a table with a row per page, as `make_plan` takes it, and the rows to have.
+def parts_of(
+    store: Location, frame_set: FrameSet, pages: Pages, table: pd.DataFrame, rows: np.ndarray
+) -> Parts:
+    """Return what the rows of a frame set's columns are: its pages, or the windows of the clips.
 
-    Pages that no listed clip has a frame in are not computed.
+    Args:
+        frame_set: A frame set of whole videos.
+        pages: The pages of its grid.
+        table: The table of clips.
+        rows: Rows of the present listing.
     """
-    names = ["path", "size_bytes", "mtime_ns", "digest", "status", "reason", "overflowed"]
-    known = table.loc[rows, [*names, "start_seconds", "end_seconds"]]
+    if frame_set.in_pages:
+        return pages
+    known = windows.read(store, pages, frame_set.frames, frame_set.window_step)
+    return known.extended(table.loc[rows])
+
+
+def write_parts(store: Path, parts: Parts) -> None:
+    """Write the tables of pages, and of windows, that have changed."""
+    if isinstance(parts, Pages):
+        write_pages(store, parts)
+    else:
+        write_pages(store, parts.pages)
+        windows.write(store, parts)
+
+
+def part_table(
+    table: pd.DataFrame, rows: np.ndarray, parts: Parts
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return a table with a row per page or window, as `make_plan` takes it, and the rows to have.
+
+    Those that no listed clip has a frame in are not computed.
+    """
+    names = ["path", "size_bytes", "mtime_ns", "digest", "status", "reason"]
+    known = table.loc[rows, [*names, "start_seconds", "end_seconds", "overflowed"]]
     known = known[(known["status"] != "quarantined") | (known["reason"] == OVERFLOW)]
     first = known[names].drop_duplicates("digest").set_index("digest", drop=False)
-    digests = np.empty(len(pages), object)
-    for digest, first_page, frames in pages.files.itertuples():
-        digests[first_page : first_page + -(-frames // PAGE_FRAMES)] = digest
-    result = first.reindex(digests)
-    # Pages of a file that is gone would make the numbers floats, which round a time of change.
+    result = first.reindex(parts.digests)
+    # Parts of a file that is gone would make the numbers floats, which round a time of change.
     for name in ("size_bytes", "mtime_ns"):
-        result[name] = first[name].reindex(digests, fill_value=0)
+        result[name] = first[name].reindex(parts.digests, fill_value=0)
     result = result.reset_index(drop=True)
-    result["overflowed"] = [o if isinstance(o, tuple) else () for o in result["overflowed"]]
+    result["overflowed"] = _overflowed(known, parts)
     result["start_seconds"], result["end_seconds"] = np.nan, np.nan
-    result["num_frames"] = pages.counts
-    wanted = np.zeros(len(pages), bool)
-    for clip_pages in pages_of(known, pages):
-        wanted[clip_pages.start : clip_pages.stop] = True
+    result["num_frames"] = parts.counts
+    wanted = np.zeros(len(parts), bool)
+    for a, b in parts.rows_of(known).tolist():
+        wanted[a:b] = True
     return result, np.flatnonzero(wanted)
 
 
-def pages_of(clips: pd.DataFrame, pages: Pages) -> list[range]:
-    """Return the pages that have a frame of each clip."""
-    first, last = pages.spans(clips).T
-    ends = np.where(first < last, -(-last // PAGE_FRAMES), first // PAGE_FRAMES)
-    return [
-        range(a, b) for a, b in zip((first // PAGE_FRAMES).tolist(), ends.tolist(), strict=True)
-    ]
+def _overflowed(clips: pd.DataFrame, parts: Parts) -> list[tuple[str, ...]]:
+    """Return the columns that cannot represent each part: those of every clip that it is in."""
+    shorts_of: dict[int, set[str]] = {}
+    files = clips["digest"][clips["overflowed"].map(len) > 0]
+    affected = clips[clips["digest"].isin(files)]
+    for (first, last), shorts in zip(
+        parts.rows_of(affected).tolist(), affected["overflowed"], strict=True
+    ):
+        for part in range(first, last):
+            shorts_of[part] = shorts_of.get(part, {*shorts}) & {*shorts}
+    return [tuple(sorted(shorts_of.get(part, ()))) for part in range(len(parts))]
 
 
 def settle_clips(
     table: pd.DataFrame,
     rows: np.ndarray,
     plan: Plan,
-    pages: Pages,
+    parts: Parts,
     failed: dict[int, tuple[str, str]],
     overflowed: dict[int, tuple[str, ...]],
 ) -> None:
-    """Set the final status of every listed clip from its pages.
+    """Set the final status of every listed clip from its pages or windows.
 
     Args:
         table: The table of clips.
         rows: Rows of the present listing.
-        plan: The plan that was executed, over pages.
-        failed: Reason and detail by page, of pages without cells.
-        overflowed: Short fingerprints of the columns that cannot represent a page's values.
+        plan: The plan that was executed, over `parts`.
+        failed: Reason and detail by part, of those without cells.
+        overflowed: Short fingerprints of the columns that cannot represent a part's values.
     """
     complete = plan.keys.any(axis=1)
     for column in plan.all_columns:
-        complete &= (column.column.done(len(pages)) == plan.keys).all(axis=1)
-    for row, clip_pages in zip(rows.tolist(), pages_of(table.loc[rows], pages), strict=True):
+        complete &= (column.column.done(len(parts)) == plan.keys).all(axis=1)
+    rows_of = parts.rows_of(table.loc[rows]).tolist()
+    for row, (first, last) in zip(rows.tolist(), rows_of, strict=True):
         if table.at[row, "reason"] not in ("", OVERFLOW):
             continue
         shorts = {
             *table.at[row, "overflowed"],
-            *(s for p in clip_pages for s in overflowed.get(p, ())),
+            *(s for part in range(first, last) for s in overflowed.get(part, ())),
         }
         lost = overflows(plan.all_columns, shorts)
-        broken = [page for page in clip_pages if page in failed and page not in overflowed]
+        broken = [p for p in range(first, last) if p in failed and p not in overflowed]
         reason, detail = failed[broken[0]] if broken else (OVERFLOW if lost else "", "")
         if broken:
-            first = pages.indices[broken[0]]
-            frames = f"frames {first[0]} to {first[first >= 0][-1]}"
-            detail = f"{frames}, from {pages.times[broken[0], 0]:.2f} s on: {detail}"
-        ready = bool(clip_pages) and complete[clip_pages.start : clip_pages.stop].all()
+            indices, start = parts.indices_of(broken[0]), parts.start_seconds(broken[0])
+            detail = f"frames {indices[0]} to {indices[-1]}, from {start:.2f} s on: {detail}"
+        ready = first < last and complete[first:last].all()
         changes = {
             "overflowed": tuple(sorted(shorts)),
             "status": "quarantined" if reason else "ready" if ready else "pending",

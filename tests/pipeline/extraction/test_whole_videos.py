@@ -279,7 +279,7 @@ def test_a_page_that_fails_is_a_failure_of_its_clips_alone(folder, tmp_path, mon
         results = real(files, passes, children, deadline)
         return [
             replace(r, frames={}, failure=extract.Failure("corrupt", "a bad part"))
-            if r.work.page and r.work.page[0] == PAGE_FRAMES and "train" in files[0].path else r
+            if r.work.part and r.work.part[0] == PAGE_FRAMES and "train" in files[0].path else r
             for r in results
         ]  # fmt: skip
 
@@ -341,7 +341,7 @@ def test_pages_are_decoded_one_after_the_other_from_anywhere(folder):
     whole = FrameSet(frames=150, sampling="tsn", picture=Picture(96, 96))
     (expected,) = decode(Request(path, (Stretch(),), (whole,)))
     for page in ((0, 64), (64, 64), (128, 22), (100, 3), (0, 2)):
-        (part,) = decode(Request(path, (Stretch(page=page),), (frame_set,)))
+        (part,) = decode(Request(path, (Stretch(part=page),), (frame_set,)))
         first, count = page
         np.testing.assert_array_equal(part.frames[0], expected.frames[0][first : first + count])
 
@@ -355,7 +355,7 @@ def test_children_share_the_parts_of_a_film(folder, monkeypatch):
     pages = [(0, 64), (64, 64), (128, 22)]
     works = [
         extract.FileWork(str(path), size, mtime,
-                         (extract.ClipWork((i,), b"key", None, None, {0: ()}, page=page),))
+                         (extract.ClipWork((i,), b"key", None, None, {0: ()}, part=page),))
         for i, page in enumerate(pages)
     ]  # fmt: skip
     decode = partial(extract.decode_files, works, (pass_,), deadline_seconds=60)
@@ -363,7 +363,7 @@ def test_children_share_the_parts_of_a_film(folder, monkeypatch):
     monkeypatch.setattr(extract, "_decode_pool", lambda *key: used.append(key) or real(*key))
     for alone, shared in zip(decode(children=0), decode(children=2), strict=True):
         np.testing.assert_array_equal(alone.frames[frame_set], shared.frames[frame_set])
-        assert len(alone.frames[frame_set]) == alone.work.page[1]
+        assert len(alone.frames[frame_set]) == alone.work.part[1]
     assert used[0] == used[2] != used[1]
     assert {number for _, _, number in used} == {0, 1}
 
